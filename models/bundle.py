@@ -1,0 +1,192 @@
+"""A task's artefact on disk: a manifest and safetensors files, every one of them hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+SCHEMA = 1
+MODELS = Path(__file__).parent
+DEFAULT_TASK = MODELS / "nano" / "task"
+"""The bundle that ships with the project: CIFAR-10's ten labels on the nano set."""
+
+
+class BundleError(ValueError):
+    """A bundle that must not be used; the message names the folder, the file and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A network that bundles build on: the adapter's `kind`, its folder, and the hash of each file.
+
+    `folder` is absolute, or relative to this package for the sets that ship with it; `files` maps
+    names within, weights and configurations alike, to SHA-256 (hex). `none` needs neither.
+    """
+
+    kind: str
+    folder: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: str, folder: str, patterns: Sequence[str]) -> Base:
+        """A base network as it is on disk now: every file that a glob pattern names."""
+        root = MODELS / folder
+        found = sorted(path for pattern in patterns for path in root.glob(pattern))
+        names = {path.relative_to(root).as_posix(): sha256_of(path) for path in found}
+        return cls(kind, folder, names)
+
+    def verified(self) -> Path:
+        """The folder to load from.
+
+        Raises BundleError where a file is missing or is not the one the bundle was made with.
+        """
+        folder = MODELS / self.folder
+        for name, sha256 in self.files.items():
+            if not (folder / name).is_file():
+                raise BundleError(f"{folder / name}: the base network's file is missing")
+            if sha256_of(folder / name) != sha256:
+                raise BundleError(f"{folder / name}: not the file that the bundle was made with")
+        return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A task: its words, the networks behind it and the settings that go into every certificate.
+
+    `files` maps names within the folder to SHA-256 (hex); `resolution` is in pixels;
+    `largest_sigma` is the strongest noise, in [0,1] pixel units, that the denoiser was made for.
+    """
+
+    id: str
+    labels: tuple[str, ...]
+    template: str
+    prompt: str
+    k: float
+    resolution: int
+    largest_sigma: float
+    denoiser: Base
+    classifier: Base
+    licence: str
+    files: Mapping[str, str]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` holds."""
+        described = {"schema": SCHEMA, **asdict(self)}
+        del described["folder"]
+        return described
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical manifest, and through its hashes of every weight."""
+        return _digest(self.manifest)
+
+    def served_digest(self, numerics: Mapping[str, Any]) -> str:
+        """SHA-256 (hex) of the bundle together with the numerics a worker computes it under."""
+        return _digest({"bundle": self.digest, "numerics": dict(numerics)})
+
+
+def _digest(value: object) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Raises BundleError for a missing or unreadable manifest, an unknown schema version, unknown or
+    missing fields, a file that is absent, a link, not safetensors, outside the folder, or whose
+    hash differs.
+    """
+    manifest = folder / "manifest.json"
+    if folder.is_symlink() or manifest.is_symlink():
+        raise BundleError(f"{manifest}: is a link, or its folder is")
+    try:
+        described = json.loads(manifest.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{manifest}: cannot be read: {error}") from error
+    schema = described.pop("schema", None) if isinstance(described, dict) else None
+    if schema != SCHEMA:
+        raise BundleError(f"{manifest}: schema version {schema!r}; this release reads {SCHEMA}")
+    known = {f.name for f in fields(Bundle)} - {"folder"}
+    if described.keys() != known:
+        odd = sorted(described.keys() ^ known)
+        raise BundleError(f"{manifest}: unknown or missing fields {', '.join(odd)}")
+    for name, sha256 in described["files"].items():
+        _verify(folder, name, sha256)
+    described["labels"] = tuple(described["labels"])
+    for network in ("denoiser", "classifier"):
+        described[network] = Base(**described[network])
+    return Bundle(**described, folder=folder)
+
+
+def _verify(folder: Path, name: str, sha256: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+        raise BundleError(f"{folder}: the path {name!r} leaves the folder")
+    if not name.endswith(".safetensors"):
+        raise BundleError(f"{folder}: {name!r} is not a safetensors file")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{folder}: {name!r} is a link")
+    if not path.is_file():
+        raise BundleError(f"{folder}: {name!r} is missing")
+    if sha256_of(path) != sha256:
+        raise BundleError(f"{folder}: {name!r} does not have the hash its manifest states")
+
+
+def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> Bundle:
+    """Publish a bundle atomically: copied under a temporary name, fsynced, renamed.
+
+    `sources` maps names within the bundle to the safetensors files to copy; their hashes become
+    the bundle's `files`. Raises BundleError where the folder exists.
+    """
+    if folder.exists():
+        raise BundleError(f"{folder}: exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        for name, source in sources.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, partial / name)
+        files = {name: sha256_of(partial / name) for name in sources}
+        whole = Bundle(**{**_plain(bundle), "files": files, "folder": folder})
+        (partial / "manifest.json").write_text(json.dumps(whole.manifest, indent=2) + "\n")
+        for path in [*partial.rglob("*"), partial]:
+            _fsync(path)
+        partial.chmod(0o755)
+        partial.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return whole
+
+
+def _plain(bundle: Bundle) -> dict[str, Any]:
+    return {f.name: getattr(bundle, f.name) for f in fields(bundle)}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

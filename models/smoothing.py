@@ -1,0 +1,177 @@
+"""Rows of noise to votes: noise, denoise, classify, count, in device batches of one fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.bundle import Bundle, BundleError
+from models.classifier import CLASSIFIERS, Classifier
+from models.denoiser import DENOISERS, Denoiser
+from models.noise import discrete_gaussian
+
+PROMPT_STATES = "prompt_states.safetensors"
+"""The bundle's file that holds the prompt's states (77,D) as `states`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Noise rows [start, stop) under `key` (>= 16 bytes) around one image.
+
+    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
+    """
+
+    pixels: NDArray[np.uint8]
+    key: bytes
+    start: int
+    stop: int
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Everything besides the weights that a network's output depends on (design.md, Numerics)."""
+
+    device: str
+    dtype: str
+    batch_rows: int
+    compiled: bool
+    torch_version: str
+
+    def described(self) -> dict[str, Any]:
+        """As plain JSON values, for `Bundle.served_digest`."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, batch_rows: int) -> Numerics:
+        """The numerics of this machine: a GPU by its name, a CPU by its vector instructions."""
+        if device.type == "cuda":
+            kind = torch.cuda.get_device_name(device)
+        else:
+            kind = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+        version = ".".join(torch.__version__.split(".")[:2])
+        return cls(kind, str(dtype).removeprefix("torch."), batch_rows, False, version)
+
+
+class SmoothedModel:
+    """A base classifier under noise: x -> argmax classify(denoise(x + noise)), one label a row.
+
+    Every device batch has exactly `numerics.batch_rows` rows, padded where the rows asked for are
+    fewer, so that a row's label depends on nothing but its image, noise and sigma. `digest` is
+    the bundle's together with the numerics.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: Classifier,
+        numerics: Numerics,
+        device: torch.device,
+        digest: str = "",
+    ) -> None:
+        self.classifier = classifier
+        self.denoiser = denoiser
+        self.numerics = numerics
+        self.digest = digest
+        self.batch_rows = numerics.batch_rows
+        self.classes = len(classifier.labels)
+        self._device = device
+
+    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch.
+
+        Raises ValueError for no rows, more than `batch_rows`, or images of different shapes.
+        """
+        labels = self.labels(parts)
+        cuts = np.cumsum([part.stop - part.start for part in parts])[:-1]
+        counted = [np.bincount(own, minlength=self.classes) for own in np.split(labels, cuts)]
+        return np.stack(counted).astype(np.int64)
+
+    def labels(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """The label index of each row (rows,), parts in order; errors as `votes`."""
+        total = sum(part.stop - part.start for part in parts)
+        if not 0 < total <= self.batch_rows:
+            raise ValueError(f"{total} rows asked for; a device batch holds 1 to {self.batch_rows}")
+        shapes = {part.pixels.shape for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
+        with torch.inference_mode():
+            x_hat, sigma = self.noisy(parts)
+            logits = self.classifier(self.denoiser(x_hat, sigma))
+            chosen: NDArray[np.int64] = logits.argmax(1)[:total].cpu().numpy()
+        return chosen
+
+    def noisy(self, parts: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+        """The padded batch (B,3,H,W) float32, never clipped, and its sigmas (B,) float64.
+
+        Padding rows are black, without noise, at the first part's sigma.
+        """
+        shape = parts[0].pixels.shape
+        x_hat = torch.zeros(self.batch_rows, *shape, device=self._device)
+        sigma = torch.full((self.batch_rows,), parts[0].sigma, dtype=torch.float64)
+        row = 0
+        for part in parts:
+            rows = slice(row, row := row + part.stop - part.start)
+            noise = discrete_gaussian(
+                part.key, part.start, part.stop, shape, part.sigma, self._device
+            )
+            x_hat[rows] = (noise + torch.tensor(part.pixels, device=self._device)) / 255
+            sigma[rows] = part.sigma
+        return x_hat, sigma
+
+
+def votes(model: SmoothedModel, rows: Rows) -> NDArray[np.int64]:
+    """Votes by class (K,) of any number of rows, batch after batch."""
+    total = np.zeros(model.classes, np.int64)
+    for start in range(rows.start, rows.stop, model.batch_rows):
+        stop = min(start + model.batch_rows, rows.stop)
+        total += model.votes([Rows(rows.pixels, rows.key, start, stop, rows.sigma)])[0]
+    return total
+
+
+def best_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16", False) else torch.float32
+    )
+
+
+def load(
+    bundle: Bundle,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_rows: int = 64,
+) -> SmoothedModel:
+    """Load a task's networks, ready for `votes`.
+
+    Raises BundleError where a base network is missing or is not the one the bundle was made with.
+    """
+    device = device or best_device()
+    dtype = dtype or best_dtype(device)
+    if PROMPT_STATES not in bundle.files:
+        raise BundleError(f"{bundle.folder}: the manifest lists no {PROMPT_STATES}")
+    states = load_file(bundle.folder / PROMPT_STATES)["states"]
+    load_denoiser = DENOISERS[bundle.denoiser.kind]
+    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, dtype)
+    load_classifier = CLASSIFIERS[bundle.classifier.kind]
+    classifier = load_classifier(
+        bundle.classifier.verified(), bundle.labels, bundle.template, device, dtype
+    )
+    numerics = Numerics.of(device, dtype, batch_rows)
+    digest = bundle.served_digest(numerics.described())
+    return SmoothedModel(denoiser, classifier, numerics, device, digest)

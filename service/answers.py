@@ -1,0 +1,105 @@
+"""A job's status -> what the caller is told: the certificate, the progress or the problem."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from models.bundle import Bundle
+from models.certificates import Certificate, certify, predict
+from service.errors import JobCancelled, Problem
+from service.jobs import JobStatus, Mode, State
+from service.schemas import JobResponse, LabelCount, PredictResponse, Timing
+
+
+def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
+    """Bound on how far a row's drawn noise is from the ideal, without torch.
+
+    Fewer than 5000 sigma + 10 thresholds a pixel, each blurring one word in 2^63, doubled for the
+    redraws; never under `models.noise.total_variation`.
+    """
+    return prod(shape) * (5000 * sigma + 10) * 2.0**-62
+
+
+def certificate(status: JobStatus) -> Certificate:
+    """What a succeeded job's votes prove."""
+    job = status.job
+    if job.mode is Mode.PREDICT:
+        return predict(status.estimation, job.alpha)
+    return certify(
+        status.selection,
+        status.estimation,
+        job.sigma,
+        job.alpha,
+        total_variation=total_variation(job.shape, job.sigma),
+    )
+
+
+def answer(status: JobStatus, bundle: Bundle) -> PredictResponse:
+    """The answer of a succeeded job, in the words of its task."""
+    job, proven = status.job, certificate(status)
+    votes = sorted(zip(status.estimation, bundle.labels, strict=True), key=lambda vote: -vote[0])
+    return PredictResponse(
+        id=job.id,
+        task=job.task,
+        mode=job.mode,
+        label=None if proven.label is None else bundle.labels[proven.label],
+        label_index=proven.label,
+        abstained=proven.abstained,
+        certified=job.mode is Mode.CERTIFY and not proven.abstained,
+        radius=proven.radius,
+        sigma=job.sigma,
+        alpha=job.alpha,
+        n0=job.n0,
+        n=job.n,
+        rows_used=job.rows,
+        p_lower=proven.p_lower,
+        counts=[LabelCount(label=label, count=count) for count, label in votes if count],
+        method=proven.method,
+        resolution=job.shape[1],
+        bundle=job.bundle,
+        timing_ms=_timing(status),
+    )
+
+
+def job_response(status: JobStatus, bundle: Bundle) -> JobResponse:
+    """The job as it stands."""
+    job, succeeded = status.job, status.state is State.SUCCEEDED
+    return JobResponse(
+        id=job.id,
+        state=status.state,
+        progress=status.rows_done / job.rows,
+        rows_done=status.rows_done,
+        rows=job.rows,
+        task=job.task,
+        mode=job.mode,
+        created=job.created,
+        started=status.started,
+        finished=status.finished,
+        result=answer(status, bundle) if succeeded else None,
+        problem=problem(status),
+    )
+
+
+def problem(status: JobStatus) -> dict[str, Any] | None:
+    """Why the job has no answer and never will: a problem document, or None."""
+    if status.state is State.CANCELLED:
+        return JobCancelled(
+            "The job was cancelled before it was done", job=status.job.id
+        ).document()
+    if status.state is State.FAILED:
+        failed = Problem("The job failed", job=status.job.id).document()
+        return failed | (status.problem or {})
+    return None
+
+
+def _timing(status: JobStatus) -> Timing:
+    """Milliseconds; wall clocks may step, so no time is allowed to be negative."""
+    created = status.job.created
+    started = max(created, status.started or created)
+    finished = max(started, status.finished or started)
+    return Timing(
+        queue=round(1000 * (started - created), 3),
+        inference=round(1000 * (finished - started), 3),
+        total=round(1000 * (finished - created), 3),
+    )

@@ -1,0 +1,284 @@
+"""The HTTP side: endpoints over an engine, without a model and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sse_starlette import EventSourceResponse, JSONServerSentEvent
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from models.bundle import Bundle
+from service import errors, telemetry
+from service.answers import job_response
+from service.config import Settings
+from service.engine import Engine
+from service.health import Companion, Companions, Health
+from service.intake import Preferences, caller, read_question
+from service.jobs import JobStatus, State
+from service.page import docs_assets, pages
+from service.predictions import Predictions
+from service.problems import problem_responses, render_problem
+from service.schemas import (
+    HealthResponse,
+    JobResponse,
+    ModelResponse,
+    ModelsResponse,
+    PredictRequest,
+    PredictResponse,
+)
+
+_ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
+_DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
+answer changes? **Certified means stable, not correct**: the label may be wrong, but with
+probability 1 - alpha no perturbation inside the radius changes it."""
+
+
+def _predictions(request: Request) -> Predictions:
+    predictions: Predictions = request.app.state.predictions
+    return predictions
+
+
+def _health(request: Request) -> Health:
+    health: Health = request.app.state.health
+    return health
+
+
+Caller = Annotated[str | None, Depends(caller)]
+Desk = Annotated[Predictions, Depends(_predictions)]
+Probe = Annotated[Health, Depends(_health)]
+
+probes = APIRouter(tags=["operation"])
+keyed = APIRouter(dependencies=[Depends(caller)], responses=problem_responses(errors.Unauthorized))
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    tasks: Mapping[str, Bundle],
+    secret: bytes,
+    companions: Sequence[Companion] = (),
+) -> FastAPI:
+    """The application over an engine: `tasks` maps what callers send as `task` to its bundle.
+
+    `companions` run for the app's lifetime, each called with an event that is set at shutdown;
+    they have a lease's time to end by themselves.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running.start()
+        try:
+            yield
+        finally:
+            await running.stop()
+            await app.state.predictions.close()
+
+    running = Companions(companions, settings.lease_seconds)
+    app = FastAPI(
+        title="Vouchsafe",
+        version=telemetry.VERSION,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        openapi_url=None,
+        exception_handlers=dict.fromkeys(_ERRORS, render_problem),
+    )
+    app.state.settings = settings
+    app.state.callers = settings.callers()
+    app.state.predictions = Predictions(settings, engine, tasks, secret)
+    app.state.health = Health(engine, tasks, running)
+    app.add_middleware(telemetry.RequestTelemetry)
+    app.include_router(probes)
+    app.include_router(keyed)
+    app.include_router(pages, dependencies=[Depends(caller)])
+    app.mount("/docs/assets", docs_assets)
+    return app
+
+
+def _question_schema(**encoding: str) -> dict[str, Any]:
+    schema = PredictRequest.model_json_schema()
+    description = schema["properties"]["image"]["description"]
+    schema["properties"]["image"] = {"type": "string", "description": description, **encoding}
+    return {"schema": schema}
+
+
+@keyed.post(
+    "/predict",
+    tags=["predictions"],
+    response_model=PredictResponse,
+    responses={
+        202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
+        **problem_responses(
+            errors.MalformedRequest,
+            errors.NotFound,
+            errors.JobCancelled,
+            errors.TooLarge,
+            errors.UnsupportedMedia,
+            errors.InvalidField,
+            errors.InvalidImage,
+            errors.IdempotencyMismatch,
+            errors.ShardDead,
+            errors.Backlog,
+            errors.DeadlinePassed,
+        ),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": _question_schema(format="binary"),
+                "application/json": _question_schema(contentEncoding="base64"),
+            },
+        }
+    },
+)
+async def predict(
+    request: Request,
+    desk: Desk,
+    owner: Caller,
+    prefer: Annotated[
+        list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="Makes a retry find the first's job"),
+    ] = None,
+) -> Any:
+    """Classify an image, with a radius inside which the label is proven stable.
+
+    A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
+    """
+    settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
+    job_id = await desk.submit(
+        await read_question(request, settings.max_image_bytes), owner, idempotency_key
+    )
+    request.state.job = job_id
+    wait = preferences.seconds(settings.wait_seconds)
+    leaving = None if idempotency_key else partial(_left, request)
+    if (status := await desk.ended(job_id, wait, leaving)) is not None:
+        return desk.answer(status)
+    if preferences.respond_async:
+        return _accepted(_job(desk, await desk.status(job_id, owner)))
+    detail = f"Not ready after {wait} s; the job goes on: ask for /jobs/{job_id}"
+    raise errors.DeadlinePassed(detail, job=job_id)
+
+
+async def _left(request: Request) -> None:
+    """Returns when the caller has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _accepted(job: JobResponse) -> Response:
+    headers = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+    return JSONResponse(job.model_dump(mode="json"), 202, headers)
+
+
+def _job(desk: Predictions, status: JobStatus) -> JobResponse:
+    return job_response(status, desk.bundle(status.job.task))
+
+
+@keyed.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
+async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
+    """A job as it stands; `result` is what the waiting call would have answered."""
+    return _job(desk, await desk.status(id, owner))
+
+
+@keyed.delete(
+    "/jobs/{id}", tags=["jobs"], status_code=204, responses=problem_responses(errors.NotFound)
+)
+async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
+    """Cancel a job and erase it at once, image and all."""
+    await desk.status(id, owner)
+    await desk.engine.forget(id)
+
+
+@keyed.get(
+    "/jobs/{id}/events",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "`progress` events, then one `result` or `problem`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problem_responses(errors.NotFound),
+    },
+)
+async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceResponse:
+    """A job's progress as server-sent events, ending with its result or its problem."""
+    await desk.status(id, owner)
+    return EventSourceResponse(_events(desk, id))
+
+
+async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
+    async for status in desk.engine.watch(job_id):
+        job = _job(desk, status).model_dump(mode="json")
+        if not status.state.ended:
+            progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
+            yield JSONServerSentEvent(progress, event="progress")
+        elif status.state is State.SUCCEEDED:
+            yield JSONServerSentEvent(job["result"], event="result")
+        else:
+            yield JSONServerSentEvent(job["problem"], event="problem")
+
+
+@keyed.get("/models", tags=["predictions"])
+async def get_models(desk: Desk) -> ModelsResponse:
+    """Every task that can be asked for, its labels, and whether a worker serves it now."""
+    served = (await desk.engine.capacity()).bundles
+    return ModelsResponse(
+        models=[
+            ModelResponse(
+                task=task,
+                id=bundle.id,
+                labels=list(bundle.labels),
+                resolution=bundle.resolution,
+                denoiser=bundle.denoiser.kind,
+                classifier=bundle.classifier.kind,
+                licence=bundle.licence,
+                k=bundle.k,
+                largest_sigma=bundle.largest_sigma,
+                bundle=served.get(task),
+                ready=task in served,
+            )
+            for task, bundle in desk.tasks.items()
+        ]
+    )
+
+
+@keyed.get("/metrics", tags=["operation"], response_class=Response)
+async def get_metrics(health: Probe) -> Response:
+    """Metrics for Prometheus."""
+    capacity = await health.capacity()
+    telemetry.QUEUE_ROWS.set(float("nan") if capacity is None else capacity.backlog_rows)
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@probes.get("/livez")
+async def livez() -> HealthResponse:
+    """The process answers."""
+    return HealthResponse(status="ok", detail="")
+
+
+@probes.get("/readyz", responses={503: {"model": HealthResponse}})
+async def readyz(health: Probe, response: Response) -> HealthResponse:
+    """The process can answer predictions now."""
+    return _probed(await health.ready(), response)
+
+
+@probes.get("/startupz", responses={503: {"model": HealthResponse}})
+async def startupz(health: Probe, response: Response) -> HealthResponse:
+    """The process was ready once."""
+    return _probed(await health.startup(), response)
+
+
+def _probed(waiting_for: str, response: Response) -> HealthResponse:
+    response.status_code = 503 if waiting_for else 200
+    return HealthResponse(status="unavailable" if waiting_for else "ok", detail=waiting_for)

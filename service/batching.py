@@ -1,0 +1,120 @@
+"""Packs leased shards of one task and bundle into device batches: pure bookkeeping, no torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows [start, stop) of a lease's shard, numbered as in its domain: its part of one batch."""
+
+    lease: Lease
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many noise rows the slice holds."""
+        return self.stop - self.start
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A lease in hand: the ranges of rows in no batch yet, and the votes (K,) of those counted."""
+
+    lease: Lease
+    todo: deque[tuple[int, int]]
+    counts: NDArray[np.int64]
+    alone: bool
+    rows_counted: int = 0
+
+
+class Packer:
+    """Fills batches of at most `batch_rows` rows from many leases, oldest first.
+
+    A solitary lease, or one put back as `alone`, never shares a batch.
+    """
+
+    def __init__(self, batch_rows: int) -> None:
+        self._batch_rows = batch_rows
+        self._entries: dict[str, _Entry] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows that are in no batch yet."""
+        return sum(stop - start for entry in self._entries.values() for start, stop in entry.todo)
+
+    @property
+    def leases(self) -> list[Lease]:
+        """The leases that are not finished, those being computed included."""
+        return [entry.lease for entry in self._entries.values()]
+
+    def add(self, lease: Lease) -> None:
+        """Take in all rows of a lease."""
+        self._entries[lease.token] = _Entry(
+            lease=lease,
+            todo=deque([(lease.shard.start, lease.shard.stop)]),
+            counts=np.zeros(lease.job.classes, np.int64),
+            alone=lease.solitary,
+        )
+
+    def next_batch(self) -> list[Slice]:
+        """The next rows, at most `batch_rows`; empty when there are none."""
+        waiting = [entry for entry in self._entries.values() if entry.todo]
+        if waiting and waiting[0].alone:
+            return self._cut(waiting[:1])
+        return self._cut([entry for entry in waiting if not entry.alone])
+
+    def _cut(self, entries: Sequence[_Entry]) -> list[Slice]:
+        room = self._batch_rows
+        batch = []
+        for entry in entries:
+            while entry.todo and room:
+                start, stop = entry.todo.popleft()
+                cut = min(stop, start + room)
+                if cut < stop:
+                    entry.todo.appendleft((cut, stop))
+                batch.append(Slice(entry.lease, start, cut))
+                room -= cut - start
+        return batch
+
+    def put_back(self, batch: Sequence[Slice], *, alone: bool = False) -> None:
+        """Take back a batch that was not counted; `alone` keeps its leases apart from now on."""
+        for part in reversed(batch):
+            if entry := self._entries.get(part.lease.token):
+                stop = part.stop
+                if entry.todo and entry.todo[0][0] == stop:
+                    _, stop = entry.todo.popleft()
+                entry.todo.appendleft((part.start, stop))
+                entry.alone = entry.alone or alone
+
+    def absorb(
+        self, batch: Sequence[Slice], votes: NDArray[np.int64]
+    ) -> list[tuple[Lease, NDArray[np.int64]]]:
+        """Count a batch's votes (len(batch), K); returns the leases it finished with their counts.
+
+        Slices of dropped leases are passed over.
+        """
+        finished = []
+        for part, counts in zip(batch, votes, strict=True):
+            entry = self._entries.get(part.lease.token)
+            if entry is None:
+                continue
+            entry.counts += counts
+            entry.rows_counted += part.rows
+            if entry.rows_counted == entry.lease.shard.rows:
+                finished.append((entry.lease, entry.counts))
+                self.drop(entry.lease)
+        return finished
+
+    def drop(self, lease: Lease) -> None:
+        """Let go of a lease and its rows; one not in hand is no matter."""
+        self._entries.pop(lease.token, None)

@@ -1,0 +1,132 @@
+"""Settings from the environment, and the secret that every noise key is made from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SECRET_BYTES = 32
+
+
+class SecretError(RuntimeError):
+    """The noise secret must not be used; the message names the file and what to change."""
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set, read once in each entry point from `VOUCHSAFE_...`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VOUCHSAFE_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
+
+    data_dir: Path = Field(Path(".vouchsafe"), description="Where secrets, tasks and jobs lie.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Keys that may call, as `name:key` or a plain key, split by commas. The name "
+        "owns the jobs, so two keys of one name share them. None at all: everyone may call.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="A file of further keys, one a line; empty lines and # lines are skipped."
+    )
+    backlog_rows: int = Field(1_000_000, ge=1, description="Noise rows that may wait at once.")
+    shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
+    lease_seconds: float = Field(30.0, gt=0, description="How long a worker may hold a shard.")
+    retention_seconds: float = Field(
+        86_400.0, gt=0, description="How long jobs, images and Idempotency-Keys are kept."
+    )
+    wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
+    max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest decoded image.")
+    decode_seconds: float = Field(10.0, gt=0, description="Longest time to decode one image.")
+    decode_threads: int = Field(2, ge=1, description="Images decoded at the same time.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _keys_are_whole(self) -> Self:
+        if not self.callers() and self.api_keys_file is not None:
+            raise ValueError(f"{self.api_keys_file}: holds no key, so everyone could call")
+        return self
+
+    def callers(self) -> dict[bytes, str]:
+        """SHA-256 of every key -> the name of the caller it belongs to; empty where all may call.
+
+        Raises ValueError for an empty key and OSError where the keys' file cannot be read.
+        """
+        lines = [key.get_secret_value() for key in self.api_keys]
+        if self.api_keys_file is not None:
+            text = self.api_keys_file.read_text().splitlines()
+            lines += [line.strip() for line in text if line.strip() and line.strip()[0] != "#"]
+        return dict(map(_caller, lines))
+
+
+def _caller(line: str) -> tuple[bytes, str]:
+    named = ":" in line
+    name, key = line.split(":", 1) if named else ("", line)
+    if not key or (named and not name):
+        raise ValueError("an API key is empty or has an empty name: write `name:key` or `key`")
+    digest = hashlib.sha256(key.encode())
+    return digest.digest(), name or f"key-{digest.hexdigest()[:12]}"
+
+
+def load_secret(data_dir: Path) -> bytes:
+    """The service's noise secret (32 bytes), made on first use.
+
+    The folder is made with mode 0700 and the file with 0600, whole or not at all: processes that
+    start together agree on the one whose file came first. Raises SecretError where the file has
+    another length, is a link, or others may read it.
+    """
+    path = data_dir / "noise.secret"
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.is_symlink() and not path.exists():
+        _publish(path, os.urandom(SECRET_BYTES))
+    return _read_secret(path)
+
+
+def _publish(path: Path, secret: bytes) -> None:
+    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(secret)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(partial, path)
+    except FileExistsError:
+        return  # Another process was first; its secret is the service's.
+    finally:
+        os.unlink(partial)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        secret = stream.read(SECRET_BYTES + 1)
+    if mode & 0o077:
+        raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
+    if len(secret) != SECRET_BYTES:
+        raise SecretError(
+            f"{path}: holds {len(secret)} bytes where a secret has {SECRET_BYTES}; restore it from "
+            "a backup, or delete it and accept that every image is a new trial"
+        )
+    return secret

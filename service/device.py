@@ -1,0 +1,55 @@
+"""The device's one thread, and how the process tells that the device hangs or is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class DeviceFailed(RuntimeError):
+    """The device hangs or computes no more: the process should exit and be started anew."""
+
+
+class ComputeThread:
+    """The one thread that models run in; its health is a by-product of its work.
+
+    A hung call cannot be ended, and the interpreter waits for it at its exit: leave a process
+    whose thread is not healthy through `os._exit`.
+    """
+
+    def __init__(self, *, batch_seconds_limit: float = 120.0) -> None:
+        self._limit = batch_seconds_limit
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._since: float | None = None
+        self._broken = False
+
+    @property
+    def healthy(self) -> bool:
+        """False while a call runs past the limit, and for good once the device is broken."""
+        since = self._since
+        return not self._broken and (since is None or time.monotonic() - since < self._limit)
+
+    def declare_broken(self) -> None:
+        """Expect nothing of the device any more."""
+        self._broken = True
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What the function returns or raises; calls run one at a time, in order."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._timed, function, *arguments)
+
+    def close(self) -> None:
+        """Take no more calls; one that is running goes on."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _timed(self, function: Callable[..., T], *arguments: Any) -> T:
+        self._since = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            self._since = None

@@ -1,0 +1,80 @@
+"""The embedded default: engine, worker and networks in one process, and nothing else installed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from models.smoothing import Rows, SmoothedModel, load
+from service.config import Settings, load_secret
+from service.device import ComputeThread, DeviceFailed
+from service.engine_memory import MemoryEngine
+from service.health import Companion
+from service.worker import work
+
+logger = logging.getLogger("vouchsafe")
+
+
+class Embedded:
+    """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.secret = load_secret(settings.data_dir)
+        self.tasks: dict[str, Bundle] = {"default": read_bundle(DEFAULT_TASK)}
+        self.engine = MemoryEngine(
+            shard_rows=settings.shard_rows,
+            lease_seconds=settings.lease_seconds,
+            backlog_rows=settings.backlog_rows,
+            retention_seconds=settings.retention_seconds,
+        )
+        self.failed = False
+
+    def worker(self, on_failure: Callable[[], None]) -> Companion:
+        """A companion of the app: loads and warms every task's networks, then works until stopped.
+
+        Where loading fails or the device breaks, `failed` is set and `on_failure` called.
+        """
+
+        async def run(stop: asyncio.Event) -> None:
+            thread = ComputeThread()
+            try:
+                models = {
+                    task: await thread.run(_load_and_warm, bundle)
+                    for task, bundle in self.tasks.items()
+                }
+                await work(
+                    self.engine,
+                    models,
+                    worker_id=f"embedded-{os.getpid()}",
+                    stop=stop,
+                    thread=thread,
+                    lease_seconds=self.settings.lease_seconds,
+                )
+            except Exception:
+                self.failed = True
+                on_failure()
+                raise
+            finally:
+                thread.close()
+
+        return run
+
+
+def _load_and_warm(bundle: Bundle) -> SmoothedModel:
+    """Networks that have computed the same batch twice with the same votes.
+
+    Raises DeviceFailed where they differ: such a device must not certify anything.
+    """
+    model = load(bundle)
+    side = bundle.resolution
+    probe = Rows(np.full((3, side, side), 128, np.uint8), bytes(32), 0, model.batch_rows, 0.25)
+    if not np.array_equal(model.labels([probe]), model.labels([probe])):
+        raise DeviceFailed(f"task {bundle.id!r}: the same batch gave two answers")
+    logger.info("serving task %s as %s", bundle.id, model.digest[:16])
+    return model

@@ -1,0 +1,143 @@
+"""The engine's contract: what stands between the door and the workers.
+
+Every implementation passes tests/test_engine_conformance.py: leases, attempts, dead letters, a
+bounded backlog.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from service.jobs import Job, JobStatus, Shard
+
+FAILURES_ALLOWED = 3
+"""The failed attempt of one shard that ends its job."""
+
+SOLITARY_DEATHS_ALLOWED = 5
+"""The death of a worker over one solitary shard that ends its job; one death made it solitary."""
+
+RETRY_SECONDS = 10
+"""Retry-After where no speed has been measured yet, or no worker is alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker as it announces itself with every pull: `bundles` maps task to served digest."""
+
+    id: str
+    bundles: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard handed to one worker until the lease runs out; `token` is this delivery's own.
+
+    A worker died over a `solitary` shard: it is pulled alone and never shares a device batch.
+    """
+
+    job: Job
+    shard: Shard
+    token: str
+    solitary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine can take.
+
+    `backlog_rows` wait or are leased; `rows_per_second` is measured over the last minute of work
+    (0.0 before the first commit); `bundles` maps every task of a live worker to its served digest,
+    the one that most workers serve where they differ.
+    """
+
+    backlog_rows: int
+    rows_per_second: float
+    bundles: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Takes jobs in, hands their shards to workers, and counts every shard exactly once.
+
+    A lease that ran out is taken back when the engine next looks (at any pull); until then its
+    holder may still renew or commit it.
+    """
+
+    async def submit(
+        self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
+    ) -> str:
+        """Queue a job and return its id, or that of the job which the key made before.
+
+        `idempotency_key` belongs to the job's owner and lives as long as its job. Raises Backlog
+        (503) when the backlog would pass its bound in rows or no live worker serves the job's
+        bundle, InvalidField (422) when the job alone is larger than that bound, and
+        IdempotencyMismatch (422) when the key came with another fingerprint.
+        """
+
+    async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
+        """Shards of one task and bundle of the worker's, oldest first, `hi` lane first.
+
+        Stops at the shard that reaches `rows`; waits a moment when there is none. The preferred
+        task goes first unless another has gone unserved too long. A solitary shard comes alone.
+        """
+
+    async def start(self, leases: Sequence[Lease]) -> None:
+        """Say that these shards are being computed: a death from here on counts against them."""
+
+    async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Extend the leases; returns those still held (a cancelled or lost one is missing)."""
+
+    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+        """Add a shard's votes (K,) once; False where the shard was counted or the job is over.
+
+        Whoever commits a shard first is counted, even on a lease lost to another. Raises
+        ValueError for counts that cannot be the votes of the shard's rows.
+        """
+
+    async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
+        """Report a failed attempt; the third ends the job with `problem`. A lost lease: nothing."""
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Hand shards back uncomputed and uncounted, as a draining worker does."""
+
+    async def cancel(self, job_id: str) -> bool:
+        """Drop what is left of a job; False where it had ended or is unknown."""
+
+    async def forget(self, job_id: str) -> bool:
+        """Cancel a job and erase it, image and all; False where it is unknown."""
+
+    def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+        """The job's status now and at every change, ending with its last; unknown: nothing.
+
+        A slow reader sees the latest status only.
+        """
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        """The job's status, or None; while it runs the votes are the tally so far."""
+
+    async def capacity(self) -> Capacity:
+        """Backlog, measured speed, and what live workers serve."""
+
+
+def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
+    """The counts (K,) as integers.
+
+    Raises ValueError where they are not one count >= 0 a class summing to the shard's rows.
+    """
+    votes = [int(count) for count in counts]
+    if len(votes) != lease.job.classes:
+        raise ValueError(f"{len(votes)} counts for {lease.job.classes} classes")
+    if min(votes) < 0:
+        raise ValueError("counts are negative")
+    if sum(votes) != lease.shard.rows:
+        raise ValueError(f"counts of {sum(votes)} rows for a shard of {lease.shard.rows}")
+    return votes
+
+
+def retry_seconds(rows: int, rows_per_second: float) -> int:
+    """Retry-After in whole seconds (>= 1): how long `rows` take at the measured speed."""
+    if rows_per_second <= 0:
+        return RETRY_SECONDS
+    return max(1, math.ceil(rows / rows_per_second))

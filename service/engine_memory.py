@@ -1,0 +1,345 @@
+"""The in-process engine of the embedded default: one event loop, nothing on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.engine import (
+    RETRY_SECONDS,
+    Capacity,
+    Lease,
+    Worker,
+    checked_counts,
+    retry_seconds,
+)
+from service.errors import Backlog, IdempotencyMismatch, InvalidField, ShardDead
+from service.jobs import Domain, Job, JobStatus, State
+from service.ledger import Bell, CallerKey, Line, Record, Speedometer
+
+
+@dataclass(slots=True, eq=False)
+class _Delivery:
+    """A live lease: who holds it, until when, and whether it is being computed."""
+
+    record: Record
+    lease: Lease
+    worker: Worker
+    expires: float
+    started: bool = False
+
+
+class MemoryEngine:
+    """The engine in one process: the same promises as any other, as long as the process lives.
+
+    For use from one event loop. Jobs are kept for `retention_seconds` after their end (unfinished
+    ones: after their submission), the last `kept_jobs` of them at most. A task whose shards have
+    not been served for `starvation_seconds` goes before the preferred one; a worker not heard from
+    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shard_rows: int,
+        lease_seconds: float = 30,
+        backlog_rows: int = 200_000,
+        retention_seconds: float = 86_400,
+        kept_jobs: int = 10_000,
+        starvation_seconds: float = 1,
+        worker_seconds: float = 30,
+        poll_seconds: float = 0.5,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._shard_rows = shard_rows
+        self._lease_seconds = lease_seconds
+        self._backlog_bound = backlog_rows
+        self._retention_seconds = retention_seconds
+        self._kept_jobs = kept_jobs
+        self._starvation_seconds = starvation_seconds
+        self._worker_seconds = worker_seconds
+        self._poll_seconds = poll_seconds
+        self._clock = clock
+        self._open: dict[str, Record] = {}  # by submission
+        self._ended: dict[str, Record] = {}  # by end
+        self._lines: dict[tuple[str, str], Line] = {}
+        self._held: dict[tuple[str, int], _Delivery] = {}
+        self._workers: dict[str, tuple[Worker, float]] = {}
+        self._caller_keys: dict[CallerKey, Record] = {}
+        self._backlog_rows = 0
+        self._speed = Speedometer()
+        self._arrived = Bell()
+
+    async def submit(
+        self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
+    ) -> str:
+        """Queue a job; see Engine. A job whose id is known already changes nothing."""
+        self._sweep()
+        caller_key = None if idempotency_key is None else (job.owner, idempotency_key)
+        if caller_key is not None and (earlier := self._caller_keys.get(caller_key)):
+            if earlier.fingerprint != fingerprint:
+                raise IdempotencyMismatch("This Idempotency-Key came before with another request.")
+            return earlier.job.id
+        if self._find(job.id) is None:
+            self._admit(job)
+            self._enqueue(job, caller_key, fingerprint)
+        return job.id
+
+    async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
+        """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
+        deadline = asyncio.get_running_loop().time() + self._poll_seconds
+        while True:
+            arrival = self._arrived.next_ring
+            if leases := self._take(worker, rows, prefer_task):
+                return leases
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await arrival.wait()
+            except TimeoutError:
+                return []
+
+    async def start(self, leases: Sequence[Lease]) -> None:
+        """Say that these shards are being computed now; see Engine."""
+        for delivery in self._deliveries(leases):
+            delivery.started = True
+            self._run(delivery.record)
+
+    async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Extend the leases; returns those still held."""
+        deliveries = self._deliveries(leases)
+        for delivery in deliveries:
+            delivery.expires = self._clock() + self._lease_seconds
+        return [delivery.lease for delivery in deliveries]
+
+    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+        """Add a shard's votes once; see Engine."""
+        votes = checked_counts(lease, counts)
+        self._deliveries([lease])  # The worker is alive.
+        record = self._open.get(lease.job.id)
+        if record is None or lease.shard.index in record.counted:
+            return False
+        self._run(record)
+        self._count(record, lease.shard.index, votes)
+        return True
+
+    async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
+        """Report a failed attempt; see Engine."""
+        for delivery in self._deliveries([lease]):
+            delivery.record.failures[lease.shard.index] += 1
+            self._settle(delivery, problem)
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Hand shards back uncomputed and uncounted."""
+        for delivery in self._deliveries(leases):
+            self._put_back(delivery)
+
+    async def cancel(self, job_id: str) -> bool:
+        """Drop what is left of a job; False where it had ended or is unknown."""
+        self._sweep()
+        record = self._open.get(job_id)
+        if record is None:
+            return False
+        self._end(record, State.CANCELLED)
+        return True
+
+    async def forget(self, job_id: str) -> bool:
+        """Cancel a job and erase it, image and all; False where it is unknown."""
+        self._sweep()
+        record = self._find(job_id)
+        if record is None:
+            return False
+        self._erase(record)
+        return True
+
+    async def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+        """The job's status now and at every change; see Engine."""
+        self._sweep()
+        record = self._find(job_id)
+        while record is not None:
+            change = record.changed.next_ring
+            status = record.status()
+            yield status
+            if status.state.ended:
+                return
+            await change.wait()
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        """The job's status, or None."""
+        self._sweep()
+        record = self._find(job_id)
+        return None if record is None else record.status()
+
+    async def capacity(self) -> Capacity:
+        """Backlog, measured speed, and what live workers serve."""
+        self._sweep()
+        served = Counter(
+            item for worker, _ in self._workers.values() for item in worker.bundles.items()
+        )
+        by_workers = sorted(served.items(), key=lambda item: (item[1], item[0]))
+        bundles = {task: bundle for (task, bundle), _ in by_workers}
+        return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles)
+
+    def _find(self, job_id: str) -> Record | None:
+        return self._open.get(job_id) or self._ended.get(job_id)
+
+    def _deliveries(self, leases: Sequence[Lease]) -> list[_Delivery]:
+        """The live ones of these leases; whoever names a live lease has been heard from."""
+        found = []
+        for lease in leases:
+            delivery = self._held.get((lease.job.id, lease.shard.index))
+            if delivery is not None and delivery.lease.token == lease.token:
+                worker, _ = self._workers.get(delivery.worker.id, (delivery.worker, 0.0))
+                self._workers[worker.id] = (worker, self._clock())
+                found.append(delivery)
+        return found
+
+    def _admit(self, job: Job) -> None:
+        if job.rows > self._backlog_bound:
+            raise InvalidField(
+                f"The job needs {job.rows} rows of noise, and this service queues at most "
+                f"{self._backlog_bound} at once; ask for fewer.",
+                limit=self._backlog_bound,
+            )
+        if not any(w.bundles.get(job.task) == job.bundle for w, _ in self._workers.values()):
+            raise Backlog(f"No worker serves task {job.task!r} now.", retry_after=RETRY_SECONDS)
+        if self._backlog_rows + job.rows > self._backlog_bound:
+            raise Backlog(
+                f"{self._backlog_rows} rows of noise are waiting; there is no room for "
+                f"{job.rows} more.",
+                retry_after=retry_seconds(self._backlog_rows, self._speed.rows_per_second),
+            )
+
+    def _enqueue(self, job: Job, caller_key: CallerKey | None, fingerprint: str) -> None:
+        shards = job.shards(self._shard_rows)
+        record = Record(
+            job=job,
+            shards=shards,
+            submitted=self._clock(),
+            caller_key=caller_key,
+            fingerprint=fingerprint,
+            waiting=list(range(len(shards))),
+            votes={domain: [0] * job.classes for domain in Domain},
+        )
+        if self._backlog_rows == 0:
+            self._speed.work_begins(record.submitted)
+        self._backlog_rows += job.rows
+        self._open[job.id] = record
+        if caller_key is not None:
+            self._caller_keys[caller_key] = record
+        line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
+        line.lanes[job.mode.lane][job.id] = record
+        self._arrived.ring()
+
+    def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
+        self._sweep()
+        now = self._clock()
+        self._workers[worker.id] = (worker, now)
+        line = self._next_line(worker, prefer_task, now)
+        if line is None:
+            return []
+        line.served = now
+        return [self._lease(record, index, worker) for record, index in line.take(rows)]
+
+    def _next_line(self, worker: Worker, prefer_task: str | None, now: float) -> Line | None:
+        lines = [self._lines[item] for item in worker.bundles.items() if item in self._lines]
+        urgency = {line.task: line.urgency(now) for line in lines if any(line.waiting())}
+        lines = [line for line in lines if line.task in urgency]
+        starved = [line for line in lines if urgency[line.task][1] > self._starvation_seconds]
+        if starved:
+            return max(starved, key=lambda line: urgency[line.task][1])
+        preferred = [line for line in lines if line.task == prefer_task]
+        return max(preferred or lines, key=lambda line: urgency[line.task], default=None)
+
+    def _lease(self, record: Record, index: int, worker: Worker) -> Lease:
+        lease = Lease(
+            record.job, record.shards[index], secrets.token_hex(16), record.solitary(index)
+        )
+        expires = self._clock() + self._lease_seconds
+        self._held[record.job.id, index] = _Delivery(record, lease, worker, expires)
+        return lease
+
+    def _run(self, record: Record) -> None:
+        if record.state is State.QUEUED:
+            record.state, record.started = State.RUNNING, self._clock()
+            record.changed.ring()
+
+    def _count(self, record: Record, index: int, votes: list[int]) -> None:
+        record.count(index, votes)
+        self._held.pop((record.job.id, index), None)
+        self._backlog_rows -= record.shards[index].rows
+        self._speed.count(record.shards[index].rows, self._clock())
+        if record.complete:
+            self._end(record, State.SUCCEEDED)
+        else:
+            record.changed.ring()
+
+    def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
+        """Put a shard back after a failure or a death, or end its job with the problem."""
+        if delivery.record.poisonous(delivery.lease.shard.index):
+            self._end(delivery.record, State.FAILED, dict(problem))
+        else:
+            self._put_back(delivery)
+
+    def _put_back(self, delivery: _Delivery) -> None:
+        lease = delivery.lease
+        del self._held[lease.job.id, lease.shard.index]
+        insort(delivery.record.waiting, lease.shard.index)
+        self._arrived.ring()
+
+    def _end(self, record: Record, state: State, problem: dict[str, Any] | None = None) -> None:
+        job = record.job
+        record.state, record.finished, record.problem = state, self._clock(), problem
+        record.waiting.clear()
+        for shard in record.shards:
+            self._held.pop((job.id, shard.index), None)
+        self._backlog_rows -= job.rows - record.rows_done
+        self._ended[job.id] = self._open.pop(job.id)
+        line = self._lines[job.task, job.bundle]
+        del line.lanes[job.mode.lane][job.id]
+        if not any(line.lanes.values()):
+            del self._lines[job.task, job.bundle]
+        record.changed.ring()
+
+    def _erase(self, record: Record) -> None:
+        if record.job.id in self._open:
+            self._end(record, State.CANCELLED)
+        del self._ended[record.job.id]
+        if record.caller_key is not None:
+            del self._caller_keys[record.caller_key]
+
+    def _sweep(self) -> None:
+        """Take back what has run out: leases, silent workers, and jobs past their retention."""
+        now = self._clock()
+        for delivery in [held for held in self._held.values() if held.expires <= now]:
+            self._lapse(delivery)
+        for worker, heard in list(self._workers.values()):
+            if heard + self._worker_seconds < now:
+                del self._workers[worker.id]
+        while (record := _first(self._open)) and self._is_past(record, now):
+            self._erase(record)
+        while (record := _first(self._ended)) and (
+            self._is_past(record, now) or len(self._ended) > self._kept_jobs
+        ):
+            self._erase(record)
+
+    def _is_past(self, record: Record, now: float) -> bool:
+        since = record.submitted if record.finished is None else record.finished
+        return since + self._retention_seconds <= now
+
+    def _lapse(self, delivery: _Delivery) -> None:
+        record = delivery.record
+        if record.state.ended:
+            return  # Another shard that ran out just now ended the job.
+        record.deaths[delivery.lease.shard.index] += delivery.started
+        dead = ShardDead("Workers died over the same rows again and again.", job=record.job.id)
+        self._settle(delivery, dead.document())
+
+
+def _first(records: Mapping[str, Record]) -> Record | None:
+    return next(iter(records.values()), None)

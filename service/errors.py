@@ -1,0 +1,123 @@
+"""Problems: every error the service reports, as RFC 9457 documents with a stable `type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class Problem(Exception):
+    """An error with a status, a stable type and a title; `detail` says what to change.
+
+    `extra` members join the document (`job`, `limit`, ...); `retry_after` is in whole seconds.
+    """
+
+    status: ClassVar[int] = 500
+    slug: ClassVar[str] = "internal"
+    title: ClassVar[str] = "The service failed"
+
+    def __init__(self, detail: str, *, retry_after: int | None = None, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+        self.extra = extra
+
+    def document(self) -> dict[str, Any]:
+        """The `application/problem+json` body."""
+        return {
+            "type": f"urn:vouchsafe:problem:{self.slug}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.extra,
+        }
+
+
+class MalformedRequest(Problem):
+    """The request breaks its own format, or ended before its body did."""
+
+    status, slug, title = 400, "malformed-request", "The request cannot be read"
+
+
+class InvalidField(Problem):
+    """A field of the request is missing or outside its limits."""
+
+    status, slug, title = 422, "invalid-field", "A field is not acceptable"
+
+
+class InvalidImage(Problem):
+    """The bytes are not an image that can be certified."""
+
+    status, slug, title = 422, "invalid-image", "The image cannot be used"
+
+
+class UnsupportedMedia(Problem):
+    """Neither a form nor JSON, or an image format that is not read."""
+
+    status, slug, title = 415, "unsupported-media-type", "The media type is not supported"
+
+
+class TooLarge(Problem):
+    """More bytes or pixels than the service accepts."""
+
+    status, slug, title = 413, "too-large", "The request is too large"
+
+
+class Unauthorized(Problem):
+    """No key, or an unknown one."""
+
+    status, slug, title = 401, "unauthorized", "A valid key is needed"
+
+
+class NotFound(Problem):
+    """No such job, task or page, or not the caller's."""
+
+    status, slug, title = 404, "not-found", "There is no such thing here"
+
+
+class MethodNotAllowed(Problem):
+    """The address exists, but not for this method."""
+
+    status, slug, title = 405, "method-not-allowed", "The method is not allowed here"
+
+
+class IdempotencyMismatch(Problem):
+    """The same Idempotency-Key came with another body."""
+
+    status, slug, title = 422, "idempotency-key-reused", "The Idempotency-Key was used before"
+
+
+class Backlog(Problem):
+    """The backlog is full, or no worker is alive."""
+
+    status, slug, title = 503, "backlog", "The service cannot take more work now"
+
+
+class DeadlinePassed(Problem):
+    """The wait ended before the answer; the job goes on."""
+
+    status, slug, title = 504, "deadline", "The answer was not ready in time"
+
+
+class JobCancelled(Problem):
+    """The job was cancelled before it was done."""
+
+    status, slug, title = 409, "cancelled", "The job was cancelled"
+
+
+class ShardDead(Problem):
+    """A shard failed too often; its job cannot be answered."""
+
+    status, slug, title = 500, "shard-dead", "The job failed"
+
+
+class JobFailed(Problem):
+    """A job that ended with a problem of its own, told again as the engine keeps it."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        super().__init__(str(document["detail"]))
+        self._document = dict(document)
+
+    def document(self) -> dict[str, Any]:
+        """The problem the job ended with."""
+        return dict(self._document)

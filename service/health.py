@@ -1,0 +1,97 @@
+"""The probes, and the coroutines that must be alive for the process to be ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from models.bundle import Bundle
+from service.engine import Capacity, Engine
+
+Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+"""Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
+
+_ENGINE_SECONDS = 2.0
+_log = logging.getLogger("vouchsafe")
+
+
+class Companions:
+    """Runs companions for the lifetime of the app."""
+
+    def __init__(self, companions: Sequence[Companion], grace_seconds: float) -> None:
+        self._companions = companions
+        self._grace_seconds = grace_seconds
+        self._running: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+        self.started = False
+
+    def __len__(self) -> int:
+        return len(self._companions)
+
+    def start(self) -> None:
+        """Start them all."""
+        self._stop = asyncio.Event()
+        self._running = [asyncio.create_task(self._run(start)) for start in self._companions]
+        self.started = True
+
+    async def stop(self) -> None:
+        """Ask them to stop, wait for the grace time, then cancel whoever is left."""
+        self.started = False
+        self._stop.set()
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._grace_seconds)
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    @property
+    def all_alive(self) -> bool:
+        """Whether every companion is still running."""
+        return self.started and not any(task.done() for task in self._running)
+
+    async def _run(self, companion: Companion) -> None:
+        try:
+            await companion(self._stop)
+        except Exception:
+            _log.exception("A companion of the service failed; the process is not ready any more")
+
+
+class Health:
+    """What the probes say: `ready` and `startup` return what is waited for, empty when well."""
+
+    def __init__(self, engine: Engine, tasks: Mapping[str, Bundle], companions: Companions) -> None:
+        self._engine = engine
+        self._tasks = tasks
+        self._companions = companions
+        self._was_ready = False
+
+    async def ready(self) -> str:
+        """The process can answer: its companions live, the engine too, and a worker serves."""
+        if not self._companions.started:
+            return "the service is starting or stopping"
+        if not self._companions.all_alive:
+            return "a part of the service has ended"
+        capacity = await self.capacity()
+        if capacity is None:
+            return "the engine does not answer"
+        if not any(task in capacity.bundles for task in self._tasks):
+            return "no live worker serves any task"
+        self._was_ready = True
+        return ""
+
+    async def startup(self) -> str:
+        """Ready once; an API without companions has started when it can be asked."""
+        if self._was_ready or (self._companions.started and not self._companions):
+            return ""
+        return await self.ready()
+
+    async def capacity(self) -> Capacity | None:
+        """The engine's capacity, or None where it does not answer in time."""
+        try:
+            async with asyncio.timeout(_ENGINE_SECONDS):
+                return await self._engine.capacity()
+        except Exception:
+            _log.warning("The engine does not answer", exc_info=True)
+            return None

@@ -1,0 +1,127 @@
+"""What a request says: who calls, what is asked, and how long the caller will wait."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from service.errors import MalformedRequest, TooLarge, Unauthorized, UnsupportedMedia
+from service.schemas import PredictRequest, invalid_field, invalid_fields
+
+LONGEST_WAIT = 600
+"""Seconds: a longer `Prefer: wait` is cut to this."""
+
+_ROOM_FOR_FIELDS = 64 * 2**10
+_MOST_FIELD_BYTES = 4 * 2**10
+_bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
+
+
+def caller(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+) -> str | None:
+    """The name that the bearer key belongs to, or None where everyone may call.
+
+    Keys are looked up by their SHA-256, so that timing says nothing about them. Raises
+    Unauthorized without a known key.
+    """
+    callers: Mapping[bytes, str] = request.app.state.callers
+    if not callers:
+        return None
+    if credentials is None:
+        raise Unauthorized("Send a key: Authorization: Bearer <key>")
+    name = callers.get(hashlib.sha256(credentials.credentials.encode()).digest())
+    if name is None:
+        raise Unauthorized("The key is not known here")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What RFC 7240's `Prefer` asked for, as far as it is honoured."""
+
+    respond_async: bool = False
+    wait: int | None = None
+
+    @classmethod
+    def of(cls, headers: Sequence[str]) -> Self:
+        """Read the headers; what cannot be honoured is ignored, as the RFC demands."""
+        tokens = (token.split(";")[0].partition("=") for token in ",".join(headers).split(","))
+        named = {name.strip().lower(): value.strip(' "') for name, _, value in reversed([*tokens])}
+        wait = named.get("wait", "")
+        seconds = min(max(int(wait[:9]), 1), LONGEST_WAIT) if wait.isdecimal() else None
+        return cls("respond-async" in named, seconds)
+
+    def seconds(self, default: int) -> int:
+        """How long to wait before answering without the result."""
+        if self.wait is not None:
+            return self.wait
+        return 0 if self.respond_async else default
+
+
+async def read_question(request: Request, most_image_bytes: int) -> PredictRequest:
+    """The question in a form or in JSON, its body bounded while it is read.
+
+    Raises UnsupportedMedia, TooLarge, MalformedRequest, or InvalidField with every bad field.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            body = await _bounded(request, -(-most_image_bytes // 3) * 4).body()
+            return _validated(lambda: PredictRequest.model_validate_json(body, strict=True))
+        if kind == "multipart/form-data":
+            fields = await _form_fields(_bounded(request, most_image_bytes))
+            return _validated(lambda: PredictRequest.model_validate(fields))
+    except ClientDisconnect as error:
+        raise MalformedRequest("The connection ended before the body did") from error
+    raise UnsupportedMedia("Send multipart/form-data or application/json")
+
+
+def _bounded(request: Request, most_bytes: int) -> Request:
+    """The same request, whose body may not be larger than an image and its fields."""
+    most, taken = most_bytes + _ROOM_FOR_FIELDS, 0
+    too_large = TooLarge(f"The body is larger than {most} bytes", limit=most)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:18]) > most:
+        raise too_large
+
+    async def receive() -> Message:
+        nonlocal taken
+        message = await request.receive()
+        taken += len(message.get("body", b""))
+        if taken > most:
+            raise too_large
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def _form_fields(request: Request) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=20, max_part_size=_MOST_FIELD_BYTES) as form:
+        for name, value in form.multi_items():
+            if name in fields:
+                raise invalid_field(name, f"The field {name} is given more than once")
+            if name == "image" and not isinstance(value, UploadFile):
+                raise invalid_field(name, "image must be sent as a file, with a file name")
+            fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    return fields
+
+
+def _validated(validate: Callable[[], PredictRequest]) -> PredictRequest:
+    try:
+        return validate()
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        if errors[0]["type"] == "json_invalid":
+            raise MalformedRequest(errors[0]["msg"]) from error
+        raise invalid_fields(errors) from error

@@ -1,0 +1,167 @@
+"""Jobs, shards and their states: plain data, without torch, HTTP or a clock of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+NOISE_FORMAT = "philox4x32-10/discrete-gaussian/1"
+"""Part of every noise key: rows drawn in another way are other rows."""
+
+
+class Mode(StrEnum):
+    """What a job asks for; PREDICT rows travel in the fast lane."""
+
+    CERTIFY = "certify"
+    PREDICT = "predict"
+
+    @property
+    def lane(self) -> str:
+        """`hi` for PREDICT, `lo` for CERTIFY."""
+        return "hi" if self is Mode.PREDICT else "lo"
+
+
+class Domain(StrEnum):
+    """The two independent families of noise rows, each indexed from 0."""
+
+    SELECTION = "selection"
+    ESTIMATION = "estimation"
+
+
+class State(StrEnum):
+    """The life of a job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to the job."""
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows [start, stop) of one domain of a job: the unit of leasing, retrying and counting."""
+
+    index: int
+    domain: Domain
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many noise rows the shard holds."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One question about one image.
+
+    `pixels` are the uint8 bytes of an image of `shape` (3, H, W), channel first; `bundle` is the
+    digest of the task's bundle with its numerics; `key` the job's noise key (32 bytes); `classes`
+    how many labels the task has; `created` is in Unix seconds; `owner` names the caller's key.
+    """
+
+    id: str
+    task: str
+    bundle: str
+    mode: Mode
+    sigma: float
+    alpha: float
+    n0: int
+    n: int
+    classes: int
+    shape: tuple[int, int, int]
+    pixels: bytes
+    key: bytes
+    created: float
+    owner: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Noise rows the whole job needs: n0 + n, or n in predict mode (n0 is 0 there)."""
+        return self.n0 + self.n
+
+    def shards(self, most_rows: int) -> tuple[Shard, ...]:
+        """The job's rows cut into shards of at most `most_rows` (>= 1), selection first."""
+        cuts = [
+            (domain, start, min(start + most_rows, rows))
+            for domain, rows in ((Domain.SELECTION, self.n0), (Domain.ESTIMATION, self.n))
+            for start in range(0, rows, most_rows)
+        ]
+        return tuple(Shard(index, *cut) for index, cut in enumerate(cuts))
+
+    def domain_key(self, domain: Domain) -> bytes:
+        """Noise key (32 bytes) of one domain of rows."""
+        return hmac.digest(self.key, domain.encode(), "sha256")
+
+    def encode(self) -> bytes:
+        """UTF-8 JSON that `decode` reads; bytes travel as base64."""
+        fields = asdict(self)
+        for name in ("pixels", "key"):
+            fields[name] = b64encode(fields[name]).decode()
+        return canonical_json(fields)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Job:
+        """Read what `encode` wrote; unknown or missing fields raise TypeError."""
+        readers: dict[str, Callable[[Any], Any]] = {
+            "pixels": b64decode,
+            "key": b64decode,
+            "mode": Mode,
+            "shape": tuple,
+        }
+        fields = json.loads(encoded)
+        for name in readers.keys() & fields.keys():
+            fields[name] = readers[name](fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What is known of a job: `selection` and `estimation` are votes by class, of `rows_done` rows.
+
+    Times are Unix seconds; `problem` is a problem document once the state is `failed`.
+    """
+
+    job: Job
+    state: State
+    rows_done: int
+    selection: tuple[int, ...]
+    estimation: tuple[int, ...]
+    started: float | None = None
+    finished: float | None = None
+    problem: dict[str, Any] | None = None
+
+
+def canonical_json(value: object) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: the same value is always the same bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def noise_key(
+    secret: bytes, pixels: bytes, shape: tuple[int, int, int], bundle: str, sigma: float
+) -> bytes:
+    """The job's noise key (32 bytes): HMAC-SHA256 of what a trial is (design.md, Key of the noise).
+
+    n, n0, alpha and mode are left out on purpose: a longer question extends the same rows.
+    """
+    trial = {
+        "noise": NOISE_FORMAT,
+        "pixels": hashlib.sha256(pixels).hexdigest(),
+        "shape": list(shape),
+        "bundle": bundle,
+        "sigma": float(sigma),
+    }
+    return hmac.digest(secret, canonical_json(trial), "sha256")

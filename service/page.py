@@ -1,0 +1,56 @@
+"""What people open in a browser: the page, and the interface's description."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+_PAGE = Path(__file__).parent / "static" / "index.html"
+
+pages = APIRouter(include_in_schema=False)
+docs_assets = StaticFiles(packages=[("fastapi_offline", "static")])
+
+
+@pages.get("/")
+async def get_page() -> HTMLResponse:
+    """The page; nothing but its own script and style may run on it."""
+    page = _PAGE.read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; script-src {_hash(page, 'script')}; style-src {_hash(page, 'style')};"
+        " connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    return HTMLResponse(page, headers=headers | {"Referrer-Policy": "no-referrer"})
+
+
+@pages.get("/openapi.json")
+async def get_openapi(request: Request) -> Response:
+    """The interface's description, for programs."""
+    return JSONResponse(request.app.openapi())
+
+
+@pages.get("/docs")
+async def get_docs() -> HTMLResponse:
+    """The interface's description, for people, without a byte from elsewhere."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Vouchsafe",
+        swagger_js_url="docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="docs/assets/swagger-ui.css",
+        swagger_favicon_url="docs/assets/favicon.png",
+    )
+
+
+def _hash(page: str, tag: str) -> str:
+    """A policy's source expression for the page's one inline script or style."""
+    (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

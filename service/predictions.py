@@ -1,0 +1,202 @@
+"""A question's way through the service: checked, admitted, decoded, queued, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.certificates import check_certify, check_predict
+from service import telemetry
+from service.answers import answer, problem
+from service.config import Settings
+from service.engine import RETRY_SECONDS, Engine, retry_seconds
+from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
+from service.images import ImageLimits, ImageReader
+from service.jobs import Job, JobStatus, Mode, noise_key
+from service.schemas import PredictRequest, PredictResponse, invalid_field
+
+
+class Predictions:
+    """Turns questions into jobs and jobs into answers; knows nothing of HTTP."""
+
+    def __init__(
+        self, settings: Settings, engine: Engine, tasks: Mapping[str, Bundle], secret: bytes
+    ) -> None:
+        self.engine = engine
+        self.tasks = tasks
+        self._settings = settings
+        self._secret = secret
+        self._reader = ImageReader(
+            ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+            settings.decode_seconds,
+            settings.decode_threads,
+        )
+        self._observers: set[asyncio.Task[None]] = set()
+
+    async def submit(
+        self, asked: PredictRequest, owner: str | None, idempotency_key: str | None
+    ) -> str:
+        """Queue the question and return its job's id, or that of the job the key made before.
+
+        Raises NotFound for an unknown task, InvalidField for what the task cannot answer, Backlog,
+        what `images.decode` raises, and IdempotencyMismatch.
+        """
+        bundle = self.bundle(asked.task)
+        _check(asked, bundle)
+        served = await self._admit(asked, retry_possible=idempotency_key is not None)
+        pixels = await self._reader.read(asked.image, bundle.resolution)
+        job = self._job(asked, pixels, served, len(bundle.labels), owner)
+        job_id = await self.engine.submit(
+            job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
+        )
+        if job_id == job.id:
+            self._observe(job_id)
+        return job_id
+
+    def bundle(self, task: str) -> Bundle:
+        """The task's bundle; raises NotFound with the tasks that there are."""
+        if task not in self.tasks:
+            known = sorted(self.tasks)
+            raise NotFound(f"There is no task {task!r}; there are {', '.join(known)}", tasks=known)
+        return self.tasks[task]
+
+    async def status(self, job_id: str, owner: str | None) -> JobStatus:
+        """The job's status; raises NotFound where there is none or another caller's key made it."""
+        status = await self.engine.status(job_id)
+        if status is None or status.job.owner != owner:
+            raise NotFound("There is no such job, or no longer")
+        return status
+
+    async def ended(
+        self,
+        job_id: str,
+        seconds: float,
+        leaving: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> JobStatus | None:
+        """The job's last status, or None where it has not ended within `seconds`.
+
+        Where `leaving` returns first, the caller is gone: the job is cancelled, and JobCancelled
+        raised. Raises NotFound for a job that is unknown.
+        """
+        if not seconds:
+            return None
+        ending = asyncio.create_task(self._last_status(job_id))
+        gone = asyncio.create_task(leaving()) if leaving is not None else None
+        tasks = {task for task in (ending, gone) if task is not None}
+        try:
+            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done() and gone is not None and gone.done():
+                await self.engine.cancel(job_id)
+                raise JobCancelled("The caller left before the answer was ready", job=job_id)
+            return ending.result() if ending.done() else None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def answer(self, status: JobStatus) -> PredictResponse:
+        """What an ended job answers; raises JobFailed with its problem where there is no answer."""
+        if (refusal := problem(status)) is not None:
+            raise JobFailed(refusal)
+        return answer(status, self.bundle(status.job.task))
+
+    async def close(self) -> None:
+        """Drop the image threads and stop observing jobs."""
+        self._reader.close()
+        for observer in self._observers:
+            observer.cancel()
+        await asyncio.gather(*self._observers, return_exceptions=True)
+
+    async def _admit(self, asked: PredictRequest, *, retry_possible: bool) -> str:
+        """The digest that a live worker serves the task under, if the rows fit.
+
+        A possible retry is not refused by its rows here: the engine may know its answer already.
+        """
+        capacity = await self.engine.capacity()
+        if asked.task not in capacity.bundles:
+            raise Backlog(f"No live worker serves {asked.task!r}", retry_after=RETRY_SECONDS)
+        room = self._settings.backlog_rows - capacity.backlog_rows
+        if asked.rows > self._settings.backlog_rows:
+            detail = f"n = {asked.n} makes {asked.rows} rows, more than ever wait at once"
+            raise invalid_field("n", detail, asked.n, self._settings.backlog_rows)
+        if asked.rows > room and not retry_possible:
+            raise Backlog(
+                f"{capacity.backlog_rows} rows are waiting, so {asked.rows} more do not fit",
+                retry_after=retry_seconds(capacity.backlog_rows, capacity.rows_per_second),
+            )
+        return capacity.bundles[asked.task]
+
+    def _job(
+        self,
+        asked: PredictRequest,
+        pixels: NDArray[np.uint8],
+        served: str,
+        classes: int,
+        owner: str | None,
+    ) -> Job:
+        channels, height, width = pixels.shape
+        shape, data = (channels, height, width), pixels.tobytes()
+        return Job(
+            id=secrets.token_urlsafe(16),
+            task=asked.task,
+            bundle=served,
+            mode=asked.mode,
+            sigma=asked.sigma,
+            alpha=asked.alpha,
+            n0=asked.selection_rows,
+            n=asked.n,
+            classes=classes,
+            shape=shape,
+            pixels=data,
+            key=noise_key(self._secret, data, shape, served, asked.sigma),
+            created=time.time(),
+            owner=owner,
+        )
+
+    async def _last_status(self, job_id: str) -> JobStatus:
+        last = None
+        async for status in self.engine.watch(job_id):
+            last = status
+        if last is None or not last.state.ended:
+            raise NotFound("There is no such job, or no longer")
+        return last
+
+    def _observe(self, job_id: str) -> None:
+        """Count the job's outcome once, however often and by whomever it is then read."""
+        observer = asyncio.create_task(self._count_outcome(job_id))
+        self._observers.add(observer)
+        observer.add_done_callback(self._observers.discard)
+
+    async def _count_outcome(self, job_id: str) -> None:
+        try:
+            told = self.answer(await self._last_status(job_id))
+        except Problem:
+            return  # The job failed, was cancelled or erased: there is no answer to count.
+        telemetry.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
+        if told.abstained:
+            telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()
+        elif told.radius is not None:
+            telemetry.CERTIFIED_RADIUS.observe(told.radius)
+
+
+def _check(asked: PredictRequest, bundle: Bundle) -> None:
+    """Raises InvalidField for noise too strong for the task and for what could only abstain."""
+    if asked.sigma > bundle.largest_sigma:
+        limit = bundle.largest_sigma
+        detail = f"sigma = {asked.sigma:g}: the task {asked.task!r} supports at most {limit:g}"
+        raise invalid_field("sigma", detail, asked.sigma, limit)
+    try:
+        if asked.mode is Mode.CERTIFY:
+            check_certify(asked.n0, asked.n, asked.sigma, asked.alpha)
+        else:
+            check_predict(asked.n, asked.alpha)
+    except ValueError as error:
+        field = str(error).partition(" ")[0]
+        raise invalid_field(field, str(error), getattr(asked, field)) from error

@@ -1,0 +1,64 @@
+"""Every error over HTTP: the one handler that renders problems, and how /docs describes them."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from service.errors import (
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+    Problem,
+    Unauthorized,
+)
+from service.schemas import ProblemResponse, invalid_fields
+from service.telemetry import REJECTIONS
+
+MEDIA_TYPE = "application/problem+json"
+
+
+async def render_problem(_: Request, error: Exception) -> Response:
+    """Any error as a problem document; what was not foreseen says no more than that."""
+    problem = _as_problem(error)
+    document = problem.document()
+    REJECTIONS.labels(document["type"].rpartition(":")[2]).inc()
+    headers = dict(getattr(error, "headers", None) or {})
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(problem.retry_after)
+    if isinstance(problem, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(document, document["status"], headers, media_type=MEDIA_TYPE)
+
+
+def _as_problem(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestValidationError):
+        return invalid_fields(error.errors())
+    if isinstance(error, HTTPException):
+        kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
+        return kinds.get(error.status_code, MalformedRequest)(error.detail)
+    return Problem("The service failed; its log says why")
+
+
+def problem_responses(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for the problems that a route can answer with."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    schema = ProblemResponse.model_json_schema()
+    for kind in kinds:
+        example = kind("What was wrong this time, and what to change").document()
+        described = responses.setdefault(
+            kind.status,
+            {
+                "description": HTTPStatus(kind.status).phrase,
+                "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}},
+            },
+        )
+        described["content"][MEDIA_TYPE]["examples"][kind.slug] = {"value": example}
+    return responses

@@ -1,0 +1,275 @@
+"""What is asked and answered over HTTP: one pydantic model per document, described for /docs."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from service.errors import InvalidField
+from service.jobs import Mode, State, canonical_json
+
+MOST_ROWS = 100_000
+SMALLEST_SIGMA = 0.02
+LARGEST_SIGMA = 4.0
+DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100}
+
+
+def _from_base64(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise PydanticCustomError("base64", "Input should be base64 without line breaks") from None
+
+
+def _default_rows(earlier: dict[str, Any]) -> int:
+    return DEFAULT_ROWS[earlier.get("mode", Mode.CERTIFY)]
+
+
+AnyMode = Annotated[Mode, WithJsonSchema({"enum": [mode.value for mode in Mode]})]
+Encoded = Annotated[
+    bytes,
+    BeforeValidator(_from_base64),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+
+
+class PredictRequest(BaseModel):
+    """One question about one image, as a form or as JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    image: Encoded = Field(description="A JPEG, PNG or WebP: a form's file, or base64 in JSON.")
+    task: str = Field("default", max_length=200, description="Which labels to choose from.")
+    mode: AnyMode = Field(
+        Mode.CERTIFY,
+        description="`certify` answers with a radius; `predict` is quicker and has none.",
+    )
+    sigma: float = Field(
+        0.25,
+        ge=SMALLEST_SIGMA,
+        le=LARGEST_SIGMA,
+        description="Standard deviation of the noise, for pixels in [0, 1]; /models has the "
+        "largest that each task supports.",
+    )
+    alpha: float = Field(
+        0.001, gt=0.0, lt=0.5, description="Probability that the answer's statement is wrong."
+    )
+    n0: int = Field(
+        100, ge=1, le=MOST_ROWS, description="Rows that choose the label; unused by `predict`."
+    )
+    n: int = Field(
+        default_factory=_default_rows,
+        ge=1,
+        le=MOST_ROWS,
+        description="Rows that bound the label's probability; 1000 by default, 100 for `predict`.",
+    )
+
+    @property
+    def selection_rows(self) -> int:
+        """n0, or 0 in predict mode, which has no selection."""
+        return self.n0 if self.mode is Mode.CERTIFY else 0
+
+    @property
+    def rows(self) -> int:
+        """Noise rows the whole question needs."""
+        return self.selection_rows + self.n
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the question, the same for a form and for JSON."""
+        asked = self.model_dump(mode="json", exclude={"image", "n0"})
+        asked |= {"n0": self.selection_rows, "image": hashlib.sha256(self.image).hexdigest()}
+        return hashlib.sha256(canonical_json(asked)).hexdigest()
+
+
+class LabelCount(BaseModel):
+    """The votes of one label."""
+
+    label: str = Field(description="The label.")
+    count: int = Field(description="How many noisy rows were classified as it.")
+
+
+class Timing(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    queue: float = Field(description="From the question's acceptance to its first row's start.")
+    inference: float = Field(description="From the first row's start to the last row's vote.")
+    total: float = Field(description="From the question's acceptance to the last row's vote.")
+
+
+class PredictResponse(BaseModel):
+    """An answer: certified means stable, not correct."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "rB3hYbY0mPz2kQ9xW1cVdA",
+                "task": "default",
+                "mode": "certify",
+                "label": "frog",
+                "label_index": 6,
+                "abstained": False,
+                "certified": True,
+                "radius": 0.4098992906156954,
+                "sigma": 0.25,
+                "alpha": 0.001,
+                "n0": 100,
+                "n": 1000,
+                "rows_used": 1100,
+                "p_lower": 0.9494555232586466,
+                "counts": [{"label": "frog", "count": 970}, {"label": "cat", "count": 30}],
+                "method": "cohen-certify",
+                "resolution": 32,
+                "bundle": "9f2c4d5e6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c5d6e7f",
+                "timing_ms": {"queue": 2.1, "inference": 840.5, "total": 842.6},
+                "certificate": None,
+            }
+        }
+    )
+
+    id: str = Field(description="The job's id, for /jobs/{id}.")
+    task: str = Field(description="The task that was asked for.")
+    mode: AnyMode = Field(description="The mode that was asked for.")
+    label: str | None = Field(description="The label, or null on abstention.")
+    label_index: int | None = Field(description="Its place in the task's labels, from 0, or null.")
+    abstained: bool = Field(description="Whether the votes were too close to answer.")
+    certified: bool = Field(
+        description="Whether the radius is a guarantee: the label is stable within it. It may "
+        "still be the wrong label."
+    )
+    radius: float | None = Field(
+        description="No change of the pixels (in [0, 1]) shorter than this in l2 norm changes the "
+        "label; 0.0 on abstention, null in predict mode."
+    )
+    sigma: float = Field(description="Standard deviation of the noise.")
+    alpha: float = Field(description="Probability that the statement is wrong.")
+    n0: int = Field(description="Selection rows; 0 in predict mode.")
+    n: int = Field(description="Estimation rows; in predict mode, all rows.")
+    rows_used: int = Field(description="n0 + n.")
+    p_lower: float | None = Field(
+        description="Lower bound on the label's probability under noise; null in predict mode."
+    )
+    counts: list[LabelCount] = Field(
+        description="Votes of the estimation rows, most first, without zeros; they sum to n."
+    )
+    method: str = Field(description="The statistical procedure.")
+    resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
+    bundle: str = Field(description="SHA-256 of the task's artefact with the numerics used.")
+    timing_ms: Timing = Field(description="Where the time went.")
+    certificate: None = Field(default=None, description="Null: certificates are not yet documents.")
+
+
+class ProblemResponse(BaseModel):
+    """An error, as RFC 9457 describes it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="Names the kind of error, for programs; it never changes.")
+    title: str = Field(description="The kind of error, for people.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What was wrong this time, and what to change.")
+
+
+class JobResponse(BaseModel):
+    """A job, whether or not it has ended."""
+
+    id: str = Field(description="The job's id.")
+    state: Annotated[State, WithJsonSchema({"enum": [state.value for state in State]})] = Field(
+        description="How far the job is."
+    )
+    progress: float = Field(description="Share of the rows that are counted, from 0 to 1.")
+    rows_done: int = Field(description="Rows counted so far.")
+    rows: int = Field(description="Rows the job needs.")
+    task: str = Field(description="The task that was asked for.")
+    mode: AnyMode = Field(description="The mode that was asked for.")
+    created: float = Field(description="When the job was accepted, in Unix seconds.")
+    started: float | None = Field(description="When its first row started, or null.")
+    finished: float | None = Field(description="When it ended, or null.")
+    result: PredictResponse | None = Field(description="The answer, once succeeded.")
+    problem: dict[str, Any] | None = Field(
+        description="Why there is no answer, once failed or cancelled: a problem document."
+    )
+
+
+class ModelResponse(BaseModel):
+    """A task that can be asked for."""
+
+    task: str = Field(description="What to send as `task`.")
+    id: str = Field(description="The id of the task's artefact.")
+    labels: list[str] = Field(description="The labels, in the order of `label_index`.")
+    resolution: int = Field(description="Side of the certified square, in pixels.")
+    denoiser: str = Field(description="The kind of denoiser.")
+    classifier: str = Field(description="The kind of classifier.")
+    licence: str = Field(description="What the weights may be used for.")
+    k: float = Field(description="Scale of the denoiser's noise-level conditioning.")
+    largest_sigma: float = Field(description="The strongest noise that the task supports.")
+    bundle: str | None = Field(description="The digest served now, or null without a worker.")
+    ready: bool = Field(description="Whether a live worker serves the task.")
+
+
+class ModelsResponse(BaseModel):
+    """Every task that can be asked for."""
+
+    models: list[ModelResponse] = Field(description="The tasks.")
+
+
+class HealthResponse(BaseModel):
+    """A probe's answer."""
+
+    status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
+    detail: str = Field(description="What the probe is waiting for, empty when ok.")
+
+
+def invalid_field(
+    field: str, detail: str, value: object = None, limit: float | None = None
+) -> InvalidField:
+    """The problem of one field; `detail` is a sentence that stands alone."""
+    explained: dict[str, Any] = {"field": field, "detail": detail}
+    explained |= {} if value is None else {"value": value}
+    explained |= {} if limit is None else {"limit": limit}
+    return InvalidField(detail, errors=[explained])
+
+
+def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> InvalidField:
+    """The problem for pydantic's errors: for each, the field, its value, its limit, the detail."""
+    # A default that waits for another field is reported beside that field's own error.
+    real = [error for error in errors if error["type"] != "default_factory_not_called"]
+    explained = [_explained(error) for error in real]
+    lines = (
+        f"{error['field']}: {error['detail']}"
+        + (f" (it is {error['value']!r})" if "value" in error else "")
+        for error in explained
+    )
+    return InvalidField("; ".join(lines), errors=explained)
+
+
+def _explained(error: Mapping[str, Any]) -> dict[str, Any]:
+    kind, context = error["type"], error.get("ctx", {})
+    explained = {"field": ".".join(map(str, error["loc"])) or "body", "detail": error["msg"]}
+    if kind == "extra_forbidden":
+        known = ", ".join(sorted(PredictRequest.model_fields))
+        explained["detail"] = f"There is no such field; the fields are {known}"
+    if kind != "missing" and explained["field"] != "image":
+        explained["value"] = _shown(error.get("input"))
+    limits = [context[name] for name in ("ge", "gt", "le", "lt", "max_length") if name in context]
+    return explained | ({"limit": limits[0]} if limits else {})
+
+
+def _shown(value: object) -> object:
+    """The value if JSON can hold it in a line, else the beginning of what it looks like."""
+    if (
+        value is None
+        or isinstance(value, bool | int)
+        or (isinstance(value, float) and isfinite(value))
+    ):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,116 @@
+"""Prometheus metrics of the whole service, and the middleware that times requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from importlib import metadata
+from time import perf_counter
+
+from prometheus_client import Counter, Gauge, Histogram, Info
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_log = logging.getLogger("vouchsafe.access")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("vouchsafe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+VERSION = _version()
+"""The installed release, or `unknown` in a source tree that is not installed."""
+
+REQUESTS = Counter("vouchsafe_requests", "HTTP requests answered.", ["method", "route", "status"])
+REQUEST_SECONDS = Histogram(
+    "vouchsafe_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS
+)
+REJECTIONS = Counter("vouchsafe_rejections", "Problems answered, by type.", ["reason"])
+ROWS = Counter("vouchsafe_rows", "Noise rows computed.", ["task"])
+BATCHES = Counter("vouchsafe_batches", "Device batches computed.", ["task"])
+BATCH_ROWS = Histogram(
+    "vouchsafe_batch_rows",
+    "Rows in a device batch, without padding.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+)
+BATCH_JOBS = Histogram(
+    "vouchsafe_batch_jobs",
+    "Jobs that share a device batch.",
+    buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128),
+)
+PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a device batch.")
+BATCH_SECONDS = Histogram(
+    "vouchsafe_batch_seconds", "Time to compute a device batch.", buckets=_SECONDS
+)
+SHARDS = Counter(
+    "vouchsafe_shards",
+    "Shards that left a worker: committed, refused, failed or released.",
+    ["outcome"],
+)
+QUEUE_SECONDS = Histogram(
+    "vouchsafe_queue_seconds",
+    "Time from a job's acceptance to its first row's start.",
+    buckets=_SECONDS,
+)
+CERTIFIED_RADIUS = Histogram(
+    "vouchsafe_certified_radius",
+    "Certified l2 radii, for pixels in [0, 1].",
+    buckets=(0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0),
+)
+ABSTENTIONS = Counter("vouchsafe_abstentions", "Answers without a label.", ["task", "mode"])
+QUEUE_ROWS = Gauge("vouchsafe_queue_rows", "Rows waiting or leased; NaN if the engine is silent.")
+BUILD_INFO = Info("vouchsafe_build", "The running release.")
+BUILD_INFO.info({"version": VERSION})
+
+
+class RequestTelemetry:
+    """ASGI middleware: counts and times requests by route template and logs one line for each.
+
+    A caller's `X-Request-Id` (64 letters, digits, dots, dashes or underscores at most) is kept,
+    otherwise one is made; either way it is in the answer and, with the job's id, in the log line.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request, then record it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, begun, request_id = 500, perf_counter(), _request_id(scope)
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        finally:
+            _record(scope, status, perf_counter() - begun, request_id)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+    route = getattr(scope.get("route"), "path", None) or "unmatched"
+    REQUESTS.labels(method, route, str(status)).inc()
+    REQUEST_SECONDS.labels(route).observe(seconds)
+    line = {"request": request_id, "method": method, "route": route, "status": status}
+    line |= {"seconds": round(seconds, 4), "job": scope.get("state", {}).get("job")}
+    _log.info(json.dumps(line))

@@ -1,0 +1,356 @@
+"""The worker: pulls shards from any engine, computes device batches, and commits the votes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.smoothing import Rows
+from service import telemetry
+from service.batching import Packer, Slice
+from service.device import ComputeThread, DeviceFailed
+from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
+from service.errors import ShardDead
+
+logger = logging.getLogger("vouchsafe.worker")
+
+T = TypeVar("T")
+
+
+class Model(Protocol):
+    """A served task: device batches of one fixed shape, so that companions change nothing."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows in a device batch."""
+
+    @property
+    def classes(self) -> int:
+        """K, the number of labels."""
+
+    @property
+    def digest(self) -> str:
+        """The served digest: the bundle's, together with the numerics."""
+
+    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch; blocks."""
+
+
+async def work(
+    engine: Engine,
+    models: Mapping[str, Model],
+    *,
+    worker_id: str,
+    stop: asyncio.Event,
+    thread: ComputeThread,
+    lease_seconds: float = 30.0,
+) -> None:
+    """Serve `models` (by task; read anew at every pull) until `stop`.
+
+    One batch is computed while the rows of one more are held. On `stop` the batch in hand is
+    finished and committed and the rest handed back. Errors of the engine are waited out; raises
+    DeviceFailed where the device hangs or is broken, having handed back what it did not compute.
+    """
+    await _Loop(engine, models, worker_id, stop, thread, lease_seconds).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Lot:
+    """What is in hand of one task and bundle."""
+
+    task: str
+    model: Model
+    packer: Packer
+
+
+class _Loop:
+    def __init__(
+        self,
+        engine: Engine,
+        models: Mapping[str, Model],
+        worker_id: str,
+        stop: asyncio.Event,
+        thread: ComputeThread,
+        lease_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._worker_id = worker_id
+        self._stop = stop
+        self._thread = thread
+        self._lease_seconds = lease_seconds
+        self._lots: dict[tuple[str, str], _Lot] = {}
+        self._last_task: str | None = None
+        self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
+        self._reports: set[asyncio.Task[None]] = set()
+        self._ending = asyncio.Event()
+        self._arrived = asyncio.Event()
+        self._taken = asyncio.Event()
+
+    async def run(self) -> None:
+        listening = asyncio.create_task(self._end_on_stop())
+        pulling = asyncio.create_task(self._until_ending(self._prefetch))
+        try:
+            await self._until_ending(self._compute_next)
+        finally:
+            listening.cancel()
+            self._end()
+            await asyncio.wait({pulling}, timeout=self._lease_seconds)
+            pulling.cancel()
+            await asyncio.gather(*self._reports)
+            await self._hand_back()
+
+    async def _end_on_stop(self) -> None:
+        await self._stop.wait()
+        self._end()
+
+    def _end(self) -> None:
+        for event in (self._ending, self._arrived, self._taken):
+            event.set()
+
+    async def _until_ending(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeat the step; an error of the engine is logged, and a pause made before the next."""
+        failures = 0
+        while not self._ending.is_set():
+            try:
+                await step()
+                failures = 0
+            except DeviceFailed:
+                raise
+            except Exception:
+                logger.exception("a step of the worker failed; trying again")
+                await _returns_within(self._ending.wait(), _pause(failures))
+                failures += 1
+
+    async def _prefetch(self) -> None:
+        """Hold the rows of one batch besides the one being computed."""
+        most = max((model.batch_rows for model in self._models.values()), default=1)
+        missing = most - sum(lot.packer.rows for lot in self._lots.values())
+        if missing <= 0:
+            self._taken.clear()
+            await self._taken.wait()
+            return
+        bundles = {task: model.digest for task, model in self._models.items()}
+        worker = Worker(self._worker_id, bundles)
+        for lease in await self._engine.pull(worker, missing, self._last_task):
+            await self._accept(lease)
+
+    async def _accept(self, lease: Lease) -> None:
+        model = self._models.get(lease.job.task)
+        if model is None or model.digest != lease.job.bundle:
+            await self._engine.release([lease])  # The task changed during the pull.
+            return
+        key = (lease.job.task, lease.job.bundle)
+        lot = self._lots.setdefault(key, _Lot(lease.job.task, model, Packer(model.batch_rows)))
+        lot.packer.add(lease)
+        self._arrived.set()
+
+    async def _compute_next(self) -> None:
+        lot = self._next_lot()
+        if lot is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+            return
+        await self._renew()
+        batch = lot.packer.next_batch()
+        self._taken.set()
+        if batch:
+            await self._start(lot, batch)
+            await self._compute(lot, batch)
+
+    def _next_lot(self) -> _Lot | None:
+        """The lot whose turn it is: tasks in hand take turns, however fast one is topped up."""
+        for key, lot in list(self._lots.items()):
+            if not lot.packer.leases:
+                del self._lots[key]
+            elif lot.packer.rows:
+                self._lots[key] = self._lots.pop(key)
+                return lot
+        return None
+
+    async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> None:
+        try:
+            await self._engine.start(_leases(batch))
+        except BaseException:
+            lot.packer.put_back(batch)
+            raise
+
+    async def _compute(self, lot: _Lot, batch: Sequence[Slice]) -> None:
+        self._last_task = lot.task
+        began = time.monotonic()
+        try:
+            votes = await self._votes(lot.model, [_rows(part) for part in batch])
+        except DeviceFailed:
+            for lease in _leases(batch):
+                lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
+            raise
+        except Exception as error:
+            logger.exception("a batch of task %s failed", lot.task)
+            await self._blame(lot, batch, error)
+        else:
+            _measure(lot, batch, time.monotonic() - began)
+            self._proven.setdefault(lot.model.digest, _blank(batch[0]))
+            for lease, counts in lot.packer.absorb(batch, votes):
+                self._report(self._commit(lease, counts))
+
+    async def _votes(self, model: Model, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """One device batch, renewing the leases meanwhile; raises what the model raises."""
+        computing = asyncio.ensure_future(self._thread.run(model.votes, parts))
+        try:
+            while not computing.done():
+                await asyncio.wait({computing}, timeout=self._lease_seconds / 3)
+                if not self._thread.healthy:
+                    raise DeviceFailed("a device batch has run past its limit")
+                if not computing.done():
+                    await self._renew_if_possible()
+        finally:
+            computing.cancel()
+        votes = computing.result()
+        if votes.shape != (len(parts), model.classes):
+            raise ValueError(f"votes of shape {votes.shape}")
+        return votes
+
+    async def _blame(self, lot: _Lot, batch: Sequence[Slice], error: Exception) -> None:
+        """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
+        if not await self._device_works(lot.model):
+            self._thread.declare_broken()
+            raise DeviceFailed("the device fails a batch that it computed before") from error
+        suspects = _leases(batch)
+        if len(suspects) > 1:
+            lot.packer.put_back(batch, alone=True)
+        else:
+            lot.packer.drop(suspects[0])
+            self._report(self._fail(suspects[0], error))
+
+    async def _device_works(self, model: Model) -> bool:
+        """The self-test: a blank image once more, where one has been computed before."""
+        proven = self._proven.get(model.digest)
+        try:
+            if proven is not None:
+                await self._votes(model, [proven])
+        except DeviceFailed:
+            raise
+        except Exception:
+            logger.exception("the self-test failed")
+            return False
+        return True
+
+    async def _renew(self) -> None:
+        """Extend every lease in hand and let go of those lost."""
+        leases = self._in_hand()
+        held = {lease.token for lease in await self._engine.renew(leases)}
+        for lease in leases:
+            if lease.token not in held:
+                self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
+        self._taken.set()
+
+    async def _renew_if_possible(self) -> None:
+        try:
+            await self._renew()
+        except Exception:
+            logger.exception("the leases could not be renewed")
+
+    def _in_hand(self) -> list[Lease]:
+        return [lease for lot in self._lots.values() for lease in lot.packer.leases]
+
+    async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
+        try:
+            counted = await self._insist(lambda: self._engine.commit(lease, counts.tolist()))
+        except ValueError as error:
+            await self._fail(lease, error)
+        else:
+            telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()
+
+    async def _fail(self, lease: Lease, error: Exception) -> None:
+        detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
+        problem = ShardDead(detail, job=lease.job.id).document()
+        await self._insist(lambda: self._engine.fail(lease, problem))
+        telemetry.SHARDS.labels(outcome="failed").inc()
+
+    def _report(self, report: Coroutine[Any, Any, None]) -> None:
+        """Tell the engine while the next batch computes."""
+        task = asyncio.create_task(_logged(report))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The engine's answer, asking again for as long as a lease lasts."""
+        deadline = time.monotonic() + self._lease_seconds
+        failures = 0
+        while True:
+            try:
+                return await call()
+            except ValueError:
+                raise
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_pause(failures))
+                failures += 1
+
+    async def _hand_back(self) -> None:
+        leases = self._in_hand()
+        try:
+            await self._engine.release(leases)
+        except Exception:
+            logger.exception("%d shards could not be handed back", len(leases))
+        else:
+            telemetry.SHARDS.labels(outcome="released").inc(len(leases))
+
+
+def _leases(batch: Sequence[Slice]) -> list[Lease]:
+    return list({part.lease.token: part.lease for part in batch}.values())
+
+
+def _rows(part: Slice) -> Rows:
+    job = part.lease.job
+    return Rows(
+        pixels=np.frombuffer(job.pixels, np.uint8).reshape(job.shape),
+        key=job.domain_key(part.lease.shard.domain),
+        start=part.start,
+        stop=part.stop,
+        sigma=job.sigma,
+    )
+
+
+def _blank(part: Slice) -> Rows:
+    job = part.lease.job
+    return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)
+
+
+def _measure(lot: _Lot, batch: Sequence[Slice], seconds: float) -> None:
+    rows = sum(part.rows for part in batch)
+    telemetry.ROWS.labels(task=lot.task).inc(rows)
+    telemetry.BATCHES.labels(task=lot.task).inc()
+    telemetry.BATCH_ROWS.observe(rows)
+    telemetry.PADDING_ROWS.inc(lot.model.batch_rows - rows)
+    telemetry.BATCH_SECONDS.observe(seconds)
+    telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
+
+
+def _pause(failures: int) -> float:
+    """Seconds before the next try: twice as long each time, up to 5, jittered."""
+    return min(5.0, 0.05 * 2.0**failures) * random.uniform(0.5, 1)
+
+
+async def _returns_within(waiting: Coroutine[Any, Any, object], seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await waiting
+    except TimeoutError:
+        return
+
+
+async def _logged(report: Coroutine[Any, Any, None]) -> None:
+    try:
+        await report
+    except Exception:
+        logger.exception("the outcome of a shard could not be reported")

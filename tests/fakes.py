@@ -1,0 +1,145 @@
+"""Stand-ins for networks, clock and engine: exact, fast, and as bad-tempered as a test wants."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Engine
+from service.jobs import Domain, Job, Mode
+
+
+class Rows(Protocol):
+    """What the fakes read of models.smoothing.Rows."""
+
+    key: bytes
+    start: int
+    stop: int
+
+
+class FakeClock:
+    """Seconds that pass when told."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def fake_label(key: bytes, row: int, classes: int) -> int:
+    """The label of one row: a pure function of its key and number."""
+    return zlib.crc32(key + row.to_bytes(8, "big")) % classes
+
+
+def fake_votes(key: bytes, rows: Iterable[int], classes: int) -> list[int]:
+    """Votes by class of some rows."""
+    votes = [0] * classes
+    for row in rows:
+        votes[fake_label(key, row, classes)] += 1
+    return votes
+
+
+def true_votes(job: Job, domain: Domain) -> tuple[int, ...]:
+    """What the votes of a whole domain of a job must be under FakeModel."""
+    rows = job.n0 if domain is Domain.SELECTION else job.n
+    return tuple(fake_votes(job.domain_key(domain), range(rows), job.classes))
+
+
+@dataclass
+class FakeModel:
+    """A model without networks; `batches` are the (key, start, stop) that it was asked for.
+
+    Batches with a key of `poison` raise, all of them once `broken`; each waits for `gate` and then
+    takes `delay` seconds.
+    """
+
+    batch_rows: int = 16
+    classes: int = 3
+    digest: str = "bundle-a"
+    delay: float = 0.0
+    poison: Collection[bytes] = ()
+    broken: bool = False
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[list[tuple[bytes, int, int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def votes(self, parts: Iterable[Rows]) -> NDArray[np.int64]:
+        asked = [(part.key, part.start, part.stop) for part in parts]
+        self.batches.append(asked)
+        self.gate.wait()
+        time.sleep(self.delay)
+        if self.broken or any(key in self.poison for key, _, _ in asked):
+            raise RuntimeError("the fake device says no")
+        if sum(stop - start for _, start, stop in asked) > self.batch_rows:
+            raise ValueError("more rows than a batch holds")
+        votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in asked]
+        return np.array(votes, np.int64)
+
+
+class EngineSpy:
+    """An engine that writes down what it is asked, and is out of reach whenever `trouble` says."""
+
+    def __init__(self, engine: Engine, trouble: Callable[[], bool] = lambda: False) -> None:
+        self.engine = engine
+        self.trouble = trouble
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def asked(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of every call of one method."""
+        return [arguments for called, arguments in self.calls if called == name]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def call(*arguments: Any) -> Any:
+            self.calls.append((name, arguments))
+            if self.trouble():
+                raise ConnectionError("the fake engine is out of reach")
+            answer = await getattr(self.engine, name)(*arguments)
+            if self.trouble():
+                raise ConnectionError("the fake engine's answer was lost")
+            return answer
+
+        return call
+
+
+def make_job(
+    identity: str,
+    *,
+    task: str = "default",
+    bundle: str = "bundle-a",
+    mode: Mode = Mode.CERTIFY,
+    n0: int = 10,
+    n: int = 30,
+    classes: int = 3,
+    owner: str | None = None,
+    created: float = 0.0,
+) -> Job:
+    """A small job on a 3x2x2 image that, like its key, is its own."""
+    return Job(
+        id=identity,
+        task=task,
+        bundle=bundle,
+        mode=mode,
+        sigma=0.25,
+        alpha=0.001,
+        n0=0 if mode is Mode.PREDICT else n0,
+        n=n,
+        classes=classes,
+        shape=(3, 2, 2),
+        pixels=identity.encode().ljust(12, b"."),
+        key=identity.encode().ljust(32, b"k"),
+        created=created,
+        owner=owner,
+    )

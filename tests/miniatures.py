@@ -1,0 +1,113 @@
+"""Randomly initialised networks in the real folder layouts, a few kilobytes each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import ByT5Tokenizer, T5EncoderModel
+
+from models.nano.architectures import (
+    DEEPFLOYD_UNET,
+    HEAD_CONFIG,
+    STAGE2_UNET,
+    TEXT_ENCODER,
+    TEXT_WIDTH,
+    if_scheduler,
+)
+
+LABELS = ("cat", "dog", "ship")
+SMALLER: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+}
+
+
+def unet() -> UNet2DConditionModel:
+    """A stage-II UNet with every ingredient of DeepFloyd's, but narrow; float32."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**STAGE2_UNET, **DEEPFLOYD_UNET, **SMALLER}).eval()
+
+
+def states() -> torch.Tensor:
+    """Prompt states (77,D) of nothing in particular."""
+    return torch.randn(77, TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def text_encoder() -> tuple[ByT5Tokenizer, T5EncoderModel]:
+    """A byte-level tokenizer and a T5 encoder with random weights."""
+    torch.manual_seed(2)
+    return ByT5Tokenizer(extra_ids=125), T5EncoderModel(TEXT_ENCODER).eval()
+
+
+def save_super_resolution(folder: Path) -> Path:
+    """A stage-II folder in diffusers' layout."""
+    unet().save_pretrained(folder / "unet")
+    if_scheduler(sample_max_value=1.0).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_open_clip(folder: Path) -> Path:
+    """A CLIP in open_clip's folder layout."""
+    torch.manual_seed(3)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = json.loads(json.dumps(HEAD_CONFIG))
+    described["model_cfg"]["vision_cfg"] |= {"layers": [1, 1, 1, 1], "width": 8}
+    model = open_clip.CLIP(
+        **{name: described["model_cfg"][name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    )
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    ByT5Tokenizer(extra_ids=125).save_pretrained(folder)
+    return folder
+
+
+def save_timm(folder: Path) -> Path:
+    """A timm network in timm's folder layout, its labels in the configuration."""
+    torch.manual_seed(4)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = timm.create_model("test_resnet", num_classes=len(LABELS))
+    described = {
+        "architecture": "test_resnet",
+        "num_classes": len(LABELS),
+        "label_names": list(LABELS),
+        "pretrained_cfg": {
+            "input_size": [3, 48, 48],
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.3, 0.4],
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def save_nothing(folder: Path) -> Path:
+    """The folder of a kind that needs no weights."""
+    return folder
+
+
+DENOISER_FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "super-resolution": save_super_resolution,
+    "none": save_nothing,
+}
+CLASSIFIER_FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "open-clip": save_open_clip,
+    "timm": save_timm,
+}
+
+
+def reference_scheduler() -> DDPMScheduler:
+    """Diffusers' own scheduler with IF-II's settings, for the one-step comparison."""
+    return if_scheduler(sample_max_value=1.0)

@@ -1,0 +1,27 @@
+"""The import rules of design.md, as they hold when the code runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TORCH_FREE = (
+    "models.certificates",
+    "models.bundle",
+    "service.images",
+    "service.batching",
+    "service.jobs",
+    "service.schemas",
+    "service.engine_memory",
+    "service.api",
+    "service.cli",
+)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_loads_without_torch(module: str) -> None:
+    """Importing the API side never loads torch, in a fresh interpreter."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603

@@ -1,0 +1,133 @@
+"""Bundles: written atomically, read suspiciously."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.bundle import Base, Bundle, BundleError, read_bundle, sha256_of, write_bundle
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Bundle:
+    """A bundle of one small file, published under tmp_path/tasks/pets."""
+    states = tmp_path / "states.safetensors"
+    save_file({"states": torch.zeros(2, 3)}, states)
+    pets = Bundle(
+        id="pets",
+        labels=("cat", "dog"),
+        template="a {}",
+        prompt="a  ",
+        k=1.8,
+        resolution=32,
+        largest_sigma=1.0,
+        denoiser=Base("none"),
+        classifier=Base("timm"),
+        licence="none",
+        files={},
+    )
+    return write_bundle(tmp_path / "tasks" / "pets", pets, {"prompt_states.safetensors": states})
+
+
+def rewrite(bundle: Bundle, **changes: object) -> None:
+    path = bundle.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_written_is_read(written: Bundle) -> None:
+    """A bundle survives the disk, digest included, and nothing else lies beside it."""
+    assert read_bundle(written.folder) == written
+    assert read_bundle(written.folder).digest == written.digest
+    assert [path.name for path in written.folder.parent.iterdir()] == ["pets"]
+
+
+def test_digest_covers_settings_files_and_numerics(written: Bundle) -> None:
+    """Another setting, file or numerics is another digest."""
+    assert replace(written, k=1.9).digest != written.digest
+    assert replace(written, files={}).digest != written.digest
+    assert written.served_digest({"dtype": "bfloat16"}) != written.served_digest({})
+
+
+def test_an_existing_bundle_is_not_overwritten(written: Bundle) -> None:
+    """Publishing over a folder is refused and leaves no partial copy."""
+    with pytest.raises(BundleError, match="exists already"):
+        write_bundle(written.folder, written, {})
+    assert len(list(written.folder.parent.iterdir())) == 1
+
+
+def test_a_failed_write_leaves_nothing(written: Bundle, tmp_path: Path) -> None:
+    """Where a source is missing, neither the bundle nor its temporary copy remains."""
+    with pytest.raises(FileNotFoundError):
+        write_bundle(tmp_path / "tasks" / "new", written, {"a.safetensors": tmp_path / "absent"})
+    assert [path.name for path in written.folder.parent.iterdir()] == ["pets"]
+
+
+def test_wrong_hash_is_refused_by_name(written: Bundle) -> None:
+    """A changed byte is found, and the file named."""
+    file = written.folder / "prompt_states.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(BundleError, match=r"'prompt_states\.safetensors' does not have the hash"):
+        read_bundle(written.folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a\\..\\x.safetensors"])
+def test_paths_that_leave_the_folder_are_refused(written: Bundle, name: str) -> None:
+    """No file outside the folder is ever opened."""
+    rewrite(written, files={name: "0" * 64})
+    with pytest.raises(BundleError, match="leaves the folder"):
+        read_bundle(written.folder)
+
+
+def test_links_are_refused(written: Bundle, tmp_path: Path) -> None:
+    """A link is refused even where what it points to has the right hash."""
+    file = written.folder / "prompt_states.safetensors"
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    os.rename(file, elsewhere)
+    file.symlink_to(elsewhere)
+    assert sha256_of(file) == written.files["prompt_states.safetensors"]
+    with pytest.raises(BundleError, match="is a link"):
+        read_bundle(written.folder)
+
+
+def test_pickles_are_refused(written: Bundle) -> None:
+    """Only safetensors files may belong to a bundle."""
+    rewrite(written, files={"weights.bin": "0" * 64})
+    with pytest.raises(BundleError, match=r"'weights\.bin' is not a safetensors file"):
+        read_bundle(written.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"schema": 2}, "schema version 2; this release reads 1"),
+        ({"colour": "red"}, "unknown or missing fields colour"),
+        ({"files": {"absent.safetensors": "0"}}, "'absent.safetensors' is missing"),
+    ],
+)
+def test_manifests_that_are_not_understood_are_refused(
+    written: Bundle, changes: dict[str, object], reason: str
+) -> None:
+    """Unknown versions and fields, and missing files, are named."""
+    rewrite(written, **changes)
+    with pytest.raises(BundleError, match=reason):
+        read_bundle(written.folder)
+
+
+def test_a_base_network_that_changed_is_refused(tmp_path: Path) -> None:
+    """A bundle does not run on weights other than those it was made with."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    base = Base.of("timm", str(tmp_path), ["*.safetensors"])
+    assert base.verified() == tmp_path
+    weights.write_bytes(b"two")
+    with pytest.raises(BundleError, match="not the file that the bundle was made with"):
+        base.verified()
+    weights.unlink()
+    with pytest.raises(BundleError, match="file is missing"):
+        base.verified()

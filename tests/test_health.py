@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from service.api import create_app
+from service.config import Settings
+from tests.serving import SECRET, TASKS, Service, serving
+
+
+async def test_not_ready_before_the_start() -> None:
+    """Before the app has started nothing but its life is well."""
+    client = Service(companions=[]).client
+    for probe, status in (("/livez", 200), ("/readyz", 503), ("/startupz", 503)):
+        response = await client.get(probe)
+        assert (response.status_code, response.json()["status"] == "ok") == (status, status == 200)
+    await client.aclose()
+
+
+async def test_an_api_alone_starts_but_is_not_ready() -> None:
+    """Without any worker an API has started, and its readiness says what is missing."""
+    async with serving(companions=[]) as service:
+        assert (await service.client.get("/startupz")).status_code == 200
+        response = await service.client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["detail"] == "no live worker serves any task"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("broken"), None])
+async def test_ended_companion_ends_readiness(
+    service: Service, fault: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A companion that fails, or just ends, takes readiness away; the rest goes on answering."""
+    end = asyncio.Event()
+
+    async def fragile(stop: asyncio.Event) -> None:
+        await end.wait()
+        if fault is not None:
+            raise fault
+
+    app = create_app(Settings(), service.engine, TASKS, SECRET, [fragile])
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
+    async with app.router.lifespan_context(app), client:
+        assert (await client.get("/readyz")).status_code == 200
+        end.set()
+        await asyncio.sleep(0.01)
+        response = await client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["detail"] == "a part of the service has ended"
+        assert (await client.get("/startupz")).status_code == 200
+        assert (await client.get("/livez")).status_code == 200
+    assert ("not ready any more" in caplog.text) == (fault is not None)
+
+
+async def test_silent_engine_is_not_ready(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that does not answer takes readiness away, and metrics can still be read."""
+
+    async def capacity() -> None:
+        raise ConnectionError("no engine")
+
+    monkeypatch.setattr(service.engine, "capacity", capacity)
+    assert (await service.client.get("/readyz")).json()["detail"] == "the engine does not answer"
+    metrics = (await service.client.get("/metrics")).text
+    assert "vouchsafe_queue_rows NaN" in metrics
+
+
+async def test_companions_are_asked_to_stop() -> None:
+    """At shutdown every companion's event is set, and a deaf one is cancelled after its grace."""
+    heard, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def polite(stop: asyncio.Event) -> None:
+        await stop.wait()
+        heard.set()
+
+    async def deaf(stop: asyncio.Event) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with serving(companions=[polite, deaf], lease_seconds=0.05):
+        await asyncio.sleep(0.01)
+        assert not heard.is_set()
+    assert heard.is_set()
+    assert cancelled.is_set()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.serving import Service, problem, serving
+
+
+@pytest.mark.parametrize("path", ["/models", "/metrics", "/docs", "/openapi.json", "/", "/jobs/x"])
+async def test_keys_are_asked_for(path: str) -> None:
+    """With keys configured, every route but the probes needs one."""
+    async with serving(api_keys="ann:key-of-ann") as service:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic YTpi"}):
+            response = await service.client.get(path, headers=headers)
+            problem(response, 401, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert (
+            await service.client.get(path, headers={"Authorization": "Bearer key-of-ann"})
+        ).status_code in (200, 404)
+        problem(await service.ask(), 401, "unauthorized")
+        for probe in ("/livez", "/readyz", "/startupz"):
+            assert (await service.client.get(probe)).status_code == 200
+
+
+async def test_body_is_bounded_without_a_declared_length() -> None:
+    """An endless body is cut off at the limit, though it never said how long it would be."""
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 65_536
+            yield b"x" * 65_536
+
+    async with serving(max_image_bytes=65_536) as service:
+        headers = {"Content-Type": "application/json"}
+        response = await service.client.post("/predict", content=endless(), headers=headers)
+    problem(response, 413, "too-large")
+    assert sent < 400_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "slug"),
+    [
+        ("text/plain", b"hello", 415, "unsupported-media-type"),
+        ("application/x-www-form-urlencoded", b"n=3", 415, "unsupported-media-type"),
+        ("application/json", b"{", 400, "malformed-request"),
+        ("application/json", b"[]", 422, "invalid-field"),
+        ("application/json", b'{"image": "*"}', 422, "invalid-field"),
+        ("multipart/form-data", b"", 400, "malformed-request"),
+        ("multipart/form-data; boundary=b", b"hello", 400, "malformed-request"),
+    ],
+)
+async def test_bad_bodies_are_problems(
+    service: Service, kind: str, body: bytes, status: int, slug: str
+) -> None:
+    """A body of another kind, or one that breaks its own format, is a problem document."""
+    headers = {"Content-Type": kind}
+    problem(await service.client.post("/predict", content=body, headers=headers), status, slug)
+
+
+async def test_form_fields_must_be_single_and_images_files(service: Service) -> None:
+    """A field given twice, or an image that is a text field, is refused by name."""
+    twice = await service.ask(n=["100", "200"])
+    assert problem(twice, 422, "invalid-field")["errors"][0]["field"] == "n"
+    text = await service.client.post("/predict", files={"image": (None, "text")})
+    assert problem(text, 422, "invalid-field")["errors"][0]["field"] == "image"
+    absent = await service.client.post("/predict", files={"n": (None, "100")})
+    assert problem(absent, 422, "invalid-field")["errors"][0]["field"] == "image"
+
+
+@pytest.mark.parametrize(
+    ("prefer", "status"),
+    [("wait=0", 200), ("wait=x", 200), ("wait=" + "9" * 5000, 200), ("RESPOND-ASYNC;a=b", 202)],
+)
+async def test_odd_preferences_are_no_errors(service: Service, prefer: str, status: int) -> None:
+    """A preference that cannot be honoured is ignored or cut to its bounds, never refused."""
+    assert (await service.ask(headers={"Prefer": prefer})).status_code == status

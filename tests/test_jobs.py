@@ -1,0 +1,136 @@
+"""service/jobs.py: shards, the wire format, and what the noise key depends on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.jobs import Domain, Job, Mode, State, canonical_json, noise_key
+from tests.fakes import make_job
+
+POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
+JOBS = st.builds(
+    Job,
+    id=st.text(),
+    task=st.text(),
+    bundle=st.text(),
+    mode=st.sampled_from(Mode),
+    sigma=POSITIVE,
+    alpha=POSITIVE,
+    n0=st.integers(0, 500),
+    n=st.integers(0, 5000),
+    classes=st.integers(1, 1000),
+    shape=st.tuples(st.just(3), st.integers(1, 512), st.integers(1, 512)),
+    pixels=st.binary(),
+    key=st.binary(min_size=32, max_size=32),
+    created=POSITIVE,
+    owner=st.none() | st.text(),
+)
+TRIAL: dict[str, Any] = {
+    "secret": b"s" * 32,
+    "pixels": bytes(12),
+    "shape": (3, 2, 2),
+    "bundle": "b",
+    "sigma": 0.25,
+}
+
+
+@given(job=JOBS)
+def test_decode_reads_what_encode_wrote(job: Job) -> None:
+    """A job survives the wire, bytes, enums and tuples included."""
+    assert Job.decode(job.encode()) == job
+
+
+def test_encoding_is_utf8_json() -> None:
+    """What travels can be read by anything, and is never a pickle."""
+    assert json.loads(make_job("a").encode())["mode"] == "certify"
+
+
+@pytest.mark.parametrize("name", ["id", "pixels", "shape", "mode", "n"])
+def test_decode_refuses_missing_fields(name: str) -> None:
+    """A message without a field is refused, not filled in."""
+    fields = json.loads(make_job("a").encode())
+    del fields[name]
+    with pytest.raises(TypeError):
+        Job.decode(canonical_json(fields))
+
+
+def test_decode_refuses_unknown_fields() -> None:
+    """A message with a field of another release is refused, not cut."""
+    fields = json.loads(make_job("a").encode()) | {"surprise": 1}
+    with pytest.raises(TypeError):
+        Job.decode(canonical_json(fields))
+
+
+@given(job=JOBS, most_rows=st.integers(1, 700))
+def test_shards_cover_every_row_once(job: Job, most_rows: int) -> None:
+    """Each row of each domain lies in exactly one shard, and no shard is empty or too large."""
+    shards = job.shards(most_rows)
+    covered = [(s.domain, row) for s in shards for row in range(s.start, s.stop)]
+    wanted = [(Domain.SELECTION, row) for row in range(job.n0)]
+    wanted += [(Domain.ESTIMATION, row) for row in range(job.n)]
+    assert covered == wanted
+    assert len(wanted) == job.rows
+    assert all(1 <= shard.rows <= most_rows for shard in shards)
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+
+
+def test_noise_key_is_a_known_answer() -> None:
+    """The key of a fixed trial never changes: certificates of older releases can be replayed."""
+    # HMAC-SHA256 of the canonical JSON, computed with OpenSSL.
+    known = "fa9480ecfecfc61eee18d0796d6df09e8dc57311265e409b420d9f421d836ea2"
+    assert noise_key(**TRIAL).hex() == known
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("secret", b"t" * 32),
+        ("pixels", bytes(11) + b"\1"),
+        ("shape", (3, 4, 1)),
+        ("bundle", "c"),
+        ("sigma", 0.5),
+    ],
+)
+def test_noise_key_changes_with_every_ingredient(name: str, other: object) -> None:
+    """Another secret, image, shape, bundle or sigma is another trial."""
+    assert noise_key(**TRIAL) != noise_key(**(TRIAL | {name: other}))
+
+
+def test_noise_key_takes_a_whole_sigma_as_a_float() -> None:
+    """Asking with sigma 1 and with sigma 1.0 is the same trial."""
+    assert noise_key(**(TRIAL | {"sigma": 1})) == noise_key(**(TRIAL | {"sigma": 1.0}))
+
+
+@given(n0=st.integers(0, 500), n=st.integers(1, 5000), alpha=POSITIVE, mode=st.sampled_from(Mode))
+def test_rows_depend_on_neither_length_nor_confidence(
+    n0: int, n: int, alpha: float, mode: Mode
+) -> None:
+    """A longer question, another alpha or mode reads the same rows under the same keys."""
+    job = make_job("a")
+    other = replace(job, n0=n0, n=n, alpha=alpha, mode=mode)
+    assert all(job.domain_key(domain) == other.domain_key(domain) for domain in Domain)
+
+
+def test_domains_have_keys_of_their_own() -> None:
+    """Selection and estimation never read the same noise, nor the job's key itself."""
+    job = make_job("a")
+    keys = [job.key, job.domain_key(Domain.SELECTION), job.domain_key(Domain.ESTIMATION)]
+    assert all(one != other for one, other in combinations(keys, 2))
+    assert {len(key) for key in keys} == {32}
+
+
+def test_predict_jobs_travel_in_the_fast_lane() -> None:
+    """PREDICT is `hi` and CERTIFY is `lo`."""
+    assert (Mode.PREDICT.lane, Mode.CERTIFY.lane) == ("hi", "lo")
+
+
+def test_three_states_are_final() -> None:
+    """Exactly succeeded, failed and cancelled are ends."""
+    assert [s for s in State if s.ended] == [State.SUCCEEDED, State.FAILED, State.CANCELLED]

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import InvalidField
+from service.jobs import Mode
+from service.schemas import PredictRequest, PredictResponse, invalid_fields
+
+IMAGE = b64encode(b"picture").decode()
+
+
+def read(**fields: Any) -> PredictRequest:
+    body = json.dumps({"image": IMAGE, **fields})
+    return PredictRequest.model_validate_json(body, strict=True)
+
+
+def refusal(**fields: Any) -> InvalidField:
+    with pytest.raises(ValidationError) as refused:
+        read(**fields)
+    return invalid_fields(refused.value.errors())
+
+
+def test_defaults() -> None:
+    """An image alone is a CERTIFY question of 100 and 1000 rows at sigma 0.25 and alpha 0.001."""
+    asked = read()
+    assert asked.image == b"picture"
+    assert (asked.task, asked.mode, asked.sigma, asked.alpha) == ("default", "certify", 0.25, 0.001)
+    assert (asked.n0, asked.n, asked.rows) == (100, 1000, 1100)
+
+
+def test_predict_defaults_to_fewer_rows() -> None:
+    """PREDICT takes 100 rows unless told otherwise, and has no selection rows whatever n0 says."""
+    asked = read(mode="predict", n0=77)
+    assert (asked.mode, asked.n, asked.selection_rows, asked.rows) == (Mode.PREDICT, 100, 0, 100)
+    assert read(mode="predict", n=33).n == 33
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("sigma", 0.019, 0.02),
+        ("sigma", 4.1, 4.0),
+        ("alpha", 0.0, 0.0),
+        ("alpha", 0.5, 0.5),
+        ("n", 0, 1),
+        ("n", 100_001, 100_000),
+        ("n0", 0, 1),
+        ("n0", 100_001, 100_000),
+        ("task", "t" * 201, 200),
+    ],
+)
+def test_limits_are_named(field: str, value: Any, limit: float) -> None:
+    """Whatever is outside its limits is refused with the field, the value and the limit."""
+    document = refusal(**{field: value}).document()
+    (explained,) = document["errors"]
+    assert (explained["field"], explained["limit"]) == (field, limit)
+    assert str(explained["value"])[:70] == str(value)[:70]
+    assert field in document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 10.5), ("n", "10"), ("n", True), ("sigma", "0.25"), ("mode", "purify"), ("task", 3)],
+)
+def test_other_types_are_refused(field: str, value: Any) -> None:
+    """JSON values of another type are refused by name, never converted."""
+    (explained,) = refusal(**{field: value}).document()["errors"]
+    assert (explained["field"], explained["value"]) == (field, value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value: str) -> None:
+    """Not-a-number and infinity are refused, and the document is still JSON."""
+    with pytest.raises(ValidationError) as refused:
+        PredictRequest.model_validate({"image": b"", "sigma": value})
+    document = invalid_fields(refused.value.errors()).document()
+    assert document["errors"][0]["field"] == "sigma"
+    json.dumps(document, allow_nan=False)
+    json.dumps(refusal(sigma=float(value)).document(), allow_nan=False)
+
+
+def test_unknown_fields_are_named() -> None:
+    """A field that does not exist, a misspelt or a later one, is refused with those that do."""
+    document = refusal(target_radius=0.5).document()
+    assert document["errors"][0]["field"] == "target_radius"
+    assert "alpha, image, mode, n, n0, sigma, task" in document["detail"]
+
+
+def test_every_bad_field_is_named_at_once() -> None:
+    """Several mistakes come back together."""
+    errors = refusal(n=0, sigma=9).document()["errors"]
+    assert [error["field"] for error in errors] == ["sigma", "n"]
+
+
+@pytest.mark.parametrize("image", ["not base64!", "YWJj\nZGVm", "YWJ", 7, None])
+def test_image_must_be_base64(image: Any) -> None:
+    """An image that is not base64 is refused, without being sent back."""
+    (explained,) = refusal(image=image).document()["errors"]
+    assert explained["field"] == "image"
+    assert "value" not in explained
+
+
+def test_image_is_required() -> None:
+    """A question without an image says which field is missing and repeats nothing else."""
+    with pytest.raises(ValidationError) as refused:
+        PredictRequest.model_validate_json('{"task": "default"}', strict=True)
+    (explained,) = invalid_fields(refused.value.errors()).document()["errors"]
+    assert explained == {"field": "image", "detail": "Field required"}
+
+
+def test_form_values_are_read_from_text() -> None:
+    """A form's texts become the same question as JSON's numbers, by the same fingerprint."""
+    form = {"image": b"picture", "n": "500", "sigma": "0.50", "mode": "certify"}
+    asked = PredictRequest.model_validate(form)
+    assert asked == read(n=500, sigma=0.5)
+    assert asked.fingerprint() == read(n=500, sigma=0.5).fingerprint()
+
+
+def test_fingerprint_tells_questions_apart() -> None:
+    """Every field and the image's bytes change the fingerprint, defaults written out do not."""
+    changed = [
+        read(),
+        read(image=b64encode(b"other").decode()),
+        read(task="t"),
+        read(sigma=0.5),
+        read(alpha=0.01),
+        read(n0=10),
+        read(n=10),
+        read(mode="predict"),
+    ]
+    assert len({asked.fingerprint() for asked in changed}) == len(changed)
+    assert read(task="default", n=1000).fingerprint() == read().fingerprint()
+    assert read(mode="predict", n0=5).fingerprint() == read(mode="predict").fingerprint()
+
+
+@pytest.mark.parametrize("model", [PredictRequest, PredictResponse])
+def test_every_field_is_described(model: type[PredictRequest | PredictResponse]) -> None:
+    """/docs has a sentence for every field."""
+    assert all(field.description for field in model.model_fields.values())
+
+
+def test_example_is_an_answer() -> None:
+    """The example that /docs shows is a valid answer with every field."""
+    extra: Any = PredictResponse.model_config["json_schema_extra"]
+    example = extra["example"]
+    assert PredictResponse.model_validate(example).model_dump(mode="json") == example

@@ -1,0 +1,462 @@
+"""service/worker.py: the loop between an engine and a device, in good and in bad times."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from prometheus_client import REGISTRY
+
+from service.device import ComputeThread, DeviceFailed
+from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
+from service.engine_memory import MemoryEngine
+from service.jobs import Domain, Job, JobStatus, Mode, State
+from service.worker import work
+from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
+
+OTHER = Worker("other", {"default": "bundle-a"})
+
+
+@pytest.fixture
+async def engine() -> MemoryEngine:
+    """An engine of small shards that takes jobs at once."""
+    built = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01, worker_seconds=60)
+    await built.pull(Worker("someone", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    return built
+
+
+class Hall:
+    """A worker at work: the event that stops it, its task, and its thread."""
+
+    def __init__(self, stop: asyncio.Event, task: asyncio.Task[None], thread: ComputeThread):
+        self.stop, self.task, self.thread = stop, task, thread
+
+    async def ends(self) -> None:
+        """Wait until the worker has returned, or raise what it raised."""
+        async with asyncio.timeout(5):
+            await self.task
+
+
+@asynccontextmanager
+async def working(
+    engine: Any,
+    models: Mapping[str, FakeModel],
+    *,
+    lease_seconds: float = 5.0,
+    limit: float = 60.0,
+) -> AsyncIterator[Hall]:
+    """A worker that is stopped on leaving, if it still runs."""
+    stop, thread = asyncio.Event(), ComputeThread(batch_seconds_limit=limit)
+    task = asyncio.create_task(
+        work(engine, models, worker_id="w", stop=stop, thread=thread, lease_seconds=lease_seconds)
+    )
+    hall = Hall(stop, task, thread)
+    try:
+        yield hall
+    finally:
+        stop.set()
+        for model in models.values():
+            model.gate.set()
+        await asyncio.wait({task}, timeout=5)
+        thread.close()
+
+
+async def final(engine: Engine, job_id: str) -> JobStatus:
+    """The last status of a job that ends within some seconds."""
+    async with asyncio.timeout(5):
+        *_, last = [status async for status in engine.watch(job_id)]
+    return last
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    """Let other tasks run until the condition holds, failing after some seconds."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the fakes have nothing to wait on.
+            await asyncio.sleep(0.001)
+
+
+async def assert_exact(engine: Engine, job: Job) -> None:
+    """The job succeeds with exactly its rows' votes."""
+    status = await final(engine, job.id)
+    assert status.state is State.SUCCEEDED
+    assert status.selection == true_votes(job, Domain.SELECTION)
+    assert status.estimation == true_votes(job, Domain.ESTIMATION)
+
+
+async def submit(engine: Engine, *jobs: Job) -> None:
+    for job in jobs:
+        await engine.submit(job)
+
+
+def keys(*jobs: Job) -> set[bytes]:
+    """The keys under which rows of the jobs are drawn."""
+    return {job.domain_key(domain) for job in jobs for domain in Domain}
+
+
+def rows_in(batch: Iterable[tuple[bytes, int, int]]) -> int:
+    return sum(stop - start for _, start, stop in batch)
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+# Good times
+
+
+async def test_jobs_are_answered_exactly(engine: MemoryEngine) -> None:
+    """Every row of every job is computed once, whatever batches it travelled in."""
+    jobs = [make_job(f"job-{number}", n0=7, n=45) for number in range(6)]
+    await submit(engine, *jobs)
+    model = FakeModel()
+    async with working(engine, {"default": model}):
+        for job in jobs:
+            await assert_exact(engine, job)
+    asked = [(key, row) for b in model.batches for key, *rows in b for row in range(*rows)]
+    assert len(asked) == len(set(asked)) == 6 * 52
+
+
+async def test_batches_are_filled_from_many_jobs(engine: MemoryEngine) -> None:
+    """While work waits, device batches are full, of the rows of several jobs."""
+    jobs = [make_job(f"job-{number}", mode=Mode.PREDICT, n=6) for number in range(16)]
+    await submit(engine, *jobs)
+    model = FakeModel()
+    async with working(engine, {"default": model}):
+        for job in jobs:
+            await assert_exact(engine, job)
+    sizes = [rows_in(batch) for batch in model.batches]
+    assert sizes == [16] * 6
+    assert all(len({key for key, *_ in batch}) >= 3 for batch in model.batches)
+
+
+async def test_models_run_in_one_thread(engine: MemoryEngine) -> None:
+    """All device batches run in the same thread, which is not the event loop's."""
+
+    class Watched(FakeModel):
+        def votes(self, parts: Any) -> NDArray[np.int64]:
+            threads.add(threading.current_thread().name)
+            return super().votes(parts)
+
+    threads: set[str] = set()
+    job = make_job("a", n=200)
+    await submit(engine, job)
+    async with working(engine, {"default": Watched()}):
+        await assert_exact(engine, job)
+    assert len(threads) == 1
+    assert threads.pop().startswith("compute")
+
+
+async def test_one_batch_is_prefetched(engine: MemoryEngine) -> None:
+    """While a batch computes the rows of one more are held, and only the first are started."""
+    spy, model = EngineSpy(engine), FakeModel(batch_rows=20)
+    model.gate.clear()
+    await submit(engine, make_job("a", n0=0, n=200))
+    async with working(spy, {"default": model}):
+        await soon(lambda: len(spy.asked("pull")) == 2 and len(model.batches) == 1)
+        await asyncio.sleep(0.05)
+        left = await engine.pull(OTHER, 1000)
+        (started,) = spy.asked("start")
+        assert [lease.shard.index for lease in started[0]] == [0, 1]
+        assert [lease.shard.index for lease in left] == list(range(4, 20))
+
+
+async def test_tasks_in_hand_take_turns(engine: MemoryEngine) -> None:
+    """A worker with two tasks answers both, each by its own model."""
+    one = make_job("a", n=300)
+    two = make_job("b", n=300, task="birds", bundle="bundle-b")
+    await submit(engine, one, two)
+    cats, birds = FakeModel(), FakeModel(digest="bundle-b")
+    async with working(engine, {"default": cats, "birds": birds}):
+        await assert_exact(engine, one)
+        await assert_exact(engine, two)
+    assert {key for batch in birds.batches for key, *_ in batch} == keys(two)
+
+
+async def test_small_job_is_answered_beside_a_big_one() -> None:
+    """Rows in hand are computed in turn, though their neighbour's lot is topped up all the time."""
+    engine = MemoryEngine(shard_rows=10, starvation_seconds=0.05, poll_seconds=0.01)
+    await engine.pull(Worker("someone", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    big = make_job("big", n=100_000)
+    small = make_job("small", n0=0, n=4, task="birds", bundle="bundle-b")
+    models = {"default": FakeModel(delay=0.002), "birds": FakeModel(digest="bundle-b")}
+    await submit(engine, big)
+    async with working(engine, models):
+        await soon(lambda: bool(models["default"].batches))
+        await submit(engine, small)
+        await assert_exact(engine, small)
+        status = await engine.status("big")
+        assert status is not None
+        assert status.state is State.RUNNING
+
+
+async def test_models_may_come_and_go(engine: MemoryEngine) -> None:
+    """A task that is added while the worker runs is served from its next pull on."""
+    models = {"default": FakeModel()}
+    async with working(engine, models):
+        models["birds"] = FakeModel(digest="bundle-b")
+        job = make_job("b", task="birds", bundle="bundle-b")
+        await submit(engine, job)
+        await assert_exact(engine, job)
+
+
+async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> None:
+    """A shard pulled while its task got another bundle is handed back, never computed."""
+    models = {"default": FakeModel()}
+
+    class Changing(EngineSpy):
+        async def pull(self, *arguments: Any) -> list[Lease]:
+            leases = await self.engine.pull(*arguments)
+            models["default"] = FakeModel(digest="bundle-new")
+            return leases
+
+    spy = Changing(engine)
+    await submit(engine, make_job("a"))
+    async with working(spy, models):
+        await soon(lambda: len(spy.asked("release")) == 2)
+        assert len(await engine.pull(OTHER, 1000)) == 4
+    assert models["default"].batches == []
+
+
+async def test_leases_are_renewed_while_a_batch_computes() -> None:
+    """A batch may take longer than a lease, and its shards stay with their worker."""
+    engine = MemoryEngine(shard_rows=10, lease_seconds=0.3, poll_seconds=0.01)
+    await engine.pull(OTHER, 1)
+    job = make_job("a", n0=0, n=40)
+    await submit(engine, job)
+    model = FakeModel(batch_rows=20, delay=0.5)
+    async with working(engine, {"default": model}, lease_seconds=0.3):
+        await soon(lambda: bool(model.batches))
+        for _ in range(8):
+            await asyncio.sleep(0.05)
+            assert not any(lease.shard.index < 2 for lease in await engine.pull(OTHER, 1))
+        await assert_exact(engine, job)
+    assert len(model.batches) == 2
+
+
+async def test_batches_and_shards_are_measured(engine: MemoryEngine) -> None:
+    """Rows, padding, jobs a batch, and what became of the shards appear in the metrics."""
+    names = {
+        "vouchsafe_rows_total": {"task": "default"},
+        "vouchsafe_batches_total": {"task": "default"},
+        "vouchsafe_batch_rows_sum": {},
+        "vouchsafe_batch_jobs_sum": {},
+        "vouchsafe_batch_seconds_count": {},
+        "vouchsafe_padding_rows_total": {},
+        "vouchsafe_shards_total": {"outcome": "committed"},
+    }
+    before = [metric(name, **labels) for name, labels in names.items()]
+    job = make_job("a", n0=10, n=30)
+    await submit(engine, job)
+    async with working(engine, {"default": FakeModel(batch_rows=64)}):
+        await assert_exact(engine, job)
+    after = [metric(name, **labels) for name, labels in names.items()]
+    grown = [new - old for new, old in zip(after, before, strict=True)]
+    assert grown == [40, 1, 40, 1, 1, 24, 4]
+
+
+# Cancelling and stopping
+
+
+async def test_cancelled_rows_leave_within_one_batch(engine: MemoryEngine) -> None:
+    """Once a job is cancelled no batch after the current one holds a row of it."""
+    model, gone, kept = FakeModel(), make_job("gone", n=60), make_job("kept", n=60)
+    model.gate.clear()
+    await submit(engine, gone, kept)
+    async with working(engine, {"default": model}):
+        await soon(lambda: bool(model.batches))
+        await engine.cancel("gone")
+        model.gate.set()
+        await assert_exact(engine, kept)
+    later = {key for batch in model.batches[1:] for key, *_ in batch}
+    assert later == keys(kept)
+
+
+async def test_stop_finishes_the_batch_and_hands_back_the_rest(engine: MemoryEngine) -> None:
+    """On stop the batch in hand is counted, and everything else can be pulled at once."""
+    model = FakeModel(batch_rows=20)
+    model.gate.clear()
+    await submit(engine, make_job("a", n0=0, n=100))
+    async with working(engine, {"default": model}) as hall:
+        await soon(lambda: bool(model.batches))
+        hall.stop.set()
+        await asyncio.sleep(0.05)
+        assert not hall.task.done()
+        model.gate.set()
+        await hall.ends()
+    assert len(model.batches) == 1
+    status = await engine.status("a")
+    assert status is not None
+    assert status.rows_done == 20
+    left = await engine.pull(OTHER, 1000)
+    assert [lease.shard.index for lease in left] == list(range(2, 10))
+
+
+async def test_commits_under_way_arrive_before_the_end(engine: MemoryEngine) -> None:
+    """A worker told to stop returns only once the engine has taken its last votes."""
+
+    class Slow(EngineSpy):
+        async def commit(self, lease: Lease, counts: list[int]) -> bool:
+            await asyncio.sleep(0.05)
+            return await engine.commit(lease, counts)
+
+    model = FakeModel(batch_rows=20)
+    await submit(engine, make_job("a", n0=0, n=20))
+    async with working(Slow(engine), {"default": model}) as hall:
+        await soon(lambda: bool(model.batches))
+        hall.stop.set()
+        await hall.ends()
+    status = await engine.status("a")
+    assert status is not None
+    assert status.state is State.SUCCEEDED
+
+
+async def test_idle_worker_stops_at_once(engine: MemoryEngine) -> None:
+    """A worker without work ends within a poll of being told."""
+    async with working(engine, {"default": FakeModel()}) as hall:
+        await asyncio.sleep(0.02)
+        hall.stop.set()
+        await hall.ends()
+
+
+# Bad shards
+
+
+async def test_only_the_culprit_fails(engine: MemoryEngine) -> None:
+    """A poisonous job fails after its attempts; its companions are answered, without a failure."""
+    culprit = make_job("culprit", mode=Mode.PREDICT, n=6)
+    innocents = [make_job(f"job-{number}", mode=Mode.PREDICT, n=6) for number in range(5)]
+    spy, model = EngineSpy(engine), FakeModel(poison=keys(culprit))
+    await submit(engine, innocents[0], culprit, *innocents[1:])
+    async with working(spy, {"default": model}):
+        for job in innocents:
+            await assert_exact(engine, job)
+        status = await final(engine, "culprit")
+    assert status.state is State.FAILED
+    assert status.problem is not None
+    assert (status.problem["job"], status.problem["status"]) == ("culprit", 500)
+    assert [lease.job.id for lease, _ in spy.asked("fail")] == ["culprit"] * FAILURES_ALLOWED
+
+
+async def test_solitary_shards_run_alone() -> None:
+    """A shard that a worker died over shares its batch with nothing."""
+    clock = FakeClock()
+    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, clock=clock)
+    await engine.pull(OTHER, 1)
+    suspect, other = make_job("suspect", n0=0, n=10), make_job("other", n0=0, n=60)
+    await submit(engine, suspect)
+    await engine.start(await engine.pull(OTHER, 1))
+    clock.advance(31)
+    await engine.pull(OTHER, 0)
+    await submit(engine, other)
+    model = FakeModel()
+    async with working(engine, {"default": model}):
+        await assert_exact(engine, suspect)
+        await assert_exact(engine, other)
+    batches = [b for b in model.batches if keys(suspect) & {key for key, *_ in b}]
+    assert all({key for key, *_ in batch} <= keys(suspect) for batch in batches)
+
+
+@pytest.mark.parametrize("wrong", [[[9, 0, 0]], [[6, 0]], [[6, 0, 0], [6, 0, 0]]], ids=str)
+async def test_impossible_votes_are_failures(engine: MemoryEngine, wrong: list[list[int]]) -> None:
+    """A model whose votes cannot be right fails the shard; the worker and the others go on."""
+
+    class Wrong(FakeModel):
+        def votes(self, parts: Any) -> NDArray[np.int64]:
+            right = super().votes(parts)
+            return np.array(wrong) if {part.key for part in parts} & keys(bad) else right
+
+    bad, good = make_job("bad", mode=Mode.PREDICT, n=6), make_job("good")
+    await submit(engine, bad)
+    async with working(engine, {"default": Wrong()}):
+        assert (await final(engine, "bad")).state is State.FAILED
+        await submit(engine, good)
+        await assert_exact(engine, good)
+
+
+# Bad engines
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_worker_survives_its_engine(seed: int) -> None:
+    """With calls failing before and after they took effect, all jobs are still exact."""
+    chance = random.Random(seed)
+    engine = MemoryEngine(shard_rows=10, lease_seconds=0.2, poll_seconds=0.01)
+    spy = EngineSpy(engine, trouble=lambda: chance.random() < 0.1)
+    await engine.pull(OTHER, 1)
+    jobs = [make_job(f"job-{number}") for number in range(4)]
+    await submit(engine, *jobs)
+    async with working(spy, {"default": FakeModel()}, lease_seconds=0.2):
+        for job in jobs:
+            await assert_exact(engine, job)
+
+
+async def test_batch_that_could_not_be_started_is_tried_again(engine: MemoryEngine) -> None:
+    """Rows packed for a batch are not lost where the engine fails before it is computed."""
+    spy = EngineSpy(engine)
+    spy.trouble = lambda: spy.calls[-1][0] == "start" and len(spy.asked("start")) == 1
+    job = make_job("a")
+    await submit(engine, job)
+    async with working(spy, {"default": FakeModel()}):
+        await assert_exact(engine, job)
+
+
+async def test_worker_waits_for_an_engine_that_is_away(engine: MemoryEngine) -> None:
+    """An engine that answers nothing for a while is asked again, not hammered."""
+    spy = EngineSpy(engine, trouble=lambda: True)
+    job = make_job("a")
+    await submit(engine, job)
+    async with working(spy, {"default": FakeModel()}):
+        await asyncio.sleep(0.3)
+        assert 2 <= len(spy.calls) <= 12
+        spy.trouble = lambda: False
+        await assert_exact(engine, job)
+
+
+# Bad devices
+
+
+async def test_hung_device_is_noticed(engine: MemoryEngine) -> None:
+    """A batch past its limit makes the worker unhealthy; what it only held goes back at once."""
+    model = FakeModel(batch_rows=20)
+    model.gate.clear()
+    await submit(engine, make_job("a", n0=0, n=60))
+    async with working(engine, {"default": model}, lease_seconds=0.15, limit=0.1) as hall:
+        assert hall.thread.healthy
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+        assert not hall.thread.healthy
+        left = await engine.pull(OTHER, 1000)
+        assert [lease.shard.index for lease in left] == [2, 3, 4, 5]
+
+
+async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
+    """A device that fails what it computed before ends the worker; no attempt is counted."""
+    spy, model, first = EngineSpy(engine), FakeModel(), make_job("first")
+    await submit(engine, first)
+    async with working(spy, {"default": model}) as hall:
+        await assert_exact(engine, first)
+        model.broken = True
+        await submit(engine, make_job("second"))
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+        assert not hall.thread.healthy
+    assert spy.asked("fail") == []
+    assert len(await engine.pull(OTHER, 1000)) == 4
+
+
+async def test_thread_is_healthy_between_calls() -> None:
+    """Only a call that runs too long is ill; waiting for work, or a call that raised, is not."""
+    thread = ComputeThread(batch_seconds_limit=0.05)
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(lambda: 1 // 0)
+    await asyncio.sleep(0.1)
+    assert thread.healthy
+    assert await thread.run(max, 1, 2) == 2
+    thread.close()
