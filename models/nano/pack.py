@@ -35,8 +35,8 @@ LARGEST_SIGMA = 1.0
 def assemble(runs: Path) -> None:
     """Save both stages through diffusers' own pipelines, and the head, under models/nano/weights.
 
-    The UNets are stored in float16. The text encoder lies once, in stage I; stage II loads without
-    it, as DeepFloyd's may.
+    The losses go beside them. The UNets are stored in float16. The text encoder lies once, in
+    stage I; stage II loads without it, as DeepFloyd's may.
     """
     weights = MODELS / WEIGHTS
     shutil.rmtree(weights, ignore_errors=True)
@@ -65,6 +65,10 @@ def assemble(runs: Path) -> None:
     )
     stage2.save_pretrained(weights / "stage2", safe_serialization=True)
     shutil.copytree(runs / "head", weights / "head")
+    losses = MODELS / "nano" / "losses"
+    losses.mkdir(exist_ok=True)
+    for log in runs.glob("*.loss.jsonl"):
+        shutil.copy(log, losses)
 
 
 def bundle(k: float) -> Bundle:

