@@ -8,11 +8,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 SCHEMA = 1
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODELS = Path(__file__).parent
 DEFAULT_TASK = MODELS / "nano" / "task"
 """The bundle that ships with the project: CIFAR-10's ten labels on the nano set."""
@@ -48,11 +50,13 @@ class Base:
         Raises BundleError where a file is missing or is not the one the bundle was made with.
         """
         folder = MODELS / self.folder
+        if self.folder and not any(name.endswith(SAFETENSORS) for name in self.files):
+            raise BundleError(f"{folder}: no safetensors file is listed for the base network")
         for name, sha256 in self.files.items():
-            if not (folder / name).is_file():
-                raise BundleError(f"{folder / name}: the base network's file is missing")
-            if sha256_of(folder / name) != sha256:
-                raise BundleError(f"{folder / name}: not the file that the bundle was made with")
+            _verify(folder, name, sha256)
+        pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
+        if self.folder and pickles:
+            raise BundleError(f"{folder}: holds pickled files: {', '.join(sorted(pickles))}")
         return folder
 
 
@@ -127,20 +131,23 @@ def read_bundle(folder: Path) -> Bundle:
     if described.keys() != known:
         odd = sorted(described.keys() ^ known)
         raise BundleError(f"{manifest}: unknown or missing fields {', '.join(odd)}")
-    for name, sha256 in described["files"].items():
-        _verify(folder, name, sha256)
-    described["labels"] = tuple(described["labels"])
-    for network in ("denoiser", "classifier"):
-        described[network] = Base(**described[network])
-    return Bundle(**described, folder=folder)
+    try:
+        for name, sha256 in described["files"].items():
+            if not name.endswith(SAFETENSORS):
+                raise BundleError(f"{folder}: {name!r} is not a safetensors file")
+            _verify(folder, name, sha256)
+        described["labels"] = tuple(described["labels"])
+        for network in ("denoiser", "classifier"):
+            described[network] = Base(**described[network])
+        return Bundle(**described, folder=folder)
+    except (TypeError, AttributeError) as error:
+        raise BundleError(f"{manifest}: a field has the wrong shape: {error}") from error
 
 
 def _verify(folder: Path, name: str, sha256: str) -> None:
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
         raise BundleError(f"{folder}: the path {name!r} leaves the folder")
-    if not name.endswith(".safetensors"):
-        raise BundleError(f"{folder}: {name!r} is not a safetensors file")
     path = folder
     for part in parts:
         path = path / part
@@ -167,7 +174,7 @@ def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> B
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
         files = {name: sha256_of(partial / name) for name in sources}
-        whole = Bundle(**{**_plain(bundle), "files": files, "folder": folder})
+        whole = replace(bundle, files=files, folder=folder)
         (partial / "manifest.json").write_text(json.dumps(whole.manifest, indent=2) + "\n")
         for path in [*partial.rglob("*"), partial]:
             _fsync(path)
@@ -178,10 +185,6 @@ def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> B
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return whole
-
-
-def _plain(bundle: Bundle) -> dict[str, Any]:
-    return {f.name: getattr(bundle, f.name) for f in fields(bundle)}
 
 
 def _fsync(path: Path) -> None:

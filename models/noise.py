@@ -82,7 +82,7 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) + word, product & _U32
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def slivers(sigma: float, bits: int = RANDOM_BITS) -> tuple[int, ...]:
     """Random words below 2^bits that straddle a threshold 2^bits F(i), one a threshold, ascending.
 
@@ -172,7 +172,7 @@ class _Source(NamedTuple):
     table: _Table
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _table(sigma: float, bits: int, device: torch.device) -> _Table:
     boundaries = torch.tensor(slivers(sigma, bits), dtype=torch.int64)
     table_bits = min(bits, _TABLE_BITS)

@@ -87,7 +87,8 @@ class SmoothedModel:
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch.
 
-        Raises ValueError for no rows, more than `batch_rows`, or images of different shapes.
+        Raises ValueError for no rows, more than `batch_rows`, or images of different shapes, and
+        FloatingPointError for logits that are not finite: argmax would call them a label.
         """
         labels = self.labels(parts)
         cuts = np.cumsum([part.stop - part.start for part in parts])[:-1]
@@ -105,6 +106,8 @@ class SmoothedModel:
         with torch.inference_mode():
             x_hat, sigma = self.noisy(parts)
             logits = self.classifier(self.denoiser(x_hat, sigma))
+            if not bool(torch.isfinite(logits).all()):
+                raise FloatingPointError("the networks' logits are not finite")
             chosen: NDArray[np.int64] = logits.argmax(1)[:total].cpu().numpy()
         return chosen
 

@@ -6,16 +6,18 @@ import asyncio
 import json
 import logging
 import os
-import signal
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from models.bundle import BundleError
 from service.config import SecretError, Settings
 from service.errors import Problem
 from service.jobs import Mode
@@ -31,7 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-errors = Console(stderr=True)
+errors = Console(stderr=True, markup=False, highlight=False)
+T = TypeVar("T")
+
+
+class DeviceError(RuntimeError):
+    """The networks cannot be used any more."""
+
 
 Sigma = Annotated[float, typer.Option(help="Noise strength in [0,1] pixel units.")]
 Alpha = Annotated[float, typer.Option(help="Chance at which a certificate may be wrong.")]
@@ -42,8 +50,8 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         app()
-    except (SecretError, ValidationError) as error:
-        errors.print(f"vouchsafe: {error}", style="red", highlight=False)
+    except (SecretError, ValidationError, BundleError, OSError) as error:
+        errors.print(f"vouchsafe: {error}", style="red")
         raise SystemExit(2) from error
 
 
@@ -53,33 +61,29 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve predictions over HTTP, with the embedded engine and the nano set."""
-    import uvicorn
-
     from service.api import create_app
     from service.embedded import Embedded
+    from service.server import DrainingServer
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    embedded = Embedded(Settings())
-    config = uvicorn.Config(
-        app="", host=host, port=port, access_log=False, timeout_graceful_shutdown=30
-    )
-    server = uvicorn.Server(config)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    config.app = create_app(
+    embedded, server = Embedded(Settings()), DrainingServer(host, port)
+    served = create_app(
         embedded.settings,
         embedded.engine,
         embedded.tasks,
         embedded.secret,
-        companions=[embedded.worker(on_failure=stop)],
+        companions=[embedded.worker(on_failure=server.stop)],
     )
-    # Uvicorn drains on SIGTERM and then raises it again; the process has ended well by then.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    server.run()
-    if embedded.failed or not server.started:
-        os._exit(1)  # A hung device's thread would keep the interpreter from ending.
+    try:
+        server.serve_app(served)
+    finally:
+        _leave_if_hung(embedded)
+
+
+def _leave_if_hung(embedded: Embedded) -> None:
+    """Exit with 1 where the worker failed: a hung device's thread would keep the interpreter."""
+    if embedded.failed:
+        os._exit(1)
 
 
 @app.command()
@@ -98,45 +102,58 @@ def predict(
     fields = {"mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
     if n is not None:
         fields["n"] = n
-    answers = asyncio.run(_predict_all(images, fields, quiet=as_json))
+    from service.embedded import Embedded
+
+    embedded = Embedded(Settings())
+    answers = asyncio.run(_predict_all(embedded, images, fields, quiet=as_json))
     if as_json:
-        for answer in answers.values():
+        for _, answer in answers:
             print(answer.model_dump_json())
     elif answers:
         Console().print(_table(answers))
+    _leave_if_hung(embedded)
     if len(answers) < len(images):
         raise typer.Exit(1)
 
 
 async def _predict_all(
-    images: list[Path], fields: dict[str, object], *, quiet: bool
-) -> dict[Path, PredictResponse]:
-    from service.embedded import Embedded
+    embedded: Embedded, images: list[Path], fields: dict[str, object], *, quiet: bool
+) -> list[tuple[Path, PredictResponse]]:
     from service.predictions import Predictions
 
-    embedded = Embedded(Settings())
     desk = Predictions(embedded.settings, embedded.engine, embedded.tasks, embedded.secret)
-    answers: dict[Path, PredictResponse] = {}
-    stop, failed = asyncio.Event(), asyncio.Event()
-    working = asyncio.create_task(embedded.worker(on_failure=failed.set)(stop))
+    answers: list[tuple[Path, PredictResponse]] = []
+    stop = asyncio.Event()
+    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
     try:
-        await _until_served(embedded, working)
+        await _while_alive(working, _until_served(embedded))
         with Progress(console=errors, disable=quiet, transient=True) as progress:
             for path in images:
                 try:
-                    answers[path] = await _predict_one(desk, path, fields, progress)
+                    asking = _predict_one(desk, path, fields, progress)
+                    answers.append((path, await _while_alive(working, asking)))
                 except (Problem, OSError) as problem:
-                    errors.print(f"{path}: {problem}", style="red", highlight=False)
+                    errors.print(f"{path}: {problem}", style="red")
+    except DeviceError as error:
+        errors.print(f"vouchsafe: {error}", style="red")
     finally:
         stop.set()
         await asyncio.gather(working, desk.close(), return_exceptions=True)
     return answers
 
 
-async def _until_served(embedded: Embedded, working: asyncio.Task[None]) -> None:
-    while "default" not in (await embedded.engine.capacity()).bundles:
-        if working.done():
-            working.result()
+async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, T]) -> T:
+    """What `wanted` returns; raises DeviceError where the worker ends first."""
+    task = asyncio.create_task(wanted)
+    await asyncio.wait({task, working}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        raise DeviceError(f"the networks stopped: {working.exception()}")
+    return await task
+
+
+async def _until_served(embedded: Embedded) -> None:
+    while "default" not in (await embedded.engine.capacity()).bundles:  # noqa: ASYNC110 - no event
         await asyncio.sleep(0.05)
 
 
@@ -156,16 +173,16 @@ async def _predict_one(
     return desk.answer(await desk.status(job_id, None))
 
 
-def _table(answers: dict[Path, PredictResponse]) -> Table:
+def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
     table = Table("image", "label", "radius", "p lower", "votes", caption=(
         "Certified means stable, not correct: no change of l2 norm up to the radius, pixels "
         "in [0,1], changes the label. The radius is of the image as resized and cropped."
     ))  # fmt: skip
-    for path, told in answers.items():
+    for path, told in answers:
         votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
         table.add_row(
-            str(path),
-            told.label or "(abstained)",
+            escape(str(path)),
+            escape(told.label) if told.label else "(abstained)",
             "" if told.radius is None else f"{_floor(told.radius):.3f}",
             "" if told.p_lower is None else f"{_floor(told.p_lower):.3f}",
             f"{votes} of {told.n}",

@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="A file of further keys, one a line; empty lines and # lines are skipped."
     )
-    backlog_rows: int = Field(1_000_000, ge=1, description="Noise rows that may wait at once.")
+    backlog_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a worker may hold a shard.")
     retention_seconds: float = Field(
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     )
     wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest decoded image.")
+    max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")
     decode_seconds: float = Field(10.0, gt=0, description="Longest time to decode one image.")
     decode_threads: int = Field(2, ge=1, description="Images decoded at the same time.")
 
@@ -120,8 +120,11 @@ def _read_secret(path: Path) -> bytes:
     except OSError as error:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as stream:
-        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        status = os.fstat(descriptor)
+        mode = stat.S_IMODE(status.st_mode)
         secret = stream.read(SECRET_BYTES + 1)
+    if status.st_uid != os.geteuid():
+        raise SecretError(f"{path}: belongs to another user, who knows the noise then")
     if mode & 0o077:
         raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
     if len(secret) != SECRET_BYTES:

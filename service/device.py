@@ -34,6 +34,11 @@ class ComputeThread:
         since = self._since
         return not self._broken and (since is None or time.monotonic() - since < self._limit)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is running."""
+        return self._since is not None
+
     def declare_broken(self) -> None:
         """Expect nothing of the device any more."""
         self._broken = True

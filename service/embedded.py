@@ -32,13 +32,15 @@ class Embedded:
             lease_seconds=settings.lease_seconds,
             backlog_rows=settings.backlog_rows,
             retention_seconds=settings.retention_seconds,
+            worker_seconds=max(30.0, settings.lease_seconds),
         )
         self.failed = False
 
     def worker(self, on_failure: Callable[[], None]) -> Companion:
         """A companion of the app: loads and warms every task's networks, then works until stopped.
 
-        Where loading fails or the device breaks, `failed` is set and `on_failure` called.
+        Where loading fails or the device breaks, `failed` is set and `on_failure` called; it is
+        also set where a hung call is left behind, which the interpreter would wait for.
         """
 
         async def run(stop: asyncio.Event) -> None:
@@ -61,20 +63,23 @@ class Embedded:
                 on_failure()
                 raise
             finally:
+                self.failed = self.failed or thread.busy
                 thread.close()
 
         return run
 
 
 def _load_and_warm(bundle: Bundle) -> SmoothedModel:
-    """Networks that have computed the same batch twice with the same votes.
+    """Networks that label rows alike in another place of the batch, beside other companions.
 
-    Raises DeviceFailed where they differ: such a device must not certify anything.
+    Raises DeviceFailed where they do not: such a device must not certify anything.
     """
     model = load(bundle)
-    side = bundle.resolution
-    probe = Rows(np.full((3, side, side), 128, np.uint8), bytes(32), 0, model.batch_rows, 0.25)
-    if not np.array_equal(model.labels([probe]), model.labels([probe])):
-        raise DeviceFailed(f"task {bundle.id!r}: the same batch gave two answers")
+    shape, half = (3, bundle.resolution, bundle.resolution), model.batch_rows // 2
+    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    one, two, three = (Rows(image, bytes(32), 0, half, 0.25) for image in images)
+    first, second = model.labels([one, two]), model.labels([three, one])
+    if not np.array_equal(first[:half], second[half:]):
+        raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
     logger.info("serving task %s as %s", bundle.id, model.digest[:16])
     return model

@@ -37,7 +37,7 @@ class ImageLimits:
     """What one image may cost: encoded bytes, decoded pixels."""
 
     bytes: int = 10 * 2**20
-    pixels: int = 50_000_000
+    pixels: int = 25_000_000
 
 
 def decode(data: bytes, resolution: int, limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:

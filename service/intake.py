@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -21,6 +22,7 @@ LONGEST_WAIT = 600
 """Seconds: a longer `Prefer: wait` is cut to this."""
 
 _ROOM_FOR_FIELDS = 64 * 2**10
+_MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
 _bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
 
@@ -77,6 +79,7 @@ async def read_question(request: Request, most_image_bytes: int) -> PredictReque
     try:
         if kind == "application/json":
             body = await _bounded(request, -(-most_image_bytes // 3) * 4).body()
+            _check_fields(body)
             return _validated(lambda: PredictRequest.model_validate_json(body, strict=True))
         if kind == "multipart/form-data":
             fields = await _form_fields(_bounded(request, most_image_bytes))
@@ -84,6 +87,16 @@ async def read_question(request: Request, most_image_bytes: int) -> PredictReque
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
     raise UnsupportedMedia("Send multipart/form-data or application/json")
+
+
+def _check_fields(body: bytes) -> None:
+    """Raises MalformedRequest for more fields than a form may have: each would be reported."""
+    try:
+        fields = from_json(body)
+    except ValueError as error:
+        raise MalformedRequest(f"The body is not JSON: {error}") from error
+    if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
+        raise MalformedRequest(f"The body has {len(fields)} fields; the limit is {_MOST_FIELDS}")
 
 
 def _bounded(request: Request, most_bytes: int) -> Request:
@@ -107,7 +120,9 @@ def _bounded(request: Request, most_bytes: int) -> Request:
 
 async def _form_fields(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    async with request.form(max_files=1, max_fields=20, max_part_size=_MOST_FIELD_BYTES) as form:
+    async with request.form(
+        max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+    ) as form:
         for name, value in form.multi_items():
             if name in fields:
                 raise invalid_field(name, f"The field {name} is given more than once")

@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.certificates import check_certify, check_predict
+from models.certificates import (
+    check_certify,
+    check_predict,
+    smallest_n_certify,
+    smallest_n_predict,
+)
 from service import telemetry
 from service.answers import answer, problem
 from service.config import Settings
@@ -39,6 +44,7 @@ class Predictions:
             settings.decode_threads,
         )
         self._observers: set[asyncio.Task[None]] = set()
+        self._draining = asyncio.Event()
 
     async def submit(
         self, asked: PredictRequest, owner: str | None, idempotency_key: str | None
@@ -83,18 +89,23 @@ class Predictions:
         """The job's last status, or None where it has not ended within `seconds`.
 
         Where `leaving` returns first, the caller is gone: the job is cancelled, and JobCancelled
-        raised. Raises NotFound for a job that is unknown.
+        raised. Raises NotFound for a job that is unknown, and Backlog once `drain` has been called
+        and its grace is over.
         """
         if not seconds:
             return None
         ending = asyncio.create_task(self._last_status(job_id))
         gone = asyncio.create_task(leaving()) if leaving is not None else None
-        tasks = {task for task in (ending, gone) if task is not None}
+        draining = asyncio.create_task(self._draining.wait())
+        tasks: set[asyncio.Task[Any]] = {task for task in (ending, gone, draining) if task}
         try:
             await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not ending.done() and gone is not None and gone.done():
                 await self.engine.cancel(job_id)
                 raise JobCancelled("The caller left before the answer was ready", job=job_id)
+            if not ending.done() and draining.done():
+                detail = "The service is stopping; ask again"
+                raise Backlog(detail, retry_after=RETRY_SECONDS, job=job_id)
             return ending.result() if ending.done() else None
         finally:
             for task in tasks:
@@ -106,6 +117,10 @@ class Predictions:
         if (refusal := problem(status)) is not None:
             raise JobFailed(refusal)
         return answer(status, self.bundle(status.job.task))
+
+    def drain(self, grace_seconds: float) -> None:
+        """Let waiting callers go: whoever has no answer after the grace is told to ask again."""
+        asyncio.get_running_loop().call_later(grace_seconds, self._draining.set)
 
     async def close(self) -> None:
         """Drop the image threads and stop observing jobs."""
@@ -192,11 +207,14 @@ def _check(asked: PredictRequest, bundle: Bundle) -> None:
         limit = bundle.largest_sigma
         detail = f"sigma = {asked.sigma:g}: the task {asked.task!r} supports at most {limit:g}"
         raise invalid_field("sigma", detail, asked.sigma, limit)
+    certifying = asked.mode is Mode.CERTIFY
+    smallest_n = smallest_n_certify if certifying else smallest_n_predict
     try:
-        if asked.mode is Mode.CERTIFY:
+        if certifying:
             check_certify(asked.n0, asked.n, asked.sigma, asked.alpha)
         else:
             check_predict(asked.n, asked.alpha)
     except ValueError as error:
         field = str(error).partition(" ")[0]
-        raise invalid_field(field, str(error), getattr(asked, field)) from error
+        least = smallest_n(asked.alpha) if field == "n" else None
+        raise invalid_field(field, str(error), getattr(asked, field), least) from error

@@ -253,7 +253,8 @@ def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> InvalidField:
 
 def _explained(error: Mapping[str, Any]) -> dict[str, Any]:
     kind, context = error["type"], error.get("ctx", {})
-    explained = {"field": ".".join(map(str, error["loc"])) or "body", "detail": error["msg"]}
+    field = ".".join(map(str, error["loc"])) or "body"
+    explained = {"field": _shown(field), "detail": error["msg"]}
     if kind == "extra_forbidden":
         known = ", ".join(sorted(PredictRequest.model_fields))
         explained["detail"] = f"There is no such field; the fields are {known}"

@@ -188,6 +188,7 @@ class _Loop:
         began = time.monotonic()
         try:
             votes = await self._votes(lot.model, [_rows(part) for part in batch])
+            finished = lot.packer.absorb(batch, votes)
         except DeviceFailed:
             for lease in _leases(batch):
                 lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
@@ -198,7 +199,7 @@ class _Loop:
         else:
             _measure(lot, batch, time.monotonic() - began)
             self._proven.setdefault(lot.model.digest, _blank(batch[0]))
-            for lease, counts in lot.packer.absorb(batch, votes):
+            for lease, counts in finished:
                 self._report(self._commit(lease, counts))
 
     async def _votes(self, model: Model, parts: Sequence[Rows]) -> NDArray[np.int64]:

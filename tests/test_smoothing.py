@@ -22,23 +22,26 @@ CPU = torch.device("cpu")
 
 
 class LinearClassifier:
-    """Two classes split by a plane: label 1 where the mean of all values exceeds `threshold`."""
+    """A linear module in float64: label 1 where the mean of all values exceeds `threshold`."""
 
     labels = ("below", "above")
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float, values: int) -> None:
+        self.module = torch.nn.Linear(values, 2).double()
+        with torch.no_grad():
+            self.module.weight.copy_(torch.tensor([[0.0], [1.0 / values]]).expand(2, values))
+            self.module.bias.copy_(torch.tensor([0.0, -threshold]))
         self.batches: list[int] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         self.batches.append(len(x))
-        above = x.double().mean((1, 2, 3)) - self.threshold
-        return torch.stack([-above, above], 1).float()
+        logits: Tensor = self.module(x.double().flatten(1))
+        return logits
 
 
-def linear_model(threshold: float, batch_rows: int) -> SmoothedModel:
+def linear_model(threshold: float, batch_rows: int, values: int = 48) -> SmoothedModel:
     numerics = Numerics.of(CPU, torch.float32, batch_rows)
-    return SmoothedModel(NoDenoiser(), LinearClassifier(threshold), numerics, CPU)
+    return SmoothedModel(NoDenoiser(), LinearClassifier(threshold, values), numerics, CPU)
 
 
 def miniature_model(batch_rows: int) -> SmoothedModel:
@@ -105,6 +108,14 @@ def test_noise_is_added_to_the_grid_and_not_clipped() -> None:
     assert float(x_hat.max()) > 1
     assert not x_hat[3].any()
     assert sigma.tolist() == [1.0] * 4
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    """A network gone NaN raises, where argmax would call every row label 0 and certify it."""
+    with pytest.raises(FloatingPointError, match="not finite"):
+        linear_model(float("nan"), batch_rows=4).votes(
+            [Rows(image(0, (3, 4, 4)), b"k" * 16, 0, 1, 0.25)]
+        )
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
-from models.nano.train import PROFILES
+from models.nano.train import CAPTIONS, PROFILES
 
 PARTS = ("text", "head", "head-text", "stage1", "stage2")
 TEXT = """# nano
@@ -63,7 +63,7 @@ command beneath the table.
 """
 
 
-def seconds_of(log: Path) -> tuple[int, float, float]:
+def training_of(log: Path) -> tuple[int, float, float]:
     """Steps, last loss and seconds of a JSON-lines log; a resumed run starts its clock again."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     total, last = 0.0, 0.0
@@ -78,8 +78,8 @@ def card(runs: Path, hardware: str, reports: list[dict[str, Any]]) -> str:
     """The card's text; at least one report."""
     training = []
     for part in PARTS:
-        steps, loss, seconds = seconds_of(runs / f"{part}.loss.jsonl")
-        batch = 80 if part == "head-text" else PROFILES[part].batch
+        steps, loss, seconds = training_of(runs / f"{part}.loss.jsonl")
+        batch = CAPTIONS if part == "head-text" else PROFILES[part].batch
         training.append(f"| {part} | {steps} | {batch} | {loss} | {seconds:.0f} |")
     figures, commands, generated = [], [], ""
     for report in reports:

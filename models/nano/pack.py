@@ -65,6 +65,8 @@ def assemble(runs: Path) -> None:
     )
     stage2.save_pretrained(weights / "stage2", safe_serialization=True)
     shutil.copytree(runs / "head", weights / "head")
+    for file in weights.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes them for their owner alone
     losses = MODELS / "nano" / "losses"
     losses.mkdir(exist_ok=True)
     for log in runs.glob("*.loss.jsonl"):

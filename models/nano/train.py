@@ -2,8 +2,8 @@
 
 Parts in order: `text` (T5-class encoder), `head` (CLIP-class classifier), `stage1` (text to 16x16)
 and `stage2` (16x16 to 32x32; the denoiser). Each is seeded, logs its loss to a JSON-lines file, and
-goes on from its checkpoint when started again. Step s draws everything from a generator seeded with
-(seed, s), so a resumed run makes the same steps as an uninterrupted one.
+goes on from its checkpoint when started again. Step s draws images and noise from (seed, s) and
+captions from s, so a resumed run makes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ from models.nano.architectures import (
 )
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE, TEMPLATES, blank_captions, caption
 from models.nano.fitting import Profile, fit
+
+CAPTIONS = 80
+"""Captions a step of the head's text tower, the same number for each class."""
 
 PROFILES = {
     "text": Profile(steps=400, batch=64, learning_rate=1e-3),
@@ -165,7 +168,9 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
 
     tokenizer = ByT5Tokenizer(extra_ids=125)
     length = described["text_cfg"]["context_length"]
-    classes = torch.arange(len(CIFAR10_LABELS), device=device).repeat(8)
+    classes = torch.arange(len(CIFAR10_LABELS), device=device).repeat(
+        CAPTIONS // len(CIFAR10_LABELS)
+    )
     seeing.requires_grad_(False)
     model.logit_scale.requires_grad_(False)
 
