@@ -35,6 +35,14 @@ class _Delivery:
     started: bool = False
 
 
+_EPOCH = time.time() - time.monotonic()
+
+
+def steady_time() -> float:
+    """Unix seconds as of the process's start, counted on steadily: no clock step ends a lease."""
+    return _EPOCH + time.monotonic()
+
+
 class MemoryEngine:
     """The engine in one process: the same promises as any other, as long as the process lives.
 
@@ -55,7 +63,7 @@ class MemoryEngine:
         starvation_seconds: float = 1,
         worker_seconds: float = 30,
         poll_seconds: float = 0.5,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
     ) -> None:
         self._shard_rows = shard_rows
         self._lease_seconds = lease_seconds
