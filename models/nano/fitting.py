@@ -6,9 +6,9 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import cos, pi
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +24,18 @@ class Profile:
     learning_rate: float
     weight_decay: float = 0.0
     ema: float = 0.0
+    restart: int = 0
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step: warm-up over a twentieth, then a cosine to 0.
+
+        With `restart`, the cosine ends there and begins anew at half the rate.
+        """
+        again = 0 < self.restart <= step
+        first, last = (self.restart, self.steps) if again else (0, self.restart or self.steps)
+        done, whole = step - first, last - first
+        warmed = min(1.0, (done + 1) / max(1, whole // 20))
+        return (0.5 if again else 1.0) * warmed * 0.5 * (1 + cos(pi * done / whole))
 
 
 def _save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int) -> None:
@@ -83,13 +95,11 @@ def fit(
     )
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if profile.ema else {}
     start = _restore(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
-    warm_up = max(1, profile.steps // 20)
     model.train()
     seconds, running = time.perf_counter(), 0.0
     for step in range(start, profile.steps):
-        progress = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / profile.steps))
         for group in optimizer.param_groups:
-            group["lr"] = profile.learning_rate * progress
+            group["lr"] = profile.learning_rate * profile.rate(step)
         with torch.autocast(device.type, torch.bfloat16):
             value = loss(step)
         value.backward()
