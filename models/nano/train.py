@@ -47,7 +47,7 @@ CAPTIONS = 80
 PROFILES = {
     "text": Profile(steps=400, batch=64, learning_rate=1e-3),
     "head": Profile(steps=4_000, batch=256, learning_rate=2e-3, weight_decay=0.05, restart=2_000),
-    "stage1": Profile(steps=1_200, batch=96, learning_rate=1e-3, ema=0.998),
+    "stage1": Profile(steps=900, batch=96, learning_rate=1e-3, ema=0.998),
     "stage2": Profile(steps=3_400, batch=64, learning_rate=1e-3, ema=0.999),
 }
 
