@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -67,6 +68,10 @@ def assemble(runs: Path) -> None:
     shutil.copytree(runs / "head", weights / "head")
     for file in weights.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes them for their owner alone
+    for file in weights.rglob("config.json"):
+        described = json.loads(file.read_text())
+        described.pop("_name_or_path", None)  # where it lay on the machine that trained it
+        file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     losses = MODELS / "nano" / "losses"
     losses.mkdir(exist_ok=True)
     for log in runs.glob("*.loss.jsonl"):
