@@ -175,8 +175,8 @@ async def _predict_one(
 
 def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
     table = Table("image", "label", "radius", "p lower", "votes", caption=(
-        "Certified means stable, not correct: no change of l2 norm up to the radius, pixels "
-        "in [0,1], changes the label. The radius is of the image as resized and cropped."
+        "Certified means stable, not correct: no change of l2 norm below the radius, "
+        "pixels in [0,1], changes the label. The radius is of the image as resized and cropped."
     ))  # fmt: skip
     for path, told in answers:
         votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
