@@ -20,8 +20,8 @@ A text-conditional pixel cascade (stage I, stage II, T5-class text encoder, in D
 layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
 
 - **Use**: to see the mechanism work on any machine, and to test against. Not a label-only model: it
-  saw CIFAR-10's training images (the first 48,000; the last 2,000 are held back). The head never saw
-  noised or denoised images; half of its training images were blurred or down- and up-sampled.
+  saw CIFAR-10's training images (the first 48,000; the last 2,000 are held back). The head never
+  saw noised or denoised images; half of its training images were blurred or down- and up-sampled.
 - **Choices**: k = 1.8 is what stage II was trained for and was not compared with others. The head's
   second cycle was decided on after its first had been scored on the held-back images and also on
   the slice, so its clean figure on the slice is not wholly untouched by choice.
