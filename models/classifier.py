@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import models.vision  # noqa: F401 - registers with timm
+from models.runtime import Runtime
+
 
 class Classifier(Protocol):
     """x (B,3,H,W) float32 in [0,1] units -> logits (B,K) float32; `labels` name the K columns."""
@@ -56,6 +59,7 @@ class OpenClipClassifier:
         labels: Sequence[str],
         template: str,
         dtype: torch.dtype,
+        runtime: Runtime,
     ) -> None:
         self.labels = tuple(labels)
         device = model.logit_scale.device
@@ -63,7 +67,9 @@ class OpenClipClassifier:
         with torch.no_grad():
             text = model.encode_text(words, normalize=True)
             self._prototypes = model.logit_scale.exp() * text
-        self._visual: nn.Module = model.visual.to(dtype=dtype, memory_format=torch.channels_last)
+        self._visual = runtime.prepare(
+            model.visual.to(dtype=dtype, memory_format=torch.channels_last)
+        )
         described: dict[str, Any] = model.visual.preprocess_cfg
         size = described["size"]
         self._preprocess = _Preprocess(
@@ -81,10 +87,10 @@ class OpenClipClassifier:
 class TimmClassifier:
     """A timm network with its own normalisation, resolution and labels."""
 
-    def __init__(self, model: nn.Module, labels: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, labels: Sequence[str], runtime: Runtime) -> None:
         self.labels = tuple(labels)
         config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        self._model = model
+        self._model = runtime.prepare(model)
         self._preprocess = _Preprocess(
             config["input_size"][-1], config["mean"], config["std"], next(model.parameters())
         )
@@ -101,6 +107,7 @@ def load_open_clip(
     template: str,
     device: torch.device,
     dtype: torch.dtype,
+    runtime: Runtime,
 ) -> Classifier:
     """A CLIP from a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
 
@@ -110,7 +117,7 @@ def load_open_clip(
     model = open_clip.create_model(name, precision="fp32", device=device)
     tokenizer = open_clip.get_tokenizer(name)
     return OpenClipClassifier(
-        model.requires_grad_(False).eval(), tokenizer, labels, template, dtype
+        model.requires_grad_(False).eval(), tokenizer, labels, template, dtype, runtime
     )
 
 
@@ -120,6 +127,7 @@ def load_timm(
     template: str,
     device: torch.device,
     dtype: torch.dtype,
+    runtime: Runtime,
 ) -> Classifier:
     """A timm network from a folder with timm's `config.json` and `model.safetensors`.
 
@@ -138,10 +146,10 @@ def load_timm(
     )
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
-    return TimmClassifier(model.requires_grad_(False).eval(), own)
+    return TimmClassifier(model.requires_grad_(False).eval(), own, runtime)
 
 
-Loader = Callable[[Path, Sequence[str], str, torch.device, torch.dtype], Classifier]
+Loader = Callable[[Path, Sequence[str], str, torch.device, torch.dtype, Runtime], Classifier]
 CLASSIFIERS: dict[str, Loader] = {
     "open-clip": load_open_clip,
     "timm": load_timm,

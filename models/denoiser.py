@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from models.runtime import Runtime, Torch
+
 PROMPT_TOKENS = 77
 """Length that DeepFloyd IF pads every prompt to."""
 NOISE_LEVELS = 1000.0
@@ -71,6 +73,24 @@ def timesteps(ratios: Tensor, sigma: Tensor) -> Tensor:
     return torch.searchsorted(ratios[1:].contiguous(), 2 * sigma) + 1
 
 
+class _Conditioned(nn.Module):
+    """The UNet with its prompt, one tensor in and one out: x_t, t and noise level -> epsilon."""
+
+    states: Tensor
+
+    def __init__(self, unet: nn.Module, states: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("states", states[None], persistent=False)
+
+    def forward(self, x_t: Tensor, t: Tensor, level: Tensor) -> Tensor:
+        doubled = torch.cat([x_t, x_t], 1)
+        states = self.states.expand(len(x_t), -1, -1)
+        told = self.unet(doubled, t, states, class_labels=level, return_dict=False)
+        epsilon: Tensor = told[0][:, :3]
+        return epsilon
+
+
 class SuperResolutionDenoiser:
     """A text-conditional super-resolution UNet that conditions itself (Choi et al. 2024, Eq. 9).
 
@@ -79,11 +99,18 @@ class SuperResolutionDenoiser:
     scales the timestep given as noise level (Eq. 8). Source: method.md section 1.
     """
 
-    def __init__(self, unet: nn.Module, alphas_cumprod: Tensor, states: Tensor, k: float) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        alphas_cumprod: Tensor,
+        states: Tensor,
+        k: float,
+        runtime: Runtime | None = None,
+    ) -> None:
         parameter = next(unet.parameters())
-        self._unet = unet
-        self._dtype, device = parameter.dtype, parameter.device
-        self._states = states.to(device, self._dtype)[None]
+        self._dtype = parameter.dtype
+        conditioned = _Conditioned(unet, states.to(parameter.device, parameter.dtype)).eval()
+        self._epsilon = (runtime or Torch()).prepare(conditioned)
         self._k = k
         self._ratios = noise_ratios(alphas_cumprod)
         self._alpha_bar = alphas_cumprod.double().cpu()
@@ -94,14 +121,11 @@ class SuperResolutionDenoiser:
         t = timesteps(self._ratios, sigma.cpu())
         alpha_bar = self._alpha_bar[t].to(x_hat.device, x_hat.dtype)[:, None, None, None]
         x_t = (2 * x_hat - 1) * alpha_bar.sqrt()
-        doubled = torch.cat([x_t, x_t], 1).to(dtype=self._dtype, memory_format=torch.channels_last)
-        epsilon = self._unet(
-            doubled,
+        epsilon = self._epsilon(
+            x_t.to(dtype=self._dtype, memory_format=torch.channels_last),
             t.to(x_hat.device),
-            self._states.expand(len(x_hat), -1, -1),
-            class_labels=(self._k * t.double()).clamp(max=NOISE_LEVELS).to(x_hat),
-            return_dict=False,
-        )[0][:, :3].to(x_hat.dtype)
+            (self._k * t.double()).clamp(max=NOISE_LEVELS).to(x_hat),
+        ).to(x_hat.dtype)
         x_0: Tensor = (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         return (x_0.clamp(-1, 1) + 1) / 2
 
@@ -117,7 +141,12 @@ class NoDenoiser:
 
 
 def load_super_resolution(
-    folder: Path, states: Tensor, k: float, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    states: Tensor,
+    k: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    runtime: Runtime,
 ) -> Denoiser:
     """A denoiser from a stage-II folder in diffusers' layout (`unet/`, `scheduler/`).
 
@@ -128,17 +157,22 @@ def load_super_resolution(
     )
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     unet = unet.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    return SuperResolutionDenoiser(unet, scheduler.alphas_cumprod, states, k)
+    return SuperResolutionDenoiser(unet, scheduler.alphas_cumprod, states, k, runtime)
 
 
 def load_none(
-    folder: Path, states: Tensor, k: float, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    states: Tensor,
+    k: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    runtime: Runtime,
 ) -> Denoiser:
     """Plain smoothing needs no weights; every argument is ignored."""
     return NoDenoiser()
 
 
-Loader = Callable[[Path, Tensor, float, torch.device, torch.dtype], Denoiser]
+Loader = Callable[[Path, Tensor, float, torch.device, torch.dtype, Runtime], Denoiser]
 DENOISERS: dict[str, Loader] = {
     "super-resolution": load_super_resolution,
     "none": load_none,

@@ -16,6 +16,7 @@ from models.bundle import Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
+from models.runtime import RUNTIMES
 
 PROMPT_STATES = "prompt_states.safetensors"
 """The bundle's file that holds the prompt's states (77,D) as `states`."""
@@ -42,7 +43,8 @@ class Numerics:
     device: str
     dtype: str
     batch_rows: int
-    compiled: bool
+    threads: int
+    runtime: str
     torch_version: str
 
     def described(self) -> dict[str, Any]:
@@ -50,14 +52,18 @@ class Numerics:
         return asdict(self)
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype, batch_rows: int) -> Numerics:
-        """The numerics of this machine: a GPU by its name, a CPU by its vector instructions."""
+    def of(
+        cls, device: torch.device, dtype: torch.dtype, batch_rows: int, runtime: str = "torch"
+    ) -> Numerics:
+        """The numerics of this machine: a GPU by its name, a CPU by its vector instructions and
+        the threads that share a network's sums (0 on a GPU)."""
         if device.type == "cuda":
-            kind = torch.cuda.get_device_name(device)
+            kind, threads = torch.cuda.get_device_name(device), 0
         else:
             kind = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+            threads = torch.get_num_threads()
         version = ".".join(torch.__version__.split(".")[:2])
-        return cls(kind, str(dtype).removeprefix("torch."), batch_rows, False, version)
+        return cls(kind, str(dtype).removeprefix("torch."), batch_rows, threads, runtime, version)
 
 
 class SmoothedModel:
@@ -159,22 +165,26 @@ def load(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_rows: int = 64,
+    runtime: str = "torch",
 ) -> SmoothedModel:
-    """Load a task's networks, ready for `votes`.
+    """Load a task's networks, ready for `votes`, run by one of RUNTIMES.
 
-    Raises BundleError where a base network is missing or is not the one the bundle was made with.
+    Raises ValueError for a runtime that cannot be had here, and BundleError where a base network is
+    missing or is not the one the bundle was made with.
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
+    runs = RUNTIMES[runtime]()
+    weights = runs.weights_dtype(device, dtype)
     if PROMPT_STATES not in bundle.files:
         raise BundleError(f"{bundle.folder}: the manifest lists no {PROMPT_STATES}")
     states = load_file(bundle.folder / PROMPT_STATES)["states"]
     load_denoiser = DENOISERS[bundle.denoiser.kind]
-    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, dtype)
+    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, weights, runs)
     load_classifier = CLASSIFIERS[bundle.classifier.kind]
     classifier = load_classifier(
-        bundle.classifier.verified(), bundle.labels, bundle.template, device, dtype
+        bundle.classifier.verified(), bundle.labels, bundle.template, device, weights, runs
     )
-    numerics = Numerics.of(device, dtype, batch_rows)
+    numerics = Numerics.of(device, dtype, batch_rows, runs.name)
     digest = bundle.served_digest(numerics.described())
     return SmoothedModel(denoiser, classifier, numerics, device, digest)

@@ -213,7 +213,10 @@ def evaluate(
     generated: Annotated[int, typer.Option(help="Also recognise so many made images.")] = 0,
     log: Annotated[Path | None, typer.Option(help="Write a TSV line an image.")] = None,
 ) -> None:
-    """Measure the default task: clean, one noisy row, certified accuracy, ACR."""
+    """Measure the default task: clean, one noisy row, certified accuracy, ACR.
+
+    The networks run as `serve` would run them (VOUCHSAFE_RUNTIME).
+    """
     from models.bundle import DEFAULT_TASK, read_bundle
     from models.evaluation import datasets, report
 
@@ -225,5 +228,6 @@ def evaluate(
         k=k,
         generated=generated,
         log=log,
+        runtime=Settings().runtime,
     )
     print(json.dumps(figures, indent=2))

@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(
         None, description="A file of further keys, one a line; empty lines and # lines are skipped."
+    )
+    runtime: Literal["torch", "openvino"] = Field(
+        "torch", description="What runs the networks; openvino needs a CPU with AVX512-BF16."
     )
     backlog_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")

@@ -47,7 +47,7 @@ class Embedded:
             thread = ComputeThread()
             try:
                 models = {
-                    task: await thread.run(_load_and_warm, bundle)
+                    task: await thread.run(_load_and_warm, bundle, self.settings.runtime)
                     for task, bundle in self.tasks.items()
                 }
                 await work(
@@ -69,12 +69,12 @@ class Embedded:
         return run
 
 
-def _load_and_warm(bundle: Bundle) -> SmoothedModel:
+def _load_and_warm(bundle: Bundle, runtime: str) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything.
     """
-    model = load(bundle)
+    model = load(bundle, runtime=runtime)
     shape, half = (3, bundle.resolution, bundle.resolution), model.batch_rows // 2
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
     one, two, three = (Rows(image, bytes(32), 0, half, 0.25) for image in images)

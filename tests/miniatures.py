@@ -60,7 +60,12 @@ def save_open_clip(folder: Path) -> Path:
     torch.manual_seed(3)
     folder.mkdir(parents=True, exist_ok=True)
     described = json.loads(json.dumps(HEAD_CONFIG))
-    described["model_cfg"]["vision_cfg"] |= {"layers": [1, 1, 1, 1], "width": 8}
+    described["model_cfg"]["vision_cfg"] = {
+        "image_size": 64,
+        "timm_model_name": "test_resnet",
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+    }
     model = open_clip.CLIP(
         **{name: described["model_cfg"][name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
     )

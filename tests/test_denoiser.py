@@ -17,6 +17,7 @@ from models.denoiser import (
     noise_ratios,
     timesteps,
 )
+from models.runtime import Torch
 from tests import miniatures
 
 TABLE = (
@@ -123,7 +124,9 @@ def test_long_prompt_is_refused() -> None:
 def test_denoiser_contract(kind: str, tmp_path: Path) -> None:
     """Every denoiser keeps shape and dtype, takes a sigma a row, and accepts values past [0,1]."""
     folder = miniatures.DENOISER_FOLDERS[kind](tmp_path)
-    denoise = DENOISERS[kind](folder, miniatures.states(), 1.8, torch.device("cpu"), torch.float32)
+    denoise = DENOISERS[kind](
+        folder, miniatures.states(), 1.8, torch.device("cpu"), torch.float32, Torch()
+    )
     x_hat = torch.randn(2, 3, 32, 32) * 2
     with torch.inference_mode():
         x_0 = denoise(x_hat, torch.tensor([0.25, 0.5], dtype=torch.float64))

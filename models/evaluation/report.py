@@ -39,6 +39,7 @@ def evaluate(
     k: float | None = None,
     generated: int = 0,
     log: Path | None = None,
+    runtime: str = "torch",
 ) -> dict[str, Any]:
     """Figures of a task on labelled images, fractions throughout, with all that they depend on.
 
@@ -47,7 +48,7 @@ def evaluate(
     """
     if data.names != bundle.labels:
         raise ValueError(f"the images' labels are {data.names}, the task's {bundle.labels}")
-    model = load(bundle if k is None else replace(bundle, k=k))
+    model = load(bundle if k is None else replace(bundle, k=k), runtime=runtime)
     run = certify_images(model, data, **asdict(protocol), log=log)
     watched = track(
         run, "certifying", len(data), console=Console(stderr=True), disable=not sys.stderr.isatty()

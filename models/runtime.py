@@ -1,0 +1,124 @@
+"""How a network is run: by torch as it is, or converted for its one batch shape by OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Network = Callable[..., Tensor]
+"""Tensors of one fixed shape -> one tensor, without gradients."""
+
+
+class Runtime(Protocol):
+    """`name` says, with its version, what the networks' outputs depend on besides torch."""
+
+    name: str
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to load weights in where `dtype` is to be computed in.
+
+        Raises ValueError where this runtime cannot compute in it on the device.
+        """
+
+    def prepare(self, network: nn.Module) -> Network:
+        """The network, ready to be called with tensors, always of the same shapes."""
+
+
+class Torch:
+    """Eager torch, on every device and in every dtype."""
+
+    name = "torch"
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """`dtype` itself."""
+        return dtype
+
+    def prepare(self, network: nn.Module) -> Network:
+        """The network itself."""
+        return network
+
+
+class OpenVino:
+    """OpenVINO on a CPU that computes in bfloat16: fused operators, constants folded.
+
+    float32 is refused: release 2026.4 crashes as it compiles nano's UNet in it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from openvino import get_version
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "the runtime openvino is not installed: pip install openvino"
+            ) from error
+        self.name = "openvino " + ".".join(get_version().split(".")[:2])
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """float32, which OpenVINO rounds itself."""
+        if device.type != "cpu" or dtype != torch.bfloat16:
+            raise ValueError(
+                "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; "
+                f"asked for {dtype} on {device.type}"
+            )
+        return torch.float32
+
+    def prepare(self, network: nn.Module) -> Network:
+        """Converted at the first call, for the shapes of that call."""
+        return _Converted(network)
+
+
+class _Converted:
+    def __init__(self, network: nn.Module) -> None:
+        self._network: nn.Module | None = network
+        self._request: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._network is not None:
+            self._request = _compiled(self._network, inputs).create_infer_request()
+            self._network = None
+        arrays = [tensor.contiguous().numpy() for tensor in inputs]
+        return torch.from_numpy(self._request.infer(arrays, share_inputs=True)[0])
+
+
+def _compiled(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Through the frontend itself, for `openvino.convert_model` reports its use to its makers."""
+    from openvino import Core
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    with torch.inference_mode(False), torch.no_grad(), _without_its_warnings():
+        plain = tuple(tensor.clone() for tensor in inputs)
+        exported = torch.export.export(network, plain)
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchFXPythonDecoder.from_exported_program(exported)
+        converted = frontend.convert(frontend.load(decoder))
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    return Core().compile_model(converted, "CPU", settings)
+
+
+@contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """The converter warns, with a traceback each, of operators that this torch never decomposes."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "not found in decomp table" not in record.msg
+
+    root = logging.getLogger()
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"torch": Torch, "openvino": OpenVino}
+"""Where to add a runtime: one adapter above and one line here."""
