@@ -28,9 +28,9 @@ HEAD_CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 128,
         "vision_cfg": {
-            "image_size": 64,
-            "timm_model_name": "resnet10t",
-            "timm_pool": "avg",
+            "image_size": 32,
+            "timm_model_name": "airbench94",
+            "timm_pool": "max",
             "timm_proj": "linear",
         },
         "text_cfg": {

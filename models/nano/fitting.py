@@ -25,16 +25,18 @@ class Profile:
     weight_decay: float = 0.0
     ema: float = 0.0
     restart: int = 0
+    warm_up: float = 0.05
+    clip: float = 1.0
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate at a step: warm-up over a twentieth, then a cosine to 0.
+        """Share of the learning rate at a step: warm-up over its share, then a cosine to 0.
 
         With `restart`, the cosine ends there and begins anew at half the rate.
         """
         again = 0 < self.restart <= step
         first, last = (self.restart, self.steps) if again else (0, self.restart or self.steps)
         done, whole = step - first, last - first
-        warmed = min(1.0, (done + 1) / max(1, whole // 20))
+        warmed = min(1.0, (done + 1) / max(1.0, whole * self.warm_up))
         return (0.5 if again else 1.0) * warmed * 0.5 * (1 + cos(pi * done / whole))
 
 
@@ -83,14 +85,16 @@ def fit(
     profile: Profile,
     device: torch.device,
     checkpoint_every: int = 250,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """AdamW, warm-up and cosine, gradients clipped at 1, optional averaged weights.
+    """AdamW unless given another, warm-up and cosine, gradients clipped, optional averaged weights.
 
-    `loss(step)` must draw all its randomness from the step's number. Returns the model with its
-    averaged weights where the profile asks for them.
+    `loss(step)` must draw all its randomness from the step's number. A group of an optimizer's
+    parameters learns at its own `scale` times the rate. Returns the model with its averaged
+    weights where the profile asks for them.
     """
     checkpoint, log = out / f"{part}.checkpoint.safetensors", out / f"{part}.loss.jsonl"
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizer or torch.optim.AdamW(
         model.parameters(), profile.learning_rate, (0.9, 0.99), weight_decay=profile.weight_decay
     )
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if profile.ema else {}
@@ -99,11 +103,11 @@ def fit(
     seconds, running = time.perf_counter(), 0.0
     for step in range(start, profile.steps):
         for group in optimizer.param_groups:
-            group["lr"] = profile.learning_rate * profile.rate(step)
+            group["lr"] = group.get("scale", 1.0) * profile.learning_rate * profile.rate(step)
         with torch.autocast(device.type, torch.bfloat16):
             value = loss(step)
         value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), profile.clip)
         optimizer.step()
         optimizer.zero_grad()
         if average:

@@ -12,10 +12,10 @@ import argparse
 import json
 import random
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,11 @@ CAPTIONS = 80
 
 PROFILES = {
     "text": Profile(steps=400, batch=64, learning_rate=1e-3),
-    "head": Profile(steps=4_000, batch=256, learning_rate=2e-3, weight_decay=0.05, restart=2_000),
+    "head": Profile(
+        steps=2_400, batch=512, learning_rate=0.75, weight_decay=2.66e-3, warm_up=0.2, clip=inf
+    ),
     "stage1": Profile(steps=900, batch=96, learning_rate=1e-3, ema=0.998),
-    "stage2": Profile(steps=3_400, batch=64, learning_rate=1e-3, ema=0.999),
+    "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
 }
 
 
@@ -129,50 +131,57 @@ def soften(images: Tensor, generator: Generator) -> Tensor:
 
 
 def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """A small CLIP that never sees noise: first the image tower against one prototype a class,
-    then, at rest, the text tower, which learns to say each class's captions as its prototype."""
+    """A small CLIP that never sees noise: first the image tower against one fixed direction a
+    class, then, at rest, the text tower, which learns to say a class's captions as its direction.
+
+    Optimizer and rates of the image tower: arXiv 2404.00498.
+    """
     folder = arguments.out / "head"
     folder.mkdir(parents=True, exist_ok=True)
     described = HEAD_CONFIG["model_cfg"]
-    size = described["vision_cfg"]["image_size"]
     mean, std = (
         torch.tensor(HEAD_CONFIG["preprocess_cfg"][name])[:, None, None] for name in ("mean", "std")
     )
     model = open_clip.CLIP(
         described["embed_dim"], described["vision_cfg"], described["text_cfg"]
     ).to(device, memory_format=torch.channels_last)
-    prototypes = nn.Linear(described["embed_dim"], len(CIFAR10_LABELS), bias=False).to(device)
     images = Images(arguments.data)
-    visual = torch.compile(model.visual) if arguments.compile else model.visual
-
-    def against_prototypes(features: Tensor) -> Tensor:
-        scale = model.logit_scale.clamp(max=np.log(100.0)).exp()
-        known = F.normalize(prototypes.weight.float(), dim=-1)
-        logits: Tensor = scale * F.normalize(features.float(), dim=-1) @ known.T
-        return logits
+    directions = torch.linalg.qr(
+        torch.randn(described["embed_dim"], len(CIFAR10_LABELS), generator=_generator(0, 0))
+    ).Q.to(device)
+    visual: Any = model.visual
+    first = images.pixels[:5_000].float() / 255
+    visual.trunk.whiten(((first - mean) / std).to(device))
 
     def image_loss(step: int) -> Tensor:
         generator = _generator(arguments.seed, step)
-        pixels, labels = images.draw(profile.batch, generator, shift=4)
-        pixels = F.interpolate(
-            soften(pixels, generator), size=(size, size), mode="bicubic", antialias=True
-        ).clamp(-1, 1)
-        pixels = ((pixels + 1) / 2 - mean) / std
+        pixels, labels = images.draw(profile.batch, generator, shift=2)
+        pixels = ((soften(pixels, generator).clamp(-1, 1) + 1) / 2 - mean) / std
         features = visual(pixels.to(device, memory_format=torch.channels_last))
         with torch.autocast(device.type, enabled=False):
-            logits = against_prototypes(features)
-            return F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
+            return F.cross_entropy(
+                features.float() @ directions / 9, labels.to(device), label_smoothing=0.2
+            )
 
-    seeing = nn.ModuleList([model.visual, prototypes])
-    fit("head", seeing, image_loss, arguments.out, profile, device)
+    shifts = [p for n, p in visual.named_parameters() if n.endswith("bias")]
+    filters = [p for n, p in visual.named_parameters() if ".conv" in n or ".proj" in n]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": shifts, "scale": 64.0, "weight_decay": profile.weight_decay / 64},
+            {"params": filters, "weight_decay": profile.weight_decay},
+        ],
+        momentum=0.85,
+        nesterov=True,
+    )
+    fit("head", visual, image_loss, arguments.out, profile, device, optimizer=optimizer)
+    visual.requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
 
     tokenizer = ByT5Tokenizer(extra_ids=125)
     length = described["text_cfg"]["context_length"]
     classes = torch.arange(len(CIFAR10_LABELS), device=device).repeat(
         CAPTIONS // len(CIFAR10_LABELS)
     )
-    seeing.requires_grad_(False)
-    model.logit_scale.requires_grad_(False)
 
     def text_loss(step: int) -> Tensor:
         draw = random.Random(arguments.seed * 1_000_003 + step)
@@ -185,7 +194,8 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
         )
         said = model.encode_text(words.input_ids.to(device))
         with torch.autocast(device.type, enabled=False):
-            return F.cross_entropy(against_prototypes(said), classes)
+            cosine = F.normalize(said.float(), dim=-1) @ directions
+            return F.cross_entropy(model.logit_scale.exp() * cosine, classes)
 
     fit("head-text", model, text_loss, arguments.out, PROFILES["text"], device)
     weights = {
