@@ -4,7 +4,7 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup serve test check format bench lock clean
+.PHONY: setup serve test check format bench demo lock clean
 
 setup: $(VENV)/.ready
 
@@ -32,7 +32,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks.rows
+	$(BIN)/vouchsafe bench
+
+demo: setup
+	$(BIN)/python -m models.evaluation.demo --out demo.png
 
 # Pins every dependency, direct or not, for CPython 3.11 on Linux x86-64.
 lock:

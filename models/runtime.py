@@ -68,21 +68,21 @@ class OpenVino:
         return torch.float32
 
     def prepare(self, network: nn.Module) -> Network:
-        """Converted at the first call, for the shapes of that call."""
+        """Converted at the first call, anew for every other shape of inputs."""
         return _Converted(network)
 
 
 class _Converted:
     def __init__(self, network: nn.Module) -> None:
-        self._network: nn.Module | None = network
-        self._request: Any = None
+        self._network = network
+        self._requests: dict[tuple[torch.Size, ...], Any] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self._network is not None:
-            self._request = _compiled(self._network, inputs).create_infer_request()
-            self._network = None
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self._requests:
+            self._requests[shapes] = _compiled(self._network, inputs).create_infer_request()
         arrays = [tensor.contiguous().numpy() for tensor in inputs]
-        return torch.from_numpy(self._request.infer(arrays, share_inputs=True)[0])
+        return torch.from_numpy(self._requests[shapes].infer(arrays, share_inputs=True)[0])
 
 
 def _compiled(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

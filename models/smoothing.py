@@ -16,7 +16,7 @@ from models.bundle import Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
-from models.runtime import RUNTIMES
+from models.runtime import Runtime, Torch
 
 PROMPT_STATES = "prompt_states.safetensors"
 """The bundle's file that holds the prompt's states (77,D) as `states`."""
@@ -165,26 +165,26 @@ def load(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_rows: int = 64,
-    runtime: str = "torch",
+    runtime: Runtime | None = None,
 ) -> SmoothedModel:
-    """Load a task's networks, ready for `votes`, run by one of RUNTIMES.
+    """Load a task's networks, ready for `votes`, run by eager torch or another runtime.
 
-    Raises ValueError for a runtime that cannot be had here, and BundleError where a base network is
-    missing or is not the one the bundle was made with.
+    Raises ValueError for a runtime that cannot compute in `dtype` on the device, and BundleError
+    where a base network is missing or is not the one the bundle was made with.
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
-    runs = RUNTIMES[runtime]()
-    weights = runs.weights_dtype(device, dtype)
+    runtime = runtime or Torch()
+    weights = runtime.weights_dtype(device, dtype)
     if PROMPT_STATES not in bundle.files:
         raise BundleError(f"{bundle.folder}: the manifest lists no {PROMPT_STATES}")
     states = load_file(bundle.folder / PROMPT_STATES)["states"]
     load_denoiser = DENOISERS[bundle.denoiser.kind]
-    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, weights, runs)
+    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, weights, runtime)
     load_classifier = CLASSIFIERS[bundle.classifier.kind]
     classifier = load_classifier(
-        bundle.classifier.verified(), bundle.labels, bundle.template, device, weights, runs
+        bundle.classifier.verified(), bundle.labels, bundle.template, device, weights, runtime
     )
-    numerics = Numerics.of(device, dtype, batch_rows, runs.name)
+    numerics = Numerics.of(device, dtype, batch_rows, runtime.name)
     digest = bundle.served_digest(numerics.described())
     return SmoothedModel(denoiser, classifier, numerics, device, digest)

@@ -1,4 +1,4 @@
-"""The `vouchsafe` command: `serve`, `predict`, `evaluate`."""
+"""The `vouchsafe` command: `serve`, `predict`, `evaluate`, `bench`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ async def _predict_all(
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
     try:
-        await _while_alive(working, _until_served(embedded))
+        await _while_alive(working, embedded.ready())
         with Progress(console=errors, disable=quiet, transient=True) as progress:
             for path in images:
                 try:
@@ -150,11 +150,6 @@ async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, 
         task.cancel()
         raise DeviceError(f"the networks stopped: {working.exception()}")
     return await task
-
-
-async def _until_served(embedded: Embedded) -> None:
-    while "default" not in (await embedded.engine.capacity()).bundles:  # noqa: ASYNC110 - no event
-        await asyncio.sleep(0.05)
 
 
 async def _predict_one(
@@ -219,6 +214,7 @@ def evaluate(
     """
     from models.bundle import DEFAULT_TASK, read_bundle
     from models.evaluation import datasets, report
+    from models.runtime import RUNTIMES
 
     data = datasets.cifar10(cifar10, "held-back") if cifar10 else datasets.evaluation_slice(images)
     figures = report.evaluate(
@@ -228,6 +224,25 @@ def evaluate(
         k=k,
         generated=generated,
         log=log,
-        runtime=Settings().runtime,
+        runtime=RUNTIMES[Settings().runtime](),
     )
+    print(json.dumps(figures, indent=2))
+
+
+@app.command()
+def bench(
+    n: Annotated[int, typer.Option("--n", min=10, help="Noise rows of a question.")] = 1000,
+    requests: Annotated[int, typer.Option(min=1, help="Questions asked in every way.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Times over which to take medians.")] = 1,
+) -> None:
+    """Compare the speed of a plain loop, the engine, and the service over HTTP.
+
+    The networks run as `serve` would run them (VOUCHSAFE_RUNTIME).
+    """
+    from service.bench import Plan
+    from service.bench import bench as run
+
+    logging.basicConfig(level=logging.WARNING)
+    figures = run(Plan(n, requests, rounds), Settings().runtime)
+    print(figures.pop("plain loop"))
     print(json.dumps(figures, indent=2))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from models.runtime import RUNTIMES, Runtime
 from models.smoothing import Rows, SmoothedModel, load
 from service.config import Settings, load_secret
 from service.device import ComputeThread, DeviceFailed
@@ -21,10 +22,15 @@ logger = logging.getLogger("vouchsafe")
 
 
 class Embedded:
-    """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker."""
+    """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker.
 
-    def __init__(self, settings: Settings) -> None:
+    `models`, by task, fills as the worker loads them; `runtime` stands in for the settings' own.
+    """
+
+    def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         self.settings = settings
+        self.models: dict[str, SmoothedModel] = {}
+        self._runtime = runtime
         self.secret = load_secret(settings.data_dir)
         self.tasks: dict[str, Bundle] = {"default": read_bundle(DEFAULT_TASK)}
         self.engine = MemoryEngine(
@@ -36,6 +42,11 @@ class Embedded:
         )
         self.failed = False
 
+    async def ready(self) -> None:
+        """Returns once the worker serves every task."""
+        while self.tasks.keys() - (await self.engine.capacity()).bundles.keys():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
     def worker(self, on_failure: Callable[[], None]) -> Companion:
         """A companion of the app: loads and warms every task's networks, then works until stopped.
 
@@ -46,13 +57,12 @@ class Embedded:
         async def run(stop: asyncio.Event) -> None:
             thread = ComputeThread()
             try:
-                models = {
-                    task: await thread.run(_load_and_warm, bundle, self.settings.runtime)
-                    for task, bundle in self.tasks.items()
-                }
+                runtime = self._runtime or RUNTIMES[self.settings.runtime]()
+                for task, bundle in self.tasks.items():
+                    self.models[task] = await thread.run(_load_and_warm, bundle, runtime)
                 await work(
                     self.engine,
-                    models,
+                    self.models,
                     worker_id=f"embedded-{os.getpid()}",
                     stop=stop,
                     thread=thread,
@@ -69,7 +79,7 @@ class Embedded:
         return run
 
 
-def _load_and_warm(bundle: Bundle, runtime: str) -> SmoothedModel:
+def _load_and_warm(bundle: Bundle, runtime: Runtime) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything.

@@ -17,6 +17,7 @@ from models.adaptation.synthesize import Cascade, Sampling
 from models.bundle import MODELS, Bundle
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import accuracy, certify_images, recognised, summarise
+from models.runtime import Runtime
 from models.smoothing import best_device, load
 
 
@@ -39,7 +40,7 @@ def evaluate(
     k: float | None = None,
     generated: int = 0,
     log: Path | None = None,
-    runtime: str = "torch",
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Figures of a task on labelled images, fractions throughout, with all that they depend on.
 

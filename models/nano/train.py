@@ -1,9 +1,10 @@
 """The recipe of the nano set: `python -m models.nano.train PART --data FOLDER --out FOLDER`.
 
-Parts in order: `text` (T5-class encoder), `head` (CLIP-class classifier), `stage1` (text to 16x16)
-and `stage2` (16x16 to 32x32; the denoiser). Each is seeded, logs its loss to a JSON-lines file, and
-goes on from its checkpoint when started again. Step s draws images and noise from (seed, s) and
-captions from s, so a resumed run makes the same steps as an uninterrupted one.
+Parts in order: `text` (T5-class encoder), `head` (CLIP-class classifier), `stage1` (text to 16x16),
+`stage2` (16x16 to 32x32; the denoiser) and `guided` (stage II with the head behind it). Each is
+seeded, logs its loss to a JSON-lines file, and goes on from its checkpoint when started again.
+Step s draws images and noise from (seed, s) and captions from s, so a resumed run makes the same
+steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from transformers import ByT5Tokenizer, T5EncoderModel
 
+from models.classifier import load_open_clip
 from models.denoiser import clean_prompts, encode_prompts
 from models.evaluation.datasets import CIFAR10_LABELS, cifar10
 from models.nano.architectures import (
@@ -40,9 +43,15 @@ from models.nano.architectures import (
 )
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE, TEMPLATES, blank_captions, caption
 from models.nano.fitting import Profile, fit
+from models.runtime import Torch
 
 CAPTIONS = 80
 """Captions a step of the head's text tower, the same number for each class."""
+
+SMOOTHING_STEPS = (60, 760)
+"""Timesteps that most denoising rows are drawn from: sigma 0.05 to 1.2."""
+GUIDANCE = 0.03
+"""Lambda, the weight of the head's cross-entropy."""
 
 PROFILES = {
     "text": Profile(steps=400, batch=64, learning_rate=1e-3),
@@ -51,6 +60,7 @@ PROFILES = {
     ),
     "stage1": Profile(steps=900, batch=96, learning_rate=1e-3, ema=0.998),
     "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
+    "guided": Profile(steps=2_000, batch=64, learning_rate=3e-4, ema=0.998),
 }
 
 
@@ -256,12 +266,35 @@ def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.
     scheduler.save_pretrained(folder / "scheduler")
 
 
+Guide = Callable[[Tensor], Tensor]
+"""Images (B,3,32,32) in [0,1] -> logits (B,10)."""
+
+
 def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
     """16x16 to 32x32, and the denoiser: one row in four is super-resolution as the cascade samples
     it; in the others the noisy image conditions itself, noise level k*t, as smoothing calls it."""
-    folder = arguments.out / "stage2"
-    scheduler = if_scheduler(sample_max_value=1.0)
     unet: Any = UNet2DConditionModel(**STAGE2_UNET, **DEEPFLOYD_UNET)
+    _fit_stage2("stage2", unet, None, arguments, profile, device)
+
+
+def train_guided(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
+    """Stage II goes on with the head behind it, at rest: MSE + lambda CE(head(x0)) (method.md 5.2),
+    as personalization does it, but with every weight and on the training images."""
+    unet: Any = UNet2DConditionModel.from_pretrained(arguments.out / "stage2" / "unet")
+    folder = arguments.out / "head"
+    head = load_open_clip(folder, CIFAR10_LABELS, DEFAULT_TEMPLATE, device, torch.float32, Torch())
+    _fit_stage2("guided", unet, head, arguments, profile, device)
+
+
+def _fit_stage2(
+    part: str,
+    unet: Any,
+    guide: Guide | None,
+    arguments: argparse.Namespace,
+    profile: Profile,
+    device: torch.device,
+) -> None:
+    scheduler = if_scheduler(sample_max_value=1.0)
     unet = unet.to(device, memory_format=torch.channels_last)
     forward = torch.compile(unet) if arguments.compile else unet
     images, states = Images(arguments.data), Captions(arguments.out / "stage1", device)
@@ -273,7 +306,7 @@ def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.
         pixels, labels = images.draw(profile.batch, generator, shift=0)
         noise = torch.randn(pixels.shape, generator=generator)
         t = torch.randint(1000, (profile.batch,), generator=generator)
-        focused = torch.randint(60, 760, (profile.batch,), generator=generator)
+        focused = torch.randint(*SMOOTHING_STEPS, (profile.batch,), generator=generator)
         narrow = torch.rand(profile.batch, generator=generator) < 0.8
         narrow[:upscaled_rows] = False
         t = torch.where(narrow, focused, t)
@@ -296,15 +329,29 @@ def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.
         predicted = forward(
             model_input, t.to(device), states(words), class_labels=levels.to(device)
         ).sample[:, :3]
-        return F.mse_loss(predicted.float(), noise.to(device))
+        error = F.mse_loss(predicted.float(), noise.to(device))
+        if guide is None:
+            return error
+        alpha_bar = scheduler.alphas_cumprod[t[narrow]][:, None, None, None].to(device)
+        epsilon = predicted[narrow].float()
+        x_0 = (x_t[narrow].to(device) - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        named = guide((x_0.clamp(-1, 1) + 1) / 2)
+        return error + GUIDANCE * F.cross_entropy(named, labels[narrow].to(device))
 
-    fit("stage2", unet, loss, arguments.out, profile, device)
+    fit(part, unet, loss, arguments.out, profile, device)
+    folder = arguments.out / part
     unet.save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     scheduler.save_pretrained(folder / "image_noising_scheduler")
 
 
-PARTS = {"text": train_text, "head": train_head, "stage1": train_stage1, "stage2": train_stage2}
+PARTS = {
+    "text": train_text,
+    "head": train_head,
+    "stage1": train_stage1,
+    "stage2": train_stage2,
+    "guided": train_guided,
+}
 
 
 def main() -> None:

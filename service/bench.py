@@ -1,0 +1,258 @@
+"""Speed of the default task in one process: a plain loop, the engine, the service over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import io
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import open_clip
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.bundle import Bundle
+from models.runtime import RUNTIMES, Network, Runtime
+from models.smoothing import PROMPT_STATES
+from service.api import create_app
+from service.config import Settings
+from service.embedded import Embedded
+from service.predictions import Predictions
+from service.schemas import PredictRequest
+from service.server import DrainingServer
+
+CONCURRENCIES = (1, 4, 16)
+SIGMA = 0.25
+SELECTION_ROWS = 100
+LONGER = 10
+"""How many times more rows the question has that shows what memory depends on."""
+
+WAIT_SECONDS = 600
+
+Ask = Callable[[bytes], Awaitable[object]]
+
+
+def plain_loop(
+    unet: Any, alphas_cumprod: Tensor, states: Tensor, clip: Any, text: Tensor, x: Tensor, n: int
+) -> Tensor:
+    """What a researcher would write: float32, eager, torch.randn, batches of 64."""
+    t = int(((1 - alphas_cumprod) / alphas_cumprod).sqrt().ge(2 * SIGMA).nonzero()[0])
+    alpha_bar = alphas_cumprod[t]
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (clip.visual.image_mean, clip.visual.image_std)
+    )
+    counts = torch.zeros(len(text), dtype=torch.long)
+    with torch.inference_mode():
+        for start in range(0, n, 64):
+            rows = min(64, n - start)
+            x_t = (2 * (x + SIGMA * torch.randn(rows, *x.shape)) - 1) * alpha_bar.sqrt()
+            level = torch.full((rows,), 1.8 * t)
+            prompt = states.expand(rows, -1, -1)
+            noise = unet(torch.cat([x_t, x_t], 1), t, prompt, class_labels=level).sample[:, :3]
+            x_0 = ((x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()).clamp(-1, 1)
+            features = clip.encode_image(((x_0 + 1) / 2 - mean) / std, normalize=True)
+            counts += torch.bincount((features @ text.T).argmax(1), minlength=len(text))
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is asked: `requests` questions of 100 + `n` rows in every way, `rounds` times."""
+
+    n: int = 1000
+    requests: int = 16
+    rounds: int = 1
+
+
+class _Watched:
+    """A runtime that adds up the seconds spent inside networks."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.name = runtime.name
+        self.seconds = 0.0
+        self._runtime = runtime
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        return self._runtime.weights_dtype(device, dtype)
+
+    def prepare(self, network: nn.Module) -> Network:
+        prepared = self._runtime.prepare(network)
+
+        def watched(*inputs: Tensor) -> Tensor:
+            began = time.perf_counter()
+            output = prepared(*inputs)
+            if output.is_cuda:
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - began
+            return output
+
+        return watched
+
+
+def bench(plan: Plan, runtime: str) -> dict[str, Any]:
+    """Every figure of the report, with the source of the loop it is compared to."""
+    watched = _Watched(RUNTIMES[runtime]())
+    with tempfile.TemporaryDirectory() as folder:
+        embedded = Embedded(Settings(data_dir=Path(folder)), watched)
+        figures = asyncio.run(_measure(plan, embedded, watched))
+    return {
+        "plain loop": inspect.getsource(plain_loop),
+        "n": plan.n,
+        "n0": SELECTION_ROWS,
+        "requests": plan.requests,
+        "rounds": plan.rounds,
+        "numerics": embedded.models["default"].numerics.described(),
+        **figures,
+    }
+
+
+async def _measure(plan: Plan, embedded: Embedded, watched: _Watched) -> dict[str, Any]:
+    rows, bundle = SELECTION_ROWS + plan.n, embedded.tasks["default"]
+    images = [_png(seed, bundle.resolution) for seed in range(plan.requests)]
+    loop = _plain(bundle, _pixels(0, bundle.resolution), rows)
+    ways: dict[str, list[float]] = {"plain loop": []}
+    latencies: dict[str, list[float]] = {}
+    shares: list[float] = []
+    async with (
+        _serving(embedded) as (desk, address),
+        httpx.AsyncClient(base_url=address, timeout=WAIT_SECONDS) as client,
+    ):
+        asks: dict[str, tuple[Ask, int]] = {"engine": (partial(_ask, desk, plan.n), plan.requests)}
+        for concurrency in CONCURRENCIES:
+            asks[f"http, {concurrency} at once"] = partial(_post, client, plan.n), concurrency
+        loop()
+        await _driven(asks["engine"][0], images[:1], 1)
+        for _ in range(plan.rounds):
+            for way, (ask, concurrency) in asks.items():
+                ways["plain loop"].append(rows / _seconds(loop))
+                watched.seconds, began = 0.0, time.perf_counter()
+                taken = await _driven(ask, images, concurrency)
+                passed = time.perf_counter() - began
+                ways.setdefault(way, []).append(rows * len(images) / passed)
+                latencies.setdefault(way, []).extend(taken)
+                if way == "engine":
+                    shares.append(1 - watched.seconds / passed)
+        peak = _peak_mib()
+        await _ask(desk, LONGER * plan.n, images[0])
+        longer = _peak_mib()
+    speeds = {way: float(np.median(each)) for way, each in ways.items()}
+    return {
+        "rows/s": {way: round(speed, 1) for way, speed in speeds.items()},
+        "engine / plain loop": round(speeds["engine"] / speeds["plain loop"], 3),
+        "http / engine": {
+            way: round(speed / speeds["engine"], 3)
+            for way, speed in speeds.items() if way.startswith("http")
+        },
+        "latency, seconds": {
+            way: {f"p{q}": round(float(np.percentile(each, q)), 3) for q in (50, 99)}
+            for way, each in latencies.items() if way.startswith("http")
+        },
+        "share of the engine's time outside the networks": round(float(np.median(shares)), 4),
+        "peak memory, MiB": {f"n={plan.n}": round(peak), f"n={LONGER * plan.n}": round(longer)},
+    }  # fmt: skip
+
+
+def _plain(bundle: Bundle, pixels: NDArray[np.uint8], n: int) -> Callable[[], Tensor]:
+    """The plain loop over the bundle's networks, as diffusers and open_clip load them."""
+    stage2, head = bundle.denoiser.verified(), bundle.classifier.verified()
+    unet = UNet2DConditionModel.from_pretrained(stage2 / "unet", use_safetensors=True).eval()
+    scheduler = DDPMScheduler.from_pretrained(stage2 / "scheduler")
+    states = load_file(bundle.folder / PROMPT_STATES)["states"].float()[None]
+    clip = open_clip.create_model(f"local-dir:{head}").eval()
+    words = open_clip.get_tokenizer(f"local-dir:{head}")(
+        [bundle.template.format(label) for label in bundle.labels]
+    )
+    with torch.inference_mode():
+        text = clip.encode_text(words, normalize=True)
+    x = torch.tensor(pixels).permute(2, 0, 1).float() / 255
+    return partial(plain_loop, unet, scheduler.alphas_cumprod, states, clip, text, x, n)
+
+
+@asynccontextmanager
+async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]:
+    """The service on a free port of this process: its desk and its address, once it is ready."""
+    server = DrainingServer("127.0.0.1", 0)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    app = server.config.app = create_app(
+        embedded.settings,
+        embedded.engine,
+        embedded.tasks,
+        embedded.secret,
+        companions=[embedded.worker(on_failure=server.stop)],
+    )
+    serving = asyncio.create_task(server.serve())
+    ready = asyncio.create_task(embedded.ready())
+    try:
+        await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            raise RuntimeError("the service stopped before it was ready")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield app.state.predictions, f"http://127.0.0.1:{port}"
+    finally:
+        ready.cancel()
+        server.stop()
+        await serving
+
+
+async def _driven(ask: Ask, images: list[bytes], concurrency: int) -> list[float]:
+    """Seconds of every question, so many asked at once."""
+    waiting, taken = iter(images), []
+
+    async def asking() -> None:
+        for image in waiting:
+            began = time.perf_counter()
+            await ask(image)
+            taken.append(time.perf_counter() - began)
+
+    await asyncio.gather(*(asking() for _ in range(concurrency)))
+    return taken
+
+
+async def _ask(desk: Predictions, n: int, image: bytes) -> None:
+    asked = PredictRequest(image=image, sigma=SIGMA, n0=SELECTION_ROWS, n=n)
+    status = await desk.ended(await desk.submit(asked, None, None), seconds=WAIT_SECONDS)
+    if status is None:
+        raise TimeoutError(f"no answer within {WAIT_SECONDS} seconds")
+    desk.answer(status)
+
+
+async def _post(client: httpx.AsyncClient, n: int, image: bytes) -> None:
+    fields = {"sigma": str(SIGMA), "n0": str(SELECTION_ROWS), "n": str(n)}
+    headers = {"Prefer": f"wait={WAIT_SECONDS}"}
+    answer = await client.post("/predict", files={"image": image}, data=fields, headers=headers)
+    answer.raise_for_status()
+
+
+def _pixels(seed: int, size: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def _png(seed: int, size: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(_pixels(seed, size)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,54 @@
+"""Pictures: what is drawn is what was computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models.certificates import certify
+from models.denoiser import NoDenoiser
+from models.evaluation.plots import Shown, contact_sheet, curves, noisy_and_denoised, picture_grid
+from models.smoothing import Numerics, Rows, SmoothedModel
+
+CPU = torch.device("cpu")
+
+
+class Constant:
+    """Names everything alike."""
+
+    labels = ("a", "b")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]]).expand(len(x), -1)
+
+
+def test_the_shown_row_is_the_noisy_row_clipped() -> None:
+    """The picture is the row that the network sees, confined to what a screen can show."""
+    model = SmoothedModel(NoDenoiser(), Constant(), Numerics.of(CPU, torch.float32, 4), CPU)
+    rows = Rows(np.full((3, 8, 8), 128, np.uint8), b"plots/tests/noise", 5, 6, 0.5)
+    noisy, denoised = noisy_and_denoised(model, rows)
+    wanted = model.noisy([rows])[0][0].clamp(0, 1).permute(1, 2, 0).numpy()
+    assert np.array_equal(noisy, wanted)
+    assert np.array_equal(denoised, wanted)
+    assert wanted.std() > 0
+
+
+def test_pictures_are_written_whole(tmp_path: Path) -> None:
+    """Every picture is a PNG with something in it, abstentions and wrong labels included."""
+    picture = np.random.default_rng(0).random((8, 8, 3))
+    sure, unsure = (certify([10, 0], counts, 0.25, 0.001) for counts in ([100, 0], [50, 50]))
+    sheet = [
+        Shown("a", picture, picture, picture, {"a": 100, "b": 0}, "a", sure),
+        Shown("b", picture, picture, picture, {"a": 100, "b": 0}, "a", sure),
+        Shown("b", picture, picture, picture, {"a": 50, "b": 50}, None, unsure),
+    ]
+    contact_sheet(sheet, "title", tmp_path / "sheet.png")
+    picture_grid([[picture] * 2] * 3, ["x", "y", "z"], ["1", "2"], tmp_path / "grid.png")
+    curves([1, 2], {"speed": {"one": [1, 2], "two": [2, 1]}}, "k", tmp_path / "curves.png")
+    for name in ("sheet", "grid", "curves"):
+        drawn = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+        assert min(drawn.shape) > 50
+        assert drawn.std() > 5
