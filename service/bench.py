@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.bundle import Bundle
+from models.noise import discrete_gaussian
 from models.runtime import RUNTIMES, Network, Runtime
 from models.smoothing import PROMPT_STATES
 from service.api import create_app
@@ -118,6 +119,7 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
         "rounds": plan.rounds,
         "numerics": embedded.models["default"].numerics.described(),
         **figures,
+        "1000 rows of noise on one thread, seconds": round(_noise_seconds(), 4),
     }
 
 
@@ -246,6 +248,17 @@ def _png(seed: int, size: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(_pixels(seed, size)).save(stream, "PNG")
     return stream.getvalue()
+
+
+def _noise_seconds() -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        noise = partial(discrete_gaussian, b"benchmark/noise/", 0, 1000, (3, 32, 32), SIGMA)
+        noise()
+        return min(_seconds(noise) for _ in range(3))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -48,7 +48,7 @@ def test_default_task_was_made_from_the_shipped_encoder() -> None:
     one = IFPipeline.from_pretrained(NANO / "weights" / "stage1")
     made = encode_prompts(one.tokenizer, one.text_encoder, [bundle.prompt])[0]
     model = load(bundle, dtype=torch.float32)
-    assert torch.allclose(model.denoiser._states[0], made, atol=1e-5)
+    assert torch.allclose(model.denoiser._epsilon.states[0], made, atol=1e-5)
 
 
 def test_head_is_cheap_and_its_text_tower_narrow() -> None:
@@ -56,7 +56,7 @@ def test_head_is_cheap_and_its_text_tower_narrow() -> None:
     folder = NANO / "weights" / "head"
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.encode_image(torch.zeros(1, 3, 64, 64))
+        model.encode_image(torch.zeros(1, 3, *model.visual.image_size))
     assert counter.get_total_flops() / 2 <= 0.15e9
     described = json.loads((folder / "open_clip_config.json").read_text())
     assert described["model_cfg"]["text_cfg"]["width"] <= 128
