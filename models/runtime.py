@@ -76,24 +76,30 @@ class _Converted:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._requests: dict[tuple[torch.Size, ...], Any] = {}
+        self._exported: list[Any] = []  # Constants may be shared with them.
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._requests:
-            self._requests[shapes] = _compiled(self._network, inputs).create_infer_request()
+            exported = _exported(self._network, inputs)
+            self._requests[shapes] = _compiled(exported).create_infer_request()
+            self._exported.append(exported)
         arrays = [tensor.contiguous().numpy() for tensor in inputs]
         return torch.from_numpy(self._requests[shapes].infer(arrays, share_inputs=True)[0])
 
 
-def _compiled(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.export.export(network, tuple(tensor.clone() for tensor in inputs))
+
+
+def _compiled(exported: torch.export.ExportedProgram) -> Any:
     """Through the frontend itself, for `openvino.convert_model` reports its use to its makers."""
     from openvino import Core
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     with torch.inference_mode(False), torch.no_grad(), _without_its_warnings():
-        plain = tuple(tensor.clone() for tensor in inputs)
-        exported = torch.export.export(network, plain)
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchFXPythonDecoder.from_exported_program(exported)
         converted = frontend.convert(frontend.load(decoder))
