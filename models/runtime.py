@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 Network = Callable[..., Tensor]
-"""Tensors of one fixed shape -> one tensor, without gradients."""
+"""Tensors of one fixed shape -> one tensor; gradients pass in eager torch only."""
+
+
+class RuntimeUnavailable(OSError):
+    """This machine cannot run networks so; the message names the runtime and what it needs."""
 
 
 class Runtime(Protocol):
@@ -22,11 +26,27 @@ class Runtime(Protocol):
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """The dtype to load weights in where `dtype` is to be computed in.
 
-        Raises ValueError where this runtime cannot compute in it on the device.
+        Raises RuntimeUnavailable where this runtime cannot compute in it on the device.
         """
 
     def prepare(self, network: nn.Module) -> Network:
         """The network, ready to be called with tensors, always of the same shapes."""
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def cpu_kind() -> str:
+    """What of this CPU chooses between kernels: its name, vector instructions and L2 cache."""
+    known = torch.cpu.get_capabilities()
+    units = [
+        name for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16") if known.get(name)
+    ]
+    level = torch.backends.cpu.get_cpu_capability()
+    cache = known.get("l2_cache_size", 0) // 1024
+    return " ".join([str(known.get("cpu_name", "cpu")), level, *units, f"L2 {cache} KiB"])
 
 
 class Torch:
@@ -53,17 +73,18 @@ class OpenVino:
         try:
             from openvino import get_version
         except ModuleNotFoundError as error:
-            raise ValueError(
-                "the runtime openvino is not installed: pip install openvino"
+            raise RuntimeUnavailable(
+                "the runtime openvino is not installed: pip install openvino, or use torch"
             ) from error
         self.name = "openvino " + ".".join(get_version().split(".")[:2])
 
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """float32, which OpenVINO rounds itself."""
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            raise ValueError(
-                "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; "
-                f"asked for {dtype} on {device.type}"
+        if device.type != "cpu" or dtype != torch.bfloat16 or not computes_bfloat16():
+            where = cpu_kind() if device.type == "cpu" else device.type
+            raise RuntimeUnavailable(
+                "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; asked for "
+                f"{str(dtype).removeprefix('torch.')} on {where}; the runtime torch runs anywhere"
             )
         return torch.float32
 
@@ -101,7 +122,7 @@ def _compiled(exported: torch.export.ExportedProgram) -> Any:
 
     with torch.inference_mode(False), torch.no_grad(), _without_its_warnings():
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchFXPythonDecoder.from_exported_program(exported)
+        decoder = TorchFXPythonDecoder.from_exported_program(exported, dynamic_shapes=False)
         converted = frontend.convert(frontend.load(decoder))
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16",
@@ -116,7 +137,7 @@ def _without_its_warnings() -> Iterator[None]:
     """The converter warns, with a traceback each, of operators that this torch never decomposes."""
 
     def wanted(record: logging.LogRecord) -> bool:
-        return "not found in decomp table" not in record.msg
+        return "not found in decomp table" not in record.getMessage()
 
     root = logging.getLogger()
     root.addFilter(wanted)

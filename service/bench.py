@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import io
 import logging
-import resource
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,10 +31,10 @@ from torch import Tensor, nn
 from models.bundle import Bundle
 from models.noise import discrete_gaussian
 from models.runtime import RUNTIMES, Network, Runtime
-from models.smoothing import PROMPT_STATES
+from models.smoothing import PROMPT_STATES, Rows, best_device, votes
 from service.api import create_app
 from service.config import Settings
-from service.embedded import Embedded
+from service.embedded import Embedded, leave_if_hung
 from service.predictions import Predictions
 from service.schemas import PredictRequest
 from service.server import DrainingServer
@@ -49,31 +51,33 @@ Ask = Callable[[bytes], Awaitable[object]]
 
 
 def plain_loop(
-    unet: Any, alphas_cumprod: Tensor, states: Tensor, clip: Any, text: Tensor, x: Tensor, n: int
-) -> Tensor:
+    unet: Any, alphas_cumprod: Tensor, states: Tensor, k: float, clip: Any, text: Tensor,
+    x: Tensor, n: int,
+) -> Tensor:  # fmt: skip
     """What a researcher would write: float32, eager, torch.randn, batches of 64."""
     t = int(((1 - alphas_cumprod) / alphas_cumprod).sqrt().ge(2 * SIGMA).nonzero()[0])
-    alpha_bar = alphas_cumprod[t]
+    alpha_bar, level = alphas_cumprod[t].to(x), torch.tensor([min(k * t, 1000.0)]).to(x)
     mean, std = (
-        torch.tensor(v)[:, None, None] for v in (clip.visual.image_mean, clip.visual.image_std)
+        torch.tensor(v).to(x)[:, None, None]
+        for v in (clip.visual.image_mean, clip.visual.image_std)
     )
     counts = torch.zeros(len(text), dtype=torch.long)
     with torch.inference_mode():
         for start in range(0, n, 64):
             rows = min(64, n - start)
-            x_t = (2 * (x + SIGMA * torch.randn(rows, *x.shape)) - 1) * alpha_bar.sqrt()
-            level = torch.full((rows,), 1.8 * t)
-            prompt = states.expand(rows, -1, -1)
-            noise = unet(torch.cat([x_t, x_t], 1), t, prompt, class_labels=level).sample[:, :3]
+            x_t = (2 * (x + SIGMA * torch.randn(rows, *x.shape).to(x)) - 1) * alpha_bar.sqrt()
+            prompt, levels = states.expand(rows, -1, -1), level.expand(rows)
+            noise = unet(torch.cat([x_t, x_t], 1), t, prompt, class_labels=levels).sample[:, :3]
             x_0 = ((x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()).clamp(-1, 1)
             features = clip.encode_image(((x_0 + 1) / 2 - mean) / std, normalize=True)
-            counts += torch.bincount((features @ text.T).argmax(1), minlength=len(text))
+            counts += torch.bincount((features @ text.T).argmax(1).cpu(), minlength=len(text))
     return counts
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is asked: `requests` questions of 100 + `n` rows in every way, `rounds` times."""
+    """How much is asked: `requests` questions of 100 + `n` rows of the engine and over HTTP, one of
+    the loops beside each of them; `rounds` times."""
 
     n: int = 1000
     requests: int = 16
@@ -108,9 +112,14 @@ class _Watched:
 def bench(plan: Plan, runtime: str) -> dict[str, Any]:
     """Every figure of the report, with the source of the loop it is compared to."""
     watched = _Watched(RUNTIMES[runtime]())
+    rows = plan.requests * (SELECTION_ROWS + plan.n)
     with tempfile.TemporaryDirectory() as folder:
-        embedded = Embedded(Settings(data_dir=Path(folder)), watched)
+        settings = Settings(
+            data_dir=Path(folder), api_keys=(), api_keys_file=None, backlog_rows=rows
+        )
+        embedded = Embedded(settings, watched)
         figures = asyncio.run(_measure(plan, embedded, watched))
+        leave_if_hung(embedded)
     return {
         "plain loop": inspect.getsource(plain_loop),
         "n": plan.n,
@@ -119,6 +128,9 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
         "rounds": plan.rounds,
         "numerics": embedded.models["default"].numerics.described(),
         **figures,
+        "peak memory of a process that certifies one image, MiB": {
+            f"n={n}": _peak_mib(n, runtime) for n in (plan.n, LONGER * plan.n)
+        },
         "1000 rows of noise on one thread, seconds": round(_noise_seconds(), 4),
     }
 
@@ -127,21 +139,23 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched) -> dict[st
     rows, bundle = SELECTION_ROWS + plan.n, embedded.tasks["default"]
     images = [_png(seed, bundle.resolution) for seed in range(plan.requests)]
     loop = _plain(bundle, _pixels(0, bundle.resolution), rows)
-    ways: dict[str, list[float]] = {"plain loop": []}
+    ways: dict[str, list[float]] = {"plain loop": [], "smoothing.votes": []}
     latencies: dict[str, list[float]] = {}
     shares: list[float] = []
     async with (
         _serving(embedded) as (desk, address),
         httpx.AsyncClient(base_url=address, timeout=WAIT_SECONDS) as client,
     ):
+        own = partial(votes, embedded.models["default"], _question(bundle.resolution, rows))
         asks: dict[str, tuple[Ask, int]] = {"engine": (partial(_ask, desk, plan.n), plan.requests)}
         for concurrency in CONCURRENCIES:
             asks[f"http, {concurrency} at once"] = partial(_post, client, plan.n), concurrency
-        loop()
+        await asyncio.to_thread(loop)
         await _driven(asks["engine"][0], images[:1], 1)
         for _ in range(plan.rounds):
             for way, (ask, concurrency) in asks.items():
-                ways["plain loop"].append(rows / _seconds(loop))
+                for direct, function in (("plain loop", loop), ("smoothing.votes", own)):
+                    ways[direct].append(rows / await asyncio.to_thread(_seconds, function))
                 watched.seconds, began = 0.0, time.perf_counter()
                 taken = await _driven(ask, images, concurrency)
                 passed = time.perf_counter() - began
@@ -149,9 +163,6 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched) -> dict[st
                 latencies.setdefault(way, []).extend(taken)
                 if way == "engine":
                     shares.append(1 - watched.seconds / passed)
-        peak = _peak_mib()
-        await _ask(desk, LONGER * plan.n, images[0])
-        longer = _peak_mib()
     speeds = {way: float(np.median(each)) for way, each in ways.items()}
     return {
         "rows/s": {way: round(speed, 1) for way, speed in speeds.items()},
@@ -165,24 +176,29 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched) -> dict[st
             for way, each in latencies.items() if way.startswith("http")
         },
         "share of the engine's time outside the networks": round(float(np.median(shares)), 4),
-        "peak memory, MiB": {f"n={plan.n}": round(peak), f"n={LONGER * plan.n}": round(longer)},
     }  # fmt: skip
 
 
 def _plain(bundle: Bundle, pixels: NDArray[np.uint8], n: int) -> Callable[[], Tensor]:
-    """The plain loop over the bundle's networks, as diffusers and open_clip load them."""
-    stage2, head = bundle.denoiser.verified(), bundle.classifier.verified()
+    """The plain loop over the bundle's networks, as diffusers and open_clip load them.
+
+    Raises ValueError where the head wants images of another size, which the loop would not make.
+    """
+    stage2, head, device = bundle.denoiser.verified(), bundle.classifier.verified(), best_device()
     unet = UNet2DConditionModel.from_pretrained(stage2 / "unet", use_safetensors=True).eval()
     scheduler = DDPMScheduler.from_pretrained(stage2 / "scheduler")
-    states = load_file(bundle.folder / PROMPT_STATES)["states"].float()[None]
-    clip = open_clip.create_model(f"local-dir:{head}").eval()
+    states = load_file(bundle.folder / PROMPT_STATES)["states"].float()[None].to(device)
+    clip = open_clip.create_model(f"local-dir:{head}", device=device).eval()
+    if tuple(clip.visual.image_size) != (bundle.resolution,) * 2:
+        raise ValueError(f"the head sees {clip.visual.image_size}, the task {bundle.resolution}")
     words = open_clip.get_tokenizer(f"local-dir:{head}")(
         [bundle.template.format(label) for label in bundle.labels]
     )
     with torch.inference_mode():
-        text = clip.encode_text(words, normalize=True)
-    x = torch.tensor(pixels).permute(2, 0, 1).float() / 255
-    return partial(plain_loop, unet, scheduler.alphas_cumprod, states, clip, text, x, n)
+        text = clip.encode_text(words.to(device), normalize=True)
+    x = torch.tensor(pixels, device=device).permute(2, 0, 1).float() / 255
+    alphas_cumprod = scheduler.alphas_cumprod
+    return partial(plain_loop, unet.to(device), alphas_cumprod, states, bundle.k, clip, text, x, n)
 
 
 @asynccontextmanager
@@ -267,5 +283,26 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _question(size: int, rows: int) -> Rows:
+    pixels = np.ascontiguousarray(_pixels(0, size).transpose(2, 0, 1))
+    return Rows(pixels, b"benchmark/noise/", 0, rows, SIGMA)
+
+
+def _peak_mib(n: int, runtime: str) -> int:
+    """Peak memory of a fresh process that certifies one image with n rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        image.write_bytes(_png(0, 32))
+        command = [sys.executable, "-c", "from service.cli import main; main()", "predict"]
+        environment = {
+            **os.environ, "VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime,
+        }  # fmt: skip
+        child = subprocess.Popen(  # noqa: S603
+            [*command, str(image), "--n", str(n), "--json"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, used = os.wait4(child.pid, 0)
+        if os.waitstatus_to_exitcode(status):
+            raise RuntimeError(f"vouchsafe predict --n {n} failed with status {status}")
+    return round(used.ru_maxrss / 1024)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -21,7 +20,7 @@ from models.bundle import BundleError
 from service.config import SecretError, Settings
 from service.errors import Problem
 from service.jobs import Mode
-from service.schemas import PredictRequest, PredictResponse, invalid_fields
+from service.schemas import MOST_ROWS, PredictRequest, PredictResponse, invalid_fields
 
 if TYPE_CHECKING:
     from service.embedded import Embedded
@@ -62,7 +61,7 @@ def serve(
 ) -> None:
     """Serve predictions over HTTP, with the embedded engine and the nano set."""
     from service.api import create_app
-    from service.embedded import Embedded
+    from service.embedded import Embedded, leave_if_hung
     from service.server import DrainingServer
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
@@ -77,13 +76,7 @@ def serve(
     try:
         server.serve_app(served)
     finally:
-        _leave_if_hung(embedded)
-
-
-def _leave_if_hung(embedded: Embedded) -> None:
-    """Exit with 1 where the worker failed: a hung device's thread would keep the interpreter."""
-    if embedded.failed:
-        os._exit(1)
+        leave_if_hung(embedded)
 
 
 @app.command()
@@ -102,7 +95,7 @@ def predict(
     fields = {"mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
     if n is not None:
         fields["n"] = n
-    from service.embedded import Embedded
+    from service.embedded import Embedded, leave_if_hung
 
     embedded = Embedded(Settings())
     answers = asyncio.run(_predict_all(embedded, images, fields, quiet=as_json))
@@ -111,7 +104,7 @@ def predict(
             print(answer.model_dump_json())
     elif answers:
         Console().print(_table(answers))
-    _leave_if_hung(embedded)
+    leave_if_hung(embedded)
     if len(answers) < len(images):
         raise typer.Exit(1)
 
@@ -231,8 +224,12 @@ def evaluate(
 
 @app.command()
 def bench(
-    n: Annotated[int, typer.Option("--n", min=10, help="Noise rows of a question.")] = 1000,
-    requests: Annotated[int, typer.Option(min=1, help="Questions asked in every way.")] = 16,
+    n: Annotated[
+        int, typer.Option("--n", min=10, max=MOST_ROWS // 10, help="Noise rows of a question.")
+    ] = 1000,
+    requests: Annotated[
+        int, typer.Option(min=16, help="Questions asked of the engine and over HTTP.")
+    ] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times over which to take medians.")] = 1,
 ) -> None:
     """Compare the speed of a plain loop, the engine, and the service over HTTP.

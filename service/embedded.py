@@ -11,7 +11,7 @@ import numpy as np
 
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.runtime import RUNTIMES, Runtime
-from models.smoothing import Rows, SmoothedModel, load
+from models.smoothing import Rows, SmoothedModel, best_device, best_dtype, load
 from service.config import Settings, load_secret
 from service.device import ComputeThread, DeviceFailed
 from service.engine_memory import MemoryEngine
@@ -25,12 +25,15 @@ class Embedded:
     """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker.
 
     `models`, by task, fills as the worker loads them; `runtime` stands in for the settings' own.
+    Raises RuntimeUnavailable where this machine cannot run networks so.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         self.settings = settings
         self.models: dict[str, SmoothedModel] = {}
-        self._runtime = runtime
+        self._runtime = runtime or RUNTIMES[settings.runtime]()
+        device = best_device()
+        self._runtime.weights_dtype(device, best_dtype(device))
         self.secret = load_secret(settings.data_dir)
         self.tasks: dict[str, Bundle] = {"default": read_bundle(DEFAULT_TASK)}
         self.engine = MemoryEngine(
@@ -57,9 +60,8 @@ class Embedded:
         async def run(stop: asyncio.Event) -> None:
             thread = ComputeThread()
             try:
-                runtime = self._runtime or RUNTIMES[self.settings.runtime]()
                 for task, bundle in self.tasks.items():
-                    self.models[task] = await thread.run(_load_and_warm, bundle, runtime)
+                    self.models[task] = await thread.run(_load_and_warm, bundle, self._runtime)
                 await work(
                     self.engine,
                     self.models,
@@ -77,6 +79,12 @@ class Embedded:
                 thread.close()
 
         return run
+
+
+def leave_if_hung(embedded: Embedded) -> None:
+    """Exit with 1 where the worker failed: a hung device's thread would keep the interpreter."""
+    if embedded.failed:
+        os._exit(1)
 
 
 def _load_and_warm(bundle: Bundle, runtime: Runtime) -> SmoothedModel:

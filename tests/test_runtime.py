@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
+from models.bundle import DEFAULT_TASK, read_bundle
 from models.classifier import load_open_clip
 from models.denoiser import load_super_resolution
-from models.runtime import RUNTIMES, OpenVino, Torch
+from models.runtime import RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind
 from models.smoothing import Numerics, Rows, SmoothedModel, best_dtype
+from service.config import Settings
 from tests import miniatures
 
 CPU = torch.device("cpu")
@@ -70,8 +73,11 @@ def test_a_row_depends_on_neither_place_nor_companions(name: str, tmp_path: Path
 
 def test_openvino_names_what_it_cannot_do() -> None:
     """float32 and other devices are refused with what is possible."""
-    for device, dtype in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
-        with pytest.raises(ValueError, match=r"bfloat16 on a CPU with AVX512-BF16; asked for"):
+    for device, dtype, where in (
+        (CPU, torch.float32, "float32 on .* AVX"),
+        (torch.device("cuda"), torch.bfloat16, "bfloat16 on cuda"),
+    ):
+        with pytest.raises(RuntimeUnavailable, match=f"with AVX512-BF16; asked for {where}"):
             OpenVino().weights_dtype(device, dtype)
 
 
@@ -85,13 +91,26 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         return importing(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match="pip install openvino"):
+    with pytest.raises(RuntimeUnavailable, match="pip install openvino"):
         OpenVino()
 
 
-def test_numerics_tell_what_the_bits_depend_on() -> None:
-    """Runtime and thread count are part of the numerics, so they are part of the noise's key."""
-    one = Numerics.of(CPU, torch.float32, ROWS, Torch().name)
-    assert one.runtime == "torch"
-    assert one.threads == torch.get_num_threads()
-    assert OpenVino().name.startswith("openvino 20")
+def test_the_digest_tells_what_the_bits_depend_on() -> None:
+    """Another runtime or number of threads is another served digest, so another noise key."""
+    bundle = read_bundle(DEFAULT_TASK)
+    eager = Numerics.of(CPU, torch.bfloat16, ROWS)
+    others = [
+        replace(eager, runtime=OpenVino().name),
+        replace(eager, threads=eager.threads + 1),
+        replace(eager, device="another CPU"),
+    ]
+    digests = [bundle.served_digest(numerics.described()) for numerics in (eager, *others)]
+    assert len(set(digests)) == len(digests)
+    assert eager.threads == torch.get_num_threads()
+    assert eager.device == cpu_kind()
+
+
+def test_settings_know_every_runtime() -> None:
+    """VOUCHSAFE_RUNTIME takes the runtimes that there are."""
+    annotation = Settings.model_fields["runtime"].annotation
+    assert set(get_args(annotation)) == set(RUNTIMES)

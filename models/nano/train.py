@@ -50,7 +50,7 @@ CAPTIONS = 80
 
 SMOOTHING_STEPS = (60, 760)
 """Timesteps that most denoising rows are drawn from: sigma 0.05 to 1.2."""
-GUIDANCE = 0.03
+GUIDANCE = 0.05
 """Lambda, the weight of the head's cross-entropy."""
 
 PROFILES = {
@@ -58,7 +58,7 @@ PROFILES = {
     "head": Profile(
         steps=2_400, batch=512, learning_rate=0.75, weight_decay=2.66e-3, warm_up=0.2, clip=inf
     ),
-    "stage1": Profile(steps=900, batch=96, learning_rate=1e-3, ema=0.998),
+    "stage1": Profile(steps=2_900, batch=96, learning_rate=1e-3, ema=0.998, restart=900),
     "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
     "guided": Profile(steps=2_000, batch=64, learning_rate=3e-4, ema=0.998),
 }
@@ -173,8 +173,11 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
                 features.float() @ directions / 9, labels.to(device), label_smoothing=0.2
             )
 
-    shifts = [p for n, p in visual.named_parameters() if n.endswith("bias")]
-    filters = [p for n, p in visual.named_parameters() if ".conv" in n or ".proj" in n]
+    named = dict(visual.named_parameters())
+    shifts = [named.pop(name) for name in list(named) if name.endswith("bias")]
+    filters = [named.pop(name) for name in list(named) if ".conv" in name or ".proj" in name]
+    for parameter in named.values():
+        parameter.requires_grad_(False)  # The whitening stem, and the norms' scales.
     optimizer = torch.optim.SGD(
         [
             {"params": shifts, "scale": 64.0, "weight_decay": profile.weight_decay / 64},
@@ -207,7 +210,12 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
             cosine = F.normalize(said.float(), dim=-1) @ directions
             return F.cross_entropy(model.logit_scale.exp() * cosine, classes)
 
-    fit("head-text", model, text_loss, arguments.out, PROFILES["text"], device)
+    tower = nn.ModuleDict(
+        {"embedding": model.token_embedding, "layers": model.transformer, "norm": model.ln_final}
+    )
+    tower.register_parameter("positions", model.positional_embedding)
+    tower.register_parameter("projection", model.text_projection)
+    fit("head-text", tower, text_loss, arguments.out, PROFILES["text"], device)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
@@ -278,8 +286,11 @@ def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.
 
 
 def train_guided(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """Stage II goes on with the head behind it, at rest: MSE + lambda CE(head(x0)) (method.md 5.2),
-    as personalization does it, but with every weight and on the training images."""
+    """Stage II goes on with the head behind it, at rest and in float32: MSE + lambda CE(head(x0)).
+
+    Personalization's loss (method.md 5.2), but for every weight, on the training images, with a
+    lambda of its own; only denoising rows at SMOOTHING_STEPS are shown to the head.
+    """
     unet: Any = UNet2DConditionModel.from_pretrained(arguments.out / "stage2" / "unet")
     folder = arguments.out / "head"
     head = load_open_clip(folder, CIFAR10_LABELS, DEFAULT_TEMPLATE, device, torch.float32, Torch())
@@ -300,9 +311,11 @@ def _fit_stage2(
     images, states = Images(arguments.data), Captions(arguments.out / "stage1", device)
     blank = DEFAULT_TEMPLATE.format(BLANK)
     upscaled_rows = profile.batch // 4
+    first_draw = 0 if guide is None else PROFILES["stage2"].steps
 
     def loss(step: int) -> Tensor:
-        generator, draw = _generator(arguments.seed, step), random.Random(step)
+        drawn = step + first_draw
+        generator, draw = _generator(arguments.seed, drawn), random.Random(drawn)
         pixels, labels = images.draw(profile.batch, generator, shift=0)
         noise = torch.randn(pixels.shape, generator=generator)
         t = torch.randint(1000, (profile.batch,), generator=generator)
@@ -335,8 +348,9 @@ def _fit_stage2(
         alpha_bar = scheduler.alphas_cumprod[t[narrow]][:, None, None, None].to(device)
         epsilon = predicted[narrow].float()
         x_0 = (x_t[narrow].to(device) - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-        named = guide((x_0.clamp(-1, 1) + 1) / 2)
-        return error + GUIDANCE * F.cross_entropy(named, labels[narrow].to(device))
+        with torch.autocast(device.type, enabled=False):
+            named = guide((x_0.clamp(-1, 1) + 1) / 2)
+            return error + GUIDANCE * F.cross_entropy(named, labels[narrow].to(device))
 
     fit(part, unet, loss, arguments.out, profile, device)
     folder = arguments.out / part
