@@ -1,4 +1,4 @@
-"""The shipped set: complete, small, readable by diffusers and open_clip themselves."""
+"""The shipped set: complete, small, read by diffusers and open_clip themselves."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_head_is_cheap_and_its_text_tower_narrow() -> None:
 
 
 def test_undefended_head_knows_the_slice() -> None:
-    """The head alone gets at least 85 % of the first 200 slice images (its card says how many)."""
-    data = evaluation_slice(SLICE)[:200]
+    """The head alone gets at least 90 % of the slice in float32 (its card says how many)."""
+    data = evaluation_slice(SLICE)
     classifier = load(read_bundle(DEFAULT_TASK), dtype=torch.float32).classifier
     x = torch.tensor(data.images).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         right = (classifier(x).argmax(1).numpy() == data.labels).mean()
-    assert right >= 0.85
+    assert right >= 0.90
 
 
 def test_denoiser_comes_nearer_to_the_truth() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
-from models.nano.train import CAPTIONS, PROFILES
+from models.nano.train import CAPTIONS, GUIDANCE, PROFILES
 
 PARTS = ("text", "head", "head-text", "stage1", "stage2", "guided")
 TEXT = """# nano
@@ -22,12 +22,17 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
 - **Use**: to see the mechanism work on any machine, and to test against. Not a label-only model: it
   saw CIFAR-10's training images (the first 48,000; the last 2,000 are held back). The head never
   saw noised or denoised images; half of its training images were blurred or down- and up-sampled.
-- **Choices**: k = 1.8 is what stage II was trained for and was not compared with others. The head's
-  second cycle was decided on after its first had been scored on the held-back images and also on
-  the slice, so its clean figure on the slice is not wholly untouched by choice.
+- **Head**: a network that timm lacks (`models/vision.py`, after arXiv 2404.00498); stock open_clip
+  reads the folder once `models.vision` is imported. It was trained against one fixed direction a
+  class; its text tower then learned to say each class's captions as its direction. Words of no
+  class mean nothing to it.
 - **Stage II** learns super-resolution with one row in four, and with the others the way smoothing
-  calls it: the noisy image conditions itself, at noise level 1.8 t (Choi et al. 2024, Eq. 9). That
-  differs from DeepFloyd's, which learned super-resolution alone.
+  calls it: the noisy image conditions itself, at noise level {k} t (Choi et al. 2024, Eq. 9). That
+  differs from DeepFloyd's, which learned super-resolution alone. Its last part, `guided`, had the
+  head behind it: MSE + {guidance} CE(head(x0)), personalization's loss (Eq. 12 there, with lambda
+  0.01 and low-rank adapters) on training images. It serves this head best.
+- **Choices**: made on the held-back images. k = {k} is what stage II was trained for;
+  [docs/nano.md](../../docs/nano.md) compares others.
 - **Licence**: Apache-2.0. Data: CIFAR-10, Alex Krizhevsky, "Learning Multiple Layers of Features
   from Tiny Images" (2009).
 
@@ -98,9 +103,11 @@ def card(runs: Path, hardware: str, reports: list[dict[str, Any]]) -> str:
                 f"\nOf {report['generated']} images made from the ten names the head recognises "
                 f"{report['generated, recognised by the head']:.1%}.\n"
             )
-        commands.append(f"vouchsafe evaluate {options}")
+        runtime = report["numerics"]["runtime"].split()[0]
+        commands.append(f"VOUCHSAFE_RUNTIME={runtime} vouchsafe evaluate {options}")
     return TEXT.format(
         k=read_bundle(DEFAULT_TASK).k,
+        guidance=GUIDANCE,
         hardware=hardware,
         training="\n".join(training),
         radii=" / ".join(reports[0]["certified at radius"]),

@@ -97,6 +97,7 @@ def fit(
     optimizer = optimizer or torch.optim.AdamW(
         model.parameters(), profile.learning_rate, (0.9, 0.99), weight_decay=profile.weight_decay
     )
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if profile.ema else {}
     start = _restore(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
     model.train()
@@ -107,9 +108,9 @@ def fit(
         with torch.autocast(device.type, torch.bfloat16):
             value = loss(step)
         value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), profile.clip)
+        nn.utils.clip_grad_norm_(learning, profile.clip)
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         if average:
             decay = min(profile.ema, (1 + step) / (10 + step))
             with torch.no_grad():
