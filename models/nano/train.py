@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from math import inf
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,12 @@ CAPTIONS = 80
 
 SMOOTHING_STEPS = (60, 760)
 """Timesteps that most denoising rows are drawn from: sigma 0.05 to 1.2."""
-GUIDANCE = 0.05
-"""Lambda, the weight of the head's cross-entropy."""
+GUIDANCE = 0.003
+"""Lambda, the weight of the head's cross-entropy: its gradient is about twice that of the error."""
+GUIDED_STEPS = 600
+"""Rows at earlier timesteps than this (sigma 0.7) are shown to the head."""
+LOGIT_SCALE = 6.0
+"""The head's scale: about what is calibrated on held-back images denoised at sigma 0.25."""
 
 PROFILES = {
     "text": Profile(steps=400, batch=64, learning_rate=1e-3),
@@ -60,7 +64,7 @@ PROFILES = {
     ),
     "stage1": Profile(steps=2_900, batch=96, learning_rate=1e-3, ema=0.998, restart=900),
     "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
-    "guided": Profile(steps=2_000, batch=64, learning_rate=3e-4, ema=0.998),
+    "guided": Profile(steps=1_600, batch=64, learning_rate=2e-4, ema=0.998),
 }
 
 
@@ -153,7 +157,10 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
         torch.tensor(HEAD_CONFIG["preprocess_cfg"][name])[:, None, None] for name in ("mean", "std")
     )
     model = open_clip.CLIP(
-        described["embed_dim"], described["vision_cfg"], described["text_cfg"]
+        described["embed_dim"],
+        described["vision_cfg"],
+        described["text_cfg"],
+        init_logit_scale=log(LOGIT_SCALE),
     ).to(device, memory_format=torch.channels_last)
     images = Images(arguments.data)
     directions = torch.linalg.qr(
@@ -289,7 +296,7 @@ def train_guided(arguments: argparse.Namespace, profile: Profile, device: torch.
     """Stage II goes on with the head behind it, at rest and in float32: MSE + lambda CE(head(x0)).
 
     Personalization's loss (method.md 5.2), but for every weight, on the training images, with a
-    lambda of its own; only denoising rows at SMOOTHING_STEPS are shown to the head.
+    lambda of its own; only denoising rows before GUIDED_STEPS are shown to the head.
     """
     unet: Any = UNet2DConditionModel.from_pretrained(arguments.out / "stage2" / "unet")
     folder = arguments.out / "head"
@@ -345,12 +352,13 @@ def _fit_stage2(
         error = F.mse_loss(predicted.float(), noise.to(device))
         if guide is None:
             return error
-        alpha_bar = scheduler.alphas_cumprod[t[narrow]][:, None, None, None].to(device)
-        epsilon = predicted[narrow].float()
-        x_0 = (x_t[narrow].to(device) - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        shown = narrow & (t < GUIDED_STEPS)
+        alpha_bar = scheduler.alphas_cumprod[t[shown]][:, None, None, None].to(device)
+        epsilon = predicted[shown].float()
+        x_0 = (x_t[shown].to(device) - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         with torch.autocast(device.type, enabled=False):
             named = guide((x_0.clamp(-1, 1) + 1) / 2)
-            return error + GUIDANCE * F.cross_entropy(named, labels[narrow].to(device))
+            return error + GUIDANCE * F.cross_entropy(named, labels[shown].to(device))
 
     fit(part, unet, loss, arguments.out, profile, device)
     folder = arguments.out / part
