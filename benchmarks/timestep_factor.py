@@ -27,7 +27,7 @@ FACTORS = (0.5, 1.0, 1.2, 1.4, 1.8, 2.2, 3.0)
 SIGMAS = (0.12, 0.25, 0.5)
 KEY = b"timestep factor!"
 N0, ALPHA, SEED = 20, 0.001, 0
-PICTURED = 6
+PSNR_IMAGES, PICTURED = 1000, 6
 
 
 def psnr(model: SmoothedModel, data: LabelledImages, sigma: float) -> float:
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     bundle, held_back = read_bundle(DEFAULT_TASK), cifar10(arguments.data, "held-back")
-    data = held_back[: arguments.count]
-    pixels = np.ascontiguousarray(data.images[PICTURED].transpose(2, 0, 1))
+    data, whole = held_back[: arguments.count], held_back[:PSNR_IMAGES]
+    pixels = np.ascontiguousarray(held_back.images[PICTURED].transpose(2, 0, 1))
     figures: list[dict[str, Any]] = []
-    pictures = [[data.images[PICTURED] / 255] for _ in SIGMAS]
+    pictures = [[held_back.images[PICTURED] / 255] for _ in SIGMAS]
     models = {k: load(replace(bundle, k=k), runtime=RUNTIMES[arguments.runtime]()) for k in FACTORS}
     for line, sigma in enumerate(SIGMAS):
         for k, model in models.items():
@@ -76,13 +76,13 @@ def main() -> None:
                     "one noisy row": round(summary.row_accuracy, 4),
                     "certified at radius": summary.certified,
                     "average certified radius": round(summary.average_certified_radius, 4),
-                    "psnr": round(psnr(model, held_back[:1000], sigma), 2),
+                    "psnr": round(psnr(model, whole, sigma), 2),
                 }
             )
             print(json.dumps(figures[-1]), flush=True)
     settings = {
         "images": len(data), "n0": N0, "n": arguments.n, "alpha": ALPHA, "seed": SEED,
-        "psnr images": 1000, "numerics": models[FACTORS[0]].numerics.described(),
+        "psnr images": len(whole), "numerics": models[FACTORS[0]].numerics.described(),
     }  # fmt: skip
     report = {**settings, "bundle": bundle.digest, "figures": figures}
     (arguments.out / "nano-k.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -85,12 +85,12 @@ def test_log_is_the_fields_format(
 
 def test_accuracy_and_recognition(data: LabelledImages) -> None:
     """The bare classifier's accuracy, and the share of made images that it names."""
-    assert accuracy(Brightness(), data, CPU) == 0.75
+    assert accuracy(Brightness(), data, CPU, batch_rows=3) == 0.75
 
     def generate(label: int) -> np.ndarray:
         return np.stack([np.full((2, 2, 3), 255 * label, np.uint8), np.zeros((2, 2, 3), np.uint8)])
 
-    assert recognised(Brightness(), generate, CPU, each=2) == 0.75
+    assert recognised(Brightness(), generate, CPU, each=2, batch_rows=3) == 0.75
 
 
 def test_slice_is_every_twentieth_test_image() -> None:

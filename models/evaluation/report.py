@@ -61,7 +61,7 @@ def evaluate(
         "k": bundle.k if k is None else k,
         "numerics": model.numerics.described(),
         "bundle": model.digest,
-        "undefended head, clean": accuracy(model.classifier, data, best_device()),
+        "undefended head, clean": accuracy(model.classifier, data, best_device(), model.batch_rows),
         "one noisy row": round(summary.row_accuracy, 4),
         "certified at radius": summary.certified,
         "average certified radius": round(summary.average_certified_radius, 4),
@@ -72,7 +72,11 @@ def evaluate(
             MODELS / "nano/weights/stage1", MODELS / "nano/weights/stage2", best_device()
         )
         share = recognised(
-            model.classifier, partial(_made, cascade, bundle, each), best_device(), each
+            model.classifier,
+            partial(_made, cascade, bundle, each),
+            best_device(),
+            each,
+            model.batch_rows,
         )
         figures["generated"] = each * len(bundle.labels)
         figures["generated, recognised by the head"] = share

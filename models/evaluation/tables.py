@@ -54,14 +54,19 @@ class Summary:
     average_certified_radius: float
 
 
-def accuracy(classifier: Classifier, data: LabelledImages, device: torch.device) -> float:
-    """Share of clean images that the bare classifier gets right (the undefended head)."""
+def accuracy(
+    classifier: Classifier, data: LabelledImages, device: torch.device, batch_rows: int
+) -> float:
+    """Share of clean images that the bare classifier gets right (the undefended head), in batches
+    of one shape as it is served."""
     right = 0
     with torch.inference_mode():
-        for start in range(0, len(data), 100):
-            part = data[start : start + 100]
-            x = torch.tensor(part.images, device=device).permute(0, 3, 1, 2).float() / 255
-            right += int((classifier(x).argmax(1).cpu().numpy() == part.labels).sum())
+        for start in range(0, len(data), batch_rows):
+            part = data[start : start + batch_rows]
+            x = torch.zeros(batch_rows, *data.images.shape[1:], device=device)
+            x[: len(part)] = torch.tensor(part.images, device=device) / 255
+            named = classifier(x.permute(0, 3, 1, 2)).argmax(1)[: len(part)].cpu().numpy()
+            right += int((named == part.labels).sum())
     return right / len(data)
 
 
@@ -131,6 +136,7 @@ def recognised(
     generate: Callable[[int], NDArray[np.uint8]],
     device: torch.device,
     each: int,
+    batch_rows: int,
 ) -> float:
     """Share of `each` generated images a label, (each,H,W,3) uint8, that the head names so."""
     right = 0
@@ -138,5 +144,5 @@ def recognised(
         images = generate(label)
         truth = np.full(len(images), label, np.int64)
         data = LabelledImages(images, truth, classifier.labels)
-        right += round(accuracy(classifier, data, device) * len(images))
+        right += round(accuracy(classifier, data, device, batch_rows) * len(images))
     return right / (each * len(classifier.labels))
