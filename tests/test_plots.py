@@ -10,7 +10,9 @@ from PIL import Image
 
 from models.certificates import certify
 from models.denoiser import NoDenoiser
+from models.evaluation.demo import shown
 from models.evaluation.plots import Shown, contact_sheet, curves, noisy_and_denoised, picture_grid
+from models.noise import total_variation
 from models.smoothing import Numerics, Rows, SmoothedModel
 
 CPU = torch.device("cpu")
@@ -34,6 +36,21 @@ def test_the_shown_row_is_the_noisy_row_clipped() -> None:
     assert np.array_equal(noisy, wanted)
     assert np.array_equal(denoised, wanted)
     assert wanted.std() > 0
+
+
+def test_the_demo_shows_what_was_certified() -> None:
+    """Counts, label and radius are those of CERTIFY, and the noisy picture is its first row."""
+    model = SmoothedModel(NoDenoiser(), Constant(), Numerics.of(CPU, torch.float32, 64), CPU)
+    image = np.full((8, 8, 3), 128, np.uint8)
+    one = shown(model, image, "b", 0.5, b"plots!")
+    assert one.counts == {"a": 1000, "b": 0}
+    assert (one.label, one.truth) == ("a", "b")
+    exact = certify(
+        [100, 0], [1000, 0], 0.5, 0.001, total_variation=total_variation(0.5, (3, 8, 8))
+    )
+    assert one.certificate.radius == exact.radius
+    rows = Rows(image.transpose(2, 0, 1).copy(), b"estimationplots!", 0, 1, 0.5)
+    assert np.array_equal(one.noisy, noisy_and_denoised(model, rows)[0])
 
 
 def test_pictures_are_written_whole(tmp_path: Path) -> None:
