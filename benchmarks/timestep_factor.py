@@ -33,8 +33,8 @@ PSNR_IMAGES, PICTURED = 1000, 6
 def psnr(model: SmoothedModel, data: LabelledImages, sigma: float) -> float:
     """Mean over images of the PSNR (dB) of one denoised row each."""
     found = []
-    for start in range(0, len(data), model.batch_rows):
-        part = data.images[start : start + model.batch_rows]
+    for start in range(0, len(data), model.numerics.batch_rows):
+        part = data.images[start : start + model.numerics.batch_rows]
         rows = [
             Rows(
                 np.ascontiguousarray(image.transpose(2, 0, 1)), KEY, start + i, start + i + 1, sigma

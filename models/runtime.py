@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -89,45 +90,58 @@ class OpenVino:
         return torch.float32
 
     def prepare(self, network: nn.Module) -> Network:
-        """Converted at the first call, anew for every other shape of inputs."""
+        """Converted at the first call of a thread, with torch's threads there, and anew for every
+        other shape of inputs."""
         return _Converted(network)
 
 
+_CONVERTING = threading.Lock()
+"""torch exports one network at a time in a process."""
+
+
 class _Converted:
+    """A request for every thread that calls and every shape it calls with."""
+
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._requests: dict[tuple[torch.Size, ...], Any] = {}
-        self._exported: list[Any] = []  # Constants may be shared with them.
+        self._converted: dict[tuple[torch.Size, ...], Any] = {}
+        self._own = threading.local()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._requests:
-            exported = _exported(self._network, inputs)
-            self._requests[shapes] = _compiled(exported).create_infer_request()
-            self._exported.append(exported)
+        own: dict[tuple[torch.Size, ...], Any] = self._own.__dict__.setdefault("requests", {})
+        if shapes not in own:
+            with _CONVERTING:
+                if shapes not in self._converted:
+                    self._converted[shapes] = _converted(self._network, inputs)
+            own[shapes] = _compiled(self._converted[shapes][0]).create_infer_request()
         arrays = [tensor.contiguous().numpy() for tensor in inputs]
-        return torch.from_numpy(self._requests[shapes].infer(arrays, share_inputs=True)[0])
+        return torch.from_numpy(own[shapes].infer(arrays, share_inputs=True)[0])
 
 
-def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.export.export(network, tuple(tensor.clone() for tensor in inputs))
+def _converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """OpenVINO's model, and what its constants may be shared with.
 
-
-def _compiled(exported: torch.export.ExportedProgram) -> Any:
-    """Through the frontend itself, for `openvino.convert_model` reports its use to its makers."""
-    from openvino import Core
+    Through the frontend itself, for `openvino.convert_model` reports its use to its makers.
+    """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     with torch.inference_mode(False), torch.no_grad(), _without_its_warnings():
-        frontend = FrontEndManager().load_by_framework("pytorch")
+        exported = torch.export.export(network, tuple(tensor.clone() for tensor in inputs))
         decoder = TorchFXPythonDecoder.from_exported_program(exported, dynamic_shapes=False)
-        converted = frontend.convert(frontend.load(decoder))
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        return frontend.convert(frontend.load(decoder)), exported
+
+
+def _compiled(converted: Any) -> Any:
+    from openvino import Core
+
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
     }
     return Core().compile_model(converted, "CPU", settings)
 

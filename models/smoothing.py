@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind
 
 PROMPT_STATES = "prompt_states.safetensors"
 """The bundle's file that holds the prompt's states (77,D) as `states`."""
+
+BATCHES_A_LANE = 2
+"""Batches of a device batch for each lane, so that a late lane holds the others up for less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +57,19 @@ class Numerics:
 
     @classmethod
     def of(
-        cls, device: torch.device, dtype: torch.dtype, batch_rows: int, runtime: str = "torch"
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_rows: int,
+        runtime: str = "torch",
+        threads: int | None = None,
     ) -> Numerics:
         """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
-        that share a network's sums (0 on a GPU)."""
+        that share a network's sums (torch's own number unless given; 0 on a GPU)."""
         if device.type == "cuda":
             kind, threads = torch.cuda.get_device_name(device), 0
         else:
-            kind, threads = cpu_kind(), torch.get_num_threads()
+            kind, threads = cpu_kind(), threads or torch.get_num_threads()
         version = ".".join(torch.__version__.split(".")[:2])
         return cls(kind, str(dtype).removeprefix("torch."), batch_rows, threads, runtime, version)
 
@@ -68,9 +77,10 @@ class Numerics:
 class SmoothedModel:
     """A base classifier under noise: x -> argmax classify(denoise(x + noise)), one label a row.
 
-    Every device batch has exactly `numerics.batch_rows` rows, padded where the rows asked for are
-    fewer, so that a row's label depends on nothing but its image, noise and sigma. `digest` is
-    the bundle's together with the numerics.
+    The networks always see exactly `numerics.batch_rows` rows, padded where there are fewer, so
+    that a row's label depends on nothing but its image, noise and sigma. `digest` is the bundle's
+    together with the numerics. With `lanes`, as many threads share a device batch, each in batches
+    of its own and with one thread of torch; without, the caller's thread computes.
     """
 
     def __init__(
@@ -80,14 +90,19 @@ class SmoothedModel:
         numerics: Numerics,
         device: torch.device,
         digest: str = "",
+        lanes: int = 0,
     ) -> None:
         self.classifier = classifier
         self.denoiser = denoiser
         self.numerics = numerics
         self.digest = digest
-        self.batch_rows = numerics.batch_rows
+        self.lanes = lanes
+        self.batch_rows = numerics.batch_rows * max(1, BATCHES_A_LANE * lanes)
         self.classes = len(classifier.labels)
         self._device = device
+        self._pool = (
+            ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (1,)) if lanes else None
+        )
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch.
@@ -108,6 +123,12 @@ class SmoothedModel:
         shapes = {part.pixels.shape for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
+        batches = list(_cut(parts, self.numerics.batch_rows))
+        run = self._pool.map if self._pool else map
+        return np.concatenate(list(run(self._batch, batches)))
+
+    def _batch(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        total = sum(part.stop - part.start for part in parts)
         with torch.inference_mode():
             x_hat, sigma = self.noisy(parts)
             logits = self.classifier(self.denoiser(x_hat, sigma))
@@ -117,13 +138,14 @@ class SmoothedModel:
         return chosen
 
     def noisy(self, parts: Sequence[Rows]) -> tuple[Tensor, Tensor]:
-        """The padded batch (B,3,H,W) float32, never clipped, and its sigmas (B,) float64.
+        """One padded batch (B,3,H,W) float32, never clipped, and its sigmas (B,) float64, B being
+        `numerics.batch_rows`, the most rows that there may be.
 
         Padding rows are black, without noise, at the first part's sigma.
         """
         shape = parts[0].pixels.shape
-        x_hat = torch.zeros(self.batch_rows, *shape, device=self._device)
-        sigma = torch.full((self.batch_rows,), parts[0].sigma, dtype=torch.float64)
+        x_hat = torch.zeros(self.numerics.batch_rows, *shape, device=self._device)
+        sigma = torch.full((self.numerics.batch_rows,), parts[0].sigma, dtype=torch.float64)
         row = 0
         for part in parts:
             rows = slice(row, row := row + part.stop - part.start)
@@ -133,6 +155,23 @@ class SmoothedModel:
             x_hat[rows] = (noise + torch.tensor(part.pixels, device=self._device)) / 255
             sigma[rows] = part.sigma
         return x_hat, sigma
+
+
+def _cut(parts: Sequence[Rows], most: int) -> Iterator[list[Rows]]:
+    """The parts in order, in lists of `most` rows each but for the last."""
+    batch: list[Rows] = []
+    room = most
+    for part in parts:
+        start = part.start
+        while start < part.stop:
+            stop = min(part.stop, start + room)
+            batch.append(replace(part, start=start, stop=stop))
+            start, room = stop, room - (stop - start)
+            if not room:
+                yield batch
+                batch, room = [], most
+    if batch:
+        yield batch
 
 
 def votes(model: SmoothedModel, rows: Rows) -> NDArray[np.int64]:
@@ -167,9 +206,13 @@ def load(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_rows: int | None = None,
+    lanes: int | None = None,
     runtime: Runtime | None = None,
 ) -> SmoothedModel:
     """Load a task's networks, ready for `votes`, run by eager torch or another runtime.
+
+    `batch_rows` is what the networks see at once. On a CPU `lanes` (a thread each; as many as torch
+    has threads) share the work; a GPU has none.
 
     Raises RuntimeUnavailable for a runtime that cannot compute in `dtype` on the device, and
     BundleError where a base network is missing or is not the one the bundle was made with.
@@ -188,6 +231,8 @@ def load(
     classifier = load_classifier(
         bundle.classifier.verified(), bundle.labels, bundle.template, device, weights, runtime
     )
-    numerics = Numerics.of(device, dtype, batch_rows, runtime.name)
+    if lanes is None:
+        lanes = torch.get_num_threads() if device.type == "cpu" else 0
+    numerics = Numerics.of(device, dtype, batch_rows, runtime.name, threads=1 if lanes else None)
     digest = bundle.served_digest(numerics.described())
-    return SmoothedModel(denoiser, classifier, numerics, device, digest)
+    return SmoothedModel(denoiser, classifier, numerics, device, digest, lanes)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -91,6 +92,7 @@ class _Watched:
         self.name = runtime.name
         self.seconds = 0.0
         self._runtime = runtime
+        self._adding = threading.Lock()
 
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         return self._runtime.weights_dtype(device, dtype)
@@ -103,7 +105,8 @@ class _Watched:
             output = prepared(*inputs)
             if output.is_cuda:
                 torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - began
+            with self._adding:
+                self.seconds += time.perf_counter() - began
             return output
 
         return watched
@@ -162,7 +165,8 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched) -> dict[st
                 ways.setdefault(way, []).append(rows * len(images) / passed)
                 latencies.setdefault(way, []).extend(taken)
                 if way == "engine":
-                    shares.append(1 - watched.seconds / passed)
+                    lanes = max(1, embedded.models["default"].lanes)
+                    shares.append(1 - watched.seconds / (lanes * passed))
     speeds = {way: float(np.median(each)) for way, each in ways.items()}
     return {
         "rows/s": {way: round(speed, 1) for way, speed in speeds.items()},

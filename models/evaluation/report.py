@@ -61,7 +61,9 @@ def evaluate(
         "k": bundle.k if k is None else k,
         "numerics": model.numerics.described(),
         "bundle": model.digest,
-        "undefended head, clean": accuracy(model.classifier, data, best_device(), model.batch_rows),
+        "undefended head, clean": accuracy(
+            model.classifier, data, best_device(), model.numerics.batch_rows
+        ),
         "one noisy row": round(summary.row_accuracy, 4),
         "certified at radius": summary.certified,
         "average certified radius": round(summary.average_certified_radius, 4),
@@ -76,7 +78,7 @@ def evaluate(
             partial(_made, cascade, bundle, each),
             best_device(),
             each,
-            model.batch_rows,
+            model.numerics.batch_rows,
         )
         figures["generated"] = each * len(bundle.labels)
         figures["generated, recognised by the head"] = share
