@@ -1,4 +1,4 @@
-"""Rows of noise to votes: noise, denoise, classify, count, in device batches of one fixed shape."""
+"""Rows of noise to votes: noise, denoise, classify, count, in batches of one fixed shape."""
 
 from __future__ import annotations
 
@@ -103,6 +103,10 @@ class SmoothedModel:
         self._pool = (
             ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (1,)) if lanes else None
         )
+
+    def padding(self, rows: int) -> int:
+        """Rows that the networks compute for nothing where so many are asked for."""
+        return -rows % self.numerics.batch_rows
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch.

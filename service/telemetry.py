@@ -46,7 +46,7 @@ BATCH_JOBS = Histogram(
     "Jobs that share a device batch.",
     buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128),
 )
-PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a device batch.")
+PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a network's batch.")
 BATCH_SECONDS = Histogram(
     "vouchsafe_batch_seconds", "Time to compute a device batch.", buckets=_SECONDS
 )

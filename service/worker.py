@@ -26,11 +26,14 @@ T = TypeVar("T")
 
 
 class Model(Protocol):
-    """A served task: device batches of one fixed shape, so that companions change nothing."""
+    """A served task: networks that see one fixed shape, so that companions change nothing."""
 
     @property
     def batch_rows(self) -> int:
-        """Rows in a device batch."""
+        """Most rows in a device batch."""
+
+    def padding(self, rows: int) -> int:
+        """Rows computed for nothing in a device batch of so many."""
 
     @property
     def classes(self) -> int:
@@ -332,7 +335,7 @@ def _measure(lot: _Lot, batch: Sequence[Slice], seconds: float) -> None:
     telemetry.ROWS.labels(task=lot.task).inc(rows)
     telemetry.BATCHES.labels(task=lot.task).inc()
     telemetry.BATCH_ROWS.observe(rows)
-    telemetry.PADDING_ROWS.inc(lot.model.batch_rows - rows)
+    telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
     telemetry.BATCH_SECONDS.observe(seconds)
     telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
 

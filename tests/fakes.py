@@ -76,6 +76,9 @@ class FakeModel:
     def __post_init__(self) -> None:
         self.gate.set()
 
+    def padding(self, rows: int) -> int:
+        return self.batch_rows - rows
+
     def votes(self, parts: Iterable[Rows]) -> NDArray[np.int64]:
         asked = [(part.key, part.start, part.stop) for part in parts]
         self.batches.append(asked)

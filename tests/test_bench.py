@@ -30,9 +30,9 @@ def test_the_plain_loop_is_short_and_computes_the_service_s_function(
         discrete_gaussian(question.key, start, start + 64, (3, 32, 32), 0.25) / 255 / 0.25
         for start in (0, 64)
     ]
+    loop = _plain(bundle, question.pixels.transpose(1, 2, 0), 128)
     monkeypatch.setattr(torch, "randn", lambda *shape: rows.pop(0))
-    pixels = question.pixels.transpose(1, 2, 0)
-    plain = _plain(bundle, pixels, 128)().numpy()
+    plain = loop().numpy()
     served = votes(model, question)
     assert plain.sum() == served.sum() == 128
     assert np.count_nonzero(served) > 1

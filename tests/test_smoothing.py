@@ -39,9 +39,12 @@ class LinearClassifier:
         return logits
 
 
-def linear_model(threshold: float, batch_rows: int, values: int = 48) -> SmoothedModel:
+def linear_model(
+    threshold: float, batch_rows: int, values: int = 48, lanes: int = 0
+) -> SmoothedModel:
     numerics = Numerics.of(CPU, torch.float32, batch_rows)
-    return SmoothedModel(NoDenoiser(), LinearClassifier(threshold, values), numerics, CPU)
+    head = LinearClassifier(threshold, values)
+    return SmoothedModel(NoDenoiser(), head, numerics, CPU, lanes=lanes)
 
 
 def miniature_model(batch_rows: int) -> SmoothedModel:
@@ -85,6 +88,35 @@ def test_votes_do_not_depend_on_the_cut() -> None:
     parts = [votes(model, Rows(pixels, key, *cut, 0.5)) for cut in ((3, 4), (4, 21), (21, 43))]
     assert np.array_equal(whole, np.sum(parts, axis=0))
     assert (whole > 0).sum() > 1
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_votes_do_not_depend_on_the_lanes(lanes: int) -> None:
+    """However many threads share a device batch, every row is counted once and for its own part,
+    in batches of the fixed shape; what is said of padding is what was computed for nothing."""
+    alone, shared = linear_model(0.5, 8), linear_model(0.5, 8, lanes=lanes)
+    assert shared.batch_rows == 16 * lanes
+    small = (3, 4, 4)
+    parts = [
+        Rows(image(0, small), b"k" * 16, 3, 3 + 9, 0.25),
+        Rows(image(1, small), b"l" * 16, 0, 1, 0.5),
+        Rows(image(2, small), b"m" * 16, 40, 43, 1.0),
+    ]
+    wanted = [alone.votes([Rows(p.pixels, p.key, i, i + 1, p.sigma)])[0]
+              for p in parts for i in range(p.start, p.stop)]  # fmt: skip
+    told = shared.votes(parts)
+    assert told.sum(1).tolist() == [9, 1, 3]
+    assert np.array_equal(told[0], np.sum(wanted[:9], 0))
+    assert np.array_equal(told[1:], [wanted[9], np.sum(wanted[10:], 0)])
+    assert set(shared.classifier.batches) == {8}
+    assert 8 * len(shared.classifier.batches) == 13 + shared.padding(13)
+
+
+def test_an_error_in_a_lane_reaches_the_caller() -> None:
+    """What fails in one lane fails the whole device batch."""
+    model = linear_model(float("nan"), 4, lanes=2)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.votes([Rows(image(0, (3, 4, 4)), b"k" * 16, 0, 10, 0.25)])
 
 
 def test_labels_do_not_depend_on_companions_or_place() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -49,6 +50,7 @@ def evaluate(
     """
     if data.names != bundle.labels:
         raise ValueError(f"the images' labels are {data.names}, the task's {bundle.labels}")
+    threads = torch.get_num_threads()
     model = load(bundle if k is None else replace(bundle, k=k), runtime=runtime)
     run = certify_images(model, data, **asdict(protocol), log=log)
     watched = track(
@@ -69,6 +71,7 @@ def evaluate(
         "average certified radius": round(summary.average_certified_radius, 4),
     }
     if generated:
+        torch.set_num_threads(threads)  # The model's lanes left one for whoever comes next.
         each = generated // len(bundle.labels)
         cascade = Cascade(
             MODELS / "nano/weights/stage1", MODELS / "nano/weights/stage2", best_device()
