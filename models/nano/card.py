@@ -30,8 +30,10 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
   calls it: the noisy image conditions itself, at noise level {k} t (Choi et al. 2024, Eq. 9). That
   differs from DeepFloyd's, which learned super-resolution alone. Its last part, `guided`, had the
   head behind it: MSE + {guidance} CE(head(x0)), personalization's loss (Eq. 12 there, with lambda
-  0.01 and low-rank adapters) on training images. It serves this head best.
-- **Choices**: made on the held-back images. k = {k} is what stage II was trained for;
+  0.01 and low-rank adapters) on training images. How it serves other
+  heads was not measured.
+- **Choices**: of settings, on the held-back images. That every part be trained for longer was decided
+  after earlier weights had been scored on the slice too. k = {k} is what stage II was trained for;
   [docs/nano.md](../../docs/nano.md) compares others.
 - **Licence**: Apache-2.0. Data: CIFAR-10, Alex Krizhevsky, "Learning Multiple Layers of Features
   from Tiny Images" (2009).
