@@ -32,7 +32,7 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
   head behind it: MSE + {guidance} CE(head(x0)), personalization's loss (Eq. 12 there, with lambda
   0.01 and low-rank adapters) on training images. How it serves other
   heads was not measured.
-- **Choices**: of settings, on the held-back images. That every part be trained for longer was decided
+- **Choices**: of settings, on the held-back images. That parts be trained for longer was decided
   after earlier weights had been scored on the slice too. k = {k} is what stage II was trained for;
   [docs/nano.md](../../docs/nano.md) compares others.
 - **Licence**: Apache-2.0. Data: CIFAR-10, Alex Krizhevsky, "Learning Multiple Layers of Features
