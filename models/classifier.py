@@ -42,7 +42,7 @@ class _Preprocess:
         if x.shape[-2:] != (self._size, self._size):
             x = F.interpolate(x, size=(self._size,) * 2, mode="bicubic", antialias=True)
         scaled = (x - self._mean.to(x.dtype)) / self._std.to(x.dtype)
-        return scaled.to(dtype=self._dtype, memory_format=torch.channels_last)
+        return scaled.to(self._dtype)
 
 
 class OpenClipClassifier:

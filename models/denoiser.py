@@ -122,7 +122,7 @@ class SuperResolutionDenoiser:
         alpha_bar = self._alpha_bar[t].to(x_hat.device, x_hat.dtype)[:, None, None, None]
         x_t = (2 * x_hat - 1) * alpha_bar.sqrt()
         epsilon = self._epsilon(
-            x_t.to(dtype=self._dtype, memory_format=torch.channels_last),
+            x_t.to(self._dtype),
             t.to(x_hat.device),
             (self._k * t.double()).clamp(max=NOISE_LEVELS).to(x_hat),
         ).to(x_hat.dtype)

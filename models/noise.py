@@ -203,20 +203,22 @@ def _tile(source: _Source, rows: Tensor, first: int, stop: int) -> Tensor:
     blocks = torch.arange(first, stop, device=rows.device)
     values = source.table.values
     shift = 32 - (len(values).bit_length() - 1)
-    tile = values.new_empty((len(rows), len(blocks), 4))
-    for lane, word in enumerate(_block(source, rows[:, None], blocks[None, :])):
-        tile[:, :, lane] = values[word >> shift]
-    tile = tile.view(len(rows), -1)
-    _settle(source, tile, rows, 4 * first)
+    high = torch.stack(_block(source, rows[:, None], blocks[None, :]), -1).view(len(rows), -1)
+    tile = values.index_select(0, (high >> shift).view(-1)).view(high.shape)
+    _settle(source, tile, high, rows, 4 * first)
     return tile
 
 
-def _settle(source: _Source, tile: Tensor, rows: Tensor, offset: int) -> None:
+def _settle(source: _Source, tile: Tensor, high: Tensor, rows: Tensor, offset: int) -> None:
     """Draw the open pixels of a tile, whose columns begin at pixel `offset`, from whole words."""
     table = source.table
     row, column = (tile == _OPEN).nonzero(as_tuple=True)
+    high = high[row, column]
     for attempt in range(_ATTEMPTS):
-        word = _words(source, rows[row], column + offset, attempt)
+        if attempt:
+            high = _half(source, rows[row], column + offset, 0, attempt)
+        low = _half(source, rows[row], column + offset, 1, attempt)
+        word = (high << 31 | low >> 1) >> (RANDOM_BITS - table.bits)
         position = torch.searchsorted(table.slivers, word)
         tile[row, column] = (position - len(table.slivers) // 2).to(torch.int16)
         rejected = table.slivers[position] == word
@@ -226,13 +228,10 @@ def _settle(source: _Source, tile: Tensor, rows: Tensor, offset: int) -> None:
     raise RuntimeError(f"{len(row)} pixels were rejected {_ATTEMPTS} times: the noise is broken")
 
 
-def _words(source: _Source, row: Tensor, pixel: Tensor, attempt: int) -> Tensor:
-    """Random words of single pixels, int64 with the source's number of bits."""
-    block, lane = pixel >> 2, (pixel & 3)[None]
-    high, low = (
-        torch.stack(_block(source, row, block, half, attempt)).gather(0, lane)[0] for half in (0, 1)
-    )
-    return (high << 31 | low >> 1) >> (RANDOM_BITS - source.table.bits)
+def _half(source: _Source, row: Tensor, pixel: Tensor, half: int, attempt: int) -> Tensor:
+    """The high (0) or low (1) 32 bits of single pixels' random words, int64."""
+    words = torch.stack(_block(source, row, pixel >> 2, half, attempt))
+    return words.gather(0, (pixel & 3)[None])[0]
 
 
 def _block(source: _Source, row: Tensor, block: Tensor, half: int = 0, attempt: int = 0) -> Words:

@@ -22,8 +22,9 @@ from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind
 PROMPT_STATES = "prompt_states.safetensors"
 """The bundle's file that holds the prompt's states (77,D) as `states`."""
 
-BATCHES_A_LANE = 2
-"""Batches of a device batch for each lane, so that a late lane holds the others up for less."""
+BATCHES_A_LANE = 4
+"""Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
+holds the others up for less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,29 +128,34 @@ class SmoothedModel:
         shapes = {part.pixels.shape for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
-        batches = list(_cut(parts, self.numerics.batch_rows))
+        batches = -(-total // self.numerics.batch_rows)
+        share = -(-batches // max(1, self.lanes)) * self.numerics.batch_rows
         run = self._pool.map if self._pool else map
-        return np.concatenate(list(run(self._batch, batches)))
+        return np.concatenate(list(run(self._share, _cut(parts, share))))
 
-    def _batch(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+    def _share(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """One lane's share of a device batch: noise for all of it, then batch after batch."""
         total = sum(part.stop - part.start for part in parts)
         with torch.inference_mode():
-            x_hat, sigma = self.noisy(parts)
-            logits = self.classifier(self.denoiser(x_hat, sigma))
+            x_hat, sigma = (rows.split(self.numerics.batch_rows) for rows in self.noisy(parts))
+            x_0 = (self.denoiser(*batch) for batch in zip(x_hat, sigma, strict=True))
+            logits = torch.cat([self.classifier(denoised) for denoised in x_0])
             if not bool(torch.isfinite(logits).all()):
                 raise FloatingPointError("the networks' logits are not finite")
             chosen: NDArray[np.int64] = logits.argmax(1)[:total].cpu().numpy()
         return chosen
 
     def noisy(self, parts: Sequence[Rows]) -> tuple[Tensor, Tensor]:
-        """One padded batch (B,3,H,W) float32, never clipped, and its sigmas (B,) float64, B being
-        `numerics.batch_rows`, the most rows that there may be.
+        """Noisy rows (B,3,H,W) float32, never clipped, and their sigmas (B,) float64, B being the
+        next multiple of `numerics.batch_rows`.
 
         Padding rows are black, without noise, at the first part's sigma.
         """
         shape = parts[0].pixels.shape
-        x_hat = torch.zeros(self.numerics.batch_rows, *shape, device=self._device)
-        sigma = torch.full((self.numerics.batch_rows,), parts[0].sigma, dtype=torch.float64)
+        total = sum(part.stop - part.start for part in parts)
+        total += self.padding(total)
+        x_hat = torch.zeros(total, *shape, device=self._device)
+        sigma = torch.full((total,), parts[0].sigma, dtype=torch.float64)
         row = 0
         for part in parts:
             rows = slice(row, row := row + part.stop - part.start)

@@ -95,7 +95,7 @@ def test_votes_do_not_depend_on_the_lanes(lanes: int) -> None:
     """However many threads share a device batch, every row is counted once and for its own part,
     in batches of the fixed shape; what is said of padding is what was computed for nothing."""
     alone, shared = linear_model(0.5, 8), linear_model(0.5, 8, lanes=lanes)
-    assert shared.batch_rows == 16 * lanes
+    assert shared.batch_rows == 32 * lanes
     small = (3, 4, 4)
     parts = [
         Rows(image(0, small), b"k" * 16, 3, 3 + 9, 0.25),

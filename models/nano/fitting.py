@@ -25,19 +25,20 @@ class Profile:
     weight_decay: float = 0.0
     ema: float = 0.0
     restart: int = 0
+    restart_rate: float = 0.5
     warm_up: float = 0.05
     clip: float = 1.0
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step: warm-up over its share, then a cosine to 0.
 
-        With `restart`, the cosine ends there and begins anew at half the rate.
+        With `restart`, the cosine ends there and begins anew at `restart_rate` of the rate.
         """
         again = 0 < self.restart <= step
         first, last = (self.restart, self.steps) if again else (0, self.restart or self.steps)
         done, whole = step - first, last - first
         warmed = min(1.0, (done + 1) / max(1.0, whole * self.warm_up))
-        return (0.5 if again else 1.0) * warmed * 0.5 * (1 + cos(pi * done / whole))
+        return (self.restart_rate if again else 1.0) * warmed * 0.5 * (1 + cos(pi * done / whole))
 
 
 def _save_checkpoint(path: Path, tensors: dict[str, Tensor], step: int) -> None:

@@ -64,7 +64,9 @@ PROFILES = {
     ),
     "stage1": Profile(steps=2_900, batch=96, learning_rate=1e-3, ema=0.998, restart=900),
     "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
-    "guided": Profile(steps=1_600, batch=64, learning_rate=2e-4, ema=0.998),
+    "guided": Profile(
+        steps=5_600, batch=64, learning_rate=2e-4, ema=0.998, restart=1_600, restart_rate=1.0
+    ),
 }
 
 
