@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+PROMPT_STATES = "prompt_states.safetensors"
+"""A bundle's file that holds the prompt's states (77,D) as `states`."""
+ADAPTER = "adapter.safetensors"
+"""A personalized bundle's file of what was added to the denoiser's attention (LoRA)."""
+TUNED = "classifier.safetensors"
+"""A fine-tuned bundle's file of the classifier's own weights, in float32."""
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODELS = Path(__file__).parent
@@ -66,6 +72,8 @@ class Bundle:
 
     `files` maps names within the folder to SHA-256 (hex); `resolution` is in pixels;
     `largest_sigma` is the strongest noise, in [0,1] pixel units, that the denoiser was made for.
+    `adaptation` holds the settings it was made with, empty where nothing was adapted, and `figures`
+    what was measured.
     """
 
     id: str
@@ -79,6 +87,8 @@ class Bundle:
     classifier: Base
     licence: str
     files: Mapping[str, str]
+    name: str = ""
+    adaptation: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
 
@@ -88,6 +98,10 @@ class Bundle:
         described = {"schema": SCHEMA, **asdict(self)}
         del described["folder"]
         return described
+
+    def file(self, name: str) -> Path | None:
+        """Where one of its files lies, or None for one that it does not have."""
+        return self.folder / name if name in self.files else None
 
     @property
     def digest(self) -> str:
@@ -113,9 +127,10 @@ def sha256_of(path: Path) -> str:
 def read_bundle(folder: Path) -> Bundle:
     """Read and verify a bundle.
 
-    Raises BundleError for a missing or unreadable manifest, an unknown schema version, unknown or
-    missing fields, a file that is absent, a link, not safetensors, outside the folder, or whose
-    hash differs.
+    A manifest of schema 1, which knew no adaptation, is read as what it would say now. Raises
+    BundleError for a missing or unreadable manifest, an unknown schema version, unknown or missing
+    fields, a file that is absent, a link, not safetensors, outside the folder, or whose hash
+    differs, and for a personalized prompt without the adapter it belongs to.
     """
     manifest = folder / "manifest.json"
     if folder.is_symlink() or manifest.is_symlink():
@@ -125,8 +140,10 @@ def read_bundle(folder: Path) -> Bundle:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(f"{manifest}: cannot be read: {error}") from error
     schema = described.pop("schema", None) if isinstance(described, dict) else None
-    if schema != SCHEMA:
-        raise BundleError(f"{manifest}: schema version {schema!r}; this release reads {SCHEMA}")
+    if schema == 1:
+        described = {"name": "", "adaptation": {}, **described}
+    elif schema != SCHEMA:
+        raise BundleError(f"{manifest}: schema version {schema!r}; this release reads 1, {SCHEMA}")
     known = {f.name for f in fields(Bundle)} - {"folder"}
     if described.keys() != known:
         odd = sorted(described.keys() ^ known)
@@ -139,7 +156,10 @@ def read_bundle(folder: Path) -> Bundle:
         described["labels"] = tuple(described["labels"])
         for network in ("denoiser", "classifier"):
             described[network] = Base(**described[network])
-        return Bundle(**described, folder=folder)
+        bundle = Bundle(**described, folder=folder)
+        if bundle.adaptation.get("steps") and ADAPTER not in bundle.files:
+            raise BundleError(f"{manifest}: is personalized, but lists no {ADAPTER}")
+        return bundle
     except (TypeError, AttributeError) as error:
         raise BundleError(f"{manifest}: a field has the wrong shape: {error}") from error
 

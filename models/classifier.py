@@ -27,7 +27,7 @@ class Classifier(Protocol):
         """Logits a row; rows do not touch one another."""
 
 
-class _Preprocess:
+class Preprocess:
     """Bicubic resize with antialiasing, as CLIP's own, then the network's mean and deviation."""
 
     def __init__(
@@ -38,7 +38,24 @@ class _Preprocess:
         self._std = torch.tensor(std, device=like.device)[:, None, None]
         self._dtype = like.dtype
 
+    @classmethod
+    def of_open_clip(cls, model: open_clip.CLIP, dtype: torch.dtype) -> Preprocess:
+        """What a CLIP's configuration says, into `dtype`."""
+        described: dict[str, Any] = model.visual.preprocess_cfg
+        size = described["size"]
+        like = torch.empty(0, dtype=dtype, device=model.logit_scale.device)
+        side = size if isinstance(size, int) else size[-1]
+        return cls(side, described["mean"], described["std"], like)
+
+    @classmethod
+    def of_timm(cls, model: nn.Module) -> Preprocess:
+        """What a timm network's configuration says, into its own dtype."""
+        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        side = config["input_size"][-1]
+        return cls(side, config["mean"], config["std"], next(model.parameters()))
+
     def __call__(self, x: Tensor) -> Tensor:
+        """x (B,3,H,W) in [0,1] -> what the network expects."""
         if x.shape[-2:] != (self._size, self._size):
             x = F.interpolate(x, size=(self._size,) * 2, mode="bicubic", antialias=True)
         scaled = (x - self._mean.to(x.dtype)) / self._std.to(x.dtype)
@@ -70,12 +87,7 @@ class OpenClipClassifier:
         self._visual = runtime.prepare(
             model.visual.to(dtype=dtype, memory_format=torch.channels_last)
         )
-        described: dict[str, Any] = model.visual.preprocess_cfg
-        size = described["size"]
-        self._preprocess = _Preprocess(
-            size if isinstance(size, int) else size[-1], described["mean"], described["std"],
-            torch.empty(0, dtype=dtype, device=device),
-        )  # fmt: skip
+        self._preprocess = Preprocess.of_open_clip(model, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""
@@ -89,16 +101,24 @@ class TimmClassifier:
 
     def __init__(self, model: nn.Module, labels: Sequence[str], runtime: Runtime) -> None:
         self.labels = tuple(labels)
-        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         self._model = runtime.prepare(model)
-        self._preprocess = _Preprocess(
-            config["input_size"][-1], config["mean"], config["std"], next(model.parameters())
-        )
+        self._preprocess = Preprocess.of_timm(model)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""
         logits: Tensor = self._model(self._preprocess(x)).float()
         return logits
+
+
+def read_open_clip(
+    folder: Path, device: torch.device, tuned: Path | None = None
+) -> tuple[open_clip.CLIP, Any]:
+    """A CLIP in float32 and its tokenizer; weights in a `tuned` file stand in for the folder's."""
+    name = f"local-dir:{folder}"
+    model: Any = open_clip.create_model(name, precision="fp32", device=device)
+    if tuned is not None:
+        model.load_state_dict(load_file(tuned))
+    return model.eval(), open_clip.get_tokenizer(name)
 
 
 def load_open_clip(
@@ -108,31 +128,24 @@ def load_open_clip(
     device: torch.device,
     dtype: torch.dtype,
     runtime: Runtime,
+    tuned: Path | None = None,
 ) -> Classifier:
     """A CLIP from a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
 
-    Any label will do: it becomes a prompt through `template`.
+    Any label will do: it becomes a prompt through `template`. Weights in a `tuned` file stand in
+    for the folder's.
     """
-    name = f"local-dir:{folder}"
-    model = open_clip.create_model(name, precision="fp32", device=device)
-    tokenizer = open_clip.get_tokenizer(name)
+    model, tokenizer = read_open_clip(folder, device, tuned)
     return OpenClipClassifier(
-        model.requires_grad_(False).eval(), tokenizer, labels, template, dtype, runtime
+        model.requires_grad_(False), tokenizer, labels, template, dtype, runtime
     )
 
 
-def load_timm(
-    folder: Path,
-    labels: Sequence[str],
-    template: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    runtime: Runtime,
-) -> Classifier:
-    """A timm network from a folder with timm's `config.json` and `model.safetensors`.
+def read_timm(folder: Path, labels: Sequence[str], tuned: Path | None = None) -> nn.Module:
+    """A timm network in float32, from a folder with timm's `config.json` and `model.safetensors`.
 
-    Its labels are `label_names` of the configuration; `labels` must be those. Raises ValueError
-    where they differ. `template` is not used.
+    Weights in a `tuned` file stand in for the folder's. Raises ValueError where `labels` are not
+    the configuration's `label_names`.
     """
     described = json.loads((folder / "config.json").read_text())
     own = tuple(described.get("label_names") or ())
@@ -144,12 +157,28 @@ def load_timm(
         pretrained_cfg_overlay=described["pretrained_cfg"],
         **described.get("model_args", {}),
     )
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_file(tuned or folder / "model.safetensors"))
+    return model.eval()
+
+
+def load_timm(
+    folder: Path,
+    labels: Sequence[str],
+    template: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    runtime: Runtime,
+    tuned: Path | None = None,
+) -> Classifier:
+    """See `read_timm`; `template` is not used."""
+    model = read_timm(folder, labels, tuned).requires_grad_(False)
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
-    return TimmClassifier(model.requires_grad_(False).eval(), own, runtime)
+    return TimmClassifier(model, labels, runtime)
 
 
-Loader = Callable[[Path, Sequence[str], str, torch.device, torch.dtype, Runtime], Classifier]
+Loader = Callable[
+    [Path, Sequence[str], str, torch.device, torch.dtype, Runtime, Path | None], Classifier
+]
 CLASSIFIERS: dict[str, Loader] = {
     "open-clip": load_open_clip,
     "timm": load_timm,

@@ -147,14 +147,26 @@ def load_super_resolution(
     device: torch.device,
     dtype: torch.dtype,
     runtime: Runtime,
+    adapter: Path | None = None,
 ) -> Denoiser:
     """A denoiser from a stage-II folder in diffusers' layout (`unet/`, `scheduler/`).
 
-    `states` (77,D) are the prompt's. Only safetensors are read; nothing is fetched.
+    `states` (77,D) are the prompt's; an `adapter` file is added to the weights in float32. Only
+    safetensors are read; nothing is fetched.
     """
-    unet = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    unet: Any = UNet2DConditionModel.from_pretrained(
+        folder / "unet",
+        torch_dtype=dtype if adapter is None else torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
     )
+    if adapter is not None:
+        unet.load_lora_adapter(
+            str(adapter.parent), prefix=None, weight_name=adapter.name, use_safetensors=True
+        )
+        unet.fuse_lora()
+        unet.unload_lora()
+        nn.Module.to(unet, dtype)  # diffusers' own warns of what this UNet does not have
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     unet = unet.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     return SuperResolutionDenoiser(unet, scheduler.alphas_cumprod, states, k, runtime)
@@ -167,12 +179,13 @@ def load_none(
     device: torch.device,
     dtype: torch.dtype,
     runtime: Runtime,
+    adapter: Path | None = None,
 ) -> Denoiser:
     """Plain smoothing needs no weights; every argument is ignored."""
     return NoDenoiser()
 
 
-Loader = Callable[[Path, Tensor, float, torch.device, torch.dtype, Runtime], Denoiser]
+Loader = Callable[[Path, Tensor, float, torch.device, torch.dtype, Runtime, Path | None], Denoiser]
 DENOISERS: dict[str, Loader] = {
     "super-resolution": load_super_resolution,
     "none": load_none,

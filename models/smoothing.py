@@ -13,14 +13,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundle import Bundle, BundleError
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
 from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind
-
-PROMPT_STATES = "prompt_states.safetensors"
-"""The bundle's file that holds the prompt's states (77,D) as `states`."""
 
 BATCHES_A_LANE = 4
 """Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
@@ -210,6 +207,28 @@ def best_batch_rows(device: torch.device) -> int:
     return 64 if device.type == "cuda" else 16
 
 
+def numerics(
+    runtime: Runtime,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_rows: int | None = None,
+    lanes: int | None = None,
+) -> tuple[Numerics, int]:
+    """What `load` would compute under here, and in how many lanes, without loading anything."""
+    device = device or best_device()
+    if lanes is None:
+        lanes = torch.get_num_threads() if device.type == "cpu" else 0
+    chosen = Numerics.of(
+        device,
+        dtype or best_dtype(device),
+        batch_rows or best_batch_rows(device),
+        runtime.name,
+        threads=1 if lanes else None,
+    )
+    return chosen, lanes
+
+
 def load(
     bundle: Bundle,
     *,
@@ -229,20 +248,27 @@ def load(
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
-    batch_rows = batch_rows or best_batch_rows(device)
     runtime = runtime or Torch()
+    chosen, lanes = numerics(
+        runtime, device=device, dtype=dtype, batch_rows=batch_rows, lanes=lanes
+    )
     weights = runtime.weights_dtype(device, dtype)
     if PROMPT_STATES not in bundle.files:
         raise BundleError(f"{bundle.folder}: the manifest lists no {PROMPT_STATES}")
     states = load_file(bundle.folder / PROMPT_STATES)["states"]
     load_denoiser = DENOISERS[bundle.denoiser.kind]
-    denoiser = load_denoiser(bundle.denoiser.verified(), states, bundle.k, device, weights, runtime)
+    denoiser = load_denoiser(
+        bundle.denoiser.verified(), states, bundle.k, device, weights, runtime, bundle.file(ADAPTER)
+    )
     load_classifier = CLASSIFIERS[bundle.classifier.kind]
     classifier = load_classifier(
-        bundle.classifier.verified(), bundle.labels, bundle.template, device, weights, runtime
+        bundle.classifier.verified(),
+        bundle.labels,
+        bundle.template,
+        device,
+        weights,
+        runtime,
+        bundle.file(TUNED),
     )
-    if lanes is None:
-        lanes = torch.get_num_threads() if device.type == "cpu" else 0
-    numerics = Numerics.of(device, dtype, batch_rows, runtime.name, threads=1 if lanes else None)
-    digest = bundle.served_digest(numerics.described())
-    return SmoothedModel(denoiser, classifier, numerics, device, digest, lanes)
+    digest = bundle.served_digest(chosen.described())
+    return SmoothedModel(denoiser, classifier, chosen, device, digest, lanes)

@@ -29,10 +29,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.bundle import Bundle
+from models.bundle import PROMPT_STATES, Bundle
 from models.noise import discrete_gaussian
 from models.runtime import RUNTIMES, Network, Runtime
-from models.smoothing import PROMPT_STATES, Rows, best_device, votes
+from models.smoothing import Rows, best_device, votes
 from service.api import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
@@ -155,7 +155,8 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
         _serving(embedded) as (desk, address),
         httpx.AsyncClient(base_url=address, timeout=WAIT_SECONDS) as client,
     ):
-        own = partial(votes, embedded.models["default"], _question(bundle.resolution, rows))
+        model = embedded.models["default"].loaded()
+        own = partial(votes, model, _question(bundle.resolution, rows))
         asks: dict[str, tuple[Ask, int]] = {"engine": (partial(_ask, desk, plan.n), plan.requests)}
         for concurrency in CONCURRENCIES:
             asks[f"http, {concurrency} at once"] = partial(_post, client, plan.n), concurrency
@@ -171,7 +172,7 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
                 ways.setdefault(way, []).append(rows * len(images) / passed)
                 latencies.setdefault(way, []).extend(taken)
                 if way == "engine":
-                    lanes = max(1, embedded.models["default"].lanes)
+                    lanes = max(1, model.lanes)
                     shares.append(1 - watched.seconds / (lanes * passed))
     speeds = {way: float(np.median(each)) for way, each in ways.items()}
     return {

@@ -10,13 +10,19 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.nano.architectures import (
     DEEPFLOYD_UNET,
     HEAD_CONFIG,
+    STAGE1_UNET,
     STAGE2_UNET,
     TEXT_ENCODER,
     TEXT_WIDTH,
@@ -116,3 +122,32 @@ CLASSIFIER_FOLDERS: dict[str, Callable[[Path], Path]] = {
 def reference_scheduler() -> DDPMScheduler:
     """Diffusers' own scheduler with IF-II's settings, for the one-step comparison."""
     return if_scheduler(sample_max_value=1.0)
+
+
+def save_cascade(folder: Path) -> tuple[Path, Path]:
+    """Stage I (8x8) and stage II (32x32), as diffusers' own pipelines save them."""
+    absent: dict[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    tokenizer, encoder = text_encoder()
+    torch.manual_seed(5)
+    shapes = {**STAGE1_UNET, **DEEPFLOYD_UNET, **SMALLER, "sample_size": 8}
+    IFPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        unet=UNet2DConditionModel(**shapes),
+        scheduler=if_scheduler(sample_max_value=1.5),
+        **absent,
+    ).save_pretrained(folder / "stage1")
+    IFSuperResolutionPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=unet(),
+        scheduler=if_scheduler(sample_max_value=1.0),
+        image_noising_scheduler=if_scheduler(sample_max_value=1.0),
+        **absent,
+    ).save_pretrained(folder / "stage2")
+    return folder / "stage1", folder / "stage2"

@@ -105,7 +105,7 @@ def test_pickles_are_refused(written: Bundle) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 2}, "schema version 2; this release reads 1"),
+        ({"schema": 3}, "schema version 3; this release reads 1, 2"),
         ({"colour": "red"}, "unknown or missing fields colour"),
         ({"files": {"absent.safetensors": "0"}}, "'absent.safetensors' is missing"),
     ],

@@ -31,6 +31,20 @@ class LabelledImages:
     def __getitem__(self, rows: slice) -> LabelledImages:
         return LabelledImages(self.images[rows], self.labels[rows], self.names)
 
+    def only(self, names: tuple[str, ...]) -> LabelledImages:
+        """The images of some labels, in the order they lie, their labels indices into `names`.
+
+        Raises ValueError for a name that there is not.
+        """
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(f"no images of {unknown[0]!r}; there are {', '.join(self.names)}")
+        places = np.array([self.names.index(name) for name in names])
+        kept = np.isin(self.labels, places)
+        order = np.argsort(places)
+        labels = order[np.searchsorted(places[order], self.labels[kept])]
+        return LabelledImages(self.images[kept], labels.astype(np.int64), names)
+
 
 def _unpack(sheet: Path) -> NDArray[np.uint8]:
     """A sheet of one image a row (N x 1024 RGB pixels) as (N,32,32,3)."""

@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
-from models.adaptation.synthesize import Cascade, Sampling
-from models.bundle import MODELS, Bundle
+from models.adaptation.synthesize import Cascade, Sampling, encode
+from models.bundle import Bundle
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import accuracy, certify_images, recognised, summarise
 from models.runtime import Runtime
+from models.sets import DENOISER_SETS
 from models.smoothing import best_device, load
 
 
@@ -73,12 +75,13 @@ def evaluate(
     if generated:
         torch.set_num_threads(threads)  # The model's lanes left one for whoever comes next.
         each = generated // len(bundle.labels)
-        cascade = Cascade(
-            MODELS / "nano/weights/stage1", MODELS / "nano/weights/stage2", best_device()
-        )
+        stages = DENOISER_SETS["nano"].folders
+        prompts = [*(bundle.template.format(label) for label in bundle.labels), ""]
+        states = encode(stages[0], prompts, best_device(), torch.float32)
+        cascade = Cascade(*stages, best_device())
         share = recognised(
             model.classifier,
-            partial(_made, cascade, bundle, each),
+            partial(_made, cascade, states, each),
             best_device(),
             each,
             model.numerics.batch_rows,
@@ -88,7 +91,6 @@ def evaluate(
     return figures
 
 
-def _made(cascade: Cascade, bundle: Bundle, each: int, label: int) -> NDArray[np.uint8]:
-    prompt = bundle.template.format(bundle.labels[label])
+def _made(cascade: Cascade, states: Tensor, each: int, label: int) -> NDArray[np.uint8]:
     seeds = [1000 * label + shot for shot in range(each)]
-    return cascade([prompt] * each, seeds, Sampling())
+    return cascade(states[[label] * each], states[-1], seeds, Sampling())

@@ -131,6 +131,26 @@ def summarise(outcomes: list[Certified]) -> Summary:
     )
 
 
+def paired_bootstrap(
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    draws: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean difference of the same images' figures (N,), and the ends of its 95 % interval.
+
+    Images are drawn with replacement, each with both of its figures (percentile bootstrap). Raises
+    ValueError where they are not as many.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"{len(before)} images before and {len(after)} after; they must be equal")
+    difference = after - before
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(0, len(difference), (draws, len(difference)), np.int32)
+    low, high = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
 def recognised(
     classifier: Classifier,
     generate: Callable[[int], NDArray[np.uint8]],

@@ -22,11 +22,17 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from models.bundle import DEFAULT_TASK, MODELS, Base, Bundle, write_bundle
+from models.bundle import (
+    DEFAULT_TASK,
+    MODELS,
+    PROMPT_STATES,
+    Base,
+    Bundle,
+    write_bundle,
+)
 from models.denoiser import clean_prompts, encode_prompts
 from models.evaluation.datasets import CIFAR10_LABELS
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE
-from models.smoothing import PROMPT_STATES
 
 WEIGHTS = "nano/weights"
 LARGEST_SIGMA = 1.0

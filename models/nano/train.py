@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf, log
 from pathlib import Path
@@ -42,8 +42,8 @@ from models.nano.architectures import (
     if_scheduler,
 )
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE, TEMPLATES, blank_captions, caption
-from models.nano.fitting import Profile, fit
 from models.runtime import Torch
+from models.training import Profile, fit
 
 CAPTIONS = 80
 """Captions a step of the head's text tower, the same number for each class."""
@@ -108,7 +108,7 @@ def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.de
     encoder = T5EncoderModel(TEXT_ENCODER)
     model = nn.ModuleDict({"encoder": encoder, "reader": nn.Linear(TEXT_WIDTH, 11)}).to(device)
 
-    def loss(step: int) -> Tensor:
+    def losses(step: int) -> Iterator[Tensor]:
         draw = random.Random(arguments.seed * 1_000_003 + step)
         classes = [draw.randrange(11) for _ in range(profile.batch)]
         blanks = (*blank_captions(), "")
@@ -121,9 +121,9 @@ def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.de
         states = encoder(tokens.input_ids, tokens.attention_mask)[0]
         weights = tokens.attention_mask[..., None] / tokens.attention_mask.sum(1)[:, None, None]
         logits = model["reader"]((states * weights).sum(1))
-        return F.cross_entropy(logits.float(), torch.tensor(classes, device=device))
+        yield F.cross_entropy(logits.float(), torch.tensor(classes, device=device))
 
-    fit("text", model, loss, arguments.out, profile, device)
+    fit("text", model, losses, arguments.out, profile, device)
     encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -172,15 +172,14 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
     first = images.pixels[:5_000].float() / 255
     visual.trunk.whiten(((first - mean) / std).to(device))
 
-    def image_loss(step: int) -> Tensor:
+    def image_losses(step: int) -> Iterator[Tensor]:
         generator = _generator(arguments.seed, step)
         pixels, labels = images.draw(profile.batch, generator, shift=2)
         pixels = ((soften(pixels, generator).clamp(-1, 1) + 1) / 2 - mean) / std
         features = visual(pixels.to(device, memory_format=torch.channels_last))
         with torch.autocast(device.type, enabled=False):
-            return F.cross_entropy(
-                features.float() @ directions / 9, labels.to(device), label_smoothing=0.2
-            )
+            logits = features.float() @ directions / 9
+        yield F.cross_entropy(logits, labels.to(device), label_smoothing=0.2)
 
     named = dict(visual.named_parameters())
     shifts = [named.pop(name) for name in list(named) if name.endswith("bias")]
@@ -195,7 +194,7 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
         momentum=0.85,
         nesterov=True,
     )
-    fit("head", visual, image_loss, arguments.out, profile, device, optimizer=optimizer)
+    fit("head", visual, image_losses, arguments.out, profile, device, optimizer=optimizer)
     visual.requires_grad_(False)
     model.logit_scale.requires_grad_(False)
 
@@ -205,7 +204,7 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
         CAPTIONS // len(CIFAR10_LABELS)
     )
 
-    def text_loss(step: int) -> Tensor:
+    def text_losses(step: int) -> Iterator[Tensor]:
         draw = random.Random(arguments.seed * 1_000_003 + step)
         words = tokenizer(
             [caption(CIFAR10_LABELS[label], draw) for label in classes],
@@ -217,14 +216,14 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
         said = model.encode_text(words.input_ids.to(device))
         with torch.autocast(device.type, enabled=False):
             cosine = F.normalize(said.float(), dim=-1) @ directions
-            return F.cross_entropy(model.logit_scale.exp() * cosine, classes)
+        yield F.cross_entropy(model.logit_scale.exp() * cosine, classes)
 
     tower = nn.ModuleDict(
         {"embedding": model.token_embedding, "layers": model.transformer, "norm": model.ln_final}
     )
     tower.register_parameter("positions", model.positional_embedding)
     tower.register_parameter("projection", model.text_projection)
-    fit("head-text", tower, text_loss, arguments.out, PROFILES["text"], device)
+    fit("head-text", tower, text_losses, arguments.out, PROFILES["text"], device)
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
@@ -265,7 +264,7 @@ def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.
     forward = torch.compile(unet) if arguments.compile else unet
     images, states = Images(arguments.data), Captions(folder, device)
 
-    def loss(step: int) -> Tensor:
+    def losses(step: int) -> Iterator[Tensor]:
         generator, draw = _generator(arguments.seed, step), random.Random(step)
         pixels, labels = images.draw(profile.batch, generator, shift=0)
         small = F.interpolate(pixels, size=(SMALL, SMALL), mode="area")
@@ -276,9 +275,9 @@ def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.
         t = torch.randint(1000, (profile.batch,), generator=generator)
         x_t = scheduler.add_noise(small, noise, t).to(device, memory_format=torch.channels_last)
         predicted = forward(x_t, t.to(device), states(words)).sample[:, :3]
-        return F.mse_loss(predicted.float(), noise.to(device))
+        yield F.mse_loss(predicted.float(), noise.to(device))
 
-    fit("stage1", unet, loss, arguments.out, profile, device)
+    fit("stage1", unet, losses, arguments.out, profile, device)
     unet.save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
 
@@ -322,7 +321,7 @@ def _fit_stage2(
     upscaled_rows = profile.batch // 4
     first_draw = 0 if guide is None else PROFILES["stage2"].steps
 
-    def loss(step: int) -> Tensor:
+    def losses(step: int) -> Iterator[Tensor]:
         drawn = step + first_draw
         generator, draw = _generator(arguments.seed, drawn), random.Random(drawn)
         pixels, labels = images.draw(profile.batch, generator, shift=0)
@@ -353,16 +352,17 @@ def _fit_stage2(
         ).sample[:, :3]
         error = F.mse_loss(predicted.float(), noise.to(device))
         if guide is None:
-            return error
+            yield error
+            return
         shown = narrow & (t < GUIDED_STEPS)
         alpha_bar = scheduler.alphas_cumprod[t[shown]][:, None, None, None].to(device)
         epsilon = predicted[shown].float()
         x_0 = (x_t[shown].to(device) - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         with torch.autocast(device.type, enabled=False):
             named = guide((x_0.clamp(-1, 1) + 1) / 2)
-            return error + GUIDANCE * F.cross_entropy(named, labels[shown].to(device))
+        yield error + GUIDANCE * F.cross_entropy(named, labels[shown].to(device))
 
-    fit(part, unet, loss, arguments.out, profile, device)
+    fit(part, unet, losses, arguments.out, profile, device)
     folder = arguments.out / part
     unet.save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")

@@ -1,0 +1,158 @@
+"""The classifier, made to know denoised references: all its weights, in float32 (method.md 5.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.adaptation.synthesize import References
+from models.bundle import TUNED
+from models.classifier import Preprocess, read_open_clip, read_timm
+from models.denoiser import Denoiser
+from models.training import OnStep, Profile, fit, unheard
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How the classifier is adapted; `profile.steps` and `batch` follow from the references.
+
+    Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units.
+    """
+
+    profile: Profile
+    sigmas: tuple[float, float]
+    largest_batch: int = 256
+    micro_batch: int = 64
+
+
+class Tunable(Protocol):
+    """`network` is what learns and is stored; called with x (B,3,H,W) in [0,1] -> logits (B,K)."""
+
+    network: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits a row, with gradients."""
+
+
+class _Clip:
+    """Both encoders of a CLIP; the scale of its logits rests."""
+
+    def __init__(
+        self, folder: Path, labels: Sequence[str], template: str, device: torch.device
+    ) -> None:
+        self._clip, tokenizer = read_open_clip(folder, device)
+        self._clip.logit_scale.requires_grad_(False)
+        self._words = tokenizer([template.format(label) for label in labels]).to(device)
+        self._preprocess = Preprocess.of_open_clip(self._clip, torch.float32)
+        self.network: nn.Module = self._clip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        image = self._clip.encode_image(self._preprocess(x)).float()
+        text = self._clip.encode_text(self._words).float()
+        cosine = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+        logits: Tensor = self._clip.logit_scale.exp() * cosine
+        return logits
+
+
+class _Timm:
+    """All weights of a timm network."""
+
+    def __init__(
+        self, folder: Path, labels: Sequence[str], template: str, device: torch.device
+    ) -> None:
+        self.network = read_timm(folder, labels).to(device)
+        self._preprocess = Preprocess.of_timm(self.network)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self._preprocess(x)).float()
+        return logits
+
+
+TUNABLES: dict[str, Callable[[Path, Sequence[str], str, torch.device], Tunable]] = {
+    "open-clip": _Clip,
+    "timm": _Timm,
+}
+"""The kinds of CLASSIFIERS that can be fine-tuned."""
+
+
+class _AtRest(nn.Module):
+    """A network that learns as it will serve: no dropout, and no statistics of tiny batches."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def train(self, mode: bool = True) -> _AtRest:
+        return super().train(False)
+
+
+def finetune(
+    classifier: Tunable,
+    denoiser: Denoiser,
+    references: References,
+    settings: Finetuning,
+    epochs: int,
+    out: Path,
+    device: torch.device,
+    seed: int = 0,
+    on_step: OnStep = unheard,
+) -> Path:
+    """Fine-tune a classifier on denoised references; returns its safetensors file in `out`.
+
+    Minimises the cross-entropy of the classifier behind the resting `denoiser` (Choi et al. 2024,
+    Eq. 13). Weights are kept in float32: at this learning rate a step is lost in fewer bits.
+    Checkpoints and losses lie in `out`; another call goes on from there, to the same losses.
+    """
+    whole = len(references.labels)
+    batch = min(settings.largest_batch, whole)
+    steps_an_epoch = -(-whole // batch)
+    profile = replace(settings.profile, steps=epochs * steps_an_epoch, batch=batch)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        epoch, place = divmod(step, steps_an_epoch)
+        order = torch.randperm(whole, generator=_generator(seed, epoch, 0))
+        chosen = order[place * batch : (place + 1) * batch]
+        generator = _generator(seed, step, 1)
+        for rows in chosen.split(settings.micro_batch):
+            logits = classifier(
+                _denoised(denoiser, references.images[rows], settings, generator, device)
+            )
+            labels = references.labels[rows].to(device)
+            yield F.cross_entropy(logits, labels, reduction="sum") / len(chosen)
+
+    fit("finetune", _AtRest(classifier.network), losses, out, profile, device, on_step=on_step)
+    weights = {
+        name: tensor.detach().cpu().float().contiguous()
+        if tensor.is_floating_point()
+        else tensor.detach().cpu().contiguous()
+        for name, tensor in classifier.network.state_dict().items()
+    }
+    save_file(weights, out / TUNED)
+    return out / TUNED
+
+
+def _generator(seed: int, step: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(2 * (seed * 1_000_003 + step) + stream)
+
+
+@torch.no_grad()
+def _denoised(
+    denoiser: Denoiser,
+    images: Tensor,
+    settings: Finetuning,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    low, high = settings.sigmas
+    sigma = low + (high - low) * torch.rand(len(images), generator=generator, dtype=torch.float64)
+    noise = torch.randn(images.shape, generator=generator)
+    x_hat = images.float() / 255 + sigma.float()[:, None, None, None] * noise
+    with torch.autocast(device.type, enabled=False):
+        return denoiser(x_hat.to(device), sigma)

@@ -1,0 +1,174 @@
+"""The denoiser, made to know a task's references: LoRA on its attention (method.md 5.2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.adaptation.synthesize import References
+from models.bundle import ADAPTER
+from models.denoiser import NOISE_LEVELS
+from models.training import OnStep, Profile, fit, forget_after, unheard
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
+_HELD_BACK_STEP = -1
+"""The step whose draws are only ever used to validate."""
+
+
+@dataclass(frozen=True)
+class Personalization:
+    """How the denoiser is adapted; `profile.steps` gives way to the plan's.
+
+    `weight` is lambda, of the classifier's cross-entropy; timesteps are drawn from `timesteps`, and
+    rows below `guided_below` are shown to the classifier. `micro_batch` rows are held at once.
+    """
+
+    profile: Profile
+    weight: float = 0.01
+    rank: int = 4
+    timesteps: tuple[int, int] = (0, 1000)
+    guided_below: int = 1000
+    micro_batch: int = 24
+    validation_rows: int = 48
+
+
+def personalize(
+    stage2: Path,
+    references: References,
+    states: Tensor,
+    k: float,
+    classifier: Callable[[Tensor], Tensor],
+    settings: Personalization,
+    out: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    on_step: OnStep = unheard,
+) -> Path:
+    """Train an adapter for `stage2`; returns its safetensors file in `out`.
+
+    `states` (77,D) are the personalized prompt's. The loss is the noise's mean square error plus
+    lambda times the cross-entropy of the resting `classifier`, (B,3,H,W) in [0,1] -> logits (B,K),
+    on the one-step estimate of x0 (Choi et al. 2024, Eq. 12). The base's weights rest in `dtype`,
+    the adapter's learn in float32. Checkpoints, losses and validations lie in `out`; another call
+    goes on from there, to the same losses.
+    """
+    unet: Any = UNet2DConditionModel.from_pretrained(
+        stage2 / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    scheduler: Any = DDPMScheduler.from_pretrained(stage2 / "scheduler", local_files_only=True)
+    torch.manual_seed(seed)
+    unet.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.rank,
+            init_lora_weights="gaussian",
+            target_modules=TARGETS,
+        )
+    )
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    unet.to(device, memory_format=torch.channels_last)
+    losses = _Losses(
+        unet, scheduler.alphas_cumprod, references, states, k, classifier, settings, device, seed
+    )
+    validations = out / "validation.jsonl"
+
+    def watch(step: int, whole: int, loss: float) -> None:
+        if step % settings.profile.checkpoint_every == 0 or step == whole:
+            forget_after(validations, step - 1)
+            with validations.open("a") as stream:
+                stream.write(json.dumps({"step": step, **losses.validated()}) + "\n")
+        on_step(step, whole, loss)
+
+    fit("personalize", unet, losses, out, settings.profile, device, on_step=watch)
+    # Not diffusers' own saving: it describes the adapter in an order that changes with the process.
+    learned = get_peft_model_state_dict(unet, adapter_name="default")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in learned.items()}, out / ADAPTER)
+    return out / ADAPTER
+
+
+class _Losses:
+    """A step's loss, in micro-batches, each weighted by its share of the rows."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        alphas_cumprod: Tensor,
+        references: References,
+        states: Tensor,
+        k: float,
+        classifier: Callable[[Tensor], Tensor],
+        settings: Personalization,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        parameter = next(unet.parameters())
+        self._unet, self._dtype, self._device = unet, parameter.dtype, device
+        self._alpha_bar = alphas_cumprod.float()
+        self._references = references
+        self._states = states.to(device, parameter.dtype)[None]
+        self._k, self._classifier, self._settings, self._seed = k, classifier, settings, seed
+
+    def __call__(self, step: int) -> Iterator[Tensor]:
+        batch = self._settings.profile.batch
+        for error, logits, labels, shown in self._seen(step, batch):
+            named = F.cross_entropy(logits, labels, reduction="none") * shown
+            yield (error + self._settings.weight * named).sum() / batch
+
+    @torch.no_grad()
+    def validated(self) -> dict[str, float]:
+        """Error of the noise, and share of recognised rows, under noise that is not trained on."""
+        rows = self._settings.validation_rows
+        errors, right, told = 0.0, 0, 0
+        for error, logits, labels, shown in self._seen(_HELD_BACK_STEP, rows):
+            errors += float(error.sum())
+            right += int(((logits.argmax(1) == labels) & shown).sum())
+            told += int(shown.sum())
+        return {"error": round(errors / rows, 5), "recognised": round(right / max(1, told), 4)}
+
+    def _seen(self, step: int, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Micro-batches: each row's error (B,), logits (B,K), label (B,), and whether it counts."""
+        settings, size = self._settings, self._references.images.shape[1:]
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step + 1)
+        chosen = torch.randint(len(self._references.labels), (batch,), generator=generator)
+        t = torch.randint(*settings.timesteps, (batch,), generator=generator)
+        noise = torch.randn(batch, *size, generator=generator)
+        for start in range(0, batch, settings.micro_batch):
+            part = slice(start, start + settings.micro_batch)
+            yield self._row_by_row(chosen[part], t[part], noise[part])
+
+    def _row_by_row(
+        self, chosen: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        device = self._device
+        pixels = (self._references.images[chosen].float() / 127.5 - 1).to(device)
+        labels, noise = self._references.labels[chosen].to(device), noise.to(device)
+        alpha_bar = self._alpha_bar[t][:, None, None, None].to(device)
+        x_t = alpha_bar.sqrt() * pixels + (1 - alpha_bar).sqrt() * noise
+        doubled = torch.cat([x_t, x_t], 1).to(self._dtype)
+        told = self._unet(
+            doubled.contiguous(memory_format=torch.channels_last),
+            t.to(device),
+            self._states.expand(len(x_t), -1, -1),
+            class_labels=(self._k * t.float()).clamp(max=NOISE_LEVELS).to(doubled),
+        )
+        epsilon = told.sample[:, :3].float()
+        error = (epsilon - noise).square().mean((1, 2, 3))
+        x_0 = (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        with torch.autocast(device.type, enabled=False):
+            logits = self._classifier((x_0.clamp(-1, 1) + 1) / 2)
+        return error, logits, labels, (t < self._settings.guided_below).to(device)

@@ -1,0 +1,268 @@
+"""What a task is to be made of, and how far its job is: plain documents, without torch.
+
+A job's folder holds `plan.json` (written once), `status.json` (rewritten whole by whoever runs the
+job), `references/` (a PNG and a JSON an image), `losses.jsonl` and checkpoints.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
+
+LABELS = (2, 1_000)
+"""Fewest and most labels of a task."""
+LABEL_LENGTH = 128
+TEMPLATE_LENGTH = 256
+NAME_LENGTH = 128
+SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
+"""Fewest and most reference images a class, personalization steps, fine-tuning epochs."""
+IDENTIFIER = "sks"
+"""What stands in the template once the denoiser is personalized (Ruiz et al. 2023)."""
+
+PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
+REFERENCES, LOSSES = "references", "losses.jsonl"
+STAGES = ("synthesizing", "personalizing", "finetuning", "evaluating")
+
+
+class PlanError(ValueError):
+    """A field of a plan that cannot be; `field`, `value` and `limit` say which and why."""
+
+    def __init__(self, field: str, detail: str, value: object = None, limit: Any = None) -> None:
+        super().__init__(detail)
+        self.field, self.value, self.limit = field, value, limit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a task's bundle depends on; make one with `Plan.checked`.
+
+    `steps` of personalization and `epochs` of fine-tuning; 0 leaves that part out.
+    """
+
+    labels: tuple[str, ...]
+    template: str
+    denoiser: str
+    classifier: str
+    shots: int
+    steps: int
+    epochs: int
+    seed: int = 0
+
+    @classmethod
+    def checked(
+        cls,
+        labels: Sequence[str],
+        *,
+        template: str | None = None,
+        denoiser: str = "nano",
+        classifier: str | None = None,
+        shots: int | None = None,
+        steps: int | None = None,
+        epochs: int | None = None,
+        seed: int = 0,
+        allow_unknown_labels: bool = False,
+    ) -> Self:
+        """A plan with the set's own defaults where None is given, its words in Unicode's NFC.
+
+        Raises PlanError for the first field that is outside its limits.
+        """
+        cascade = _named("denoiser", DENOISER_SETS, denoiser)
+        head = _named("classifier", CLASSIFIER_SETS, classifier or cascade.classifier)
+        _check_between("shots", shots := cascade.shots if shots is None else shots, SHOTS)
+        _check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
+        _check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
+        _check_between("seed", seed, (0, 2**31 - 1))
+        template = _checked_template(cascade.template if template is None else template)
+        words = _checked_labels(labels)
+        _check_prompts(words, template, cascade, head)
+        if cascade.words is not None and not allow_unknown_labels:
+            _check_known(words, cascade.words, denoiser)
+        return cls(
+            words, template, denoiser, classifier or cascade.classifier, shots, steps, epochs, seed
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The plan of a job's folder."""
+        described = json.loads((folder / PLAN).read_text())["plan"]
+        return cls(**{**described, "labels": tuple(described["labels"])})
+
+    def identity(self, secret: bytes) -> str:
+        """The task's id: the same for the same plan, and not to be guessed without the secret."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        digest = hmac.new(secret, b"task\0" + canonical.encode(), hashlib.sha256)
+        return digest.hexdigest()[:32]
+
+    def prompts(self) -> list[str]:
+        """Each label in the template, for the cascade."""
+        return [self.template.format(label) for label in self.labels]
+
+    def seed_of(self, label: int, shot: int) -> int:
+        """The seed of one reference image, below 2^63: of its words, its set, the plan's seed and
+        the shot, so that a plan with more shots has the same first ones."""
+        asked = [self.template.format(self.labels[label]), self.denoiser, self.seed, shot]
+        canonical = json.dumps(asked)
+        return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") >> 1
+
+
+def name_of(folder: Path) -> str:
+    """What the makers of a job's folder call their task; it may be empty."""
+    return str(json.loads((folder / PLAN).read_text())["name"])
+
+
+def _named(field: str, known: Mapping[str, Any], name: str) -> Any:
+    if name not in known:
+        detail = f"There is no {field} set {name!r}; there are {', '.join(sorted(known))}"
+        raise PlanError(field, detail, name)
+    return known[name]
+
+
+def _check_between(field: str, value: int, limits: tuple[int, int]) -> None:
+    least, most = limits
+    if not least <= value <= most:
+        limit = least if value < least else most
+        raise PlanError(field, f"{field} is {value}; it must be {least} to {most}", value, limit)
+
+
+def _checked_words(field: str, text: str, most: int) -> str:
+    words = unicodedata.normalize("NFC", text).strip()
+    if not 1 <= len(words) <= most:
+        raise PlanError(
+            field, f"{field} has {len(words)} characters; it must have 1 to {most}", text, most
+        )
+    odd = next((c for c in words if unicodedata.category(c).startswith("C")), None)
+    if odd is not None:
+        raise PlanError(field, f"{field} holds the control character U+{ord(odd):04X}", text)
+    return words
+
+
+def _checked_template(template: str) -> str:
+    words = _checked_words("template", template, TEMPLATE_LENGTH)
+    if words.count("{}") != 1 or words.count("{") != 1 or words.count("}") != 1:
+        raise PlanError("template", "template must hold {} once and no other brace", template)
+    return words
+
+
+def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    least, most = LABELS
+    if not least <= len(labels) <= most:
+        limit = least if len(labels) < least else most
+        detail = f"labels has {len(labels)} entries; it must have {least} to {most}"
+        raise PlanError("labels", detail, len(labels), limit)
+    words = tuple(
+        _checked_words(f"labels.{index}", label, LABEL_LENGTH) for index, label in enumerate(labels)
+    )
+    seen: dict[str, int] = {}
+    for index, word in enumerate(words):
+        # Prompts are lower-cased, so case makes no difference between labels.
+        first = seen.setdefault(word.casefold(), index)
+        if first != index:
+            detail = f"labels.{index} is the same as labels.{first}: {word!r}"
+            raise PlanError(f"labels.{index}", detail, word)
+        if "{" in word or "}" in word:
+            raise PlanError(f"labels.{index}", f"labels.{index} holds a brace", word)
+    return words
+
+
+def _check_prompts(
+    labels: Sequence[str], template: str, cascade: DenoiserSet, head: ClassifierSet
+) -> None:
+    filled = [("template", IDENTIFIER), *((f"labels.{i}", word) for i, word in enumerate(labels))]
+    for name, word in filled:
+        prompt = template.format(word)
+        for reader, part in (("text encoder", cascade), ("classifier", head)):
+            tokens = part.tokens(prompt)
+            if part.prompt_tokens and tokens > part.prompt_tokens:
+                raise PlanError(
+                    name,
+                    f"the prompt {prompt!r} has {tokens} tokens; the {reader} reads at most "
+                    f"{part.prompt_tokens}",
+                    word,
+                    part.prompt_tokens,
+                )
+
+
+def _check_known(labels: Sequence[str], known: Sequence[str], denoiser: str) -> None:
+    for index, label in enumerate(labels):
+        if label.casefold() not in known:
+            raise PlanError(
+                f"labels.{index}",
+                f"{label!r} is not a word that {denoiser} was trained on: {', '.join(known)}. "
+                "Send allow_unknown_labels to insist; its images may then show anything",
+                label,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a job is. `state` is queued, running, ready, failed or cancelled; `stage` one of
+    STAGES or None; `progress` from 0 to 1; `losses` the last of each stage; `problem` a kind and
+    a detail that says what to change; times in Unix seconds."""
+
+    state: str = "queued"
+    stage: str | None = None
+    progress: float = 0.0
+    eta_seconds: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    problem: Mapping[str, Any] | None = None
+    started: float | None = None
+    finished: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in ("ready", "failed", "cancelled")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """A job's status; queued where nobody has begun it. Fields of later releases are let be."""
+        try:
+            described = json.loads((folder / STATUS).read_text())
+        except FileNotFoundError:
+            return cls()
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in described.items() if name in known})
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's status, whole or not at all."""
+        write_json(folder / STATUS, asdict(self))
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def write_json(path: Path, document: object) -> None:
+    """Replace a file, whole or not at all, and on disk before it has its name."""
+    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(document, stream, indent=2, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a job's folder for as long as this process runs it, waiting while another does."""
+    with (folder / LOCK).open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

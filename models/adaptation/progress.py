@@ -1,0 +1,87 @@
+"""How far a job is, for those who watch its folder, and what to tell them where it fails."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+from models.adaptation.plan import Plan, PlanError, Status
+from models.bundle import BundleError
+from models.training import Diverged
+
+SHARES = {"synthesizing": 0.25, "personalizing": 0.6, "finetuning": 0.1, "evaluating": 0.05}
+"""How much of the whole each stage counts for in `progress`."""
+STATUS_SECONDS = 0.5
+"""Shortest time between two writings of a status that only moved on."""
+
+
+class Progress:
+    """The job's status as it moves on, written no oftener than anyone would look."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}
+        shares = {name: share for name, share in SHARES.items() if not left_out.get(name)}
+        self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
+        self._folder = folder
+        self.status = Status.read(folder)
+        started = self.status.started or time.time()
+        self.status = Status("running", started=started, losses=self.status.losses)
+        self._written = 0.0
+        self._began: tuple[float, float] | None = None
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        self.status = self.status.changed(stage=name)
+        self._move(0.0, at_once=True)
+
+    def moved(self, done: int, whole: int, loss: float | None = None) -> None:
+        """So much of the stage is done."""
+        if loss is not None:
+            losses = {**self.status.losses, str(self.status.stage): round(loss, 5)}
+            self.status = self.status.changed(losses=losses)
+        self._move(done / max(1, whole))
+
+    def end(self, state: str, **changes: Any) -> None:
+        """The job ends."""
+        self.status = self.status.changed(
+            state=state, stage=None, eta_seconds=None, finished=time.time(), **changes
+        )
+        self.status.write(self._folder)
+
+    def _move(self, share: float, at_once: bool = False) -> None:
+        names, now = list(self._shares), time.monotonic()
+        before = names[: names.index(str(self.status.stage))]
+        progress = sum(self._shares[name] for name in before)
+        progress += share * self._shares[str(self.status.stage)]
+        self._began = self._began or (now, progress)
+        passed, gained = now - self._began[0], progress - self._began[1]
+        eta = round(passed / gained * (1 - progress), 1) if gained > 0.01 else None
+        self.status = self.status.changed(progress=round(progress, 4), eta_seconds=eta)
+        if at_once or now - self._written > STATUS_SECONDS:
+            self.status.write(self._folder)
+            self._written = now
+
+
+def problem_of(error: BaseException) -> dict[str, str]:
+    """What failed, by kind, and what to change."""
+    text = f"{type(error).__name__}: {error}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in text or "quota exceeded" in text:
+        return _problem("disk-full", f"The disk is full: delete tasks or make room ({text})")
+    memory = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in text for words in memory):
+        return _problem(
+            "out-of-memory",
+            f"Memory ran out: stop other work on the device, or ask for fewer shots ({text})",
+        )
+    if isinstance(error, Diverged):
+        return _problem("diverged", f"{error}: ask with another seed, fewer steps or more shots")
+    if isinstance(error, PlanError | BundleError | ValueError | KeyError):
+        return _problem("incompatible", f"The plan does not fit its networks: {error}")
+    return _problem("internal", f"{text}; the job's log says where")
+
+
+def _problem(kind: str, detail: str) -> dict[str, str]:
+    return {"kind": kind, "detail": detail}

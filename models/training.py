@@ -1,0 +1,193 @@
+"""The training loop that nano's parts and the adaptation share: seeded, logged, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class Diverged(FloatingPointError):
+    """A loss that is not a finite number; the message names the part and the step."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How one part is trained."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    restart: int = 0
+    restart_rate: float = 0.5
+    warm_up: float = 0.05
+    clip: float = 1.0
+    log_every: int = 50
+    checkpoint_every: int = 250
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step: warm-up over its share, then a cosine to 0.
+
+        With `restart`, the cosine ends there and begins anew at `restart_rate` of the rate.
+        """
+        again = 0 < self.restart <= step
+        first, last = (self.restart, self.steps) if again else (0, self.restart or self.steps)
+        done, whole = step - first, last - first
+        warmed = min(1.0, (done + 1) / max(1.0, whole * self.warm_up))
+        return (self.restart_rate if again else 1.0) * warmed * 0.5 * (1 + cos(pi * done / whole))
+
+
+Losses = Callable[[int], Iterable[Tensor]]
+"""The parts of a step's loss, one at a time so that each may be let go before the next; all their
+randomness is drawn from the step's number, and none is given out from within a context."""
+
+
+OnStep = Callable[[int, int, float], None]
+"""Hears of every step made: how many are done, of how many, and the loss."""
+
+
+def unheard(done: int, whole: int, loss: float) -> None:
+    """Nobody listens."""
+
+
+def fit(
+    part: str,
+    model: nn.Module,
+    losses: Losses,
+    out: Path,
+    profile: Profile,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+    on_step: OnStep = unheard,
+) -> nn.Module:
+    """AdamW unless given another, warm-up and cosine, gradients clipped, optional averaged weights.
+
+    Only parameters that require a gradient learn and are checkpointed, with the buffers, to
+    `PART.checkpoint.safetensors` in `out`; another call goes on from there. `PART.loss.jsonl` gets
+    the mean loss of every `log_every` steps. A group of an optimizer's parameters learns at its own
+    `scale` times the rate. Returns the model with its averaged weights where the profile
+    asks for them. Raises Diverged.
+    """
+    checkpoint, log = out / f"{part}.checkpoint.safetensors", out / f"{part}.loss.jsonl"
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = optimizer or torch.optim.AdamW(
+        learning.values(), profile.learning_rate, (0.9, 0.99), weight_decay=profile.weight_decay
+    )
+    average = {n: p.detach().clone() for n, p in learning.items()} if profile.ema else {}
+    start = _restore(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
+    forget_after(log, start)
+    model.train()
+    began = time.perf_counter()
+    recent: list[float] = []
+    for step in range(start, profile.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("scale", 1.0) * profile.learning_rate * profile.rate(step)
+        recent.append(loss := _backward(losses(step), device))
+        if not math.isfinite(loss):
+            raise Diverged(f"{part}: the loss of step {step + 1} is {loss}")
+        nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], profile.clip
+        )
+        optimizer.step()
+        model.zero_grad()
+        _follow(average, learning, min(profile.ema, (1 + step) / (10 + step)))
+        done = step + 1
+        if done % profile.log_every == 0 or done == profile.steps:
+            _log(log, done, sum(recent) / len(recent), time.perf_counter() - began)
+            recent.clear()
+        if done % profile.checkpoint_every == 0 or done == profile.steps:
+            _save(checkpoint, model, average, optimizer, done)
+        on_step(done, profile.steps, loss)
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            if average:
+                parameter.copy_(average[name])
+    return model.eval()
+
+
+def _backward(parts: Iterable[Tensor], device: torch.device) -> float:
+    """Gradients of a step's parts, each computed in bfloat16 where torch deems it safe."""
+    total, waiting = 0.0, iter(parts)
+    while True:
+        with torch.autocast(device.type, torch.bfloat16):
+            part = next(waiting, None)
+        if part is None:
+            return total
+        part.backward()
+        total += part.item()
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Tensor], learning: dict[str, nn.Parameter], decay: float) -> None:
+    for name, tensor in average.items():
+        tensor.lerp_(learning[name], 1 - decay)
+
+
+def _log(log: Path, step: int, loss: float, seconds: float) -> None:
+    entry = {"step": step, "loss": round(loss, 5), "seconds": round(seconds, 1)}
+    with log.open("a") as stream:
+        stream.write(json.dumps(entry) + "\n")
+    print(log.name.partition(".")[0], entry, flush=True)
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Drop what was logged of steps that are about to be made again, and a line cut short."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n not in frozen}
+    tensors |= {f"average.{n}": t for n, t in average.items()}
+    tensors |= {
+        f"optimizer.{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    partial = path.with_suffix(".partial")
+    save_file(whole, partial, metadata={"step": str(step)})
+    partial.replace(path)
+
+
+def _restore(
+    path: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Load a checkpoint into its three owners; returns the step to go on from."""
+    described = optimizer.state_dict()
+    with safe_open(path, "pt") as stored:
+        names = list(stored.keys())
+        for name in names:
+            owner, rest = name.split(".", 1)
+            if owner == "optimizer":
+                index, field = rest.split(".")
+                described["state"].setdefault(int(index), {})[field] = stored.get_tensor(name)
+            elif owner == "average":
+                average[rest].copy_(stored.get_tensor(name))
+        learned = {n.split(".", 1)[1]: stored.get_tensor(n) for n in names if n[:6] == "model."}
+        unknown = model.load_state_dict(learned, strict=False).unexpected_keys
+        if unknown:
+            raise KeyError(f"{path}: not of this model: {', '.join(unknown)}")
+        step = int(stored.metadata()["step"])
+    optimizer.load_state_dict(described)
+    return step

@@ -1,0 +1,175 @@
+"""Adaptation jobs, as real processes on nano: killed anywhere, they end as if they had not been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from models.adaptation.job import run
+from models.adaptation.plan import PLAN, STAGES, Plan, Status, write_json
+from models.adaptation.progress import Progress, problem_of
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, BundleError, read_bundle
+from models.smoothing import Rows, load
+from models.training import Diverged
+
+SECONDS = 240
+STEPS = 60
+
+
+def job(folder: Path, **settings: int) -> Path:
+    """A job's folder with a small plan."""
+    folder.mkdir(parents=True)
+    plan = Plan.checked(["cat", "ship"], **{"shots": 2, "steps": STEPS, "epochs": 2, **settings})
+    described = {"plan": asdict(plan), "name": "boats", "owner": None, "created": 0.0}
+    write_json(folder / PLAN, described)
+    return folder
+
+
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "models.adaptation.job", folder, folder.parent / "tasks"]
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)  # noqa: S603
+
+
+def ended(folder: Path) -> Status:
+    """The job's status once its process has ended well."""
+    with started(folder) as process:
+        assert process.wait(SECONDS) == 0, (folder / "log.txt").read_text()
+    return Status.read(folder)
+
+
+def killed_in(folder: Path, stage: str) -> None:
+    """Start the job and kill -9 it once it is in the stage."""
+    deadline = time.monotonic() + SECONDS
+    with started(folder) as process:
+        while (status := Status.read(folder)).stage != stage:
+            assert process.poll() is None, (folder / "log.txt").read_text()
+            assert time.monotonic() < deadline, status
+            time.sleep(0.005)
+        time.sleep(0.3 if stage != "evaluating" else 0.0)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(SECONDS) == -signal.SIGKILL
+    assert not list((folder.parent / "tasks").glob("*"))
+
+
+def losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    return {
+        path.name: [
+            (entry["step"], entry["loss"])
+            for entry in map(json.loads, path.read_text().splitlines())
+        ]
+        for path in folder.glob("*.loss.jsonl")
+    }
+
+
+def test_a_job_killed_in_every_stage_publishes_what_an_uninterrupted_one_does(
+    tmp_path: Path,
+) -> None:
+    """Four kill -9 later the bundle is the same to the bit, losses and figures too; it is
+    personalized and fine-tuned, loads, and votes alike each time that it is loaded."""
+    whole, broken = job(tmp_path / "whole" / "task"), job(tmp_path / "broken" / "task")
+    assert ended(whole).state == "ready"
+    for stage in STAGES:
+        killed_in(broken, stage)
+    status = ended(broken)
+    assert (status.state, status.progress, status.stage) == ("ready", 1.0, None)
+    assert losses(whole) == losses(broken)
+    one, two = (read_bundle(each.parent / "tasks" / "task") for each in (whole, broken))
+    assert one.manifest == two.manifest
+    assert one.name == "boats"
+    assert set(one.files) == {PROMPT_STATES, ADAPTER, TUNED}
+    assert one.prompt == "this is a photo of a sks."
+    assert one.figures["references"] == 4
+    assert one.figures == status.figures
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
+    rows = [Rows(pixels, bytes(16), 0, 32, 0.5)]
+    first, again = (load(bundle).votes(rows) for bundle in (one, two))
+    assert np.array_equal(first, again)
+
+
+def test_a_job_ends_with_its_input_and_without_adaptation_has_the_blank_prompt(
+    tmp_path: Path,
+) -> None:
+    """Closing standard input ends the process; with neither steps nor epochs, the bundle is the
+    base networks under other labels."""
+    folder = job(tmp_path / "task", steps=0, epochs=0)
+    with started(folder) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(SECONDS) == 3
+    assert ended(folder).state == "ready"
+    bundle = read_bundle(tmp_path / "tasks" / "task")
+    assert set(bundle.files) == {PROMPT_STATES}
+    assert bundle.prompt == "this is a photo of a ."
+    assert ended(folder).state == "ready"
+
+
+def test_a_job_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    """A network that is not there ends the job in `failed`; nothing is published."""
+    folder = job(tmp_path / "task")
+    described = json.loads((folder / PLAN).read_text())
+    described["plan"]["denoiser"] = "gone"
+    write_json(folder / PLAN, described)
+    run(folder, tmp_path / "tasks", torch.device("cpu"))
+    status = Status.read(folder)
+    assert status.state == "failed"
+    assert status.problem is not None
+    assert status.problem["kind"] == "incompatible"
+    assert "gone" in status.problem["detail"]
+    assert not (tmp_path / "tasks").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk-full", "make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk-full", "make room"),
+        (SafetensorError("IoError(No space left on device)"), "disk-full", "make room"),
+        (MemoryError(), "out-of-memory", "fewer shots"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out-of-memory", "fewer shots"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out-of-memory", "fewer"),
+        (Diverged("personalize: the loss of step 3 is nan"), "diverged", "another seed"),
+        (BundleError("x: is missing"), "incompatible", "x: is missing"),
+        (RuntimeError("surprise"), "internal", "log"),
+    ],
+)
+def test_what_fails_is_told_by_kind_with_what_to_change(
+    error: Exception, kind: str, advice: str
+) -> None:
+    """Each kind of failure has its name and its advice."""
+    problem = problem_of(error)
+    assert problem["kind"] == kind
+    assert advice in problem["detail"]
+
+
+def test_progress_only_grows_and_counts_what_is_left_out(tmp_path: Path) -> None:
+    """Each stage moves the whole on by its share, to 1 with the last; a stage that is left out has
+    none; the loss of each stage stays to be read."""
+    folder = job(tmp_path / "task", epochs=0)
+    progress, seen = Progress(folder, Plan.read(folder)), []
+    for stage in ("synthesizing", "personalizing", "evaluating"):
+        progress.stage(stage)
+        seen.append(Status.read(folder).progress)
+        progress.moved(1, 2, 0.5 if stage == "personalizing" else None)
+        seen.append(progress.status.progress)
+        progress.moved(2, 2)
+        seen.append(progress.status.progress)
+    assert seen == sorted(seen)
+    assert seen[0] == 0.0
+    assert seen[-1] == pytest.approx(1.0, abs=1e-3)
+    assert progress.status.losses == {"personalizing": 0.5}
+    progress.end("failed", problem={"kind": "internal", "detail": "why"})
+    status = Status.read(folder)
+    assert (status.state, status.stage) == ("failed", None)
+    assert status.finished is not None
