@@ -62,9 +62,9 @@ def answer(status: JobStatus, bundle: Bundle) -> PredictResponse:
     )
 
 
-def job_response(status: JobStatus, bundle: Bundle) -> JobResponse:
-    """The job as it stands."""
-    job, succeeded = status.job, status.state is State.SUCCEEDED
+def job_response(status: JobStatus, bundle: Bundle | None) -> JobResponse:
+    """The job as it stands; `bundle`, in whose words it answers, is needed once it succeeded."""
+    job = status.job
     return JobResponse(
         id=job.id,
         state=status.state,
@@ -76,7 +76,7 @@ def job_response(status: JobStatus, bundle: Bundle) -> JobResponse:
         created=job.created,
         started=status.started,
         finished=status.finished,
-        result=answer(status, bundle) if succeeded else None,
+        result=answer(status, bundle) if bundle else None,
         problem=problem(status),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -14,14 +14,12 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from models.bundle import Bundle
 from service import errors, telemetry
-from service.answers import job_response
 from service.config import Settings
 from service.engine import Engine
 from service.health import Companion, Companions, Health
 from service.intake import Preferences, caller, read_question
-from service.jobs import JobStatus, State
+from service.jobs import State
 from service.page import docs_assets, pages
 from service.predictions import Predictions
 from service.problems import problem_responses, render_problem
@@ -33,6 +31,10 @@ from service.schemas import (
     PredictRequest,
     PredictResponse,
 )
+from service.tasks.catalogue import Catalogue
+from service.tasks.desk import TaskDesk
+from service.tasks.routes import tasks
+from service.tasks.store import Store
 
 _ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
@@ -61,11 +63,11 @@ keyed = APIRouter(dependencies=[Depends(caller)], responses=problem_responses(er
 def create_app(
     settings: Settings,
     engine: Engine,
-    tasks: Mapping[str, Bundle],
+    catalogue: Catalogue,
     secret: bytes,
     companions: Sequence[Companion] = (),
 ) -> FastAPI:
-    """The application over an engine: `tasks` maps what callers send as `task` to its bundle.
+    """The application over an engine; `catalogue` maps what callers send as `task` to its bundle.
 
     `companions` run for the app's lifetime, each called with an event that is set at shutdown;
     they have a lease's time to end by themselves.
@@ -74,13 +76,18 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running.start()
+        following.start()
         try:
             yield
         finally:
             await running.stop()
-            await app.state.predictions.close()
+            await following.stop()
+            await predictions.close()
 
     running = Companions(companions, settings.lease_seconds)
+    desk = TaskDesk(Store(settings, secret), catalogue)
+    predictions = Predictions(settings, engine, catalogue, secret, desk.expect)
+    following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
         title="Vouchsafe",
         version=telemetry.VERSION,
@@ -91,11 +98,13 @@ def create_app(
     )
     app.state.settings = settings
     app.state.callers = settings.callers()
-    app.state.predictions = Predictions(settings, engine, tasks, secret)
-    app.state.health = Health(engine, tasks, running)
+    app.state.predictions = predictions
+    app.state.task_desk = desk
+    app.state.health = Health(engine, catalogue, running)
     app.add_middleware(telemetry.RequestTelemetry)
     app.include_router(probes)
     app.include_router(keyed)
+    app.include_router(tasks)
     app.include_router(pages, dependencies=[Depends(caller)])
     app.mount("/docs/assets", docs_assets)
     return app
@@ -118,13 +127,16 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.MalformedRequest,
             errors.NotFound,
             errors.JobCancelled,
+            errors.TaskFailed,
             errors.TooLarge,
             errors.UnsupportedMedia,
             errors.InvalidField,
             errors.InvalidImage,
             errors.IdempotencyMismatch,
             errors.ShardDead,
+            errors.TaskUnusable,
             errors.Backlog,
+            errors.TaskNotReady,
             errors.DeadlinePassed,
         ),
     },
@@ -164,7 +176,7 @@ async def predict(
     if (status := await desk.ended(job_id, wait, leaving)) is not None:
         return desk.answer(status)
     if preferences.respond_async:
-        return _accepted(_job(desk, await desk.status(job_id, owner)))
+        return _accepted(desk.told(await desk.status(job_id, owner)))
     detail = f"Not ready after {wait} s; the job goes on: ask for /jobs/{job_id}"
     raise errors.DeadlinePassed(detail, job=job_id)
 
@@ -180,14 +192,10 @@ def _accepted(job: JobResponse) -> Response:
     return JSONResponse(job.model_dump(mode="json"), 202, headers)
 
 
-def _job(desk: Predictions, status: JobStatus) -> JobResponse:
-    return job_response(status, desk.bundle(status.job.task))
-
-
 @keyed.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
 async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
     """A job as it stands; `result` is what the waiting call would have answered."""
-    return _job(desk, await desk.status(id, owner))
+    return desk.told(await desk.status(id, owner))
 
 
 @keyed.delete(
@@ -219,7 +227,7 @@ async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceRespo
 
 async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
     async for status in desk.engine.watch(job_id):
-        job = _job(desk, status).model_dump(mode="json")
+        job = desk.told(status).model_dump(mode="json")
         if not status.state.ended:
             progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
             yield JSONServerSentEvent(progress, event="progress")
@@ -237,6 +245,7 @@ async def get_models(desk: Desk) -> ModelsResponse:
         models=[
             ModelResponse(
                 task=task,
+                name=bundle.name,
                 id=bundle.id,
                 labels=list(bundle.labels),
                 resolution=bundle.resolution,

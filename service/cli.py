@@ -1,4 +1,4 @@
-"""The `vouchsafe` command: `serve`, `predict`, `evaluate`, `bench`."""
+"""The `vouchsafe` command: `serve`, `predict`, `evaluate`, `bench`, `adapt`, `models`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import BundleError
+from service import cli_tasks
+from service.cli_tasks import errors
 from service.config import SecretError, Settings
 from service.errors import Problem
 from service.jobs import Mode
@@ -32,7 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-errors = Console(stderr=True, markup=False, highlight=False)
+app.command()(cli_tasks.adapt)
+app.add_typer(cli_tasks.models, name="models")
 T = TypeVar("T")
 
 
@@ -59,10 +62,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
-    """Serve predictions over HTTP, with the embedded engine and the nano set."""
+    """Serve predictions over HTTP, and make the tasks that are asked for."""
     from service.api import create_app
     from service.embedded import Embedded, leave_if_hung
     from service.server import DrainingServer
+    from service.tasks.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     embedded, server = Embedded(Settings()), DrainingServer(host, port)
@@ -71,7 +75,10 @@ def serve(
         embedded.engine,
         embedded.tasks,
         embedded.secret,
-        companions=[embedded.worker(on_failure=server.stop)],
+        companions=[
+            embedded.worker(on_failure=server.stop),
+            Supervisor(embedded.store).run,
+        ],
     )
     try:
         server.serve_app(served)
@@ -82,6 +89,7 @@ def serve(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files.")],
+    task: Annotated[str, typer.Option(help="Which task's labels to choose from.")] = "default",
     mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
@@ -92,7 +100,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON answer a line.")] = False,
 ) -> None:
     """Classify images on this machine; exits with 1 where one of them has no answer."""
-    fields = {"mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
+    fields = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
     if n is not None:
         fields["n"] = n
     from service.embedded import Embedded, leave_if_hung
@@ -113,8 +121,12 @@ async def _predict_all(
     embedded: Embedded, images: list[Path], fields: dict[str, object], *, quiet: bool
 ) -> list[tuple[Path, PredictResponse]]:
     from service.predictions import Predictions
+    from service.tasks.desk import TaskDesk
 
-    desk = Predictions(embedded.settings, embedded.engine, embedded.tasks, embedded.secret)
+    tasks = TaskDesk(embedded.store, embedded.tasks)
+    desk = Predictions(
+        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
+    )
     answers: list[tuple[Path, PredictResponse]] = []
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))

@@ -49,6 +49,13 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")
     decode_seconds: float = Field(10.0, gt=0, description="Longest time to decode one image.")
     decode_threads: int = Field(2, ge=1, description="Images decoded at the same time.")
+    tasks_bytes: int = Field(
+        20 * 2**30, ge=1, description="Most bytes that tasks and their jobs may take on disk."
+    )
+    queued_tasks: int = Field(20, ge=1, description="Most tasks that may be in the making at once.")
+    loaded_tasks: int = Field(
+        4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
+    )
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,18 +27,32 @@ class ComputeThread:
         self._limit = batch_seconds_limit
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._since: float | None = None
+        self._patience = batch_seconds_limit
         self._broken = False
 
     @property
     def healthy(self) -> bool:
         """False while a call runs past the limit, and for good once the device is broken."""
         since = self._since
-        return not self._broken and (since is None or time.monotonic() - since < self._limit)
+        return not self._broken and (since is None or time.monotonic() - since < self._patience)
 
     @property
     def busy(self) -> bool:
         """Whether a call is running."""
         return self._since is not None
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Within a call: what runs inside may take so long, and the call's time begins anew after.
+
+        Networks are loaded so, for that is no device batch.
+        """
+        self._patience = seconds
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()  # First: others read both in between.
+            self._patience = self._limit
 
     def declare_broken(self) -> None:
         """Expect nothing of the device any more."""

@@ -69,6 +69,12 @@ class Unauthorized(Problem):
     status, slug, title = 401, "unauthorized", "A valid key is needed"
 
 
+class Forbidden(Problem):
+    """The thing is there to be seen, but not the caller's to change."""
+
+    status, slug, title = 403, "forbidden", "The caller may not do this"
+
+
 class NotFound(Problem):
     """No such job, task or page, or not the caller's."""
 
@@ -91,6 +97,36 @@ class Backlog(Problem):
     """The backlog is full, or no worker is alive."""
 
     status, slug, title = 503, "backlog", "The service cannot take more work now"
+
+
+class StorageFull(Problem):
+    """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
+
+    status, slug, title = 507, "storage-full", "There is no room for another task"
+
+
+class TaskNotReady(Problem):
+    """The task is still being made; `state`, `stage` and `progress` say how far it is."""
+
+    status, slug, title = 503, "task-not-ready", "The task is not ready yet"
+
+
+class TaskFailed(Problem):
+    """The task could not be made; `problem` is why."""
+
+    status, slug, title = 409, "task-failed", "The task could not be made"
+
+
+class AdaptationFailed(Problem):
+    """An adaptation job that ended without a bundle; `kind` says what stood in its way."""
+
+    status, slug, title = 500, "adaptation-failed", "The adaptation failed"
+
+
+class TaskUnusable(Problem):
+    """The task's bundle is there, but its networks cannot be loaded from it."""
+
+    status, slug, title = 500, "task-unusable", "The task's networks cannot be loaded"
 
 
 class DeadlinePassed(Problem):

@@ -17,6 +17,15 @@ _ENGINE_SECONDS = 2.0
 _log = logging.getLogger("vouchsafe")
 
 
+async def passed(stop: asyncio.Event, seconds: float) -> None:
+    """Returns after so many seconds, or at once when a companion is told to stop."""
+    try:
+        async with asyncio.timeout(seconds):
+            await stop.wait()
+    except TimeoutError:
+        return
+
+
 class Companions:
     """Runs companions for the lifetime of the app."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
@@ -18,9 +18,12 @@ from starlette.types import Message
 from service.errors import MalformedRequest, TooLarge, Unauthorized, UnsupportedMedia
 from service.schemas import PredictRequest, invalid_field, invalid_fields
 
+Document = TypeVar("Document", bound=BaseModel)
+
 LONGEST_WAIT = 600
 """Seconds: a longer `Prefer: wait` is cut to this."""
 
+_JSON = "application/json"
 _ROOM_FOR_FIELDS = 64 * 2**10
 _MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
@@ -77,16 +80,30 @@ async def read_question(request: Request, most_image_bytes: int) -> PredictReque
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
-        if kind == "application/json":
-            body = await _bounded(request, -(-most_image_bytes // 3) * 4).body()
-            _check_fields(body)
-            return _validated(lambda: PredictRequest.model_validate_json(body, strict=True))
+        if kind == _JSON:
+            most = -(-most_image_bytes // 3) * 4 + _ROOM_FOR_FIELDS
+            return _read_json(await _bounded(request, most).body(), PredictRequest)
         if kind == "multipart/form-data":
-            fields = await _form_fields(_bounded(request, most_image_bytes))
-            return _validated(lambda: PredictRequest.model_validate(fields))
+            fields = await _form_fields(_bounded(request, most_image_bytes + _ROOM_FOR_FIELDS))
+            return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
-    raise UnsupportedMedia("Send multipart/form-data or application/json")
+    raise UnsupportedMedia(f"Send multipart/form-data or {_JSON}")
+
+
+async def read_document(request: Request, kind: type[Document], most_bytes: int) -> Document:
+    """A JSON body as such a document, bounded while it is read; raises as `read_question` does."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
+        raise UnsupportedMedia(f"Send {_JSON}")
+    try:
+        return _read_json(await _bounded(request, most_bytes).body(), kind)
+    except ClientDisconnect as error:
+        raise MalformedRequest("The connection ended before the body did") from error
+
+
+def _read_json(body: bytes, kind: type[Document]) -> Document:
+    _check_fields(body)
+    return _validated(lambda: kind.model_validate_json(body, strict=True), kind)
 
 
 def _check_fields(body: bytes) -> None:
@@ -99,9 +116,9 @@ def _check_fields(body: bytes) -> None:
         raise MalformedRequest(f"The body has {len(fields)} fields; the limit is {_MOST_FIELDS}")
 
 
-def _bounded(request: Request, most_bytes: int) -> Request:
-    """The same request, whose body may not be larger than an image and its fields."""
-    most, taken = most_bytes + _ROOM_FOR_FIELDS, 0
+def _bounded(request: Request, most: int) -> Request:
+    """The same request, whose body may have `most` bytes."""
+    taken = 0
     too_large = TooLarge(f"The body is larger than {most} bytes", limit=most)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > most:
@@ -132,11 +149,11 @@ async def _form_fields(request: Request) -> dict[str, Any]:
     return fields
 
 
-def _validated(validate: Callable[[], PredictRequest]) -> PredictRequest:
+def _validated(validate: Callable[[], Document], kind: type[Document]) -> Document:
     try:
         return validate()
     except ValidationError as error:
         errors = error.errors(include_url=False)
         if errors[0]["type"] == "json_invalid":
             raise MalformedRequest(errors[0]["msg"]) from error
-        raise invalid_fields(errors) from error
+        raise invalid_fields(errors, kind) from error

@@ -19,31 +19,43 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service import telemetry
-from service.answers import answer, problem
+from service.answers import answer, job_response, problem
 from service.config import Settings
-from service.engine import RETRY_SECONDS, Engine, retry_seconds
+from service.engine import RETRY_SECONDS, Capacity, Engine, retry_seconds
 from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
 from service.images import ImageLimits, ImageReader
-from service.jobs import Job, JobStatus, Mode, noise_key
-from service.schemas import PredictRequest, PredictResponse, invalid_field
+from service.jobs import Job, JobStatus, Mode, State, noise_key
+from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
+
+_ANNOUNCING_SECONDS = 5.0
+"""How long a question waits for a live worker to announce a task that has just been published."""
 
 
 class Predictions:
-    """Turns questions into jobs and jobs into answers; knows nothing of HTTP."""
+    """Turns questions into jobs and jobs into answers; knows nothing of HTTP.
+
+    `expect` is told of a task that is not in `tasks`: it returns once it may be, or raises why not.
+    """
 
     def __init__(
-        self, settings: Settings, engine: Engine, tasks: Mapping[str, Bundle], secret: bytes
+        self,
+        settings: Settings,
+        engine: Engine,
+        tasks: Mapping[str, Bundle],
+        secret: bytes,
+        expect: Callable[[str], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.engine = engine
         self.tasks = tasks
         self._settings = settings
         self._secret = secret
+        self._expect = expect
         self._reader = ImageReader(
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._observers: set[asyncio.Task[None]] = set()
+        self._observers: dict[asyncio.Task[None], Job] = {}
         self._draining = asyncio.Event()
 
     async def submit(
@@ -51,9 +63,11 @@ class Predictions:
     ) -> str:
         """Queue the question and return its job's id, or that of the job the key made before.
 
-        Raises NotFound for an unknown task, InvalidField for what the task cannot answer, Backlog,
-        what `images.decode` raises, and IdempotencyMismatch.
+        Raises NotFound for an unknown task, TaskNotReady, TaskFailed, InvalidField for what the
+        task cannot answer, Backlog, what `images.decode` raises, and IdempotencyMismatch.
         """
+        if asked.task not in self.tasks and self._expect is not None:
+            await self._expect(asked.task)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
         served = await self._admit(asked, retry_possible=idempotency_key is not None)
@@ -63,7 +77,7 @@ class Predictions:
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
         if job_id == job.id:
-            self._observe(job_id)
+            self._observe(job)
         return job_id
 
     def bundle(self, task: str) -> Bundle:
@@ -112,6 +126,16 @@ class Predictions:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def told(self, status: JobStatus) -> JobResponse:
+        """The job as it stands; raises NotFound for an answer in the words of a removed task."""
+        succeeded = status.state is State.SUCCEEDED
+        return job_response(status, self.bundle(status.job.task) if succeeded else None)
+
+    async def withdraw(self, task: str) -> None:
+        """Cancel the jobs of a task that is served no more, or not as before."""
+        for job in [job for job in self._observers.values() if job.task == task]:
+            await self.engine.cancel(job.id)
+
     def answer(self, status: JobStatus) -> PredictResponse:
         """What an ended job answers; raises JobFailed with its problem where there is no answer."""
         if (refusal := problem(status)) is not None:
@@ -134,7 +158,7 @@ class Predictions:
 
         A possible retry is not refused by its rows here: the engine may know its answer already.
         """
-        capacity = await self.engine.capacity()
+        capacity = await self._announced(asked.task)
         if asked.task not in capacity.bundles:
             raise Backlog(f"No live worker serves {asked.task!r}", retry_after=RETRY_SECONDS)
         room = self._settings.backlog_rows - capacity.backlog_rows
@@ -147,6 +171,16 @@ class Predictions:
                 retry_after=retry_seconds(capacity.backlog_rows, capacity.rows_per_second),
             )
         return capacity.bundles[asked.task]
+
+    async def _announced(self, task: str) -> Capacity:
+        """The engine's capacity; a live worker is given some seconds to find a task that is new."""
+        deadline = time.monotonic() + _ANNOUNCING_SECONDS
+        while True:
+            capacity = await self.engine.capacity()
+            found = task in capacity.bundles or not capacity.bundles
+            if found or time.monotonic() > deadline:
+                return capacity
+            await asyncio.sleep(0.05)
 
     def _job(
         self,
@@ -183,11 +217,11 @@ class Predictions:
             raise NotFound("There is no such job, or no longer")
         return last
 
-    def _observe(self, job_id: str) -> None:
+    def _observe(self, job: Job) -> None:
         """Count the job's outcome once, however often and by whomever it is then read."""
-        observer = asyncio.create_task(self._count_outcome(job_id))
-        self._observers.add(observer)
-        observer.add_done_callback(self._observers.discard)
+        observer = asyncio.create_task(self._count_outcome(job.id))
+        self._observers[observer] = job
+        observer.add_done_callback(self._observers.pop)
 
     async def _count_outcome(self, job_id: str) -> None:
         try:

@@ -203,6 +203,7 @@ class ModelResponse(BaseModel):
     """A task that can be asked for."""
 
     task: str = Field(description="What to send as `task`.")
+    name: str = Field(description="What its maker called it; may be empty.")
     id: str = Field(description="The id of the task's artefact.")
     labels: list[str] = Field(description="The labels, in the order of `label_index`.")
     resolution: int = Field(description="Side of the certified square, in pixels.")
@@ -233,16 +234,19 @@ def invalid_field(
 ) -> InvalidField:
     """The problem of one field; `detail` is a sentence that stands alone."""
     explained: dict[str, Any] = {"field": field, "detail": detail}
-    explained |= {} if value is None else {"value": value}
+    explained |= {} if value is None else {"value": _shown(value)}
     explained |= {} if limit is None else {"limit": limit}
     return InvalidField(detail, errors=[explained])
 
 
-def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> InvalidField:
-    """The problem for pydantic's errors: for each, the field, its value, its limit, the detail."""
+def invalid_fields(
+    errors: Iterable[Mapping[str, Any]], document: type[BaseModel] = PredictRequest
+) -> InvalidField:
+    """The problem for pydantic's errors about a document: for each, the field, its value, its limit
+    and the detail."""
     # A default that waits for another field is reported beside that field's own error.
     real = [error for error in errors if error["type"] != "default_factory_not_called"]
-    explained = [_explained(error) for error in real]
+    explained = [_explained(error, document) for error in real]
     lines = (
         f"{error['field']}: {error['detail']}"
         + (f" (it is {error['value']!r})" if "value" in error else "")
@@ -251,12 +255,12 @@ def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> InvalidField:
     return InvalidField("; ".join(lines), errors=explained)
 
 
-def _explained(error: Mapping[str, Any]) -> dict[str, Any]:
+def _explained(error: Mapping[str, Any], document: type[BaseModel]) -> dict[str, Any]:
     kind, context = error["type"], error.get("ctx", {})
     field = ".".join(map(str, error["loc"])) or "body"
     explained = {"field": _shown(field), "detail": error["msg"]}
     if kind == "extra_forbidden":
-        known = ", ".join(sorted(PredictRequest.model_fields))
+        known = ", ".join(sorted(document.model_fields))
         explained["detail"] = f"There is no such field; the fields are {known}"
     if kind != "missing" and explained["field"] != "image":
         explained["value"] = _shown(error.get("input"))

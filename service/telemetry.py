@@ -67,6 +67,18 @@ CERTIFIED_RADIUS = Histogram(
 )
 ABSTENTIONS = Counter("vouchsafe_abstentions", "Answers without a label.", ["task", "mode"])
 QUEUE_ROWS = Gauge("vouchsafe_queue_rows", "Rows waiting or leased; NaN if the engine is silent.")
+ADAPTATIONS = Counter(
+    "vouchsafe_adaptations", "Adaptation jobs that ended: ready, failed or cancelled.", ["outcome"]
+)
+ADAPTATION_PROGRESS = Gauge(
+    "vouchsafe_adaptation_progress", "Progress of the running adaptation, 0 to 1; NaN without one."
+)
+ADAPTATION_PROGRESS.set(float("nan"))
+ADAPTATION_SECONDS = Histogram(
+    "vouchsafe_adaptation_seconds",
+    "Time from a job's first start to its end.",
+    buckets=(1.0, 10.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0, 14_400.0, 86_400.0),
+)
 BUILD_INFO = Info("vouchsafe_build", "The running release.")
 BUILD_INFO.info({"version": VERSION})
 

@@ -18,11 +18,15 @@ from service import telemetry
 from service.batching import Packer, Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
-from service.errors import ShardDead
+from service.errors import Problem, ShardDead, TaskUnusable
 
 logger = logging.getLogger("vouchsafe.worker")
 
 T = TypeVar("T")
+
+
+class ModelUnavailable(RuntimeError):
+    """A task's networks cannot be had, whatever the rows; it says nothing of the device."""
 
 
 class Model(Protocol):
@@ -44,7 +48,10 @@ class Model(Protocol):
         """The served digest: the bundle's, together with the numerics."""
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """Votes by class (len(parts), K) of one device batch; blocks."""
+        """Votes by class (len(parts), K) of one device batch; blocks.
+
+        Raises ModelUnavailable where the networks cannot be loaded.
+        """
 
 
 async def work(
@@ -196,6 +203,11 @@ class _Loop:
             for lease in _leases(batch):
                 lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
             raise
+        except ModelUnavailable as error:
+            logger.error("task %s: %s", lot.task, error)
+            for lease in _leases(batch):
+                lot.packer.drop(lease)
+                self._report(self._fail(lease, TaskUnusable(str(error), job=lease.job.id)))
         except Exception as error:
             logger.exception("a batch of task %s failed", lot.task)
             await self._blame(lot, batch, error)
@@ -232,7 +244,7 @@ class _Loop:
             lot.packer.put_back(batch, alone=True)
         else:
             lot.packer.drop(suspects[0])
-            self._report(self._fail(suspects[0], error))
+            self._report(self._fail(suspects[0], _dead(suspects[0], error)))
 
     async def _device_works(self, model: Model) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""
@@ -242,6 +254,8 @@ class _Loop:
                 await self._votes(model, [proven])
         except DeviceFailed:
             raise
+        except ModelUnavailable:
+            return True
         except Exception:
             logger.exception("the self-test failed")
             return False
@@ -269,14 +283,12 @@ class _Loop:
         try:
             counted = await self._insist(lambda: self._engine.commit(lease, counts.tolist()))
         except ValueError as error:
-            await self._fail(lease, error)
+            await self._fail(lease, _dead(lease, error))
         else:
             telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()
 
-    async def _fail(self, lease: Lease, error: Exception) -> None:
-        detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
-        problem = ShardDead(detail, job=lease.job.id).document()
-        await self._insist(lambda: self._engine.fail(lease, problem))
+    async def _fail(self, lease: Lease, problem: Problem) -> None:
+        await self._insist(lambda: self._engine.fail(lease, problem.document()))
         telemetry.SHARDS.labels(outcome="failed").inc()
 
     def _report(self, report: Coroutine[Any, Any, None]) -> None:
@@ -308,6 +320,11 @@ class _Loop:
             logger.exception("%d shards could not be handed back", len(leases))
         else:
             telemetry.SHARDS.labels(outcome="released").inc(len(leases))
+
+
+def _dead(lease: Lease, error: Exception) -> ShardDead:
+    detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
+    return ShardDead(detail, job=lease.job.id)
 
 
 def _leases(batch: Sequence[Slice]) -> list[Lease]:

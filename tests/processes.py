@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +23,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "serve")
+
+
 @contextmanager
-def serving(data_dir: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(
+    data_dir: Path, command: Sequence[str] = VOUCHSAFE
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server on a free port, ready; killed at the end where the test did not stop it."""
     port = free_port()
-    vouchsafe = str(Path(sys.executable).with_name("vouchsafe"))
     process = subprocess.Popen(  # noqa: S603
-        [vouchsafe, "serve", "--port", str(port)],
+        [*command, "--port", str(port)],
         env={**os.environ, "VOUCHSAFE_DATA_DIR": str(data_dir)},
     )
     url = f"http://127.0.0.1:{port}"

@@ -19,6 +19,7 @@ from service.config import Settings
 from service.engine import Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.health import Companion
+from service.tasks.catalogue import Catalogue
 from tests.fakes import FakeClock
 
 SECRET = b"s" * 32
@@ -76,12 +77,12 @@ class Voter:
         self.open.set()
         self.busy = asyncio.Event()
         self.fails = False
+        self.bundles = {"default": DIGEST}
         self.leases: list[Lease] = []
 
     async def run(self, stop: asyncio.Event) -> None:
-        worker = Worker("voter", {"default": DIGEST})
         while not stop.is_set():
-            leases = await self.engine.pull(worker, 100)
+            leases = await self.engine.pull(Worker("voter", dict(self.bundles)), 100)
             self.leases += leases
             await self.engine.start(leases)
             if leases:
@@ -98,12 +99,13 @@ class Voter:
 
 
 class Service:
-    """The app with its engine, its voter (unless `companions` are given) and a client."""
+    """The app with its engine, its voter and `more` (or only `companions`) and a client."""
 
     def __init__(
         self,
         votes: Callable[[int], list[int]] = nine_of_ten,
         companions: Sequence[Companion] | None = None,
+        more: Sequence[Companion] = (),
         backlog_rows: int = 10_000,
         **settings: Any,
     ) -> None:
@@ -111,9 +113,10 @@ class Service:
             shard_rows=50, backlog_rows=backlog_rows, poll_seconds=0.01, clock=FakeClock()
         )
         self.voter = Voter(self.engine, votes)
-        running = [self.voter.run] if companions is None else companions
+        running = [self.voter.run, *more] if companions is None else companions
         configured = Settings(backlog_rows=backlog_rows, **settings)
-        self.app = create_app(configured, self.engine, TASKS, SECRET, running)
+        self.catalogue = Catalogue(TASKS, configured.data_dir / "tasks")
+        self.app = create_app(configured, self.engine, self.catalogue, SECRET, running)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")
 

@@ -188,6 +188,7 @@ async def test_models(service: Service) -> None:
         "models": [
             {
                 "task": "default",
+                "name": "",
                 "id": "small",
                 "labels": list(LABELS),
                 "resolution": RESOLUTION,

@@ -10,11 +10,16 @@ import pytest
 TORCH_FREE = (
     "models.certificates",
     "models.bundle",
+    "models.sets",
+    "models.adaptation.plan",
     "service.images",
     "service.batching",
     "service.jobs",
     "service.schemas",
     "service.engine_memory",
+    "service.tasks.routes",
+    "service.tasks.supervisor",
+    "service.cli_tasks",
     "service.api",
     "service.cli",
 )

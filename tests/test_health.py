@@ -7,7 +7,7 @@ import pytest
 
 from service.api import create_app
 from service.config import Settings
-from tests.serving import SECRET, TASKS, Service, serving
+from tests.serving import SECRET, Service, serving
 
 
 async def test_not_ready_before_the_start() -> None:
@@ -40,7 +40,7 @@ async def test_ended_companion_ends_readiness(
         if fault is not None:
             raise fault
 
-    app = create_app(Settings(), service.engine, TASKS, SECRET, [fragile])
+    app = create_app(Settings(), service.engine, service.catalogue, SECRET, [fragile])
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
     async with app.router.lifespan_context(app), client:
         assert (await client.get("/readyz")).status_code == 200

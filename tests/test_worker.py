@@ -18,7 +18,7 @@ from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.worker import work
+from service.worker import ModelUnavailable, work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 
 OTHER = Worker("other", {"default": "bundle-a"})
@@ -449,6 +449,37 @@ async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
         assert not hall.thread.healthy
     assert spy.asked("fail") == []
     assert len(await engine.pull(OTHER, 1000)) == 4
+
+
+class Vanishing(FakeModel):
+    """A model whose networks cannot be loaded any more once they are `gone`."""
+
+    gone = False
+
+    def votes(self, parts: Iterable[Any]) -> NDArray[np.int64]:
+        if self.gone:
+            raise ModelUnavailable("Task 'birds' cannot be loaded: a file is missing")
+        return super().votes(parts)
+
+
+async def test_networks_that_cannot_be_loaded_fail_their_jobs_alone(engine: MemoryEngine) -> None:
+    """Their jobs end with the reason, though they were computed before; all others are answered."""
+    birds = Vanishing(digest="bundle-b")
+    jobs = [make_job(f"job-{number}") for number in range(3)]
+    first, second = (make_job(name, task="birds", bundle="bundle-b") for name in ("one", "two"))
+    async with working(engine, {"default": FakeModel(), "birds": birds}) as hall:
+        await submit(engine, first)
+        await assert_exact(engine, first)
+        birds.gone = True
+        await submit(engine, second, *jobs)
+        status = await final(engine, second.id)
+        for job in jobs:
+            await assert_exact(engine, job)
+        assert hall.thread.healthy
+    assert status.state is State.FAILED
+    assert status.problem is not None
+    assert status.problem["type"] == "urn:vouchsafe:problem:task-unusable"
+    assert "a file is missing" in status.problem["detail"]
 
 
 async def test_thread_is_healthy_between_calls() -> None:

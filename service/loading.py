@@ -1,0 +1,166 @@
+"""Networks loaded at their first use; those of the tasks used last stay loaded."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, BundleError
+from models.smoothing import BATCHES_A_LANE, Numerics, Rows, SmoothedModel
+from service.worker import ModelUnavailable
+
+logger = logging.getLogger("vouchsafe")
+
+LOAD_SECONDS = 1_800.0
+"""How long a task's networks may take to load before the device counts as hung."""
+REFUSAL_SECONDS = 30.0
+"""How long a task that could not be loaded is refused before it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How networks are had: `load` makes them under `numerics` in so many `lanes`, `most` of them
+    stay loaded besides the default task's, and `patient` is the compute thread's own."""
+
+    load: Callable[[Bundle], SmoothedModel]
+    numerics: Numerics
+    lanes: int
+    most: int
+    patient: Callable[[float], AbstractContextManager[None]]
+    clock: Callable[[], float] = time.monotonic
+
+
+class Networks(Mapping[str, "TaskModel"]):
+    """A model for every task in `tasks`, which may change at any time.
+
+    Read by the event loop; networks are loaded and let go in the compute thread.
+    """
+
+    def __init__(self, tasks: Mapping[str, Bundle], loading: Loading) -> None:
+        self.loading = loading
+        self._tasks = tasks
+        self._models: dict[str, TaskModel] = {}
+        self._recent: list[TaskModel] = []
+
+    def __getitem__(self, task: str) -> TaskModel:
+        bundle = self._tasks[task]
+        known = self._models.get(task)
+        if known is None or known.bundle is not bundle:
+            known = self._models[task] = TaskModel(bundle, self, kept=task == "default")
+        return known
+
+    def __iter__(self) -> Iterator[str]:
+        for task in self._models.keys() - self._tasks.keys():
+            self._models.pop(task).unload()
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def used(self, model: TaskModel) -> None:
+        """Note that a model was used, before it loads where it is not loaded, and make room."""
+        self._recent = [other for other in self._recent if other.is_loaded and other is not model]
+        self._recent = [*self._recent, model][-self.loading.most :]
+        for other in self._models.values():
+            if not other.kept and other not in self._recent:
+                other.unload()
+
+    def unload_others(self, model: TaskModel) -> None:
+        """Let go of every task's networks but this one's and the default's."""
+        for other in self._models.values():
+            if not other.kept and other is not model:
+                other.unload()
+
+
+class TaskModel:
+    """A task as the worker serves it: all that admits its jobs is known before its networks are.
+
+    A model that is `kept` is never let go.
+    """
+
+    def __init__(self, bundle: Bundle, networks: Networks, *, kept: bool) -> None:
+        loading = networks.loading
+        self.bundle = bundle
+        self.kept = kept
+        self.numerics = loading.numerics
+        self.lanes = loading.lanes
+        self.digest = bundle.served_digest(loading.numerics.described())
+        self.batch_rows = loading.numerics.batch_rows * max(1, BATCHES_A_LANE * loading.lanes)
+        self.classes = len(bundle.labels)
+        self._networks = networks
+        self._loaded: SmoothedModel | None = None
+        self._refusal: tuple[float, str] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the networks are in memory."""
+        return self._loaded is not None
+
+    def padding(self, rows: int) -> int:
+        """Rows that the networks compute for nothing where so many are asked for."""
+        return -rows % self.numerics.batch_rows
+
+    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch, loading the networks if need be.
+
+        Raises ModelUnavailable where they cannot be loaded, and what `SmoothedModel.votes` raises.
+        """
+        return self.loaded().votes(parts)
+
+    def loaded(self) -> SmoothedModel:
+        """The networks, loaded now where they were not; for the compute thread alone.
+
+        Raises ModelUnavailable, at once for a while after it was tried in vain.
+        """
+        if not self.kept:
+            self._networks.used(self)
+        model = self._loaded
+        if model is None:
+            model = self._loaded = self._load()
+        return model
+
+    def unload(self) -> None:
+        """Let the networks go; the next use loads them again."""
+        self._loaded = None
+
+    def _load(self) -> SmoothedModel:
+        loading = self._networks.loading
+        if self._refusal and loading.clock() - self._refusal[0] < REFUSAL_SECONDS:
+            raise ModelUnavailable(self._refusal[1])
+        try:
+            with loading.patient(LOAD_SECONDS):
+                model = self._load_with_room()
+            if model.digest != self.digest:
+                raise BundleError(f"loads as {model.digest[:16]}, not as {self.digest[:16]}")
+        except Exception as error:
+            logger.exception("task %s cannot be loaded", self.bundle.id)
+            detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
+            self._refusal = loading.clock(), detail
+            raise ModelUnavailable(detail) from error
+        return model
+
+    def _load_with_room(self) -> SmoothedModel:
+        """Where memory is short, once more without the other tasks' networks."""
+        load = self._networks.loading.load
+        try:
+            return load(self.bundle)
+        except (MemoryError, torch.OutOfMemoryError):
+            logger.warning("too little memory to load task %s beside others", self.bundle.id)
+        self._networks.unload_others(self)
+        return load(self.bundle)
+
+
+def _reason(error: Exception, bundle: Bundle) -> str:
+    """What a caller may know; the log has the rest."""
+    if isinstance(error, BundleError):
+        return str(error).replace(f"{bundle.folder.parent}/", "")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "there is too little memory for its networks"
+    return type(error).__name__

@@ -1,0 +1,142 @@
+"""Tasks as callers see them: what is on disk, together with what is served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
+from service.tasks.catalogue import Catalogue
+from service.tasks.schemas import TaskRequest, TaskResponse
+from service.tasks.store import Store, retry_after
+from service.tasks.task import Task
+
+RETRY_SECONDS = 10
+"""Retry-After of a task without an estimate."""
+WATCH_SECONDS = 0.5
+
+
+class TaskDesk:
+    """Makes, tells and removes tasks; knows nothing of HTTP."""
+
+    def __init__(self, store: Store, catalogue: Catalogue) -> None:
+        self._store = store
+        self._catalogue = catalogue
+
+    async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
+        """The task of these labels and settings, made if need be.
+
+        One that failed is tried again, and one whose bundle cannot be served is made anew. Raises
+        InvalidField, StorageFull and Backlog.
+        """
+        plan = asked.plan()
+        made = plan, asked.name_of(plan), owner
+        task = await asyncio.to_thread(self._store.create, *made)
+        if await self._refusal(task) is not None:
+            await asyncio.to_thread(self._store.withdraw, task.id)
+            await self._catalogue.refresh()
+            task = await asyncio.to_thread(self._store.create, *made)
+        return await self._told(task)
+
+    async def get(self, task_id: str) -> TaskResponse:
+        """The task as it stands; raises NotFound. Ready means that it can be asked."""
+        return await self._told(await asyncio.to_thread(self._store.get, task_id))
+
+    async def all(self) -> list[TaskResponse]:
+        """Every task, the oldest first."""
+        return [await self._told(task) for task in await asyncio.to_thread(self._store.all)]
+
+    async def reference(self, task_id: str, name: str) -> bytes:
+        """One picture's PNG file; raises NotFound."""
+        return await asyncio.to_thread(self._store.reference, task_id, name)
+
+    async def watch(self, task_id: str) -> AsyncIterator[TaskResponse | None]:
+        """The task now and at every change, ending with its last; None: it was removed."""
+        before = None
+        while before is None or before.state in ("queued", "running"):
+            if before is not None:
+                await asyncio.sleep(WATCH_SECONDS)
+            try:
+                task = await self.get(task_id)
+            except NotFound:
+                yield None
+                return
+            if task != before:
+                yield task
+            before = task
+
+    async def delete(self, task_id: str, owner: str | None) -> None:
+        """Remove the task and end its job.
+
+        Raises NotFound, and Forbidden for the built-in task or another caller's.
+        """
+        if task_id == "default":
+            raise Forbidden("The default task ships with the project and cannot be deleted")
+        task = await asyncio.to_thread(self._store.get, task_id)
+        if task.owner != owner:
+            raise Forbidden(
+                "Only the key that made a task may delete it; the operator has `vouchsafe models "
+                "remove`",
+                task=task_id,
+            )
+        await asyncio.to_thread(self._store.delete, task_id)
+        await self._catalogue.refresh()
+
+    async def expect(self, task_id: str) -> None:
+        """Returns where the task is unknown or can be asked from now on.
+
+        Raises TaskNotReady while it is being made and TaskFailed where it could not be.
+        """
+        found = await asyncio.to_thread(self._store.find, task_id)
+        if found is None:
+            return
+        task = await self._told(found)
+        if task.state in ("failed", "cancelled"):
+            why = task.problem["detail"] if task.problem else "its bundle is gone; post it again"
+            detail = f"The task {task.name!r} could not be made: {why}"
+            raise TaskFailed(detail, task=task.id, problem=task.problem)
+        if task.state != "ready":
+            raise TaskNotReady(
+                f"The task {task.name!r} is {task.state}, {task.progress:.0%} done",
+                retry_after=retry_after(task.eta_seconds, RETRY_SECONDS),
+                task=task.id,
+                state=task.state,
+                stage=task.stage,
+                progress=task.progress,
+            )
+
+    async def _told(self, task: Task) -> TaskResponse:
+        names = await asyncio.to_thread(self._store.references, task)
+        status = asdict(task.status)
+        problem = _problem(task)
+        if (refusal := await self._refusal(task)) is not None:
+            status |= {"state": "failed", "progress": 0.0}
+            detail = f"Its bundle is not served: {refusal}. Post the same task to make it anew"
+            problem = AdaptationFailed(detail, kind="incompatible").document()
+        return TaskResponse(
+            **status | {"problem": problem},
+            id=task.id,
+            name=task.name,
+            labels=list(task.labels),
+            template=task.template,
+            settings=dict(task.settings),
+            created=task.created,
+            references=[f"/tasks/{task.id}/references/{name}" for name in names],
+        )
+
+    async def _refusal(self, task: Task) -> str | None:
+        """Why a published task is not served, or None; one that is new is looked at now."""
+        if task.status.state != "ready":
+            return None
+        if task.id not in self._catalogue and task.id not in self._catalogue.refused:
+            await self._catalogue.refresh()
+        return self._catalogue.refused.get(task.id)
+
+
+def _problem(task: Task) -> dict[str, Any] | None:
+    if task.status.state != "failed":
+        return None
+    told = {"kind": "internal", "detail": "The adaptation failed", **(task.status.problem or {})}
+    return AdaptationFailed(str(told["detail"]), kind=told["kind"]).document()

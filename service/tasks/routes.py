@@ -1,0 +1,132 @@
+"""The HTTP side of tasks: made from labels, watched, removed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from sse_starlette import EventSourceResponse, JSONServerSentEvent
+from starlette.responses import JSONResponse, Response
+
+from service import errors
+from service.intake import caller, read_document
+from service.problems import problem_responses
+from service.tasks.desk import TaskDesk
+from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
+
+MOST_BYTES = 2**20
+"""Largest body of a task's request."""
+
+
+def _desk(request: Request) -> TaskDesk:
+    desk: TaskDesk = request.app.state.task_desk
+    return desk
+
+
+Caller = Annotated[str | None, Depends(caller)]
+Desk = Annotated[TaskDesk, Depends(_desk)]
+
+tasks = APIRouter(
+    prefix="/tasks",
+    tags=["tasks"],
+    dependencies=[Depends(caller)],
+    responses=problem_responses(errors.Unauthorized),
+)
+
+
+@tasks.post(
+    "",
+    response_model=TaskResponse,
+    responses={
+        202: {"model": TaskResponse, "description": "Accepted; `Location` is the task's address"},
+        **problem_responses(
+            errors.MalformedRequest,
+            errors.TooLarge,
+            errors.UnsupportedMedia,
+            errors.InvalidField,
+            errors.Backlog,
+            errors.StorageFull,
+        ),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": TaskRequest.model_json_schema()}},
+        }
+    },
+)
+async def create_task(request: Request, desk: Desk, owner: Caller) -> Response:
+    """Make a task from labels alone: 202 until it is ready, 200 from then on.
+
+    The same labels and settings are the same task, whoever asks; one that failed is tried again.
+    """
+    asked = await read_document(request, TaskRequest, MOST_BYTES)
+    task = await desk.create(asked, owner)
+    status = 200 if task.state == "ready" else 202
+    headers = {"Location": f"/tasks/{task.id}"}
+    return JSONResponse(task.model_dump(mode="json"), status, headers)
+
+
+@tasks.get("")
+async def get_tasks(desk: Desk) -> TasksResponse:
+    """Every task that was made from labels, the oldest first; /models has the built-in one too."""
+    return TasksResponse(tasks=await desk.all())
+
+
+@tasks.get("/{id}", responses=problem_responses(errors.NotFound))
+async def get_task(id: str, desk: Desk) -> TaskResponse:
+    """A task as it stands."""
+    return await desk.get(id)
+
+
+@tasks.delete(
+    "/{id}", status_code=204, responses=problem_responses(errors.NotFound, errors.Forbidden)
+)
+async def delete_task(id: str, desk: Desk, owner: Caller) -> None:
+    """Remove a task that the caller's key made, ending its job, with all that belongs to it."""
+    await desk.delete(id, owner)
+
+
+@tasks.get(
+    "/{id}/references/{file}",
+    response_class=Response,
+    responses={
+        200: {"description": "A PNG file", "content": {"image/png": {}}},
+        **problem_responses(errors.NotFound),
+    },
+)
+async def get_reference(id: str, file: str, desk: Desk) -> Response:
+    """One of the pictures that a task is made from."""
+    picture = await desk.reference(id, file)
+    return Response(picture, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
+
+
+@tasks.get(
+    "/{id}/events",
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "`progress` events, then one `ready`, `problem` or `cancelled`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problem_responses(errors.NotFound),
+    },
+)
+async def get_task_events(id: str, desk: Desk) -> EventSourceResponse:
+    """A task's progress as server-sent events, ending with the task, its problem or its removal."""
+    await desk.get(id)
+    return EventSourceResponse(_events(desk, id))
+
+
+async def _events(desk: TaskDesk, task_id: str) -> AsyncIterator[JSONServerSentEvent]:
+    names = {"state", "stage", "progress", "eta_seconds", "losses"}
+    async for task in desk.watch(task_id):
+        if task is None or task.state == "cancelled":
+            yield JSONServerSentEvent({"id": task_id}, event="cancelled")
+        elif task.problem is not None:
+            yield JSONServerSentEvent(task.problem, event="problem")
+        elif task.state == "ready":
+            yield JSONServerSentEvent(task.model_dump(mode="json"), event="ready")
+        else:
+            yield JSONServerSentEvent(task.model_dump(mode="json", include=names), event="progress")

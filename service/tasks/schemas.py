@@ -1,0 +1,115 @@
+"""What is asked and told about tasks over HTTP: one pydantic model per document."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic_core import PydanticCustomError
+
+from models.adaptation.plan import EPOCHS, LABELS, NAME_LENGTH, SHOTS, STEPS, Plan, PlanError
+from service.schemas import invalid_field
+
+STATES = Literal["queued", "running", "ready", "failed", "cancelled"]
+_SET_NAME_LENGTH = 64
+_LABELS_NAMED = 3
+
+
+def _checked_name(name: str) -> str:
+    words = unicodedata.normalize("NFC", name).strip()
+    if not words:
+        raise PydanticCustomError("string_too_short", "Input should not be blank")
+    if any(unicodedata.category(character).startswith("C") for character in words):
+        raise PydanticCustomError("control_character", "Input holds a control character")
+    return words
+
+
+Name = Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(_checked_name)]
+
+
+class TaskRequest(BaseModel):
+    """A task to be made from nothing but its labels; what is left out is the set's own choice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name | None = Field(
+        None, description="What people call the task; it changes nothing of it."
+    )
+    labels: Annotated[list[str], FailFast()] = Field(
+        description=f"The labels to choose from, {LABELS[0]} to {LABELS[1]} of them."
+    )
+    template: str | None = Field(
+        None, description="A sentence with {} where a label goes, as in `This is a photo of a {}.`"
+    )
+    shots: int | None = Field(
+        None, description=f"Reference pictures of each label, {SHOTS[0]} to {SHOTS[1]}."
+    )
+    steps: int | None = Field(
+        None,
+        description=f"Steps of the denoiser's personalization, at most {STEPS[1]}; 0 leaves it.",
+    )
+    epochs: int | None = Field(
+        None, description=f"Epochs of the classifier's fine-tuning, at most {EPOCHS[1]}; 0: none."
+    )
+    seed: int = Field(0, description="Another seed is another task.")
+    denoiser: str = Field(
+        "nano", max_length=_SET_NAME_LENGTH, description="The denoiser set to adapt."
+    )
+    classifier: str | None = Field(
+        None, max_length=_SET_NAME_LENGTH, description="The classifier set to adapt."
+    )
+    allow_unknown_labels: bool = Field(
+        False, description="Take labels that the set was not trained on, whatever comes of it."
+    )
+
+    def plan(self) -> Plan:
+        """The plan of the task; raises InvalidField for what is outside its limits."""
+        settings = self.model_dump(exclude={"name", "labels"})
+        try:
+            return Plan.checked(self.labels, **settings)
+        except PlanError as error:
+            raise invalid_field(error.field, str(error), error.value, error.limit) from error
+
+    def name_of(self, plan: Plan) -> str:
+        """The name, or the plan's first labels where none is given."""
+        if self.name is not None:
+            return self.name
+        more = len(plan.labels) - _LABELS_NAMED
+        named = ", ".join(plan.labels[:_LABELS_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return named[:NAME_LENGTH]
+
+
+class TaskResponse(BaseModel):
+    """A task, whether or not it is ready."""
+
+    id: str = Field(description="The task's id, to be sent as `task` once it is ready.")
+    name: str = Field(description="What people call it.")
+    state: STATES = Field(description="How far the task is.")
+    stage: str | None = Field(
+        description="While it runs: synthesizing, personalizing, finetuning or evaluating."
+    )
+    progress: float = Field(description="Share of the work that is done, from 0 to 1.")
+    eta_seconds: float | None = Field(description="Estimated seconds until it is ready, or null.")
+    losses: dict[str, float] = Field(description="The last loss of each stage that has one.")
+    figures: dict[str, Any] = Field(description="What was measured of the finished task.")
+    problem: dict[str, Any] | None = Field(
+        description="Why there will be no task, once failed: a problem document."
+    )
+    labels: list[str] = Field(description="The labels, in the order of `label_index`.")
+    template: str = Field(description="The sentence that labels are put in.")
+    settings: dict[str, Any] = Field(
+        description="denoiser, classifier, shots, steps, epochs and seed, as far as known."
+    )
+    created: float = Field(description="When it was asked for, in Unix seconds.")
+    started: float | None = Field(description="When its job first ran, or null.")
+    finished: float | None = Field(description="When it ended, or null.")
+    references: list[str] = Field(
+        description="Addresses of some of the pictures it is made from, one of each label first."
+    )
+
+
+class TasksResponse(BaseModel):
+    """Every task that was made from labels, the oldest first."""
+
+    tasks: list[TaskResponse] = Field(description="The tasks.")

@@ -1,0 +1,261 @@
+"""Runs adaptation jobs: one low-priority process at a time, started again where it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from models.adaptation.plan import STATUS, Status
+from service import telemetry
+from service.health import passed
+from service.tasks.store import Store, is_running
+from service.tasks.task import Task
+
+logger = logging.getLogger("vouchsafe.tasks")
+
+JOB = (sys.executable, "-m", "models.adaptation.job")
+"""The command that runs a job, given its folder and the folder to publish in."""
+CLAIM = "claim"
+"""Held locked by the process that looks after the job, as `lock` is by the one that computes it."""
+LOG = "log.txt"
+LOG_BYTES = 2**20
+RESTARTS = 3
+"""How often a process that died is started again before it gets any further."""
+GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds: between two looks at a process, between two looks for jobs, before a process that
+    died is started again, and without news until it counts as hung."""
+
+    look: float = 0.2
+    poll: float = 1.0
+    restart: float = 1.0
+    news: float = 1_800.0
+
+
+class Run:
+    """One job's processes, one after another until the job has ended; a step takes no time.
+
+    A job that another process looks after is only watched. `stop` must be called in the end.
+    """
+
+    def __init__(
+        self,
+        job: Path,
+        tasks: Path,
+        command: Sequence[str] = JOB,
+        patience: Patience | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.job = job
+        self._arguments = [*command, str(job), str(tasks)]
+        self._patience = patience or Patience()
+        self._clock = clock
+        self._child: subprocess.Popen[bytes] | None = None
+        self._claim: BinaryIO | None = None
+        self._start_at = clock()
+        self._deaths = 0
+        self._furthest = 0.0
+        self._news: tuple[int, float] = (0, clock())
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether it is this process that looks after the job."""
+        return self._claim is not None
+
+    def step(self) -> bool:
+        """Look after the process; True once nothing is left to do: ended, or removed."""
+        if not self.job.is_dir():
+            self._kill()
+            return True
+        if self._child is None:
+            return self._start_if_needed()
+        code = self._child.poll()
+        if code is None:
+            self._watch(self._child)
+            return False
+        self._leave(self._child)
+        if code == 0 and Status.read(self.job).ended:
+            return True
+        return self._died(code)
+
+    def stop(self) -> None:
+        """End the process, if there is one; the job can go on later from its checkpoints."""
+        if self._child is not None:
+            self._end(self._child)
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    def _end(self, child: subprocess.Popen[bytes]) -> None:
+        if child.stdin is not None:
+            child.stdin.close()
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        self._leave(child)
+        if self.job.is_dir() and not (status := Status.read(self.job)).ended:
+            status.changed(state="queued", eta_seconds=None).write(self.job)
+
+    def _start_if_needed(self) -> bool:
+        if Status.read(self.job).ended:
+            return not is_running(self.job)
+        if self._claimed() and self._clock() >= self._start_at and not is_running(self.job):
+            self._start()
+        return False
+
+    def _claimed(self) -> bool:
+        """Take the job for this process, unless another has it or it has just been removed."""
+        if self._claim is None:
+            try:
+                claim = (self.job / CLAIM).open("ab")
+            except FileNotFoundError:
+                return False
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                claim.close()
+                return False
+            self._claim = claim
+        return True
+
+    def _start(self) -> None:
+        self._trim_log()
+        with (self.job / LOG).open("ab") as log:
+            self._child = subprocess.Popen(  # noqa: S603 - our own command and folders.
+                self._arguments,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C at the terminal is for its parent.
+            )
+        self._news = (0, self._clock())
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> None:
+        self._trim_log()
+        written = _time_of_change(self.job / STATUS)
+        if written != self._news[0]:
+            self._news = (written, self._clock())
+        elif self._clock() - self._news[1] > self._patience.news:
+            logger.error("job %s: no news for %g s; ended", self.job.name, self._patience.news)
+            child.kill()
+
+    def _trim_log(self) -> None:
+        """Start the log anew where it has grown too long; its writer appends."""
+        log = self.job / LOG
+        if log.is_file() and log.stat().st_size > LOG_BYTES:
+            os.truncate(log, 0)
+
+    def _died(self, code: int) -> bool:
+        how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
+        logger.error("job %s: its process %s; see its %s", self.job.name, how, LOG)
+        status = Status.read(self.job)
+        if status.progress > self._furthest:
+            self._furthest, self._deaths = status.progress, 0
+        self._deaths += 1
+        if self._deaths <= RESTARTS:
+            self._start_at = self._clock() + self._patience.restart
+            return False
+        detail = (
+            f"The adaptation's process died {self._deaths} times without getting further; the last "
+            f"one {how}. Too little memory is the likeliest cause; jobs/{self.job.name}/{LOG} in "
+            "the data directory has its last words. Post the same task to try again"
+        )
+        problem = {"kind": "died", "detail": detail}
+        failed = status.changed(state="failed", problem=problem, finished=time.time())
+        failed.changed(eta_seconds=None).write(self.job)
+        return True
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._leave(self._child)
+
+    def _leave(self, child: subprocess.Popen[bytes]) -> None:
+        if child.stdin is not None:
+            child.stdin.close()
+        self._child = None
+
+
+class Supervisor:
+    """A companion of the app: runs the store's unfinished jobs in the order they were made."""
+
+    def __init__(
+        self, store: Store, command: Sequence[str] = JOB, patience: Patience | None = None
+    ) -> None:
+        self._store = store
+        self._command = command
+        self._patience = patience or Patience()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run jobs until `stop`, then end the one that runs so that it can go on later."""
+        swept = False
+        while not stop.is_set():
+            try:
+                if not swept:
+                    await asyncio.to_thread(self._store.sweep)
+                    swept = True
+                await self._run_next(stop)
+            except Exception:
+                logger.exception("adaptation jobs cannot be looked after; trying again")
+            await passed(stop, self._patience.poll)
+
+    async def _run_next(self, stop: asyncio.Event) -> None:
+        """Run jobs as long as there are any that nobody else runs."""
+        while not stop.is_set():
+            waiting = await asyncio.to_thread(self._store.unfinished)
+            for task in waiting:
+                if await self._run(task, stop):
+                    break
+            else:
+                return
+
+    async def _run(self, task: Task, stop: asyncio.Event) -> bool:
+        """Run the job to its end, or until `stop`; False where it is not this process' to run."""
+        job = self._store.jobs / task.id
+        run = Run(job, self._store.tasks, self._command, self._patience)
+        try:
+            while not stop.is_set() and not run.step():
+                if not run.is_mine:
+                    return False
+                telemetry.ADAPTATION_PROGRESS.set(Status.read(job).progress)
+                await passed(stop, self._patience.look)
+            if run.is_mine:
+                await asyncio.to_thread(run.stop)
+                _count(self._store.find(task.id))
+        finally:
+            telemetry.ADAPTATION_PROGRESS.set(float("nan"))
+            run.stop()  # Where the supervisor itself is cancelled.
+        return True
+
+
+def _count(task: Task | None) -> None:
+    """Count how the job ended, where it did."""
+    status = task.status if task else Status("cancelled")
+    if not status.ended:
+        return
+    logger.info("adaptation of task %s: %s", task.id if task else "(removed)", status.state)
+    telemetry.ADAPTATIONS.labels(outcome=status.state).inc()
+    if status.started is not None and status.finished is not None:
+        telemetry.ADAPTATION_SECONDS.observe(max(0.0, status.finished - status.started))
+
+
+def _time_of_change(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

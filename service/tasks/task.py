@@ -1,0 +1,81 @@
+"""A task as its folders tell it: an adaptation job's, a published bundle's, or both."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from models.adaptation.plan import PLAN, Plan, Status
+
+MANIFEST = "manifest.json"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SETTINGS = ("denoiser", "classifier", "shots", "steps", "epochs", "seed")
+
+
+def is_task_id(name: str) -> bool:
+    """Whether a folder of this name may be a task; `default` is the built-in one's."""
+    return _ID.fullmatch(name) is not None and name != "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task as its folders tell it; `created` in Unix seconds, `owner` the caller that made it."""
+
+    id: str
+    name: str
+    owner: str | None
+    created: float
+    labels: tuple[str, ...]
+    template: str
+    settings: Mapping[str, Any]
+    status: Status
+
+    @classmethod
+    def of_job(cls, folder: Path, bundle: Path) -> Self:
+        """The task of an adaptation job; ready means published, whatever its status says yet."""
+        described = json.loads((folder / PLAN).read_text())
+        plan, status = Plan.read(folder), Status.read(folder)
+        published = (bundle / MANIFEST).is_file()
+        if published and status.state != "ready":
+            status = Status(
+                "ready",
+                progress=1.0,
+                losses=status.losses,
+                figures=json.loads((bundle / MANIFEST).read_text()).get("figures", {}),
+                started=status.started,
+                finished=(bundle / MANIFEST).stat().st_mtime,
+            )
+        if status.state == "ready" and not published:
+            status = status.changed(state="cancelled", progress=0.0)
+        settings = {name: value for name, value in asdict(plan).items() if name in _SETTINGS}
+        return cls(
+            id=folder.name,
+            name=described["name"],
+            owner=described["owner"],
+            created=described["created"],
+            labels=plan.labels,
+            template=plan.template,
+            settings=settings,
+            status=status,
+        )
+
+    @classmethod
+    def of_bundle(cls, folder: Path) -> Self:
+        """The task of a bundle that came without its job."""
+        manifest = folder / MANIFEST
+        described, created = json.loads(manifest.read_text()), manifest.stat().st_mtime
+        adaptation = described.get("adaptation", {})
+        return cls(
+            id=folder.name,
+            name=described.get("name", ""),
+            owner=None,
+            created=created,
+            labels=tuple(described["labels"]),
+            template=described["template"],
+            settings={name: adaptation[name] for name in _SETTINGS if name in adaptation},
+            status=Status("ready", progress=1.0, figures=described["figures"], finished=created),
+        )

@@ -1,0 +1,88 @@
+"""An adaptation process without networks: `python fake_adaptation.py JOB TASKS`, as the contract.
+
+The first word of the plan's template tells how it behaves: `die` always dies, `once` dies the first
+time, `crawl` dies each time but gets further, `hang` reports once and then nothing more, `wait`
+waits until the job's folder has a file `go`, `fail` ends with a problem; anything else just works.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from models.adaptation.plan import REFERENCES, STAGES, Plan, Status, locked
+from models.bundle import DEFAULT_TASK, PROMPT_STATES, read_bundle, write_bundle
+
+STARTS = "starts.txt"
+GO = "go"
+FIGURES = {"clean": 0.5}
+
+
+def adapt(job: Path, tasks: Path, starts: int) -> None:
+    plan, status = Plan.read(job), Status("running", started=time.time())
+    ways = plan.template.split()[0].lower()
+    if not (tasks / job.name).exists():
+        pictures(job / REFERENCES, plan)
+        for done, stage in enumerate(STAGES):
+            status = status.changed(stage=stage, progress=done / 4, eta_seconds=4.0 - done)
+            status = status.changed(losses={**status.losses, stage: 1 / (done + 1)})
+            status.write(job)
+            behave(ways, job, done, starts)
+            if ways == "fail" and done == 1:
+                problem = {"kind": "diverged", "detail": "The loss is not a number; lower steps"}
+                status.changed(state="failed", problem=problem, finished=time.time()).write(job)
+                return
+        publish(job, tasks, plan)
+    ready = status.changed(state="ready", stage=None, progress=1.0, figures=FIGURES)
+    ready.changed(eta_seconds=None, finished=time.time()).write(job)
+
+
+def behave(ways: str, job: Path, done: int, starts: int) -> None:
+    dies = ways == "die" or (ways == "once" and starts == 1) or ways == "crawl"
+    if dies and done == (starts - 1 if ways == "crawl" else 1) and done < 3:
+        print("dying now", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
+        time.sleep(0.01)
+
+
+def pictures(folder: Path, plan: Plan) -> None:
+    folder.mkdir(exist_ok=True)
+    for label in range(len(plan.labels)):
+        for shot in range(plan.shots):
+            partial = folder / f".{label}-{shot}.png"
+            Image.new("RGB", (32, 32), (20 * label, 60 * shot, 99)).save(partial)
+            partial.rename(folder / f"{label}-{shot}.png")
+
+
+def publish(job: Path, tasks: Path, plan: Plan) -> None:
+    bundle = replace(
+        read_bundle(DEFAULT_TASK),
+        id=job.name,
+        name="made by the fake",
+        labels=plan.labels,
+        template=plan.template,
+        figures=FIGURES,
+    )
+    write_bundle(tasks / job.name, bundle, {PROMPT_STATES: DEFAULT_TASK / PROMPT_STATES})
+
+
+def end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(7)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    folder = Path(sys.argv[1])
+    with locked(folder):
+        with (folder / STARTS).open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        adapt(folder, Path(sys.argv[2]), len((folder / STARTS).read_text().split()))

@@ -1,0 +1,25 @@
+"""`vouchsafe serve`, but for the fake adaptation: `python -m tests.fake_server --port PORT`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from service.api import create_app
+from service.config import Settings
+from service.embedded import Embedded, leave_if_hung
+from service.server import DrainingServer
+from service.tasks.supervisor import Supervisor
+from tests.adapting import FAKE
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    embedded, server = Embedded(Settings()), DrainingServer("127.0.0.1", int(sys.argv[2]))
+    companions = [embedded.worker(on_failure=server.stop), Supervisor(embedded.store, FAKE).run]
+    app = create_app(
+        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, companions
+    )
+    try:
+        server.serve_app(app)
+    finally:
+        leave_if_hung(embedded)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import Bundle, BundleError
+from models.smoothing import Numerics, Rows
+from service.device import ComputeThread
+from service.loading import REFUSAL_SECONDS, Loading, Networks
+from service.worker import ModelUnavailable
+from tests.fakes import FakeClock, FakeModel
+from tests.serving import TASKS
+
+NUMERICS = Numerics("a CPU", "float32", 4, 1, "torch", "2.9")
+ROWS = Rows(np.zeros((3, 8, 8), np.uint8), b"k" * 32, 0, 3, 0.25)
+
+
+def bundles(*names: str) -> dict[str, Bundle]:
+    return {name: replace(TASKS["default"], id=name) for name in names}
+
+
+class Shelf:
+    """Networks of some tasks whose loading is written down, and fails as a test wants."""
+
+    def __init__(self, tasks: dict[str, Bundle], most: int = 2, **options: Any) -> None:
+        self.loads: list[str] = []
+        self.failures: list[Exception] = []
+        self.clock = FakeClock()
+        loading: Loading = Loading(
+            self.load,  # type: ignore[arg-type]
+            NUMERICS,
+            lanes=0,
+            most=most,
+            clock=self.clock,
+            **{"patient": lambda _: nullcontext(), **options},
+        )
+        self.networks = Networks(tasks, loading)
+
+    def load(self, bundle: Bundle) -> FakeModel:
+        self.loads.append(bundle.id)
+        if self.failures:
+            raise self.failures.pop()
+        digest = bundle.served_digest(NUMERICS.described())
+        return FakeModel(batch_rows=4, classes=4, digest=digest)
+
+    def use(self, *tasks: str) -> None:
+        for task in tasks:
+            self.networks[task].votes([ROWS])
+
+    @property
+    def loaded(self) -> set[str]:
+        return {task for task, model in self.networks.items() if model.is_loaded}
+
+
+def test_everything_but_the_votes_is_known_without_loading() -> None:
+    """Digest, batch, classes and padding stand before the networks do, and stay as they were."""
+    shelf = Shelf(bundles("default", "pets"))
+    model = shelf.networks["pets"]
+    assert model.digest == bundles("pets")["pets"].served_digest(NUMERICS.described())
+    assert (model.batch_rows, model.classes) == (4, 4)
+    assert [model.padding(rows) for rows in (1, 4, 5)] == [3, 0, 3]
+    assert shelf.loads == []
+    assert model.votes([ROWS]).sum() == 3
+    model.votes([ROWS])
+    assert shelf.loads == ["pets"]
+    assert shelf.networks["pets"] is model
+
+
+def test_the_tasks_used_last_stay_loaded() -> None:
+    """Besides the default only the most recently used networks are kept; others load again."""
+    shelf = Shelf(bundles("default", "a", "b", "c"))
+    shelf.use("default", "a", "b", "a", "c")
+    assert shelf.loaded == {"default", "a", "c"}
+    shelf.use("b", "default")
+    assert shelf.loaded == {"default", "b", "c"}
+    assert shelf.loads == ["default", "a", "b", "c", "b"]
+
+
+def test_tasks_come_and_go() -> None:
+    """A task that is gone takes its networks with it, and one that changed is another model."""
+    tasks = bundles("default", "a", "b")
+    shelf = Shelf(tasks)
+    shelf.use("a", "b")
+    gone, old = shelf.networks["a"], shelf.networks["b"]
+    del tasks["a"]
+    tasks["b"] = replace(tasks["b"], k=2.0)
+    assert list(shelf.networks) == ["default", "b"]
+    assert not gone.is_loaded
+    assert shelf.networks["b"].digest != old.digest
+    assert shelf.loaded == set()
+
+
+def test_what_cannot_be_loaded_is_refused_for_a_while() -> None:
+    """A bundle that fails says so at once for some time, by its name, and is then tried again."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.failures = [BundleError(f"{TASKS['default'].folder.parent}/a: 'x' is missing")]
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="Task 'a' cannot be loaded: a: 'x' is missing"):
+            shelf.use("a")
+    assert shelf.loads == ["a"]
+    shelf.use("default")
+    shelf.clock.advance(REFUSAL_SECONDS)
+    shelf.use("a")
+    assert shelf.loaded == {"default", "a"}
+
+
+def test_another_model_than_was_promised_is_refused() -> None:
+    """Networks under another digest than the task's jobs were keyed with never answer."""
+    shelf = Shelf(bundles("default", "a"))
+    model = shelf.networks["a"]
+    model.digest = "promised otherwise"
+    with pytest.raises(ModelUnavailable, match="not as promised otherwi"):
+        model.votes([ROWS])
+    assert not model.is_loaded
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
+def test_short_memory_makes_room_once(error: Exception) -> None:
+    """Where memory runs out the other tasks' networks go, the default's stay, and it is retried."""
+    shelf = Shelf(bundles("default", "a", "b"), most=4)
+    shelf.use("default", "a")
+    shelf.failures = [error]
+    shelf.use("b")
+    assert shelf.loaded == {"default", "b"}
+    shelf.failures = [error, error]
+    with pytest.raises(ModelUnavailable, match="too little memory"):
+        shelf.use("a")
+    assert shelf.loaded == {"default"}
+
+
+def test_an_error_tells_callers_only_its_kind() -> None:
+    """What was not foreseen is named by its type; its words are for the log."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.failures = [RuntimeError("/secret/path")]
+    with pytest.raises(ModelUnavailable, match=r"RuntimeError$"):
+        shelf.use("a")
+
+
+async def test_loading_is_no_hung_device() -> None:
+    """A load may pass the limit of a device batch; the batch after it may not."""
+    thread = ComputeThread(batch_seconds_limit=0.1)
+    shelf = Shelf(bundles("default", "a"), patient=thread.patient)
+    gate = threading.Event()
+    load = shelf.load
+    slow: Callable[[Bundle], FakeModel] = lambda bundle: (gate.wait(), load(bundle))[1]  # noqa: E731
+    shelf.networks.loading = replace(shelf.networks.loading, load=slow)  # type: ignore[arg-type]
+    model = shelf.networks["a"]
+    computing = asyncio.ensure_future(thread.run(model.votes, [ROWS]))
+    await asyncio.sleep(0.2)
+    assert thread.busy
+    assert thread.healthy
+    gate.set()
+    await computing
+    hanging = asyncio.ensure_future(thread.run(time.sleep, 0.3))
+    await asyncio.sleep(0.2)
+    assert not thread.healthy
+    await hanging
+    thread.close()

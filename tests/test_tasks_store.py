@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.adaptation.plan import LOCK, PLAN, REFERENCES, Status, locked
+from models.bundle import DEFAULT_TASK
+from service.errors import Backlog, NotFound, StorageFull
+from service.tasks.store import retry_after
+from tests.adapting import create, make_plan, make_store
+from tests.fake_adaptation import pictures, publish
+from tests.serving import SECRET
+
+
+def test_a_task_is_created_once(tmp_path: Path) -> None:
+    """The same plan is the same queued task, whoever asks and whatever they call it."""
+    store = make_store(tmp_path)
+    first = create(store, owner="ann")
+    again = store.create(make_plan(), "another name", "bob")
+    assert again == first
+    assert first.id == make_plan().identity(SECRET)
+    assert (first.status.state, first.owner, first.name) == ("queued", "ann", "a plain task")
+    assert [task.id for task in store.all()] == [task.id for task in store.unfinished()]
+    assert create(store, seed=1).id != first.id
+    assert [task.settings["seed"] for task in store.all()] == [0, 1]
+
+
+def test_an_empty_data_directory_has_no_tasks(tmp_path: Path) -> None:
+    """Nothing is made on disk by looking."""
+    store = make_store(tmp_path / "none")
+    assert (store.all(), store.usage(), store.find("a" * 32)) == ([], {}, None)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_published_is_ready(tmp_path: Path) -> None:
+    """A published bundle makes its task ready, though its job's process never said so."""
+    store = make_store(tmp_path)
+    task = create(store)
+    Status("running", stage="evaluating", progress=0.9).write(store.jobs / task.id)
+    publish(store.jobs / task.id, store.tasks, make_plan())
+    ready = store.get(task.id)
+    assert (ready.status.state, ready.status.stage, ready.status.progress) == ("ready", None, 1.0)
+    assert store.create(make_plan(), "x", None).status.state == "ready"
+    assert store.unfinished() == []
+
+
+def test_a_bundle_without_a_job_is_a_task(tmp_path: Path) -> None:
+    """A bundle copied into the folder is a ready task, told from its manifest."""
+    store = make_store(tmp_path)
+    folder = tmp_path / "tasks" / "copied"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_bytes((DEFAULT_TASK / "manifest.json").read_bytes())
+    (task,) = store.all()
+    assert (task.id, task.owner, task.status.state) == ("copied", None, "ready")
+    assert len(task.labels) == 10
+    (folder / "manifest.json").write_text("{}")
+    assert store.all() == []
+
+
+def test_a_failed_task_is_queued_again(tmp_path: Path) -> None:
+    """Asking once more for what failed queues it, with its folder and checkpoints as they were."""
+    store = make_store(tmp_path)
+    task = create(store)
+    (store.jobs / task.id / "checkpoint").write_text("half")
+    problem = {"kind": "diverged", "detail": "NaN"}
+    Status("failed", losses={"personalizing": 2.0}, problem=problem).write(store.jobs / task.id)
+    assert store.unfinished() == []
+    again = create(store)
+    assert (again.status.state, again.status.problem) == ("queued", None)
+    assert again.status.losses == {"personalizing": 2.0}
+    assert (store.jobs / task.id / "checkpoint").read_text() == "half"
+
+
+def test_a_task_whose_bundle_was_taken_away_is_made_anew(tmp_path: Path) -> None:
+    """Ready on paper without a bundle is cancelled, and asking again queues it."""
+    store = make_store(tmp_path)
+    task = create(store)
+    publish(store.jobs / task.id, store.tasks, make_plan())
+    Status("ready", progress=1.0).write(store.jobs / task.id)
+    store.withdraw(task.id)
+    assert store.get(task.id).status.state == "cancelled"
+    assert create(store).status.state == "queued"
+
+
+def test_delete_leaves_nothing(tmp_path: Path) -> None:
+    """Bundle and job are gone after a removal, and a second one finds nothing."""
+    store = make_store(tmp_path)
+    task = create(store)
+    publish(store.jobs / task.id, store.tasks, make_plan())
+    store.delete(task.id)
+    assert store.find(task.id) is None
+    assert list(store.tasks.iterdir()) == []
+    assert [path.name for path in store.jobs.iterdir()] == [".lock"]
+    for missing in (task.id, "default", "../tasks", "", ".lock"):
+        with pytest.raises(NotFound):
+            store.delete(missing)
+
+
+def test_delete_waits_for_the_process_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is out of sight at once, and goes for good when its process has let go, or late."""
+    monkeypatch.setattr("service.tasks.store.CHILD_SECONDS", 0.2)
+    store = make_store(tmp_path)
+    task = create(store)
+    seen: list[bool] = []
+
+    def look(seconds: float) -> None:
+        seen.append((store.jobs / task.id).exists())
+
+    monkeypatch.setattr("service.tasks.store.time.sleep", look)
+    with locked(store.jobs / task.id):
+        store.delete(task.id)
+    assert seen
+    assert not any(seen)
+    assert store.find(task.id) is None
+
+
+def test_too_many_jobs_are_refused(tmp_path: Path) -> None:
+    """Past the most unfinished jobs a new task is a 503 that says when to come back."""
+    store = make_store(tmp_path, queued_tasks=2)
+    first = create(store)
+    create(store, seed=1)
+    with pytest.raises(Backlog, match="at most 2") as refused:
+        create(store, seed=2)
+    assert refused.value.retry_after == 60
+    Status("running", eta_seconds=7.2).write(store.jobs / first.id)
+    with pytest.raises(Backlog) as refused:
+        create(store, seed=2)
+    assert refused.value.retry_after == 8
+    assert create(store).id == first.id
+    store.delete(first.id)
+    assert create(store, seed=2).status.state == "queued"
+
+
+def test_the_disk_quota_names_what_to_delete(tmp_path: Path) -> None:
+    """Past the quota a new task is a 507 with the bytes used, the limit and the largest tasks."""
+    store = make_store(tmp_path, tasks_bytes=100_000)
+    task = create(store)
+    (store.jobs / task.id / "checkpoint").write_bytes(bytes(100_000))
+    with pytest.raises(StorageFull) as refused:
+        create(store, seed=1)
+    told = refused.value.document()
+    assert (told["status"], told["limit"]) == (507, 100_000)
+    assert told["used"] == sum(store.usage().values()) > 100_000
+    assert told["largest"][0]["task"] == task.id
+    assert task.id in told["detail"]
+    assert create(store).id == task.id
+    store.delete(task.id)
+    assert create(store, seed=1).status.state == "queued"
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk without room is the same problem as a full quota, and leaves nothing half-made."""
+    store = make_store(tmp_path)
+
+    def full(path: Path, document: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("service.tasks.store.write_json", full)
+    with pytest.raises(StorageFull):
+        create(store)
+    assert [path.name for path in store.jobs.iterdir()] == [".lock"]
+
+
+def test_leftovers_are_swept(tmp_path: Path) -> None:
+    """What killed processes left goes, except a bundle that a running job may be making."""
+    store = make_store(tmp_path)
+    task = create(store)
+    (store.jobs / task.id / LOCK).touch()
+    for folder in (store.tasks, store.jobs):
+        for name in (".trash-x", ".partial-x"):
+            (folder / name / "inner").mkdir(parents=True)
+    with locked(store.jobs / task.id):
+        store.sweep()
+    assert [path.name for path in store.tasks.iterdir()] == [".partial-x"]
+    assert {path.name for path in store.jobs.iterdir()} == {".lock", task.id}
+    store.sweep()
+    assert list(store.tasks.iterdir()) == []
+
+
+def test_an_unreadable_job_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A job of a later release, or a broken one, hides no other task and is named in the log."""
+    store = make_store(tmp_path)
+    good, bad = create(store), create(store, seed=1)
+    document = json.loads((store.jobs / bad.id / PLAN).read_text())
+    document["plan"]["of_a_later_release"] = 1
+    (store.jobs / bad.id / PLAN).write_text(json.dumps(document))
+    assert [task.id for task in store.all()] == [good.id]
+    assert bad.id in caplog.text
+    store.delete(bad.id)
+
+
+def test_references_show_every_label_first(tmp_path: Path) -> None:
+    """At most 20 pictures are named, the first shot of each label before any second."""
+    store = make_store(tmp_path)
+    task = create(store, labels=("cat", "dog", "ship"), shots=9)
+    assert store.references(task) == []
+    folder = store.jobs / task.id / REFERENCES
+    pictures(folder, make_plan(labels=("cat", "dog", "ship"), shots=9))
+    (folder / "0-0.json").write_text("{}")
+    names = store.references(task)
+    assert (len(names), names[:4]) == (20, ["0-0.png", "1-0.png", "2-0.png", "0-1.png"])
+    assert store.reference(task.id, "2-8.png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "name", ["../plan.json", "0-0.json", "0-0.png/", "9-9.png", "-1-0.png", "link-0.png", "0-9.png"]
+)
+def test_only_pictures_are_given_away(tmp_path: Path, name: str) -> None:
+    """No name but a picture's own is read, and no link is followed."""
+    store = make_store(tmp_path)
+    task = create(store)
+    pictures(store.jobs / task.id / REFERENCES, make_plan())
+    (store.jobs / task.id / REFERENCES / "0-9.png").symlink_to(store.jobs / task.id / PLAN)
+    with pytest.raises(NotFound):
+        store.reference(task.id, name)
+    with pytest.raises(NotFound):
+        store.reference("..", "0-0.png")
+
+
+def test_processes_that_create_together_agree(tmp_path: Path) -> None:
+    """Of processes that ask for one task at the same time one makes it, and all get it."""
+    code = (
+        "import sys, pathlib; from tests.adapting import create, make_store; sys.stdin.read();"
+        "print(create(make_store(pathlib.Path(sys.argv[1]), queued_tasks=1)).created)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]  # noqa: S603
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    told = set()
+    for process in processes:
+        assert process.stdout is not None
+        told.add(process.stdout.read().strip())
+        process.stdout.close()
+        assert process.wait() == 0
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(("eta", "seconds"), [(None, 10), (0.0, 1), (59.5, 60), (1e6, 600)])
+def test_retry_after_is_bounded(eta: float | None, seconds: int) -> None:
+    """Retry-After is the estimate in whole seconds, 1 to 600, or the default."""
+    assert retry_after(eta, 10) == seconds

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from models.adaptation.plan import Status, locked
+from models.bundle import read_bundle
+from service.tasks import supervisor
+from service.tasks.store import Store, is_running
+from service.tasks.supervisor import LOG, LOG_BYTES, Patience, Run
+from tests.adapting import (
+    FAKE,
+    FAST,
+    create,
+    is_alive,
+    make_store,
+    starts,
+    supervising,
+    until,
+    wait_until,
+)
+from tests.fake_adaptation import GO
+from tests.test_telemetry import counted
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path)
+
+
+def state(store: Store, task_id: str) -> str:
+    """The task's state, or an empty string where there is none."""
+    task = store.find(task_id)
+    if task is not None and task.status.state == "ready":
+        return Status.read(store.jobs / task_id).state  # Its process may be about to say so.
+    return task.status.state if task else ""
+
+
+async def test_jobs_run_one_after_another(store: Store) -> None:
+    """Queued jobs run in the order they were made, one at a time, until each is published."""
+    before = counted("vouchsafe_adaptations_total", outcome="ready")
+    seconds = counted("vouchsafe_adaptation_seconds_count")
+    tasks = [create(store, seed=seed) for seed in range(3)]
+    async with supervising(store):
+        await until(lambda: all(state(store, task.id) == "ready" for task in tasks))
+    found = [store.get(task.id).status for task in tasks]
+    spans = [(status.started or 0, status.finished or 0) for status in found]
+    assert all(first[1] <= second[0] for first, second in pairwise(spans))
+    assert [len(starts(store, task)) for task in tasks] == [1, 1, 1]
+    assert read_bundle(store.tasks / tasks[0].id).labels == tasks[0].labels
+    assert counted("vouchsafe_adaptations_total", outcome="ready") == before + 3
+    assert counted("vouchsafe_adaptation_seconds_count") == seconds + 3
+
+
+async def test_jobs_made_later_are_found(store: Store) -> None:
+    """A job that another process makes while the supervisor runs is run too."""
+    async with supervising(store):
+        await asyncio.sleep(0.1)
+        task = create(make_store(store.jobs.parent))
+        await until(lambda: state(store, task.id) == "ready")
+
+
+async def test_a_process_that_died_is_started_again(store: Store) -> None:
+    """A process killed once is started again, and the job ends well."""
+    task = create(store, "once")
+    async with supervising(store):
+        await until(lambda: state(store, task.id) == "ready")
+    assert len(starts(store, task)) == 2
+
+
+async def test_a_process_that_gets_further_each_time_is_started_again(store: Store) -> None:
+    """Deaths that come with progress are not held against the job, however many."""
+    task = create(store, "crawl")
+    async with supervising(store):
+        await until(lambda: state(store, task.id) == "ready")
+    assert len(starts(store, task)) == 4
+
+
+async def test_a_process_that_dies_again_and_again_fails_its_job(store: Store) -> None:
+    """After three starts in vain the job has failed, says how it died, and others go on."""
+    before = counted("vouchsafe_adaptations_total", outcome="failed")
+    poison, other = create(store, "die"), create(store)
+    async with supervising(store):
+        await until(lambda: state(store, other.id) == "ready")
+    status = store.get(poison.id).status
+    assert (status.state, len(starts(store, poison))) == ("failed", 4)
+    assert status.problem is not None
+    assert status.problem["kind"] == "died"
+    assert "signal 9" in status.problem["detail"]
+    assert status.finished is not None
+    assert (store.jobs / poison.id / LOG).read_text().count("dying now") == 4
+    assert counted("vouchsafe_adaptations_total", outcome="failed") == before + 1
+
+
+async def test_a_failure_is_the_process_own_word(store: Store) -> None:
+    """A job that ends with a problem is not run again until it is asked for once more."""
+    task = create(store, "fail")
+    async with supervising(store):
+        await until(lambda: state(store, task.id) == "failed")
+        await asyncio.sleep(0.2)
+        assert len(starts(store, task)) == 1
+        create(store, "fail")
+        await until(lambda: len(starts(store, task)) == 2)
+        await until(lambda: state(store, task.id) == "failed")
+    problem = store.get(task.id).status.problem
+    assert problem is not None
+    assert problem["kind"] == "diverged"
+
+
+async def test_killed_in_the_middle_it_goes_on(store: Store) -> None:
+    """kill -9 of the process in the middle of a stage costs nothing but a new start."""
+    task = create(store, "wait")
+    async with supervising(store):
+        await until(lambda: store.get(task.id).status.stage == "finetuning")
+        os.kill(starts(store, task)[0], signal.SIGKILL)
+        await until(lambda: len(starts(store, task)) == 2)
+        (store.jobs / task.id / GO).touch()
+        await until(lambda: state(store, task.id) == "ready")
+
+
+async def test_a_process_without_news_is_ended(store: Store) -> None:
+    """A process that hangs is ended and counts as one that died."""
+    task = create(store, "hang")
+    patience = Patience(look=0.01, poll=0.02, restart=0.01, news=0.3)
+    async with supervising(store, patience):
+        await until(lambda: state(store, task.id) == "failed")
+    assert len(starts(store, task)) == 4
+    assert not any(is_alive(process) for process in starts(store, task))
+
+
+async def test_told_to_stop_it_leaves_the_job_for_later(store: Store) -> None:
+    """At its stop the process is gone and the job queued; the next supervisor goes on with it."""
+    task = create(store, "wait")
+    async with supervising(store) as stop:
+        await until(lambda: store.get(task.id).status.stage == "finetuning")
+        await until(lambda: 0 < counted("vouchsafe_adaptation_progress") < 1)
+        stop.set()
+    assert not is_alive(starts(store, task)[0])
+    assert state(store, task.id) == "queued"
+    assert store.get(task.id).status.progress == 0.5
+    (store.jobs / task.id / GO).touch()
+    async with supervising(store):
+        await until(lambda: state(store, task.id) == "ready")
+    assert len(starts(store, task)) == 2
+
+
+async def test_removed_while_it_runs(store: Store) -> None:
+    """Removing a running job ends its process and leaves nothing; the next job goes on."""
+    before = counted("vouchsafe_adaptations_total", outcome="cancelled")
+    task, other = create(store, "hang"), create(store)
+    async with supervising(store):
+        await until(lambda: store.get(task.id).status.stage == "finetuning")
+        process = starts(store, task)[0]
+        await asyncio.to_thread(make_store(store.jobs.parent).delete, task.id)
+        assert not is_alive(process)
+        await until(lambda: state(store, other.id) == "ready")
+    assert store.find(task.id) is None
+    assert {path.name for path in store.jobs.iterdir()} == {".lock", other.id}
+    assert counted("vouchsafe_adaptations_total", outcome="cancelled") == before + 1
+
+
+async def test_two_supervisors_share_the_jobs(store: Store) -> None:
+    """Two processes over one folder never run the same job at the same time, nor twice."""
+    tasks = [create(store, seed=seed) for seed in range(4)]
+    async with supervising(store), supervising(make_store(store.jobs.parent)):
+        await until(lambda: all(state(store, task.id) == "ready" for task in tasks))
+    assert [len(set(starts(store, task))) for task in tasks] == [1, 1, 1, 1]
+
+
+async def test_a_job_that_another_process_looks_after_is_let_be(store: Store) -> None:
+    """A job claimed elsewhere is passed over for the next one, then taken up."""
+    held, other = create(store), create(store, seed=1)
+    elsewhere = Run(store.jobs / held.id, store.tasks, ("sleep", "60"), FAST)
+    elsewhere.step()
+    assert elsewhere.is_mine
+    async with supervising(store):
+        await until(lambda: state(store, other.id) == "ready")
+        assert starts(store, held) == []
+        elsewhere.stop()
+        await until(lambda: state(store, held.id) == "ready")
+
+
+async def test_a_process_left_over_is_waited_for(store: Store) -> None:
+    """While the process of a killed server still holds the job's lock no other is started."""
+    task = create(store)
+    async with supervising(store):
+        with locked(store.jobs / task.id):
+            await asyncio.sleep(0.2)
+            assert starts(store, task) == []
+        await until(lambda: state(store, task.id) == "ready")
+    assert len(starts(store, task)) == 1
+
+
+async def test_trouble_with_the_disk_is_waited_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of the disk is logged and ends no supervisor; jobs go on once it is over."""
+    task, sweep, failures = create(store), store.sweep, [1, 2]
+
+    def troubled() -> None:
+        if failures:
+            raise OSError(failures.pop(), "the disk is away")
+        sweep()
+
+    monkeypatch.setattr(store, "sweep", troubled)
+    async with supervising(store):
+        await until(lambda: state(store, task.id) == "ready")
+    assert caplog.text.count("cannot be looked after") == 2
+
+
+def test_the_log_is_bounded(store: Store) -> None:
+    """A log is added to up to 1 MB and then starts anew, while its process goes on writing."""
+    task = create(store)
+    code = "import time\nwhile True: print('more', flush=True); time.sleep(0.01)"
+    run = Run(store.jobs / task.id, store.tasks, (sys.executable, "-c", code), FAST)
+    log = store.jobs / task.id / LOG
+    log.write_bytes(bytes(LOG_BYTES))
+    run.step()
+    assert log.stat().st_size >= LOG_BYTES
+    try:
+        wait_until(lambda: run.step() or log.stat().st_size < LOG_BYTES)
+        wait_until(lambda: log.read_text().startswith("more"))
+    finally:
+        run.stop()
+
+
+def test_the_child_ends_with_a_killed_parent(store: Store) -> None:
+    """kill -9 of the process that runs a job ends the job's process too, and frees the job."""
+    task = create(store, "wait")
+    code = (
+        "import asyncio, pathlib, sys; from tests.adapting import *;"
+        "store = make_store(pathlib.Path(sys.argv[1]));"
+        "asyncio.run(Supervisor(store, FAKE, FAST).run(asyncio.Event()))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(store.jobs.parent)])  # noqa: S603
+    try:
+        wait_until(lambda: store.get(task.id).status.stage == "finetuning")
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not is_running(store.jobs / task.id))
+    wait_until(lambda: not is_alive(starts(store, task)[0]))
+    (store.jobs / task.id / GO).touch()
+
+    async def go_on() -> None:
+        async with supervising(store):
+            await until(lambda: state(store, task.id) == "ready")
+
+    asyncio.run(go_on())
+
+
+def test_the_command_is_the_models_own() -> None:
+    """By default a job is run by the module that the contract names."""
+    assert supervisor.JOB[1:] == ("-m", "models.adaptation.job")
+    assert FAKE[0] == supervisor.JOB[0]
