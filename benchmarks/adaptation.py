@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from models.adaptation.job import run
 from models.adaptation.plan import PLAN, Plan, Status, write_json
+from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
 from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
 from models.evaluation.tables import (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from models.files import flush
 
 SCHEMA = 2
 PROMPT_STATES = "prompt_states.safetensors"
@@ -105,8 +106,11 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the canonical manifest, and through its hashes of every weight."""
-        return _digest(self.manifest)
+        """SHA-256 (hex) of all that can change an answer: the canonical manifest without what the
+        task is called and what was measured, and through its hashes every weight."""
+        told = self.manifest
+        del told["name"], told["figures"]
+        return _digest(told)
 
     def served_digest(self, numerics: Mapping[str, Any]) -> str:
         """SHA-256 (hex) of the bundle together with the numerics a worker computes it under."""
@@ -136,8 +140,8 @@ def read_bundle(folder: Path) -> Bundle:
     if folder.is_symlink() or manifest.is_symlink():
         raise BundleError(f"{manifest}: is a link, or its folder is")
     try:
-        described = json.loads(manifest.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        described = json.loads(manifest.read_text(), parse_constant=_refused)
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{manifest}: cannot be read: {error}") from error
     schema = described.pop("schema", None) if isinstance(described, dict) else None
     if schema == 1:
@@ -148,6 +152,7 @@ def read_bundle(folder: Path) -> Bundle:
     if described.keys() != known:
         odd = sorted(described.keys() ^ known)
         raise BundleError(f"{manifest}: unknown or missing fields {', '.join(odd)}")
+    _check_types(manifest, described)
     try:
         for name, sha256 in described["files"].items():
             if not name.endswith(SAFETENSORS):
@@ -157,11 +162,33 @@ def read_bundle(folder: Path) -> Bundle:
         for network in ("denoiser", "classifier"):
             described[network] = Base(**described[network])
         bundle = Bundle(**described, folder=folder)
-        if bundle.adaptation.get("steps") and ADAPTER not in bundle.files:
-            raise BundleError(f"{manifest}: is personalized, but lists no {ADAPTER}")
-        return bundle
     except (TypeError, AttributeError) as error:
         raise BundleError(f"{manifest}: a field has the wrong shape: {error}") from error
+    for part, name in (("steps", ADAPTER), ("epochs", TUNED)):
+        if bundle.adaptation.get(part) and name not in bundle.files:
+            raise BundleError(f"{manifest}: was adapted with {part}, but lists no {name}")
+    return bundle
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number that JSON knows")
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "id": str, "labels": list, "template": str, "prompt": str, "k": (int, float),
+    "resolution": int, "largest_sigma": (int, float), "licence": str, "files": dict, "name": str,
+    "adaptation": dict, "figures": dict,
+}  # fmt: skip
+
+
+def _check_types(manifest: Path, described: Mapping[str, Any]) -> None:
+    for name, kind in _TYPES.items():
+        value = described[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BundleError(f"{manifest}: the field {name} holds {str(value)[:80]!r}")
+    odd = [label for label in described["labels"] if not isinstance(label, str)]
+    if odd or not described["labels"]:
+        raise BundleError(f"{manifest}: the field labels holds {str(odd)[:80]!r}")
 
 
 def _verify(folder: Path, name: str, sha256: str) -> None:
@@ -188,28 +215,21 @@ def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> B
     if folder.exists():
         raise BundleError(f"{folder}: exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
     try:
         for name, source in sources.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
         files = {name: sha256_of(partial / name) for name in sources}
         whole = replace(bundle, files=files, folder=folder)
-        (partial / "manifest.json").write_text(json.dumps(whole.manifest, indent=2) + "\n")
+        manifest = json.dumps(whole.manifest, indent=2, allow_nan=False)
+        (partial / "manifest.json").write_text(manifest + "\n")
         for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
+            flush(path)
         partial.chmod(0o755)
         partial.rename(folder)
-        _fsync(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return whole
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.files import written_whole
+
 
 class Diverged(FloatingPointError):
     """A loss that is not a finite number; the message names the part and the step."""
@@ -54,7 +56,7 @@ randomness is drawn from the step's number, and none is given out from within a 
 
 
 OnStep = Callable[[int, int, float], None]
-"""Hears of every step made: how many are done, of how many, and the loss."""
+"""Hears of every step made, before it is checkpointed: how many are done, of how many, the loss."""
 
 
 def unheard(done: int, whole: int, loss: float) -> None:
@@ -106,9 +108,9 @@ def fit(
         if done % profile.log_every == 0 or done == profile.steps:
             _log(log, done, sum(recent) / len(recent), time.perf_counter() - began)
             recent.clear()
+        on_step(done, profile.steps, loss)
         if done % profile.checkpoint_every == 0 or done == profile.steps:
             _save(checkpoint, model, average, optimizer, done)
-        on_step(done, profile.steps, loss)
     with torch.no_grad():
         for name, parameter in learning.items():
             if average:
@@ -146,7 +148,8 @@ def forget_after(log: Path, step: int) -> None:
     if log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+        with written_whole(log) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
 
 
 def _save(
@@ -165,9 +168,8 @@ def _save(
         for name, value in state.items()
     }
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(whole, partial, metadata={"step": str(step)})
-    partial.replace(path)
+    with written_whole(path) as partial:
+        save_file(whole, partial, metadata={"step": str(step)})
 
 
 def _restore(

@@ -108,6 +108,14 @@ def test_pickles_are_refused(written: Bundle) -> None:
         ({"schema": 3}, "schema version 3; this release reads 1, 2"),
         ({"colour": "red"}, "unknown or missing fields colour"),
         ({"files": {"absent.safetensors": "0"}}, "'absent.safetensors' is missing"),
+        ({"largest_sigma": float("inf")}, "Infinity is not a number"),
+        ({"k": float("nan")}, "NaN is not a number"),
+        ({"k": "1.8"}, "the field k holds '1.8'"),
+        ({"labels": "cat"}, "the field labels holds 'cat'"),
+        ({"labels": ["cat", 1]}, "the field labels holds"),
+        ({"figures": [1]}, "the field figures holds"),
+        ({"adaptation": {"steps": 3}}, "was adapted with steps, but lists no adapter"),
+        ({"adaptation": {"epochs": 3}}, "was adapted with epochs, but lists no classifier"),
     ],
 )
 def test_manifests_that_are_not_understood_are_refused(
@@ -131,3 +139,31 @@ def test_a_base_network_that_changed_is_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(BundleError, match="is missing"):
         base.verified()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"k": ' + "1" * 5_000 + "}", "{", "\\xff"])
+def test_what_is_no_manifest_is_refused_by_name(written: Bundle, text: str) -> None:
+    """Nesting too deep, a number too long and a text cut short end in the same error."""
+    (written.folder / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_bundle(written.folder)
+
+
+def test_the_digest_is_of_what_can_change_an_answer(written: Bundle) -> None:
+    """Another name and other figures leave it, for they would draw other noise for the same
+    networks; anything else does not."""
+    assert replace(written, name="other", figures={"ACR": 1}).digest == written.digest
+    assert replace(written, k=1.0).digest != written.digest
+    assert replace(written, prompt="other").digest != written.digest
+
+
+def test_a_manifest_of_the_first_schema_is_read(written: Bundle) -> None:
+    """It knew neither a name nor an adaptation; what it says now has the same digest."""
+    manifest = written.folder / "manifest.json"
+    described = json.loads(manifest.read_text())
+    for later in ("name", "adaptation"):
+        del described[later]
+    manifest.write_text(json.dumps({**described, "schema": 1}))
+    read = read_bundle(written.folder)
+    assert (read.name, read.adaptation) == ("", {})
+    assert read.digest == written.digest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from models.adaptation.job import run
 from models.adaptation.plan import PLAN, STAGES, Plan, Status, write_json
 from models.adaptation.progress import Progress, problem_of
+from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, BundleError, read_bundle
 from models.smoothing import Rows, load
 from models.training import Diverged
@@ -115,6 +117,51 @@ def test_a_job_ends_with_its_input_and_without_adaptation_has_the_blank_prompt(
     assert ended(folder).state == "ready"
 
 
+def test_a_job_begun_with_other_networks_starts_anew(tmp_path: Path) -> None:
+    """What was made with networks that a release has changed since is thrown away, and so is what
+    a killed publication left; the bundle names the networks it was made with."""
+    folder, tasks = job(tmp_path / "task", steps=0, epochs=0), tmp_path / "tasks"
+    assert ended(folder).state == "ready"
+    images = {path.name: path.read_bytes() for path in (folder / "references").glob("*.png")}
+    bases = json.loads((folder / "bases.json").read_text())
+    assert read_bundle(tasks / "task").denoiser.files == bases["denoiser"]["files"]
+
+    def again(changed: bool) -> None:
+        shutil.rmtree(tasks / "task")
+        (tasks / ".partial-task-x").mkdir()
+        Status("queued").write(folder)
+        (folder / "references" / "0-0.json").write_text("{}")
+        hashes = {**bases["denoiser"]["files"], "unet/config.json": "0"} if changed else None
+        described = {**bases, "denoiser": {**bases["denoiser"], "files": hashes}}
+        write_json(folder / "bases.json", described if changed else bases)
+        run(folder, tasks, torch.device("cpu"))
+        assert Status.read(folder).state == "ready"
+        assert [path.name for path in tasks.iterdir()] == ["task"]
+
+    again(changed=False)
+    assert (folder / "references" / "0-0.json").read_text() == "{}"
+    again(changed=True)
+    assert (folder / "references" / "0-0.json").read_text() != "{}"
+    assert images == {p.name: p.read_bytes() for p in (folder / "references").glob("*.png")}
+
+
+def test_labels_that_read_alike_are_refused(tmp_path: Path) -> None:
+    """Two words of which the text encoder is told the same, or nothing, are named."""
+    for labels, reason in (
+        (["cat & dog", "cat dog"], r"labels.1 \('cat dog'\) reads as .* the same as labels.0"),
+        (["ship", "\u732b"], r"labels.1 \('\u732b'\) reads as .* the same as no label"),
+    ):
+        folder = job(tmp_path / str(len(labels[0])), steps=0, epochs=0)
+        described = json.loads((folder / PLAN).read_text())
+        described["plan"]["labels"] = labels
+        write_json(folder / PLAN, described)
+        run(folder, tmp_path / "tasks", torch.device("cpu"))
+        problem = Status.read(folder).problem
+        assert problem is not None
+        assert problem["kind"] == "incompatible"
+        assert re.search(reason, problem["detail"])
+
+
 def test_a_job_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     """A network that is not there ends the job in `failed`; nothing is published."""
     folder = job(tmp_path / "task")
@@ -136,9 +183,9 @@ def test_a_job_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "disk-full", "make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk-full", "make room"),
         (SafetensorError("IoError(No space left on device)"), "disk-full", "make room"),
-        (MemoryError(), "out-of-memory", "fewer shots"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "out-of-memory", "fewer shots"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out-of-memory", "fewer"),
+        (MemoryError(), "out-of-memory", "other work"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out-of-memory", "other work"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out-of-memory", "other"),
         (Diverged("personalize: the loss of step 3 is nan"), "diverged", "another seed"),
         (BundleError("x: is missing"), "incompatible", "x: is missing"),
         (RuntimeError("surprise"), "internal", "log"),

@@ -75,6 +75,18 @@ def test_every_reference_has_a_seed_of_its_own() -> None:
         (["cat", "dog"], {"shots": 0}, "shots", "shots is 0; it must be 1 to 64"),
         (["cat", "dog"], {"steps": 10_001}, "steps", "steps is 10001; it must be 0 to 10000"),
         (["cat", "dog"], {"epochs": -1}, "epochs", "epochs is -1; it must be 0 to 1000"),
+        (
+            [f"label {i}" for i in range(1000)],
+            {"shots": 11, "allow_unknown_labels": True},
+            "shots",
+            "1000 labels with shots = 11 make 11000 references; at most 10000 are made",
+        ),
+        (
+            [f"label {i}" for i in range(1000)],
+            {"shots": 10, "epochs": 101, "allow_unknown_labels": True},
+            "epochs",
+            "epochs = 101 over 10000 references is 1010000 rows; at most 1000000",
+        ),
         (["cat", "dog"], {"seed": -1}, "seed", "seed is -1; it must be 0 to 2147483647"),
         (
             ["cat", "dog"],

@@ -16,6 +16,7 @@ from models.adaptation.synthesize import References
 from models.bundle import TUNED
 from models.classifier import Preprocess, read_open_clip, read_timm
 from models.denoiser import Denoiser
+from models.files import written_whole
 from models.training import OnStep, Profile, fit, unheard
 
 
@@ -134,7 +135,8 @@ def finetune(
         else tensor.detach().cpu().contiguous()
         for name, tensor in classifier.network.state_dict().items()
     }
-    save_file(weights, out / TUNED)
+    with written_whole(out / TUNED) as partial:
+        save_file(weights, partial)
     return out / TUNED
 
 

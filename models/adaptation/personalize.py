@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.adaptation.synthesize import References
 from models.bundle import ADAPTER
 from models.denoiser import NOISE_LEVELS
+from models.files import written_whole
 from models.training import OnStep, Profile, fit, forget_after, unheard
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -97,7 +98,9 @@ def personalize(
     fit("personalize", unet, losses, out, settings.profile, device, on_step=watch)
     # Not diffusers' own saving: it describes the adapter in an order that changes with the process.
     learned = get_peft_model_state_dict(unet, adapter_name="default")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in learned.items()}, out / ADAPTER)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in learned.items()}
+    with written_whole(out / ADAPTER) as partial:
+        save_file(weights, partial)
     return out / ADAPTER
 
 
@@ -164,7 +167,7 @@ class _Losses:
             doubled.contiguous(memory_format=torch.channels_last),
             t.to(device),
             self._states.expand(len(x_t), -1, -1),
-            class_labels=(self._k * t.float()).clamp(max=NOISE_LEVELS).to(doubled),
+            class_labels=(self._k * t.float()).clamp(max=NOISE_LEVELS).to(device),
         )
         epsilon = told.sample[:, :3].float()
         error = (epsilon - noise).square().mean((1, 2, 3))

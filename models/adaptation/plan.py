@@ -1,7 +1,8 @@
 """What a task is to be made of, and how far its job is: plain documents, without torch.
 
 A job's folder holds `plan.json` (written once), `status.json` (rewritten whole by whoever runs the
-job), `references/` (a PNG and a JSON an image), `losses.jsonl` and checkpoints.
+job), `references/` (a PNG and a JSON an image), and each training's checkpoint, `*.loss.jsonl` and
+`validation.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import fcntl
 import hashlib
 import hmac
 import json
-import os
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from models.files import written_whole
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
 
 LABELS = (2, 1_000)
@@ -28,11 +28,15 @@ TEMPLATE_LENGTH = 256
 NAME_LENGTH = 128
 SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
 """Fewest and most reference images a class, personalization steps, fine-tuning epochs."""
+MOST_REFERENCES = 10_000
+"""Most reference images of a task."""
+MOST_TUNED = 1_000_000
+"""Most denoised references that fine-tuning may see: epochs times references."""
 IDENTIFIER = "sks"
 """What stands in the template once the denoiser is personalized (Ruiz et al. 2023)."""
 
 PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
-REFERENCES, LOSSES = "references", "losses.jsonl"
+REFERENCES = "references"
 STAGES = ("synthesizing", "personalizing", "finetuning", "evaluating")
 
 
@@ -86,6 +90,7 @@ class Plan:
         _check_between("seed", seed, (0, 2**31 - 1))
         template = _checked_template(cascade.template if template is None else template)
         words = _checked_labels(labels)
+        _check_work(len(words), shots, epochs)
         _check_prompts(words, template, cascade, head)
         if cascade.words is not None and not allow_unknown_labels:
             _check_known(words, cascade.words, denoiser)
@@ -176,6 +181,18 @@ def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     return words
 
 
+def _check_work(labels: int, shots: int, epochs: int) -> None:
+    references = labels * shots
+    if references > MOST_REFERENCES:
+        detail = f"{labels} labels with shots = {shots} make {references} references; at most "
+        most = MOST_REFERENCES // labels
+        raise PlanError("shots", f"{detail}{MOST_REFERENCES} are made", shots, most)
+    if epochs * references > MOST_TUNED:
+        detail = f"epochs = {epochs} over {references} references is {epochs * references} rows; "
+        most = MOST_TUNED // references
+        raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, most)
+
+
 def _check_prompts(
     labels: Sequence[str], template: str, cascade: DenoiserSet, head: ClassifierSet
 ) -> None:
@@ -246,18 +263,10 @@ class Status:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Replace a file, whole or not at all, and on disk before it has its name."""
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(document, stream, indent=2, allow_nan=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    """Replace a file, whole or not at all."""
+    text = json.dumps(document, indent=2, allow_nan=False)
+    with written_whole(path) as partial:
+        partial.write_text(text + "\n")
 
 
 @contextmanager

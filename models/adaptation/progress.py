@@ -74,11 +74,11 @@ def problem_of(error: BaseException) -> dict[str, str]:
     if isinstance(error, MemoryError) or any(words in text for words in memory):
         return _problem(
             "out-of-memory",
-            f"Memory ran out: stop other work on the device, or ask for fewer shots ({text})",
+            f"Memory ran out: stop other work on the device, or take a larger one ({text})",
         )
     if isinstance(error, Diverged):
         return _problem("diverged", f"{error}: ask with another seed, fewer steps or more shots")
-    if isinstance(error, PlanError | BundleError | ValueError | KeyError):
+    if isinstance(error, PlanError | BundleError):
         return _problem("incompatible", f"The plan does not fit its networks: {error}")
     return _problem("internal", f"{text}; the job's log says where")
 

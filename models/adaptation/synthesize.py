@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from models.adaptation.plan import Plan, write_json
 from models.denoiser import encode_prompts
+from models.files import written_whole
 
 CHUNK = 16
 """Images sampled at once; always the same companions, so that a resumed run makes the same."""
@@ -144,7 +143,7 @@ def synthesize(
     for start in range(0, len(wanted), CHUNK):
         chunk = wanted[start : start + CHUNK]
         on_image(start, len(wanted))
-        if all((folder / f"{_name(*each)}.json").exists() for each in chunk):
+        if all(_is_kept(folder, _name(*each)) for each in chunk):
             continue
         loaded = loaded or cascade()
         rows = torch.tensor([label for label, _ in chunk])
@@ -188,11 +187,18 @@ def _name(label: int, shot: int) -> str:
     return f"{label}-{shot}"
 
 
+def _is_kept(folder: Path, name: str) -> bool:
+    """Whether an image is there and can be read."""
+    try:
+        with Image.open(folder / f"{name}.png") as stored:
+            stored.verify()
+    except (OSError, SyntaxError):
+        return False
+    return (folder / f"{name}.json").exists()
+
+
 def _keep(folder: Path, name: str, image: NDArray[np.uint8], described: dict[str, Any]) -> None:
     """Write the PNG and then, as the sign that it is whole, its JSON."""
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG")
-    partial = folder / f".partial-{name}.png"
-    partial.write_bytes(encoded.getvalue())
-    os.replace(partial, folder / f"{name}.png")
+    with written_whole(folder / f"{name}.png") as partial:
+        Image.fromarray(image).save(partial, "PNG")
     write_json(folder / f"{name}.json", described)

@@ -1,0 +1,328 @@
+"""The stages of one adaptation job, from a plan to a published bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.adaptation.finetune import TUNABLES, finetune
+from models.adaptation.personalize import personalize
+from models.adaptation.plan import (
+    IDENTIFIER,
+    REFERENCES,
+    Plan,
+    PlanError,
+    Status,
+    locked,
+    name_of,
+    write_json,
+)
+from models.adaptation.profiles import ADAPTATIONS, Adaptation
+from models.adaptation.progress import Progress, problem_of
+from models.adaptation.synthesize import Cascade, References, encode, read_references, synthesize
+from models.bundle import (
+    ADAPTER,
+    MODELS,
+    PROMPT_STATES,
+    TUNED,
+    Base,
+    Bundle,
+    read_bundle,
+    write_bundle,
+)
+from models.classifier import CLASSIFIERS, Classifier
+from models.denoiser import DENOISERS, Denoiser, clean_prompts
+from models.files import written_whole
+from models.nano.captions import BLANK
+from models.runtime import Torch
+from models.sets import CLASSIFIER_SETS, DENOISER_SETS
+
+EVALUATED_ROWS = 256
+EVALUATED_SIGMAS = (0.25, 0.5)
+
+BASES = "bases.json"
+"""A job's file of the networks it was begun with, by hash."""
+_STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
+_STAGE2_FILES = ["unet/*", "scheduler/*"]
+_CLASSIFIER_FILES = ["*"]
+
+
+class Job:
+    """A plan's stages, each of which finds what an earlier run of it left."""
+
+    def __init__(self, folder: Path, tasks: Path, device: torch.device) -> None:
+        self._folder, self._tasks, self._device = folder, tasks, device
+        self._plan = plan = Plan.read(folder)
+        for name, known in ((plan.denoiser, DENOISER_SETS), (plan.classifier, CLASSIFIER_SETS)):
+            if name not in known:
+                raise PlanError("denoiser", f"this release has no set {name!r}", name)
+        self._set, self._head = DENOISER_SETS[plan.denoiser], CLASSIFIER_SETS[plan.classifier]
+        self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
+        self._dtype = self._ways.dtype(device)
+        self._bases = {
+            "stage1": Base.of("text-to-image", self._set.stage1, _STAGE1_FILES),
+            "denoiser": Base.of("super-resolution", self._set.stage2, _STAGE2_FILES),
+            "classifier": Base.of(self._head.kind, self._head.folder, _CLASSIFIER_FILES),
+        }
+        self.progress = Progress(folder, plan)
+
+    def run(self) -> None:
+        """Every stage, then the bundle."""
+        for partial_bundle in self._tasks.glob(f".partial-{self._folder.name}-*"):
+            shutil.rmtree(partial_bundle, ignore_errors=True)
+        published = self._tasks / self._folder.name
+        if published.exists():
+            self.progress.end("ready", progress=1.0, figures=dict(read_bundle(published).figures))
+            return
+        self._begin_with_bases()
+        self.progress.stage("synthesizing")
+        states = self._states()
+        references = self._references(states)
+        classifier = self._classifier(None)
+        adapter = tuned = None
+        if self._plan.steps:
+            self.progress.stage("personalizing")
+            adapter = self._personalized(references, states["personalized"], classifier)
+        if self._plan.epochs:
+            self.progress.stage("finetuning")
+            tuned = self._finetuned(references, self._denoiser(states, adapter))
+        self.progress.stage("evaluating")
+        figures = self._figures(references, states, classifier, adapter, tuned)
+        self._publish(states, adapter, tuned, figures)
+        self.progress.end("ready", progress=1.0, figures=figures)
+
+    def _begin_with_bases(self) -> None:
+        """Start anew where an earlier run of the job was begun with other networks."""
+        now = {name: asdict(base) for name, base in self._bases.items()}
+        known = self._folder / BASES
+        if known.exists() and json.loads(known.read_text()) != now:
+            shutil.rmtree(self._folder / REFERENCES, ignore_errors=True)
+            for pattern in ("*.safetensors", "*.jsonl"):
+                for left in self._folder.glob(pattern):
+                    left.unlink()
+        write_json(known, now)
+
+    def _states(self) -> dict[str, Tensor]:
+        """Prompt states, computed once: of the labels and the empty prompt (K+1,77,D), of the
+        template with a blank and with the identifier (77,D)."""
+        blank = self._plan.template.format(BLANK)
+        _check_distinct(self._plan, blank)
+        prompts = [*self._plan.prompts(), "", blank, self._plan.template.format(IDENTIFIER)]
+        try:
+            states = encode(self._set.folders[0], prompts, self._device, self._dtype)
+        except ValueError as error:
+            raise PlanError("labels", str(error)) from error
+        return {"labels": states[:-2], "blank": states[-2], "personalized": states[-1]}
+
+    def _references(self, states: dict[str, Tensor]) -> References:
+        cascade = partial(Cascade, *self._set.folders, self._device, self._dtype)
+        folder = self._folder / REFERENCES
+        synthesize(
+            self._plan,
+            folder,
+            cascade,
+            states["labels"],
+            self._ways.sampling,
+            self.progress.moved,
+        )
+        return read_references(self._plan, folder, self._set.resolution)
+
+    def _classifier(self, tuned: Path | None) -> Classifier:
+        return CLASSIFIERS[self._head.kind](
+            MODELS / self._head.folder,
+            self._plan.labels,
+            self._plan.template,
+            self._device,
+            torch.float32,
+            Torch(),
+            tuned,
+        )
+
+    def _denoiser(self, states: dict[str, Tensor], adapter: Path | None) -> Denoiser:
+        return DENOISERS["super-resolution"](
+            self._set.folders[1],
+            states["personalized" if adapter else "blank"],
+            self._set.k,
+            self._device,
+            self._dtype,
+            Torch(),
+            adapter,
+        )
+
+    def _personalized(self, references: References, states: Tensor, classifier: Classifier) -> Path:
+        settings = self._ways.personalization
+        return personalize(
+            self._set.folders[1],
+            references,
+            states,
+            self._set.k,
+            classifier,
+            replace(settings, profile=replace(settings.profile, steps=self._plan.steps)),
+            self._folder,
+            self._device,
+            self._dtype,
+            self._plan.seed,
+            self.progress.moved,
+        )
+
+    def _finetuned(self, references: References, denoiser: Denoiser) -> Path:
+        tunable = TUNABLES[self._head.kind](
+            MODELS / self._head.folder, self._plan.labels, self._plan.template, self._device
+        )
+        return finetune(
+            tunable,
+            denoiser,
+            references,
+            self._ways.finetuning,
+            self._plan.epochs,
+            self._folder,
+            self._device,
+            self._plan.seed,
+            self.progress.moved,
+        )
+
+    def _figures(
+        self,
+        references: References,
+        states: dict[str, Tensor],
+        classifier: Classifier,
+        adapter: Path | None,
+        tuned: Path | None,
+    ) -> dict[str, Any]:
+        """Shares of the references recognised: as they are, and noisy and denoised, before and
+        after; under noise that nothing was trained on. They are made images, not photographs."""
+        before = self._denoiser(states, None)
+        after = self._denoiser(states, adapter) if adapter else before
+        adapted = self._classifier(tuned) if tuned else classifier
+        passes = 1 + 2 * len(EVALUATED_SIGMAS)
+
+        def recognised(place: int, denoiser: Denoiser | None, head: Classifier, s: float) -> float:
+            def moved(done: int, whole: int) -> None:
+                self.progress.moved(place * whole + done, passes * whole)
+
+            return _recognised(references, denoiser, head, s, self._device, moved)
+
+        figures: dict[str, Any] = {
+            "references": len(references.labels),
+            "references recognised": recognised(0, None, classifier, 0.0),
+        }
+        for place, sigma in enumerate(EVALUATED_SIGMAS):
+            figures[f"one noisy row of a reference recognised, sigma {sigma}"] = {
+                "zero-shot": recognised(2 * place + 1, before, classifier, sigma),
+                "adapted": recognised(2 * place + 2, after, adapted, sigma),
+            }
+        return figures
+
+    def _publish(
+        self,
+        states: dict[str, Tensor],
+        adapter: Path | None,
+        tuned: Path | None,
+        figures: dict[str, Any],
+    ) -> None:
+        prompt = self._plan.template.format(IDENTIFIER if adapter else BLANK)
+        prompt_states = self._folder / PROMPT_STATES
+        chosen = states["personalized" if adapter else "blank"].clone()
+        with written_whole(prompt_states) as partial_file:
+            save_file({"states": chosen}, partial_file)
+        sources = {PROMPT_STATES: prompt_states}
+        sources |= {ADAPTER: adapter} if adapter else {}
+        sources |= {TUNED: tuned} if tuned else {}
+        task = Bundle(
+            id=self._folder.name,
+            labels=self._plan.labels,
+            template=self._plan.template,
+            prompt=clean_prompts([prompt])[0],
+            k=self._set.k,
+            resolution=self._set.resolution,
+            largest_sigma=self._set.largest_sigma,
+            denoiser=self._bases["denoiser"],
+            classifier=self._bases["classifier"],
+            licence="; ".join(dict.fromkeys([self._set.licence, self._head.licence])),
+            files={},
+            name=name_of(self._folder),
+            adaptation=self._adaptation(),
+            figures=figures,
+        )
+        write_bundle(self._tasks / self._folder.name, task, sources)
+
+    def _adaptation(self) -> dict[str, Any]:
+        settings = asdict(self._plan)
+        for known in ("labels", "template"):
+            del settings[known]
+        return settings
+
+
+def _check_distinct(plan: Plan, blank: str) -> None:
+    """Raises PlanError for a label of which the text encoder is told nothing of its own."""
+    cleaned = clean_prompts([blank, *plan.prompts()])
+    for index, prompt in enumerate(cleaned[1:]):
+        first = cleaned.index(prompt)
+        if first != index + 1:
+            other = f"labels.{first - 1} ({plan.labels[first - 1]!r})" if first else "no label"
+            raise PlanError(
+                f"labels.{index}",
+                f"labels.{index} ({plan.labels[index]!r}) reads as {prompt!r}, the same as {other}",
+                plan.labels[index],
+            )
+
+
+@torch.no_grad()
+def _recognised(
+    references: References,
+    denoiser: Denoiser | None,
+    classifier: Classifier,
+    sigma: float,
+    device: torch.device,
+    moved: Callable[[int, int], None],
+) -> float:
+    generator = torch.Generator().manual_seed(2**40)
+    repeats = 1 if denoiser is None else max(1, EVALUATED_ROWS // len(references.labels))
+    batches = list(zip(references.images.split(32), references.labels.split(32), strict=True))
+    right = 0
+    for repeat in range(repeats):
+        for place, (images, labels) in enumerate(batches):
+            moved(repeat * len(batches) + place, repeats * len(batches))
+            x = images.float() / 255
+            if denoiser is not None:
+                x_hat = x + sigma * torch.randn(x.shape, generator=generator)
+                each = torch.full((len(x),), sigma, dtype=torch.float64)
+                x = denoiser(x_hat.to(device), each)
+            right += int((classifier(x.to(device)).argmax(1).cpu() == labels).sum())
+    return round(right / (repeats * len(references.labels)), 4)
+
+
+def run(folder: Path, tasks: Path, device: torch.device) -> None:
+    """Run a job to its end; what fails ends it in `failed`, with a problem.
+
+    Only a status that cannot be written is raised.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with locked(folder):
+        if Status.read(folder).state == "ready":
+            return
+        try:
+            job = Job(folder, tasks, device)
+        except Exception as error:
+            traceback.print_exc()
+            Status("failed", problem=problem_of(error), finished=time.time()).write(folder)
+            return
+        try:
+            job.run()
+        except Exception as error:
+            traceback.print_exc()
+            job.progress.end("failed", problem=problem_of(error))
