@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
 from models.smoothing import BATCHES_A_LANE, Numerics, Rows, SmoothedModel
+from service.device import DeviceFailed
 from service.worker import ModelUnavailable
 
 logger = logging.getLogger("vouchsafe")
@@ -53,7 +54,10 @@ class Networks(Mapping[str, "TaskModel"]):
         bundle = self._tasks[task]
         known = self._models.get(task)
         if known is None or known.bundle is not bundle:
+            replaced = known
             known = self._models[task] = TaskModel(bundle, self, kept=task == "default")
+            if replaced is not None:
+                replaced.unload()
         return known
 
     def __iter__(self) -> Iterator[str]:
@@ -64,17 +68,21 @@ class Networks(Mapping[str, "TaskModel"]):
     def __len__(self) -> int:
         return len(self._tasks)
 
+    def holds(self, model: TaskModel) -> bool:
+        """Whether the model still is its task's."""
+        return any(model is other for other in list(self._models.values()))
+
     def used(self, model: TaskModel) -> None:
         """Note that a model was used, before it loads where it is not loaded, and make room."""
         self._recent = [other for other in self._recent if other.is_loaded and other is not model]
         self._recent = [*self._recent, model][-self.loading.most :]
-        for other in self._models.values():
+        for other in list(self._models.values()):
             if not other.kept and other not in self._recent:
                 other.unload()
 
     def unload_others(self, model: TaskModel) -> None:
         """Let go of every task's networks but this one's and the default's."""
-        for other in self._models.values():
+        for other in list(self._models.values()):
             if not other.kept and other is not model:
                 other.unload()
 
@@ -117,13 +125,15 @@ class TaskModel:
     def loaded(self) -> SmoothedModel:
         """The networks, loaded now where they were not; for the compute thread alone.
 
-        Raises ModelUnavailable, at once for a while after it was tried in vain.
+        Raises ModelUnavailable, at once for a while after it was tried in vain, and DeviceFailed.
         """
         if not self.kept:
             self._networks.used(self)
         model = self._loaded
         if model is None:
             model = self._loaded = self._load()
+            if not self._networks.holds(self):
+                self.unload()  # The task went while its networks were loaded.
         return model
 
     def unload(self) -> None:
@@ -139,6 +149,8 @@ class TaskModel:
                 model = self._load_with_room()
             if model.digest != self.digest:
                 raise BundleError(f"loads as {model.digest[:16]}, not as {self.digest[:16]}")
+        except DeviceFailed:
+            raise  # Nothing that such a device computes may be answered.
         except Exception as error:
             logger.exception("task %s cannot be loaded", self.bundle.id)
             detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"

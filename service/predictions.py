@@ -135,6 +135,8 @@ class Predictions:
         """Cancel the jobs of a task that is served no more, or not as before."""
         for job in [job for job in self._observers.values() if job.task == task]:
             await self.engine.cancel(job.id)
+        if task not in self.tasks:
+            telemetry.forget(task)
 
     def answer(self, status: JobStatus) -> PredictResponse:
         """What an ended job answers; raises JobFailed with its problem where there is no answer."""

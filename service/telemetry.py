@@ -13,6 +13,8 @@ from prometheus_client import Counter, Gauge, Histogram, Info
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.jobs import Mode
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -81,6 +83,14 @@ ADAPTATION_SECONDS = Histogram(
 )
 BUILD_INFO = Info("vouchsafe_build", "The running release.")
 BUILD_INFO.info({"version": VERSION})
+
+
+def forget(task: str) -> None:
+    """Drop the series of a task that is there no more, for ids are never used up."""
+    for metric in (ROWS, BATCHES):
+        metric.remove(task)
+    for mode in Mode:
+        ABSTENTIONS.remove(task, mode.value)
 
 
 class RequestTelemetry:

@@ -2,7 +2,8 @@
 
 The first word of the plan's template tells how it behaves: `die` always dies, `once` dies the first
 time, `crawl` dies each time but gets further, `hang` reports once and then nothing more, `wait`
-waits until the job's folder has a file `go`, `fail` ends with a problem; anything else just works.
+waits until the job's folder has a file `go`, `everywhere` hangs in one stage more at each start
+until there is none left, `fail` ends with a problem; anything else just works.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
         print("dying now", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
+        time.sleep(0.01)
+    while ways == "everywhere" and done == starts - 1:
         time.sleep(0.01)
 
 

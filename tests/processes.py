@@ -28,9 +28,12 @@ VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "serve")
 
 @contextmanager
 def serving(
-    data_dir: Path, command: Sequence[str] = VOUCHSAFE
+    data_dir: Path, command: Sequence[str] = VOUCHSAFE, probe: str = "/readyz"
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on a free port, ready; killed at the end where the test did not stop it."""
+    """A server on a free port, ready or as far as another probe says.
+
+    Killed at the end where the test did not stop it.
+    """
     port = free_port()
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)],
@@ -38,19 +41,19 @@ def serving(
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        until_ready(url, process)
+        until_ready(url + probe, process)
         yield url, process
     finally:
         process.kill()
         process.wait()
 
 
-def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def until_ready(probe: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended before it was ready"
         try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
+            if httpx.get(probe).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from models.bundle import Bundle, BundleError
-from models.smoothing import Numerics, Rows
-from service.device import ComputeThread
-from service.loading import REFUSAL_SECONDS, Loading, Networks
+from models.smoothing import Numerics, Rows, SmoothedModel
+from service.device import ComputeThread, DeviceFailed
+from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
 from service.worker import ModelUnavailable
 from tests.fakes import FakeClock, FakeModel
 from tests.serving import TASKS
@@ -121,6 +121,68 @@ def test_another_model_than_was_promised_is_refused() -> None:
     with pytest.raises(ModelUnavailable, match="not as promised otherwi"):
         model.votes([ROWS])
     assert not model.is_loaded
+
+
+def test_a_task_that_goes_while_it_loads_leaves_no_networks() -> None:
+    """Networks that come when their task is gone, or is another bundle, do not stay in memory."""
+    tasks = bundles("default", "a", "b")
+    shelf = Shelf(tasks)
+    shelf.use("default")
+    gone, old = shelf.networks["a"], shelf.networks["b"]
+    load = shelf.networks.loading.load
+
+    def slow(bundle: Bundle) -> SmoothedModel:
+        tasks.pop("a", None)
+        tasks["b"] = replace(TASKS["default"], id="b", k=2.0)
+        dict(shelf.networks)
+        return load(bundle)
+
+    shelf.networks.loading = replace(shelf.networks.loading, load=slow)
+    for model in (gone, old):
+        assert model.votes([ROWS]).sum() == 3
+        assert not model.is_loaded
+
+
+def test_networks_of_a_bundle_that_changed_are_let_go() -> None:
+    """The networks of what was there before go as soon as another bundle is seen."""
+    tasks = bundles("default", "a")
+    shelf = Shelf(tasks)
+    shelf.use("a")
+    old = shelf.networks["a"]
+    tasks["a"] = replace(tasks["a"], k=2.0)
+    assert shelf.networks["a"] is not old
+    assert not old.is_loaded
+
+
+def test_tasks_may_come_while_room_is_made() -> None:
+    """The event loop may add a task while the compute thread looks through those there are."""
+    tasks = bundles("default", "a", "b")
+    shelf = Shelf(tasks)
+    shelf.use("a")
+
+    class Arriving(TaskModel):
+        @property
+        def kept(self) -> bool:
+            tasks[f"new-{len(tasks)}"] = TASKS["default"]
+            shelf.networks[f"new-{len(tasks) - 1}"]
+            return True
+
+        @kept.setter
+        def kept(self, kept: bool) -> None:
+            pass
+
+    shelf.networks._models["arriving"] = Arriving(TASKS["default"], shelf.networks, kept=True)
+    shelf.use("b")
+    shelf.networks.unload_others(shelf.networks["b"])
+    assert shelf.loaded == {"b"}
+
+
+def test_a_device_of_two_minds_is_no_refusal() -> None:
+    """A device that fails its check while a task is loaded is broken for every task."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.failures = [DeviceFailed("the same rows got two answers")]
+    with pytest.raises(DeviceFailed):
+        shelf.use("a")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])

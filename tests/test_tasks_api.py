@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from models.adaptation.plan import STAGES
 from models.bundle import DEFAULT_TASK
+from service import telemetry
+from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until
 from tests.fake_adaptation import FIGURES, GO, publish
@@ -22,6 +25,7 @@ from tests.serving import DIGEST, Service, problem, serving
 from tests.test_api import events
 from tests.test_predictions import ANN, BOB
 from tests.test_serve import png
+from tests.test_telemetry import counted
 
 KEYS = {"api_keys": "ann:key-of-ann,bob:key-of-bob"}
 
@@ -270,6 +274,31 @@ async def test_a_deleted_task_is_asked_no_more(service: Service) -> None:
     assert (await service.engine.capacity()).backlog_rows == 0
 
 
+async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:
+    """The series of a task go with it, so that their number is bounded by the tasks there are."""
+    service.voter.votes = lambda rows: [rows // 2, rows - rows // 2]
+    location = await made(service)
+    task_id = location.rpartition("/")[2]
+    service.voter.bundles[task_id] = DIGEST
+    assert (await service.ask(task=task_id)).json()["abstained"]
+    telemetry.ROWS.labels(task=task_id).inc()
+    await until(lambda: counted("vouchsafe_abstentions_total", task=task_id, mode="certify"))
+    assert task_id in (await service.client.get("/metrics")).text
+    assert (await service.client.delete(location)).status_code == 204
+    await service.until("/metrics", lambda found: task_id not in found.text)
+
+
+async def test_one_odd_folder_hides_no_task(service: Service, tmp_path: Path) -> None:
+    """A manifest with a field of another type is left out of the list that everyone gets."""
+    location = await made(service)
+    odd = tmp_path / "tasks" / "odd"
+    odd.mkdir()
+    described = json.loads((DEFAULT_TASK / "manifest.json").read_text())
+    (odd / "manifest.json").write_text(json.dumps(described | {"figures": [1]}))
+    listed = (await service.client.get("/tasks")).json()["tasks"]
+    assert [f"/tasks/{task['id']}" for task in listed] == [location]
+
+
 async def test_limits_of_disk_and_queue(tmp_path: Path) -> None:
     """Too many jobs are a 503 with Retry-After, and a full quota is a 507 that names its limit."""
     async with idle(tmp_path / "a", queued_tasks=1) as service:
@@ -357,20 +386,12 @@ async def test_tasks_are_described(service: Service) -> None:
     assert {"/tasks/{id}", "/tasks/{id}/events", "/tasks/{id}/references/{file}"} <= set(paths)
 
 
-def test_a_server_killed_in_the_middle_goes_on_after_its_restart(tmp_path: Path) -> None:
+def test_a_server_killed_in_every_stage_goes_on_after_its_restart(tmp_path: Path) -> None:
     """kill -9 of the server ends the job's process; the next server finishes it and answers."""
     command = (sys.executable, "-m", "tests.fake_server")
     store = make_store(tmp_path)
-    with serving_process(tmp_path, command) as (url, server):
-        accepted = httpx.post(f"{url}/tasks", json=body("wait", labels=["frog", "ship"]))
-        task = accepted.json()
-        location = accepted.headers["location"]
-        wait_until(lambda: httpx.get(url + location).json()["stage"] == "finetuning")
-        child = starts(store, store.get(task["id"]))[0]
-        server.kill()
-        server.wait()
-        wait_until(lambda: not _is_running(child))
-    (store.jobs / task["id"] / GO).touch()
+    for stage in STAGES:
+        task, location = _killed_in(stage, store, command)
     (store.tasks / ".trash-left").mkdir(parents=True)
     with serving_process(tmp_path, command) as (url, server):
         wait_until(lambda: httpx.get(url + location).json()["state"] == "ready")
@@ -389,6 +410,21 @@ def test_a_server_killed_in_the_middle_goes_on_after_its_restart(tmp_path: Path)
     (left,) = store.unfinished()
     assert left.status.state == "queued"
     assert not _is_running(starts(store, left)[0])
+
+
+def _killed_in(stage: str, store: Store, command: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A task, and its address, whose server was killed in one more stage than the one before."""
+    labels, begun = ["frog", "ship"], STAGES.index(stage) + 1
+    with serving_process(store.jobs.parent, command, "/livez") as (url, server):
+        accepted = httpx.post(f"{url}/tasks", json=body("everywhere", labels=labels))
+        task, location = accepted.json(), accepted.headers["location"]
+        wait_until(lambda: len(starts(store, store.get(task["id"]))) == begun)
+        wait_until(lambda: httpx.get(url + location).json()["stage"] == stage)
+        assert httpx.get(url + location).json()["state"] == "running"
+        server.kill()
+        server.wait()
+        wait_until(lambda: not _is_running(starts(store, store.get(task["id"]))[-1]))
+    return task, location
 
 
 def _is_running(process: int) -> bool:

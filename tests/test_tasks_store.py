@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.adaptation.plan import LOCK, PLAN, REFERENCES, Status, locked
+from models.adaptation.plan import LOCK, PLAN, REFERENCES, STATUS, Status, locked
 from models.bundle import DEFAULT_TASK
 from service.errors import Backlog, NotFound, StorageFull
 from service.tasks.store import retry_after
@@ -92,6 +92,8 @@ def test_delete_leaves_nothing(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     task = create(store)
     publish(store.jobs / task.id, store.tasks, make_plan())
+    for left in (".partial-", ".withdrawn-"):
+        (store.tasks / f"{left}{task.id}-x" / "inner").mkdir(parents=True)
     store.delete(task.id)
     assert store.find(task.id) is None
     assert list(store.tasks.iterdir()) == []
@@ -138,6 +140,22 @@ def test_too_many_jobs_are_refused(tmp_path: Path) -> None:
     assert create(store, seed=2).status.state == "queued"
 
 
+def test_no_key_fills_the_queue(tmp_path: Path) -> None:
+    """A caller with a key may have half of the unfinished jobs; others and those without go on."""
+    store = make_store(tmp_path, queued_tasks=5)
+    own = [create(store, owner="ann", seed=seed) for seed in range(2)]
+    with pytest.raises(Backlog, match=r"2 tasks of this key .* at most 2") as refused:
+        create(store, owner="ann", seed=2)
+    assert (refused.value.retry_after, refused.value.extra["limit"]) == (60, 2)
+    assert create(store, owner="ann").id == own[0].id
+    create(store, owner="bob", seed=3)
+    create(store, seed=4)
+    store.delete(own[0].id)
+    assert create(store, owner="ann", seed=2).status.state == "queued"
+    alone = make_store(tmp_path / "alone", queued_tasks=1)
+    assert create(alone, owner="ann").status.state == "queued"
+
+
 def test_the_disk_quota_names_what_to_delete(tmp_path: Path) -> None:
     """Past the quota a new task is a 507 with the bytes used, the limit and the largest tasks."""
     store = make_store(tmp_path, tasks_bytes=100_000)
@@ -169,16 +187,17 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
-    """What killed processes left goes, except a bundle that a running job may be making."""
+    """What killed processes left goes, except the bundle that a running job is making."""
     store = make_store(tmp_path)
     task = create(store)
     (store.jobs / task.id / LOCK).touch()
     for folder in (store.tasks, store.jobs):
         for name in (".trash-x", ".partial-x"):
             (folder / name / "inner").mkdir(parents=True)
+    (store.tasks / f".partial-{task.id}-x" / "inner").mkdir(parents=True)
     with locked(store.jobs / task.id):
         store.sweep()
-    assert [path.name for path in store.tasks.iterdir()] == [".partial-x"]
+    assert [path.name for path in store.tasks.iterdir()] == [f".partial-{task.id}-x"]
     assert {path.name for path in store.jobs.iterdir()} == {".lock", task.id}
     store.sweep()
     assert list(store.tasks.iterdir()) == []
@@ -194,6 +213,64 @@ def test_an_unreadable_job_is_passed_over(tmp_path: Path, caplog: pytest.LogCapt
     assert [task.id for task in store.all()] == [good.id]
     assert bad.id in caplog.text
     store.delete(bad.id)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 3), ("labels", [1, 2]), ("labels", "cat"), ("template", None), ("figures", [1]),
+        ("figures", {"clean": float("nan")}), ("adaptation", {"seed": float("inf")}),
+        ("name", "\ud800"),
+    ],
+)  # fmt: skip
+def test_an_odd_bundle_is_passed_over(tmp_path: Path, field: str, value: object) -> None:
+    """A manifest with a field of another type, or that no answer can hold, hides no other task."""
+    store, described = (
+        make_store(tmp_path),
+        json.loads((DEFAULT_TASK / "manifest.json").read_text()),
+    )
+    for name, changes in (("good", {}), ("odd", {field: value})):
+        (store.tasks / name).mkdir(parents=True)
+        (store.tasks / name / "manifest.json").write_text(json.dumps({**described, **changes}))
+    (store.tasks / "deep").mkdir()
+    (store.tasks / "deep" / "manifest.json").write_text("[" * 200_000 + "]" * 200_000)
+    assert [task.id for task in store.all()] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("name", "3"), ("owner", "[]"), ("created", '"now"'), ("created", "1e999"),
+        ("plan", '{"labels": []}'),
+    ],
+)  # fmt: skip
+def test_an_odd_plan_is_passed_over(tmp_path: Path, name: str, text: str) -> None:
+    """A job whose document holds a field of another type hides no other task."""
+    store = make_store(tmp_path)
+    good, bad = create(store), create(store, seed=1)
+    document = json.loads((store.jobs / bad.id / PLAN).read_text())
+    document[name] = "here"
+    (store.jobs / bad.id / PLAN).write_text(json.dumps(document).replace('"here"', text))
+    assert [task.id for task in store.all()] == [good.id]
+
+
+@pytest.mark.parametrize("odd", [{"figures": [1]}, {"state": "dreaming"}, {"progress": "half"}])
+def test_an_odd_status_is_passed_over(tmp_path: Path, odd: dict[str, Any]) -> None:
+    """A status that could not be told hides no other task."""
+    store = make_store(tmp_path)
+    good, bad = create(store), create(store, seed=1)
+    (store.jobs / bad.id / STATUS).write_text(json.dumps(odd))
+    assert [task.id for task in store.all()] == [good.id]
+
+
+def test_a_damaged_manifest_leaves_its_job_a_task(tmp_path: Path) -> None:
+    """A published job stays a task that can be posted again, whatever its manifest holds."""
+    store = make_store(tmp_path)
+    task = create(store)
+    publish(store.jobs / task.id, store.tasks, make_plan())
+    for text in ('{"figures": [1]}', "[" * 200_000, "[]", "{}", "9" * 5_000):
+        (store.tasks / task.id / "manifest.json").write_text(text)
+        assert store.get(task.id).status.figures == {}
 
 
 def test_references_show_every_label_first(tmp_path: Path) -> None:

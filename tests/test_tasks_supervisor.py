@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -213,6 +214,59 @@ async def test_trouble_with_the_disk_is_waited_out(
     async with supervising(store):
         await until(lambda: state(store, task.id) == "ready")
     assert caplog.text.count("cannot be looked after") == 2
+
+
+@pytest.mark.parametrize(("code", "kind"), [(28, "disk-full"), (5, "died")])
+async def test_a_failure_that_cannot_be_written_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int, kind: str
+) -> None:
+    """While a disk takes no status a dead job is not run again and others go on; then it fails."""
+    write, full, tried = Status.write, [True], []
+
+    def troubled(status: Status, folder: Path) -> None:
+        if full and status.state == "failed":
+            tried.append(folder.name)
+            raise OSError(code, "the disk takes nothing")
+        write(status, folder)
+
+    monkeypatch.setattr(Status, "write", troubled)
+    poison, other = create(store, "die"), create(store)
+    async with supervising(store, replace(FAST, aside=0.3)):
+        await until(lambda: state(store, other.id) == "ready")
+        await until(lambda: len(tried) >= 3)
+        assert len(starts(store, poison)) == 4
+        assert state(store, poison.id) == "running"
+        full.clear()
+        await until(lambda: state(store, poison.id) == "failed")
+    assert len(starts(store, poison)) == 4
+    assert len(tried) < 30
+    problem = store.get(poison.id).status.problem
+    assert problem is not None
+    assert problem["kind"] == kind
+
+
+async def test_a_job_that_cannot_be_started_is_put_aside(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble in one job's folder lets the next job go on, and the first one once it is over."""
+    first, other = create(store), create(store, seed=1)
+    (store.jobs / first.id / LOG).mkdir()
+    async with supervising(store, replace(FAST, aside=0.05)):
+        await until(lambda: state(store, other.id) == "ready")
+        assert starts(store, first) == []
+        (store.jobs / first.id / LOG).rmdir()
+        await until(lambda: state(store, first.id) == "ready")
+
+
+async def test_what_a_job_left_goes_at_its_end(store: Store) -> None:
+    """Half-made bundles of a job's killed processes are removed once it has ended."""
+    task = create(store, "wait")
+    async with supervising(store):
+        await until(lambda: store.get(task.id).status.stage == "finetuning")
+        (store.tasks / f".partial-{task.id}-x").mkdir()
+        (store.jobs / task.id / GO).touch()
+        await until(lambda: state(store, task.id) == "ready")
+        await until(lambda: [path.name for path in store.tasks.iterdir()] == [task.id])
 
 
 def test_the_log_is_bounded(store: Store) -> None:

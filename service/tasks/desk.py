@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
-from service.tasks.catalogue import Catalogue
+from service.tasks.catalogue import Catalogue, Refusal
 from service.tasks.schemas import TaskRequest, TaskResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task
@@ -28,13 +28,14 @@ class TaskDesk:
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
         """The task of these labels and settings, made if need be.
 
-        One that failed is tried again, and one whose bundle cannot be served is made anew. Raises
+        One that failed is tried again, and one whose bundle is damaged is made anew. Raises
         InvalidField, StorageFull and Backlog.
         """
         plan = asked.plan()
         made = plan, asked.name_of(plan), owner
         task = await asyncio.to_thread(self._store.create, *made)
-        if await self._refusal(task) is not None:
+        refusal = await self._refusal(task)
+        if refusal is not None and refusal.replaceable:
             await asyncio.to_thread(self._store.withdraw, task.id)
             await self._catalogue.refresh()
             task = await asyncio.to_thread(self._store.create, *made)
@@ -106,6 +107,9 @@ class TaskDesk:
                 stage=task.stage,
                 progress=task.progress,
             )
+        if (trouble := self._catalogue.unread.get(task_id)) is not None:
+            detail = f"The task {task.name!r} cannot be read now: {trouble}"
+            raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=task.state)
 
     async def _told(self, task: Task) -> TaskResponse:
         names = await asyncio.to_thread(self._store.references, task)
@@ -113,7 +117,10 @@ class TaskDesk:
         problem = _problem(task)
         if (refusal := await self._refusal(task)) is not None:
             status |= {"state": "failed", "progress": 0.0}
-            detail = f"Its bundle is not served: {refusal}. Post the same task to make it anew"
+            advice = "Post the same task to make it anew"
+            if not refusal.replaceable:
+                advice = "Another release of the service made it; delete it, or go back to that one"
+            detail = f"Its bundle is not served: {refusal.reason}. {advice}"
             problem = AdaptationFailed(detail, kind="incompatible").document()
         return TaskResponse(
             **status | {"problem": problem},
@@ -126,7 +133,7 @@ class TaskDesk:
             references=[f"/tasks/{task.id}/references/{name}" for name in names],
         )
 
-    async def _refusal(self, task: Task) -> str | None:
+    async def _refusal(self, task: Task) -> Refusal | None:
         """Why a published task is not served, or None; one that is new is looked at now."""
         if task.status.state != "ready":
             return None

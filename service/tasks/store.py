@@ -35,6 +35,7 @@ CHILD_SECONDS = 10.0
 """How long a removal waits for the job's process to be gone."""
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
 _LEFTOVERS = (".trash-", ".partial-")
+_WITHDRAWN = ".withdrawn-"
 _LARGEST_NAMED = 5
 _ENTRIES_READ = 1_000
 
@@ -61,14 +62,15 @@ class Store:
     def create(self, plan: Plan, name: str, owner: str | None) -> Task:
         """The plan's task, queued where there is none and again where it failed.
 
-        Raises StorageFull where tasks take all the room they may and Backlog for too many jobs.
+        Raises StorageFull where tasks take all the room they may and Backlog for too many jobs, of
+        all callers or, where callers have keys, of this one: no key may fill more than half.
         """
         task_id = plan.identity(self._secret)
         try:
             with self._alone():
                 found = self.find(task_id)
                 if found is None or found.status.state in ("failed", "cancelled"):
-                    self._check_room()
+                    self._check_room(owner)
                 if found is None:
                     document = {"plan": asdict(plan), "name": name, "owner": owner}
                     self._publish_job(task_id, document | {"created": time.time()})
@@ -90,7 +92,7 @@ class Store:
             return Task.of_job(job, bundle) if (job / PLAN).is_file() else Task.of_bundle(bundle)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             logger.error("task %s cannot be read: %s", task_id, error)
             return None
 
@@ -152,30 +154,38 @@ class Store:
             if job is not None:
                 _wait_until_free(job, CHILD_SECONDS)
             trash.append(self._out_of_sight(self.tasks / task_id))  # Published at the last moment.
+            leftovers = [
+                path
+                for prefix in (".partial-", _WITHDRAWN)
+                for path in self.tasks.glob(f"{prefix}{task_id}-*")
+            ]
         removed = [path for path in trash if path is not None]
-        for path in removed:
+        for path in [*removed, *leftovers]:
             shutil.rmtree(path, ignore_errors=True)
         if not removed:
             raise NotFound("There is no such task, or no longer", task=task_id)
 
     def withdraw(self, task_id: str) -> None:
-        """Remove a published bundle that cannot be served; its job, if there is one, stays."""
+        """Put a published bundle that cannot be served aside, until another is in its place.
+
+        Its job, if there is one, stays.
+        """
         with self._alone():
-            trash = self._out_of_sight(self.tasks / task_id)
-        if trash is not None:
-            shutil.rmtree(trash, ignore_errors=True)
+            self._out_of_sight(self.tasks / task_id, _WITHDRAWN)
 
     def sweep(self) -> None:
         """Remove what killed processes left: half-made folders, and those out of sight.
 
-        Bundles in the making are let be while any job runs, for one may be its own.
+        Bundles that a running job makes are let be, and those put aside until there is another.
         """
         with self._alone():
-            running = any(is_running(job) for job in _folders(self.jobs))
-            spared = (".partial-",) if running else ()
-            for folder, kept in ((self.jobs, ()), (self.tasks, spared)):
-                for path in folder.iterdir() if folder.is_dir() else ():
-                    if path.name.startswith(_LEFTOVERS) and not path.name.startswith(kept):
+            names = [job.name for job in _folders(self.jobs) if is_running(job)]
+            running = tuple(f".partial-{name}-" for name in names)
+            replaced = tuple(f"{_WITHDRAWN}{path.name}-" for path in _folders(self.tasks))
+            for folder in (self.jobs, self.tasks):
+                for path in folder.iterdir():
+                    left = path.name.startswith(_LEFTOVERS) and not path.name.startswith(running)
+                    if left or path.name.startswith(replaced):
                         shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
@@ -187,15 +197,14 @@ class Store:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
-    def _check_room(self) -> None:
+    def _check_room(self, owner: str | None) -> None:
         unfinished = self.unfinished()
+        own = [task for task in unfinished if task.owner == owner]
+        most_own = max(1, self._most_jobs // 2)
         if len(unfinished) >= self._most_jobs:
-            etas = [t.status.eta_seconds for t in unfinished if t.status.eta_seconds is not None]
-            raise Backlog(
-                f"{len(unfinished)} tasks are being made; at most {self._most_jobs} may be",
-                retry_after=retry_after(min(etas, default=None), RETRY_SECONDS),
-                limit=self._most_jobs,
-            )
+            raise _too_many(unfinished, self._most_jobs, "tasks are being made")
+        if owner is not None and len(own) >= most_own:
+            raise _too_many(own, most_own, "tasks of this key are being made")
         used = self.usage()
         if (total := sum(used.values())) >= self._most_bytes:
             raise _storage_full(total, self._most_bytes, used)
@@ -211,9 +220,9 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _out_of_sight(self, folder: Path) -> Path | None:
+    def _out_of_sight(self, folder: Path, prefix: str = ".trash-") -> Path | None:
         """Where the folder lies now, or None where there was none."""
-        trash = folder.with_name(f".trash-{folder.name}-{time.time_ns()}")
+        trash = folder.with_name(f"{prefix}{folder.name}-{time.time_ns()}")
         try:
             folder.rename(trash)
         except FileNotFoundError:
@@ -257,6 +266,15 @@ def _bytes_in(path: Path) -> int:
             except OSError:
                 continue
     return total
+
+
+def _too_many(unfinished: Sequence[Task], most: int, what: str) -> Backlog:
+    etas = [t.status.eta_seconds for t in unfinished if t.status.eta_seconds is not None]
+    return Backlog(
+        f"{len(unfinished)} {what}; at most {most} may be",
+        retry_after=retry_after(min(etas, default=None), RETRY_SECONDS),
+        limit=most,
+    )
 
 
 def _storage_full(used: int, limit: int, by_task: Mapping[str, int]) -> StorageFull:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -36,18 +37,21 @@ GRACE_SECONDS = 2.0
 @dataclass(frozen=True, slots=True)
 class Patience:
     """Seconds: between two looks at a process, between two looks for jobs, before a process that
-    died is started again, and without news until it counts as hung."""
+    died is started again, without news until it counts as hung, and for which a job is put aside
+    whose folder is in trouble."""
 
     look: float = 0.2
     poll: float = 1.0
     restart: float = 1.0
     news: float = 1_800.0
+    aside: float = 60.0
 
 
 class Run:
     """One job's processes, one after another until the job has ended; a step takes no time.
 
-    A job that another process looks after is only watched. `stop` must be called in the end.
+    A job that another process looks after is only watched. `stop` must be called in the end; a run
+    that was stopped can go on, and knows how often its processes have died.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Run:
         self._claim: BinaryIO | None = None
         self._start_at = clock()
         self._deaths = 0
+        self._last_death = ""
+        self._disk_was_full = False
         self._furthest = 0.0
         self._news: tuple[int, float] = (0, clock())
 
@@ -75,7 +81,10 @@ class Run:
         return self._claim is not None
 
     def step(self) -> bool:
-        """Look after the process; True once nothing is left to do: ended, or removed."""
+        """Look after the process; True once nothing is left to do: ended, or removed.
+
+        Raises OSError where the job's folder is in trouble.
+        """
         if not self.job.is_dir():
             self._kill()
             return True
@@ -92,11 +101,15 @@ class Run:
 
     def stop(self) -> None:
         """End the process, if there is one; the job can go on later from its checkpoints."""
-        if self._child is not None:
-            self._end(self._child)
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        try:
+            if self._child is not None:
+                self._end(self._child)
+        except OSError:
+            logger.exception("job %s: its status cannot be written", self.job.name)
+        finally:
+            if self._claim is not None:
+                self._claim.close()
+                self._claim = None
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         if child.stdin is not None:
@@ -113,8 +126,11 @@ class Run:
     def _start_if_needed(self) -> bool:
         if Status.read(self.job).ended:
             return not is_running(self.job)
-        if self._claimed() and self._clock() >= self._start_at and not is_running(self.job):
-            self._start()
+        if not self._claimed() or self._clock() < self._start_at or is_running(self.job):
+            return False
+        if self._deaths > RESTARTS:
+            return self._give_up()
+        self._start()
         return False
 
     def _claimed(self) -> bool:
@@ -162,22 +178,36 @@ class Run:
     def _died(self, code: int) -> bool:
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
         logger.error("job %s: its process %s; see its %s", self.job.name, how, LOG)
-        status = Status.read(self.job)
-        if status.progress > self._furthest:
-            self._furthest, self._deaths = status.progress, 0
-        self._deaths += 1
-        if self._deaths <= RESTARTS:
-            self._start_at = self._clock() + self._patience.restart
-            return False
+        progress = Status.read(self.job).progress
+        if progress > self._furthest:
+            self._furthest, self._deaths = progress, 0
+        self._deaths, self._last_death = self._deaths + 1, how
+        if self._deaths > RESTARTS:
+            return self._give_up()
+        self._start_at = self._clock() + self._patience.restart
+        return False
+
+    def _give_up(self) -> bool:
+        """Let the job fail; where that cannot be written it is for the next step to do."""
+        failed = Status.read(self.job).changed(state="failed", finished=time.time())
+        failed = failed.changed(problem=self._problem(), eta_seconds=None)
+        try:
+            failed.write(self.job)
+        except OSError as error:
+            self._disk_was_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise
+        return True
+
+    def _problem(self) -> dict[str, str]:
+        kind, cause = "died", "Too little memory is the likeliest cause"
+        if self._disk_was_full:
+            kind, cause = "disk-full", "The disk was full: make room on it, or delete tasks"
         detail = (
             f"The adaptation's process died {self._deaths} times without getting further; the last "
-            f"one {how}. Too little memory is the likeliest cause; jobs/{self.job.name}/{LOG} in "
-            "the data directory has its last words. Post the same task to try again"
+            f"one {self._last_death}. {cause}; jobs/{self.job.name}/{LOG} in the data directory "
+            "has its last words. Post the same task to try again"
         )
-        problem = {"kind": "died", "detail": detail}
-        failed = status.changed(state="failed", problem=problem, finished=time.time())
-        failed.changed(eta_seconds=None).write(self.job)
-        return True
+        return {"kind": kind, "detail": detail}
 
     def _kill(self) -> None:
         if self._child is not None:
@@ -192,7 +222,10 @@ class Run:
 
 
 class Supervisor:
-    """A companion of the app: runs the store's unfinished jobs in the order they were made."""
+    """A companion of the app: runs the store's unfinished jobs in the order they were made.
+
+    A job whose folder is in trouble is put aside for a while, and the others go on.
+    """
 
     def __init__(
         self, store: Store, command: Sequence[str] = JOB, patience: Patience | None = None
@@ -200,6 +233,7 @@ class Supervisor:
         self._store = store
         self._command = command
         self._patience = patience or Patience()
+        self._aside: dict[str, tuple[float, Run]] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run jobs until `stop`, then end the one that runs so that it can go on later."""
@@ -218,6 +252,7 @@ class Supervisor:
         """Run jobs as long as there are any that nobody else runs."""
         while not stop.is_set():
             waiting = await asyncio.to_thread(self._store.unfinished)
+            self._aside = {t.id: self._aside[t.id] for t in waiting if t.id in self._aside}
             for task in waiting:
                 if await self._run(task, stop):
                     break
@@ -225,9 +260,11 @@ class Supervisor:
                 return
 
     async def _run(self, task: Task, stop: asyncio.Event) -> bool:
-        """Run the job to its end, or until `stop`; False where it is not this process' to run."""
+        """Run the job to its end, or until `stop`; False where it is not to be run here or now."""
         job = self._store.jobs / task.id
-        run = Run(job, self._store.tasks, self._command, self._patience)
+        run = self._run_of(job)
+        if run is None:
+            return False
         try:
             while not stop.is_set() and not run.step():
                 if not run.is_mine:
@@ -237,10 +274,25 @@ class Supervisor:
             if run.is_mine:
                 await asyncio.to_thread(run.stop)
                 _count(self._store.find(task.id))
+                await asyncio.to_thread(self._store.sweep)
+        except Exception:
+            logger.exception("job %s is put aside for %g s", task.id, self._patience.aside)
+            self._aside[task.id] = time.monotonic() + self._patience.aside, run
+            return False
         finally:
             telemetry.ADAPTATION_PROGRESS.set(float("nan"))
             run.stop()  # Where the supervisor itself is cancelled.
         return True
+
+    def _run_of(self, job: Path) -> Run | None:
+        """A new run, the one that was put aside, or None while that is not due."""
+        due, run = self._aside.get(job.name, (0.0, None))
+        if run is None:
+            return Run(job, self._store.tasks, self._command, self._patience)
+        if time.monotonic() < due:
+            return None
+        del self._aside[job.name]
+        return run
 
 
 def _count(task: Task | None) -> None:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from models.adaptation.plan import PLAN, Plan, Status
 
@@ -34,9 +36,13 @@ class Task:
     settings: Mapping[str, Any]
     status: Status
 
-    @classmethod
-    def of_job(cls, folder: Path, bundle: Path) -> Self:
-        """The task of an adaptation job; ready means published, whatever its status says yet."""
+    @staticmethod
+    def of_job(folder: Path, bundle: Path) -> Task:
+        """The task of an adaptation job; ready means published, whatever its status says yet.
+
+        Raises OSError, and ValueError, TypeError, KeyError, AttributeError or RecursionError for
+        documents that are not a job's.
+        """
         described = json.loads((folder / PLAN).read_text())
         plan, status = Plan.read(folder), Status.read(folder)
         published = (bundle / MANIFEST).is_file()
@@ -45,14 +51,14 @@ class Task:
                 "ready",
                 progress=1.0,
                 losses=status.losses,
-                figures=json.loads((bundle / MANIFEST).read_text()).get("figures", {}),
+                figures=_figures(bundle / MANIFEST),
                 started=status.started,
                 finished=(bundle / MANIFEST).stat().st_mtime,
             )
         if status.state == "ready" and not published:
             status = status.changed(state="cancelled", progress=0.0)
         settings = {name: value for name, value in asdict(plan).items() if name in _SETTINGS}
-        return cls(
+        task = Task(
             id=folder.name,
             name=described["name"],
             owner=described["owner"],
@@ -62,20 +68,43 @@ class Task:
             settings=settings,
             status=status,
         )
+        return _checked(task)
 
-    @classmethod
-    def of_bundle(cls, folder: Path) -> Self:
-        """The task of a bundle that came without its job."""
+    @staticmethod
+    def of_bundle(folder: Path) -> Task:
+        """The task of a bundle that came without its job; raises as `of_job` does."""
         manifest = folder / MANIFEST
         described, created = json.loads(manifest.read_text()), manifest.stat().st_mtime
         adaptation = described.get("adaptation", {})
-        return cls(
+        task = Task(
             id=folder.name,
             name=described.get("name", ""),
             owner=None,
             created=created,
-            labels=tuple(described["labels"]),
+            labels=described["labels"],
             template=described["template"],
             settings={name: adaptation[name] for name in _SETTINGS if name in adaptation},
             status=Status("ready", progress=1.0, figures=described["figures"], finished=created),
         )
+        return _checked(task)
+
+
+_STATES = ("queued", "running", "ready", "failed", "cancelled")
+_TYPES = TypeAdapter(Task)
+
+
+def _checked(task: Task) -> Task:
+    """The task; raises ValueError where a field has another type or cannot be told as JSON."""
+    checked = _TYPES.validate_python(asdict(task))
+    if checked.status.state not in _STATES:
+        raise ValueError(f"the state is {checked.status.state!r}")
+    json.dumps(asdict(checked), ensure_ascii=False, allow_nan=False).encode()
+    return checked
+
+
+def _figures(manifest: Path) -> dict[str, Any]:
+    """What was measured, or nothing where the manifest is damaged: its task can be made anew."""
+    try:
+        return dict(json.loads(manifest.read_text())["figures"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}

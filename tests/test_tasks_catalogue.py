@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import bundle as bundles
+from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
+from service.tasks import catalogue as catalogues
+from service.tasks.catalogue import Catalogue
+from service.tasks.desk import TaskDesk
+from service.tasks.schemas import TaskRequest
+from tests.adapting import make_store
+from tests.serving import SECRET, TASKS, problem
+from tests.test_tasks_api import adapting, body, made
+
+
+def put(tasks: Path, name: str, **changes: Any) -> Path:
+    """A bundle of this name whose manifest differs in some fields."""
+    folder = tasks / name
+    shutil.copytree(DEFAULT_TASK, folder)
+    described = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(described | {"id": name} | changes))
+    return folder
+
+
+def nested(levels: int) -> str:
+    return '{"a": ' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        '{"schema": ' + "9" * 5_000 + "}",
+        nested(200_000),
+        "[1]",
+        '{"schema": 2}',
+        json.dumps({**read_bundle(DEFAULT_TASK).manifest, "id": "odd", "k": 1}).replace(
+            '"k": 1', '"k": 1e999'
+        ),
+    ],
+    ids=["digits", "nesting", "a list", "empty", "infinite"],
+)
+async def test_an_odd_manifest_refuses_its_own_bundle_alone(tmp_path: Path, manifest: str) -> None:
+    """Whatever a manifest holds, its bundle is refused by name and every other one is served."""
+    put(tmp_path, "good")
+    (put(tmp_path, "odd") / "manifest.json").write_text(manifest)
+    catalogue = Catalogue(TASKS, tmp_path)
+    await catalogue.refresh()
+    assert set(catalogue) == {"default", "good"}
+    assert set(catalogue.refused) == {"odd"}
+    assert catalogue.refused["odd"].replaceable
+
+
+async def test_any_error_refuses_one_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw while one bundle is read stops the reading of no other."""
+    put(tmp_path, "good")
+    put(tmp_path, "odd")
+    read = catalogues.read_bundle
+
+    def troubled(folder: Path) -> Bundle:
+        if folder.name == "odd":
+            raise RecursionError("too deep")
+        return read(folder)
+
+    monkeypatch.setattr(catalogues, "read_bundle", troubled)
+    catalogue = Catalogue(TASKS, tmp_path)
+    await catalogue.refresh()
+    assert set(catalogue) == {"default", "good"}
+    assert catalogue.refused["odd"].reason == "too deep"
+
+
+def changed_base(tmp_path: Path) -> tuple[Path, Base]:
+    """A base network's folder, and what a bundle says of it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"as they were")
+    return folder, Base.of("super-resolution", str(folder), ["*"])
+
+
+async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bundles on the same base networks the first has them hashed, until a file changes."""
+    folder, base = changed_base(tmp_path)
+    hashed: list[Path] = []
+    sha256_of = bundles.sha256_of
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(bundles, "sha256_of", counting)
+    catalogue = Catalogue(TASKS, tmp_path / "tasks")
+    for name in ("a", "b"):
+        put(tmp_path / "tasks", name, denoiser=asdict(base))
+    await catalogue.refresh()
+    assert set(catalogue) == {"default", "a", "b"}
+    assert hashed.count(folder / "weights.safetensors") == 1
+    (folder / "weights.safetensors").write_bytes(b"of another release")
+    for name in ("c", "d"):
+        put(tmp_path / "tasks", name, classifier=asdict(base))
+    await catalogue.refresh()
+    assert set(catalogue.refused) == {"c", "d"}
+    assert "weights.safetensors" in catalogue.refused["c"].reason
+    assert hashed.count(folder / "weights.safetensors") == 2
+
+
+async def test_a_task_whose_base_has_changed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that are no longer those a bundle was made on fail the task; a POST remakes it."""
+    folder, base = changed_base(tmp_path)
+    async with adapting(tmp_path / "data") as service:
+        location = await made(service)
+        task_id = location.rpartition("/")[2]
+        manifest = tmp_path / "data" / "tasks" / task_id / "manifest.json"
+        described = json.loads(manifest.read_text())
+        (folder / "weights.safetensors").write_bytes(b"of another release")
+        manifest.write_text(json.dumps(described | {"denoiser": asdict(base)}))
+        await service.catalogue.refresh()
+        task = (await service.client.get(location)).json()
+        assert (task["state"], task["problem"]["kind"]) == ("failed", "incompatible")
+        assert "Post the same task" in task["problem"]["detail"]
+        again = await service.client.post("/tasks", json=body())
+        assert again.json()["state"] == "queued"
+        await service.until_state(location, "ready")
+        assert task_id in service.catalogue
+    assert [path.name for path in (tmp_path / "data" / "tasks").iterdir()] == [task_id]
+
+
+async def test_a_later_releases_bundle_is_let_be(tmp_path: Path) -> None:
+    """A schema that this release does not know is the task's problem; a POST changes nothing."""
+    async with adapting(tmp_path) as service:
+        location = await made(service)
+        manifest = tmp_path / "tasks" / location.rpartition("/")[2] / "manifest.json"
+        described = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(described | {"schema": 99}))
+        await service.catalogue.refresh()
+        told = (await service.client.post("/tasks", json=body())).json()
+        assert told["state"] == "failed"
+        assert "schema version 99" in told["problem"]["detail"]
+        assert "delete it" in told["problem"]["detail"]
+        assert json.loads(manifest.read_text())["schema"] == 99
+        assert (await service.client.delete(location)).status_code == 204
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_passing_trouble_is_held_against_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """Too many open files refuse nothing: the bundle stays, and is read at the next look."""
+    async with adapting(tmp_path) as service:
+        location = await made(service)
+        task_id = location.rpartition("/")[2]
+        manifest = tmp_path / "tasks" / task_id / "manifest.json"
+        read = catalogues.read_bundle
+
+        def troubled(folder: Path) -> Bundle:
+            error = OSError(24, "Too many open files")
+            if wrapped:
+                raise bundles.BundleError("cannot be read") from error
+            raise error
+
+        monkeypatch.setattr(catalogues, "read_bundle", troubled)
+        os.utime(manifest)
+        await service.catalogue.refresh()
+        assert task_id not in service.catalogue
+        assert service.catalogue.refused == {}
+        response = await service.ask(task=task_id)
+        assert "cannot be read now" in problem(response, 503, "task-not-ready")["detail"]
+        inode = manifest.stat().st_ino
+        assert (await service.client.post("/tasks", json=body())).status_code == 200
+        assert manifest.stat().st_ino == inode
+        monkeypatch.setattr(catalogues, "read_bundle", read)
+        await service.catalogue.refresh()
+        assert task_id in service.catalogue
+
+
+async def test_a_folder_that_cannot_be_looked_at_stays_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that fails takes no bundle away that was served before."""
+    put(tmp_path, "good")
+    catalogue = Catalogue(TASKS, tmp_path)
+    await catalogue.refresh()
+    served = catalogue["good"]
+
+    def troubled(folder: Path) -> catalogues.Signature:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(catalogues, "_signature", troubled)
+    await catalogue.refresh()
+    assert catalogue["good"] is served
+
+
+async def test_the_old_bundle_stays_until_the_new_is_there(tmp_path: Path) -> None:
+    """What was posted again lies aside until its job has published another bundle."""
+    store = make_store(tmp_path)
+    catalogue = Catalogue(TASKS, store.tasks)
+    desk = TaskDesk(store, catalogue)
+    asked = TaskRequest(labels=["cat", "dog"])
+    task_id = asked.plan().identity(SECRET)
+    damaged = put(store.tasks, task_id)
+    (damaged / "prompt_states.safetensors").write_bytes(b"damaged")
+    assert (await desk.create(asked, None)).state == "queued"
+    (aside,) = store.tasks.iterdir()
+    assert aside.name.startswith(f".withdrawn-{task_id}-")
+    store.sweep()
+    assert aside.exists()
+    put(store.tasks, task_id)
+    store.sweep()
+    assert [path.name for path in store.tasks.iterdir()] == [task_id]
