@@ -12,11 +12,12 @@ import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.adaptation.synthesize import Cascade, Sampling
+from models.adaptation.synthesize import Cascade, Sampling, encode
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.denoiser import encode_prompts
 from models.evaluation.datasets import CIFAR10_LABELS, evaluation_slice
 from models.nano.captions import vocabulary
+from models.sets import DENOISER_SETS
 from models.smoothing import load
 
 NANO = MODELS / "nano"
@@ -88,11 +89,12 @@ def test_denoiser_comes_nearer_to_the_truth() -> None:
 def test_cascade_draws_what_it_is_told(word: str) -> None:
     """Of four images made from a name, the head recognises at least two; seeds repeat them."""
     bundle = read_bundle(DEFAULT_TASK)
-    cascade = Cascade(NANO / "weights" / "stage1", NANO / "weights" / "stage2", torch.device("cpu"))
-    prompts, quick = [bundle.template.format(word)] * 4, Sampling(steps=15, upscale_steps=10)
-    images = cascade(prompts, range(4), quick)
+    stages, device = DENOISER_SETS["nano"].folders, torch.device("cpu")
+    states = encode(stages[0], [*[bundle.template.format(word)] * 4, ""], device, torch.float32)
+    cascade, quick = Cascade(*stages, device), Sampling(steps=15, upscale_steps=10)
+    images = cascade(states[:-1], states[-1], range(4), quick)
     assert images.shape == (4, 32, 32, 3)
-    assert np.array_equal(images, cascade(prompts, range(4), quick))
+    assert np.array_equal(images, cascade(states[:-1], states[-1], range(4), quick))
     classifier = load(bundle, dtype=torch.float32).classifier
     x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():

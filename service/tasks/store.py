@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from models.adaptation.plan import LOCK, PLAN, REFERENCES, Plan, Status, write_json
+from models.files import flush
 from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
 from service.tasks.task import Task, is_task_id
@@ -213,9 +214,9 @@ class Store:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.jobs))
         try:
             write_json(partial / PLAN, document)
-            _sync(partial)
+            flush(partial)
             partial.rename(self.jobs / task_id)
-            _sync(self.jobs)
+            flush(self.jobs)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -227,7 +228,7 @@ class Store:
             folder.rename(trash)
         except FileNotFoundError:
             return None
-        _sync(folder.parent)
+        flush(folder.parent)
         return trash
 
 
@@ -287,11 +288,3 @@ def _storage_full(used: int, limit: int, by_task: Mapping[str, int]) -> StorageF
         limit=limit,
         largest=[{"task": task_id, "bytes": size} for size, task_id in largest],
     )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
