@@ -53,6 +53,14 @@ class Numerics:
         """As plain JSON values, for `Bundle.served_digest`."""
         return asdict(self)
 
+    def padding(self, rows: int) -> int:
+        """Rows that the networks compute for nothing where so many are asked for."""
+        return -rows % self.batch_rows
+
+    def device_rows(self, lanes: int) -> int:
+        """Most rows of a device batch that so many lanes share; one batch where there are none."""
+        return self.batch_rows * max(1, BATCHES_A_LANE * lanes)
+
     @classmethod
     def of(
         cls,
@@ -95,7 +103,7 @@ class SmoothedModel:
         self.numerics = numerics
         self.digest = digest
         self.lanes = lanes
-        self.batch_rows = numerics.batch_rows * max(1, BATCHES_A_LANE * lanes)
+        self.batch_rows = numerics.device_rows(lanes)
         self.classes = len(classifier.labels)
         self._device = device
         self._pool = (
@@ -104,7 +112,7 @@ class SmoothedModel:
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
-        return -rows % self.numerics.batch_rows
+        return self.numerics.padding(rows)
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
-from models.smoothing import BATCHES_A_LANE, Numerics, Rows, SmoothedModel
+from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import DeviceFailed
 from service.worker import ModelUnavailable
 
@@ -100,7 +100,7 @@ class TaskModel:
         self.numerics = loading.numerics
         self.lanes = loading.lanes
         self.digest = bundle.served_digest(loading.numerics.described())
-        self.batch_rows = loading.numerics.batch_rows * max(1, BATCHES_A_LANE * loading.lanes)
+        self.batch_rows = loading.numerics.device_rows(loading.lanes)
         self.classes = len(bundle.labels)
         self._networks = networks
         self._loaded: SmoothedModel | None = None
@@ -113,7 +113,7 @@ class TaskModel:
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
-        return -rows % self.numerics.batch_rows
+        return self.numerics.padding(rows)
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch, loading the networks if need be.

@@ -25,9 +25,9 @@ class Progress:
         shares = {name: share for name, share in SHARES.items() if not left_out.get(name)}
         self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
         self._folder = folder
-        self.status = Status.read(folder)
-        started = self.status.started or time.time()
-        self.status = Status("running", started=started, losses=self.status.losses)
+        earlier = Status.read(folder)
+        started = earlier.started or time.time()
+        self.status = Status("running", started=started, losses=earlier.losses)
         self._written = 0.0
         self._began: tuple[float, float] | None = None
 
