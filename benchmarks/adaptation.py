@@ -1,9 +1,10 @@
 """What adaptation gives: `python -m benchmarks.adaptation --labels cat,dog,frog,ship`.
 
-Adapts a task from its words, then certifies labelled images with the same noise three times: with
-nothing adapted, with the personalized denoiser, and with the fine-tuned classifier behind it.
-Prints one JSON with each one's figures and, for each step, the difference of ACR and of certified
-accuracy with its paired-bootstrap 95 % interval.
+Adapts a task from its words, then certifies labelled images under the same noise with nothing
+adapted, with the personalized denoiser, and with the fine-tuned classifier behind it, which see the
+same denoised rows. Prints one JSON with each one's figures and, for each step, the difference of
+ACR and of certified accuracy with its paired-bootstrap 95 % interval. With `--work`, job and votes
+are kept there, and another call goes on image by image.
 """
 
 from __future__ import annotations
@@ -13,27 +14,35 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
+from models.classifier import Classifier
 from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
 from models.evaluation.tables import (
     EPSILONS,
     Certified,
-    certify_images,
+    image_votes,
+    outcome,
     paired_bootstrap,
     summarise,
 )
 from models.runtime import RUNTIMES
-from models.smoothing import best_device, load
+from models.smoothing import SmoothedModel, best_device, load
 
 SLICE = Path("tests/data/cifar10-slice.png")
 
@@ -52,27 +61,51 @@ def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
     return read_bundle(work / "tasks" / "task"), time.perf_counter() - began
 
 
-def variants(bundle: Bundle, work: Path) -> dict[str, Bundle]:
-    """The bundle as it is, without its tuned classifier, and without its adapter either."""
-    whole = dict(bundle.files)
-    personalized = {name: sha256 for name, sha256 in whole.items() if name != TUNED}
+def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
+    """The bundle without adapter and tuned classifier, without the latter, and as it is; those that
+    share a denoiser side by side. The first's digest does not depend on how the others were made.
+    """
     default = read_bundle(DEFAULT_TASK)
     blank = work / "blank"
     blank.mkdir(exist_ok=True)
     shutil.copy(default.folder / PROMPT_STATES, blank)
-    found = {
-        "zero-shot": replace(
-            bundle,
-            prompt=default.prompt,
-            files={PROMPT_STATES: default.files[PROMPT_STATES]},
-            folder=blank,
-        )
-    }
-    if ADAPTER in whole:
-        found["personalized"] = replace(bundle, files=personalized)
-    if TUNED in whole:
-        found["personalized and fine-tuned"] = bundle
-    return found
+    states = {PROMPT_STATES: default.files[PROMPT_STATES]}
+    bare = replace(bundle, prompt=default.prompt, files=states, folder=blank, adaptation={})
+    groups = [{"zero-shot": bare}]
+    if ADAPTER in bundle.files:
+        kept = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
+        groups.append({"personalized": replace(bundle, files=kept)})
+    if TUNED in bundle.files:
+        both = ADAPTER in bundle.files
+        groups[-1]["personalized and fine-tuned" if both else "fine-tuned"] = bundle
+    return groups
+
+
+class Together:
+    """Classifiers of the same labels as one: its label is what each of them says of a row."""
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        self._each = classifiers
+        combined = product(*(classifier.labels for classifier in classifiers))
+        self.labels = tuple(", ".join(names) for names in combined)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One-hot (B, K ** classifiers); NaN where logits are not finite."""
+        place = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for classifier in self._each:
+            logits = classifier(x)
+            place = place * len(classifier.labels) + logits.argmax(1)
+            finite &= torch.isfinite(logits).all(1)
+        said = F.one_hot(place, len(self.labels)).float()
+        return said.where(finite[:, None], torch.nan)
+
+
+def apart(counts: NDArray[np.int64], classes: int, classifiers: int) -> list[list[int]]:
+    """Each classifier's votes (K,) from votes for what they say together."""
+    together = counts.reshape((classes,) * classifiers)
+    axes = range(classifiers)
+    return [together.sum(tuple(a for a in axes if a != own)).tolist() for own in axes]
 
 
 def radii(outcomes: list[Certified]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -111,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch")
-    parser.add_argument("--work", type=Path, help="keep the job here, and go on with it")
+    parser.add_argument("--work", type=Path, help="keep job and votes here, and go on with them")
     arguments = parser.parse_args()
     labels = tuple(arguments.labels.split(","))
     plan = Plan.checked(
@@ -126,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         bundle, seconds = adapted(plan, work)
-        report = measured(arguments, variants(bundle, work), data)
+        report = measured(arguments, variants(bundle, work), data, work)
     print(
         json.dumps(
             {
@@ -147,29 +180,73 @@ def main() -> None:
 
 
 def measured(
-    arguments: argparse.Namespace, bundles: dict[str, Bundle], data: LabelledImages
+    arguments: argparse.Namespace, groups: list[dict[str, Bundle]], data: LabelledImages, work: Path
 ) -> dict[str, Any]:
+    """Each sigma's figures, by variant."""
     report: dict[str, Any] = {f"{sigma:g}": {} for sigma in arguments.sigma}
-    runs: dict[tuple[str, float], list[Certified]] = {}
-    for name, bundle in bundles.items():
-        model = load(bundle, runtime=RUNTIMES[arguments.runtime]())
+    bases: dict[float, list[Certified]] = {}
+    for group in groups:
+        models = [load(b, runtime=RUNTIMES[arguments.runtime]()) for b in group.values()]
+        first = models[0]
+        together = SmoothedModel(
+            first.denoiser,
+            Together([model.classifier for model in models]),
+            first.numerics,
+            best_device(),
+            "-".join(model.digest[:12] for model in models),
+            first.lanes,
+        )
         for sigma in arguments.sigma:
-            run_of = certify_images(
-                model, data, sigma, arguments.n0, arguments.n, arguments.alpha, arguments.seed
-            )
-            console = Console(stderr=True)
-            outcomes = list(track(run_of, f"{name}, sigma {sigma:g}", len(data), console=console))
-            summary = summarise(outcomes)
-            runs[name, sigma] = outcomes
-            found: dict[str, Any] = {
-                "one noisy row": round(summary.row_accuracy, 4),
-                "certified at radius": {e: round(c, 4) for e, c in summary.certified.items()},
-                "average certified radius": round(summary.average_certified_radius, 4),
-            }
-            if name != "zero-shot":
-                found["beside zero-shot"] = compared(runs["zero-shot", sigma], outcomes)
-            report[f"{sigma:g}"][name] = found
+            runs = certified(arguments, together, list(group), data, sigma, work)
+            for name, outcomes in runs.items():
+                summary = summarise(outcomes)
+                found: dict[str, Any] = {
+                    "one noisy row": round(summary.row_accuracy, 4),
+                    "certified at radius": {e: round(c, 4) for e, c in summary.certified.items()},
+                    "average certified radius": round(summary.average_certified_radius, 4),
+                }
+                base = bases.setdefault(sigma, outcomes)
+                if base is not outcomes:
+                    found["beside zero-shot"] = compared(base, outcomes)
+                report[f"{sigma:g}"][name] = found
     return report
+
+
+def certified(
+    arguments: argparse.Namespace,
+    model: SmoothedModel,
+    names: list[str],
+    data: LabelledImages,
+    sigma: float,
+    work: Path,
+) -> dict[str, list[Certified]]:
+    """Every image's outcome by variant; votes that `work` holds are not counted again."""
+    classes = len(data.names)
+    settings = f"{sigma:g}-{arguments.n0}-{arguments.n}-{arguments.seed}"
+    split = "held-back" if arguments.data else "slice"
+    path = work / f"votes-{split}-{settings}-{model.digest}.jsonl"
+    known = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in known if line.endswith("\n")]
+    told = ", ".join(names)
+    with path.open("w") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        missing = range(len(lines), len(data))
+        for index in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
+            counted = image_votes(
+                model, data, index, sigma, arguments.n0, arguments.n, arguments.seed
+            )
+            votes = [apart(counts, classes, len(names)) for counts in counted]
+            lines.append(json.dumps(votes) + "\n")
+            stream.write(lines[-1])
+            stream.flush()
+    found: dict[str, list[Certified]] = {name: [] for name in names}
+    for index, line in enumerate(lines[: len(data)]):
+        selections, estimations = json.loads(line)
+        for name, selection, estimation in zip(names, selections, estimations, strict=True):
+            both = np.array(selection), np.array(estimation)
+            found[name].append(outcome(data, index, *both, sigma, arguments.alpha))
+    return found
 
 
 if __name__ == "__main__":

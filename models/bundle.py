@@ -6,12 +6,12 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models.files import flush
+from models.files import flush, written_whole
 
 SCHEMA = 2
 PROMPT_STATES = "prompt_states.safetensors"
@@ -44,23 +44,34 @@ class Base:
     files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kind: str, folder: str, patterns: Sequence[str]) -> Base:
+    def of(
+        cls,
+        kind: str,
+        folder: str,
+        patterns: Sequence[str],
+        sha256: Callable[[Path], str] | None = None,
+    ) -> Base:
         """A base network as it is on disk now: every file that a glob pattern names."""
-        root = MODELS / folder
-        found = sorted(path for pattern in patterns for path in root.glob(pattern))
-        names = {path.relative_to(root).as_posix(): sha256_of(path) for path in found}
+        root, sha256 = MODELS / folder, sha256 or sha256_of
+        found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+        names = {path.relative_to(root).as_posix(): sha256(path) for path in sorted(found)}
         return cls(kind, folder, names)
 
     def verified(self) -> Path:
         """The folder to load from.
 
-        Raises BundleError where a file is missing or is not the one the bundle was made with.
+        Raises BundleError where a file is missing or is not the one the bundle was made with, or
+        where other weights lie beside them.
         """
         folder = MODELS / self.folder
         if self.folder and not any(name.endswith(SAFETENSORS) for name in self.files):
             raise BundleError(f"{folder}: no safetensors file is listed for the base network")
         for name, sha256 in self.files.items():
             _verify(folder, name, sha256)
+        for beside in sorted({(folder / name).parent for name in self.files}):
+            for path in sorted([*beside.glob(f"*{SAFETENSORS}"), *beside.glob("*.index*.json")]):
+                if path.relative_to(folder).as_posix() not in self.files:
+                    raise BundleError(f"{path}: is not of the base network, and might be loaded")
         pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
         if self.folder and pickles:
             raise BundleError(f"{folder}: holds pickled files: {', '.join(sorted(pickles))}")
@@ -126,6 +137,27 @@ def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class KnownHashes:
+    """SHA-256 (hex) of files, remembered in `path` for as long as size and time of change stay."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        if path.exists():
+            self._known = json.loads(path.read_text())
+
+    def __call__(self, file: Path) -> str:
+        """The hash of a file; what was not known is remembered at once."""
+        status = file.stat()
+        seen = [status.st_size, status.st_mtime_ns, status.st_ino]
+        known = self._known.get(str(file))
+        if known is None or known[:-1] != seen:
+            known = self._known[str(file)] = [*seen, sha256_of(file)]
+            with written_whole(self._path) as partial:
+                partial.write_text(json.dumps(self._known))
+        return str(known[-1])
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -110,6 +110,14 @@ class TimmClassifier:
         return logits
 
 
+def open_clip_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each prompt is to a CLIP's tokenizer, which would cut the longer ones."""
+    tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return [len(tokenizer.encode(prompt)) + 2 for prompt in prompts]
+    return [len(tokenizer.tokenizer(prompt).input_ids) for prompt in prompts]
+
+
 def read_open_clip(
     folder: Path, device: torch.device, tuned: Path | None = None
 ) -> tuple[open_clip.CLIP, Any]:

@@ -10,7 +10,10 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from models.inventory import hold
+from models.memory import bytes_of, check_room
 from models.runtime import Runtime, Torch
+from models.sources import UNET, Network
 
 PROMPT_TOKENS = 77
 """Length that DeepFloyd IF pads every prompt to."""
@@ -38,16 +41,22 @@ def clean_prompts(prompts: Sequence[str]) -> list[str]:
     return cleaned
 
 
-def encode_prompts(tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
-    """States (B,77,D) of a T5 encoder's last layer, the attention mask used (method.md 1.6).
-
-    Raises ValueError for a prompt longer than 77 tokens, which diffusers would cut in silence.
-    """
+def fitting_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts as they are read; raises ValueError for one longer than 77 tokens."""
     cleaned = clean_prompts(prompts)
     for given, prompt in zip(prompts, cleaned, strict=True):
         tokens = len(tokenizer(prompt).input_ids)
         if tokens > PROMPT_TOKENS:
             raise ValueError(f"prompt {given!r} has {tokens} tokens; the limit is {PROMPT_TOKENS}")
+    return cleaned
+
+
+def encode_prompts(tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
+    """States (B,77,D) of a T5 encoder's last layer, the attention mask used (method.md 1.6).
+
+    Raises ValueError for a prompt longer than 77 tokens, which diffusers would cut in silence.
+    """
+    cleaned = fitting_prompts(tokenizer, prompts)
     encoded = tokenizer(
         cleaned, padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt"
     ).to(next(text_encoder.parameters()).device)
@@ -140,6 +149,23 @@ class NoDenoiser:
         return x_hat
 
 
+def read_unet(stage: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A stage's UNet in `dtype` on the device, from its half-precision file where there is one.
+
+    Only safetensors are read; nothing is fetched. Raises TooLittleMemory before it loads.
+    """
+    folder = stage / "unet"
+    check_room(f"{stage.name}'s UNet", bytes_of(folder, UNET, dtype.itemsize), device)
+    unet = UNet2DConditionModel.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        variant=hold(folder, Network("", "config.json", UNET)).variant,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return unet.to(device)
+
+
 def load_super_resolution(
     folder: Path,
     states: Tensor,
@@ -151,16 +177,15 @@ def load_super_resolution(
 ) -> Denoiser:
     """A denoiser from a stage-II folder in diffusers' layout (`unet/`, `scheduler/`).
 
-    `states` (77,D) are the prompt's; an `adapter` file is added to the weights in float32. Only
-    safetensors are read; nothing is fetched.
+    `states` (77,D) are the prompt's; an `adapter` file is added to the weights in float32, on the
+    CPU. See `read_unet`.
     """
-    unet: Any = UNet2DConditionModel.from_pretrained(
-        folder / "unet",
-        torch_dtype=dtype if adapter is None else torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    if adapter is not None:
+    if adapter is None:
+        unet = read_unet(folder, dtype, device)
+    else:
+        needed = bytes_of(folder / "unet", UNET, dtype.itemsize)
+        check_room(f"{folder.name}'s UNet", needed, device)
+        unet = read_unet(folder, torch.float32, torch.device("cpu"))
         unet.load_lora_adapter(
             str(adapter.parent), prefix=None, weight_name=adapter.name, use_safetensors=True
         )

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -157,17 +157,18 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
     ):
         model = embedded.models["default"].loaded()
         own = partial(votes, model, _question(bundle.resolution, rows))
+        question = {"sigma": str(SIGMA), "n0": str(SELECTION_ROWS), "n": str(plan.n)}
         asks: dict[str, tuple[Ask, int]] = {"engine": (partial(_ask, desk, plan.n), plan.requests)}
         for concurrency in CONCURRENCIES:
-            asks[f"http, {concurrency} at once"] = partial(_post, client, plan.n), concurrency
+            asks[f"http, {concurrency} at once"] = partial(post, client, question), concurrency
         await asyncio.to_thread(loop)
-        await _driven(asks["engine"][0], images[:1], 1)
+        await driven(asks["engine"][0], images[:1], 1)
         for _ in range(plan.rounds):
             for way, (ask, concurrency) in asks.items():
                 for direct, function in (("plain loop", loop), ("smoothing.votes", own)):
                     ways[direct].append(rows / await asyncio.to_thread(_seconds, function))
                 watched.seconds, began = 0.0, time.perf_counter()
-                taken = await _driven(ask, images, concurrency)
+                taken = await driven(ask, images, concurrency)
                 passed = time.perf_counter() - began
                 ways.setdefault(way, []).append(rows * len(images) / passed)
                 latencies.setdefault(way, []).extend(taken)
@@ -183,8 +184,7 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
             for way, speed in speeds.items() if way.startswith("http")
         },
         "latency, seconds": {
-            way: {f"p{q}": round(float(np.percentile(each, q)), 3) for q in (50, 99)}
-            for way, each in latencies.items() if way.startswith("http")
+            way: percentiles(each) for way, each in latencies.items() if way.startswith("http")
         },
         "share of the engine's time outside the networks": round(float(np.median(shares)), 4),
     }  # fmt: skip
@@ -238,7 +238,12 @@ async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]
         await serving
 
 
-async def _driven(ask: Ask, images: list[bytes], concurrency: int) -> list[float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Latencies' p50 and p99, to the millisecond."""
+    return {f"p{q}": round(float(np.percentile(seconds, q)), 3) for q in (50, 99)}
+
+
+async def driven(ask: Ask, images: Sequence[bytes], concurrency: int) -> list[float]:
     """Seconds of every question, so many asked at once."""
     waiting, taken = iter(images), []
 
@@ -260,10 +265,10 @@ async def _ask(desk: Predictions, n: int, image: bytes) -> None:
     desk.answer(status)
 
 
-async def _post(client: httpx.AsyncClient, n: int, image: bytes) -> None:
-    fields = {"sigma": str(SIGMA), "n0": str(SELECTION_ROWS), "n": str(n)}
+async def post(client: httpx.AsyncClient, question: Mapping[str, str], image: bytes) -> None:
+    """Ask over HTTP and wait for the answer; raises httpx.HTTPStatusError for a problem."""
     headers = {"Prefer": f"wait={WAIT_SECONDS}"}
-    answer = await client.post("/predict", files={"image": image}, data=fields, headers=headers)
+    answer = await client.post("/predict", files={"image": image}, data=question, headers=headers)
     answer.raise_for_status()
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import BundleError
-from service import cli_tasks
+from service import cli_models, cli_tasks
 from service.cli_tasks import errors
 from service.config import SecretError, Settings
 from service.errors import Problem
@@ -35,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(cli_tasks.adapt)
-app.add_typer(cli_tasks.models, name="models")
+app.add_typer(cli_models.models, name="models")
 T = TypeVar("T")
 
 

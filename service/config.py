@@ -52,10 +52,19 @@ class Settings(BaseSettings):
     tasks_bytes: int = Field(
         20 * 2**30, ge=1, description="Most bytes that tasks and their jobs may take on disk."
     )
+    models_dir: Path | None = Field(
+        None,
+        description="Where fetched networks lie; `models` in the data directory unless given.",
+    )
     queued_tasks: int = Field(20, ge=1, description="Most tasks that may be in the making at once.")
     loaded_tasks: int = Field(
         4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
     )
+
+    @property
+    def models_folder(self) -> Path:
+        """Where fetched networks lie, absolute."""
+        return (self.models_dir or self.data_dir / "models").resolve()
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -113,5 +113,5 @@ def _load_and_warm(bundle: Bundle, *, runtime: Runtime, lanes: int) -> SmoothedM
     first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
-    logger.info("serving task %s as %s", bundle.id, model.digest[:16])
+    logger.info("serving task %s as %s; licences: %s", bundle.id, model.digest[:16], bundle.licence)
     return model

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, BundleError
+from models.bundle import MODELS, Bundle, BundleError
+from models.memory import TooLittleMemory
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import DeviceFailed
 from service.worker import ModelUnavailable
@@ -172,7 +173,9 @@ class TaskModel:
 def _reason(error: Exception, bundle: Bundle) -> str:
     """What a caller may know; the log has the rest."""
     if isinstance(error, BundleError):
-        return str(error).replace(f"{bundle.folder.parent}/", "")
+        return str(error).replace(f"{bundle.folder.parent}/", "").replace(f"{MODELS}/", "")
+    if isinstance(error, TooLittleMemory):
+        return f"there is too little memory: {error}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "there is too little memory for its networks"
     return type(error).__name__

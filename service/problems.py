@@ -40,11 +40,16 @@ def _as_problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        return invalid_fields(error.errors())
+        return invalid_fields([e | {"loc": _named(e["loc"])} for e in error.errors()])
     if isinstance(error, HTTPException):
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         return kinds.get(error.status_code, MalformedRequest)(error.detail)
     return Problem("The service failed; its log says why")
+
+
+def _named(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A parameter's own name: where it stands in the request says nothing more."""
+    return loc[1:] if loc[:1] == ("query",) else loc
 
 
 def problem_responses(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:

@@ -212,10 +212,20 @@ class _Loop:
             logger.exception("a batch of task %s failed", lot.task)
             await self._blame(lot, batch, error)
         else:
-            _measure(lot, batch, time.monotonic() - began)
+            self._measure(lot, batch, time.monotonic() - began)
             self._proven.setdefault(lot.model.digest, _blank(batch[0]))
             for lease, counts in finished:
                 self._report(self._commit(lease, counts))
+
+    def _measure(self, lot: _Lot, batch: Sequence[Slice], seconds: float) -> None:
+        rows = sum(part.rows for part in batch)
+        if lot.task in self._models:  # The series of a task that is gone would never go again.
+            telemetry.ROWS.labels(task=lot.task).inc(rows)
+            telemetry.BATCHES.labels(task=lot.task).inc()
+        telemetry.BATCH_ROWS.observe(rows)
+        telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
+        telemetry.BATCH_SECONDS.observe(seconds)
+        telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
 
     async def _votes(self, model: Model, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """One device batch, renewing the leases meanwhile; raises what the model raises."""
@@ -345,16 +355,6 @@ def _rows(part: Slice) -> Rows:
 def _blank(part: Slice) -> Rows:
     job = part.lease.job
     return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)
-
-
-def _measure(lot: _Lot, batch: Sequence[Slice], seconds: float) -> None:
-    rows = sum(part.rows for part in batch)
-    telemetry.ROWS.labels(task=lot.task).inc(rows)
-    telemetry.BATCHES.labels(task=lot.task).inc()
-    telemetry.BATCH_ROWS.observe(rows)
-    telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
-    telemetry.BATCH_SECONDS.observe(seconds)
-    telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
 
 
 def _pause(failures: int) -> float:

@@ -13,8 +13,9 @@ from typing import Any
 
 from models.adaptation.plan import Plan
 from service.config import Settings
+from service.tasks.runs import Patience
 from service.tasks.store import Store
-from service.tasks.supervisor import Patience, Supervisor
+from service.tasks.supervisor import Supervisor
 from service.tasks.task import Task
 from tests.fake_adaptation import STARTS
 from tests.serving import SECRET

@@ -1,9 +1,10 @@
 """An adaptation process without networks: `python fake_adaptation.py JOB TASKS`, as the contract.
 
-The first word of the plan's template tells how it behaves: `die` always dies, `once` dies the first
-time, `crawl` dies each time but gets further, `hang` reports once and then nothing more, `wait`
-waits until the job's folder has a file `go`, `everywhere` hangs in one stage more at each start
-until there is none left, `fail` ends with a problem; anything else just works.
+The first word of the plan's template, or that of the task's name where the template is the set's
+own, tells how it behaves: `slow` takes a second for each stage, `die` always dies, `once` dies the
+first time, `crawl` dies each time but gets further, `hang` reports once and then nothing more,
+`wait` waits until the job's folder has a file `go`, `everywhere` hangs in one stage more at each
+start until there is none left, `fail` ends with a problem; anything else just works.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.adaptation.plan import REFERENCES, STAGES, Plan, Status, locked
+from models.adaptation.plan import REFERENCES, STAGES, Plan, Status, locked, name_of
 from models.bundle import DEFAULT_TASK, PROMPT_STATES, read_bundle, write_bundle
+from models.nano.captions import DEFAULT_TEMPLATE
 
 STARTS = "starts.txt"
 GO = "go"
@@ -28,10 +30,14 @@ FIGURES = {"clean": 0.5}
 
 def adapt(job: Path, tasks: Path, starts: int) -> None:
     plan, status = Plan.read(job), Status("running", started=time.time())
-    ways = plan.template.split()[0].lower()
+    told = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
+    ways = told.split()[0].lower()
+    left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}
     if not (tasks / job.name).exists():
         pictures(job / REFERENCES, plan)
         for done, stage in enumerate(STAGES):
+            if left_out.get(stage):
+                continue
             status = status.changed(stage=stage, progress=done / 4, eta_seconds=4.0 - done)
             status = status.changed(losses={**status.losses, stage: 1 / (done + 1)})
             status.write(job)
@@ -40,7 +46,7 @@ def adapt(job: Path, tasks: Path, starts: int) -> None:
                 problem = {"kind": "diverged", "detail": "The loss is not a number; lower steps"}
                 status.changed(state="failed", problem=problem, finished=time.time()).write(job)
                 return
-        publish(job, tasks, plan)
+        publish(job, tasks, plan, name_of(job))
     ready = status.changed(state="ready", stage=None, progress=1.0, figures=FIGURES)
     ready.changed(eta_seconds=None, finished=time.time()).write(job)
 
@@ -52,6 +58,8 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
         time.sleep(0.01)
+    if ways == "slow":
+        time.sleep(1.0)
     while ways == "everywhere" and done == starts - 1:
         time.sleep(0.01)
 
@@ -65,11 +73,11 @@ def pictures(folder: Path, plan: Plan) -> None:
             partial.rename(folder / f"{label}-{shot}.png")
 
 
-def publish(job: Path, tasks: Path, plan: Plan) -> None:
+def publish(job: Path, tasks: Path, plan: Plan, name: str = "made by the fake") -> None:
     bundle = replace(
         read_bundle(DEFAULT_TASK),
         id=job.name,
-        name="made by the fake",
+        name=name,
         labels=plan.labels,
         template=plan.template,
         figures=FIGURES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.adaptation.personalize import Personalization, personalize
 from models.adaptation.plan import Plan
 from models.adaptation.synthesize import (
     Cascade,
+    Drawn,
     References,
     Sampling,
     encode,
@@ -70,17 +72,28 @@ def plan(shots: int = 6) -> Plan:
     return replace(Plan.checked(["cat", "dog", "ship"]), shots=shots, template=TEMPLATE)
 
 
-def made(cascade: tuple[Path, Path], folder: Path) -> list[int]:
-    """Synthesize into a folder; returns the sizes of the chunks that were sampled."""
+class Stopped(Exception):
+    """The run is cut short here."""
+
+
+def made(cascade: tuple[Path, Path], folder: Path, stop: int = 0) -> list[int]:
+    """Synthesize into a folder, up to the chunk of `stop` images if that is given; returns the
+    sizes of the chunks that stage I drew."""
     sampled: list[int] = []
 
     class Counting(Cascade):
-        def __call__(self, states: Tensor, *arguments: object) -> np.ndarray:
+        def draw(self, states: Tensor, *arguments: object) -> Drawn:
             sampled.append(len(states))
-            return super().__call__(states, *arguments)
+            return super().draw(states, *arguments)
+
+        def enlarge(self, drawn: Drawn, *arguments: object) -> np.ndarray:
+            if len(drawn.images) == stop:
+                raise Stopped
+            return super().enlarge(drawn, *arguments)
 
     states = encode(cascade[0], [*plan().prompts(), ""], CPU, torch.float32)
-    synthesize(plan(), folder, partial(Counting, *cascade, CPU), states, SAMPLING)
+    with suppress(Stopped):
+        synthesize(plan(), folder, partial(Counting, *cascade, CPU), states, SAMPLING)
     return sampled
 
 
@@ -88,7 +101,8 @@ def test_references_are_made_once_and_again_the_same(
     cascade: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Every label gets its shots, each a PNG with its prompt and seed beside it; a run that was cut
-    short ends with the same images, and a whole one samples nothing more."""
+    short, between the stages too, ends with the same images, and a whole one samples nothing
+    more."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert made(cascade, whole) == [16, 2]
     assert len(list(whole.glob("*.png"))) == len(list(whole.glob("*.json"))) == 18
@@ -97,7 +111,9 @@ def test_references_are_made_once_and_again_the_same(
     assert described["seed"] == plan().seed_of(1, 2)
     assert made(cascade, whole) == []
 
-    made(cascade, broken)
+    assert made(cascade, broken, stop=2) == [16, 2]
+    assert len(list(broken.glob("*.png"))) == 16
+    assert made(cascade, broken) == []
     (broken / "0-3.json").unlink()
     assert made(cascade, broken) == [16]
     (broken / "2-5.png").write_bytes(b"cut sh")
@@ -130,10 +146,6 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(cascade: tuple[Path, P
     assert torch.allclose(told[1], empty[0], atol=1e-6)
     with pytest.raises(ValueError, match="has 101 tokens; the limit is 77"):
         encode(cascade[0], ["x" * 100], CPU, torch.float32)
-
-
-class Stopped(Exception):
-    """The run is cut short here."""
 
 
 def stopping(at: int | None) -> object:

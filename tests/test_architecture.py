@@ -19,6 +19,7 @@ TORCH_FREE = (
     "service.engine_memory",
     "service.tasks.routes",
     "service.tasks.supervisor",
+    "service.cli_models",
     "service.cli_tasks",
     "service.api",
     "service.cli",

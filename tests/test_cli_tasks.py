@@ -19,15 +19,16 @@ from models.adaptation.plan import Status
 from models.bundle import read_bundle
 from service.cli import app
 from service.config import Settings, load_secret
+from service.tasks import runs
+from service.tasks.runs import Run
 from service.tasks.store import Store
-from service.tasks.supervisor import Run
 from tests.adapting import FAKE, FAST, is_alive, starts, wait_until
 from tests.fake_adaptation import GO
 
 ADAPT = (
-    "from service import cli; from service.tasks import supervisor;"
+    "from service import cli; from service.tasks import runs;"
     "from tests.adapting import FAKE;"
-    "supervisor.JOB = FAKE; cli.main()"
+    "runs.JOB = FAKE; cli.main()"
 )
 runner = CliRunner()
 
@@ -37,7 +38,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The store of a data folder and a working directory of the test's own."""
     monkeypatch.setenv("VOUCHSAFE_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("service.tasks.supervisor.JOB", FAKE)
+    monkeypatch.setattr("service.tasks.runs.JOB", FAKE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.txt").write_text("cat\n\n  dog \nship\n")
     return Store(Settings(), load_secret(tmp_path / "data"))
@@ -78,7 +79,7 @@ def test_adapt_makes_a_task_and_a_contact_sheet(store: Store, tmp_path: Path) ->
     ("options", "word"),
     [
         (["--shots", "65"], "shots is 65; it must be 1 to 64"),
-        (["--denoiser", "huge"], "there are nano"),
+        (["--denoiser", "huge"], "there are if-ii-l, if-ii-l-96, nano"),
         (["--name", "n" * 129], "name"),
         (["--labels", "unknown.txt"], "--allow-unknown-labels"),
         (["--labels", "one.txt"], "labels has 1 entries"),
@@ -104,6 +105,59 @@ def test_a_failure_is_told(store: Store) -> None:
     assert "lower steps" in result.stderr
     assert adapt("fail").exit_code == 1
     assert len(starts(store, store.all()[0])) == 2
+
+
+@pytest.mark.parametrize("told", ["the status", "the job", "the secret", "the sheet"])
+def test_a_disk_that_takes_nothing_is_told_in_a_line(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """A full or read-only disk ends the command with 1, its path and the reason, at any point."""
+    full, read_only = "No space left on device", "Read-only file system"
+
+    def takes_nothing(*_: object) -> None:
+        raise OSError(28, full)
+
+    def is_read_only(path: Path, *_: object) -> None:
+        raise OSError(30, read_only, str(path))
+
+    monkeypatch.setattr(runs, "Patience", lambda: FAST)
+    if told == "the status":
+        monkeypatch.setattr(Status, "write", takes_nothing)
+        result = adapt("die")
+        line = f"{store.jobs / store.all()[0].id}: {full}"
+    elif told == "the job":
+        monkeypatch.setattr("service.tasks.store.write_json", takes_nothing)
+        result, line = adapt(), f"{tmp_path / 'data'}: {full}"
+    elif told == "the secret":
+        monkeypatch.setattr("service.cli_tasks.load_secret", is_read_only)
+        result, line = adapt(), f"{tmp_path / 'data'}: {read_only}"
+    else:
+        result, line = adapt("plain", "--out", "away/sheet.png"), "No such file or directory"
+        assert store.all()[0].status.state == "ready"
+    assert result.exit_code == 1
+    assert "".join(result.stderr.splitlines()).endswith(line)
+    assert result.stderr.count("vouchsafe: ") == 1
+
+
+def test_a_status_that_cannot_be_written_at_the_end_is_a_line(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C on a full disk ends the job's process, and says without a traceback what is wrong."""
+    adapt("fail", "--shots", "1")
+    (task,) = store.all()
+    Status("queued").write(store.jobs / task.id)
+    run = Run(store.jobs / task.id, store.tasks, ("sleep", "60"), FAST)
+    run.step()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Status, "write", full)
+    monkeypatch.setattr(runs, "GRACE_SECONDS", 0.05)
+    run.stop()
+    (record,) = [entry for entry in caplog.records if "cannot be written" in entry.message]
+    assert "No space left on device" in record.message
+    assert record.exc_info is None
 
 
 def test_interrupted_it_goes_on_later(store: Store, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_job_killed_in_every_stage_publishes_what_an_uninterrupted_one_does(
     assert one.manifest == two.manifest
     assert one.name == "boats"
     assert set(one.files) == {PROMPT_STATES, ADAPTER, TUNED}
-    assert one.prompt == "this is a photo of a sks."
+    assert one.prompt == "this is a photo of a ."
     assert one.figures["references"] == 4
     assert one.figures == status.figures
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)

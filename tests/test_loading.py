@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle, BundleError
+from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
+from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import ComputeThread, DeviceFailed
+from service.embedded import _load_and_warm
 from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
 from service.worker import ModelUnavailable
 from tests.fakes import FakeClock, FakeModel
@@ -227,3 +233,18 @@ async def test_loading_is_no_hung_device() -> None:
     assert not thread.healthy
     await hanging
     thread.close()
+
+
+def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None:
+    """What a bundle builds on is hashed anew as it loads; callers are told which file it is."""
+    default, base = read_bundle(DEFAULT_TASK), tmp_path / "nets" / "stage2"
+    shutil.copytree(MODELS / default.denoiser.folder, base)
+    shutil.copytree(DEFAULT_TASK, tmp_path / "tasks" / "pets")
+    made = replace(default, id="pets", denoiser=replace(default.denoiser, folder=str(base)))
+    (tmp_path / "tasks" / "pets" / "manifest.json").write_text(json.dumps(made.manifest))
+    bundle = read_bundle(tmp_path / "tasks" / "pets")
+    (base / "unet" / "config.json").write_text("{}")
+    load = partial(_load_and_warm, runtime=Torch(), lanes=1)
+    networks = Networks({"pets": bundle}, Loading(load, NUMERICS, 1, 1, lambda _: nullcontext()))
+    with pytest.raises(ModelUnavailable, match=r"'unet/config.json' does not have the hash"):
+        networks["pets"].votes([ROWS])

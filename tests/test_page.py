@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.processes import serving
+from benchmarks.server import serving
+from service.tasks.store import Store
+from tests.adapting import make_store
+from tests.fake_adaptation import GO
 
 SHIP = Path(__file__).parents[1] / "docs" / "ship.png"
 ARGUMENTS = (
@@ -21,8 +26,17 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+SERVER = (sys.executable, "-m", "tests.fake_server")
+
+
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The tasks of the server behind the page, which makes them with the fake adaptation."""
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Iterator[Chrome]:
     """Chromium on the page of a fresh server; skipped where there is none, but not in CI."""
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if None in found.values():
@@ -32,7 +46,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     options.binary_location = str(found["chromium"])
     for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(argument)
-    with serving(tmp_path_factory.mktemp("data")) as (url, _):
+    with serving(store.jobs.parent, SERVER) as (url, _):
         driver = Chrome(options, ChromeService(found["chromedriver"]))
         try:
             driver.get(url)
@@ -87,6 +101,89 @@ def test_a_long_question_can_be_cancelled(browser: Chrome) -> None:
     cancel.click()
     until(browser, browser.find_element(By.ID, "ask").is_enabled)
     assert text(browser, "label") == ""
+
+
+def wish(driver: Chrome, labels: str, name: str) -> None:
+    """Fill in the form of a new task and press the button."""
+    for field, words in (("labels", labels), ("name", name)):
+        driver.find_element(By.ID, field).clear()
+        driver.find_element(By.ID, field).send_keys(words)
+    driver.find_element(By.ID, "make").click()
+
+
+def card(driver: Chrome, name: str) -> WebElement | None:
+    """What the page shows of the task of this name, where it does."""
+    for found in driver.find_elements(By.CSS_SELECTOR, ".task"):
+        if found.find_element(By.CLASS_NAME, "name").text == name:
+            return found
+    return None
+
+
+def shown(driver: Chrome, name: str, part: str) -> str:
+    """The text of one part of a task's card."""
+    found = card(driver, name)
+    return found.find_element(By.CLASS_NAME, part).text if found else ""
+
+
+def offered(driver: Chrome) -> list[str]:
+    """The tasks that a picture can be asked about."""
+    return [option.text for option in Select(driver.find_element(By.ID, "task")).options]
+
+
+def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
+    """A task's stage, progress and pictures are shown as it is made; then it can be asked."""
+    wish(browser, "frog\n\n ship \n", "wait and see")
+    until(browser, lambda: "finetuning, 50 %" in shown(browser, "wait and see", "state"))
+    assert "about 2 s left" in shown(browser, "wait and see", "state")
+    shots = store.all()[0].settings["shots"]
+    until(
+        browser,
+        lambda: len(browser.find_elements(By.CSS_SELECTOR, ".pictures img")) == 2 * shots,
+    )
+    pictures = browser.find_elements(By.CSS_SELECTOR, ".pictures img")
+    assert {picture.get_attribute("alt") for picture in pictures} == {"frog", "ship"}
+    assert all(int(picture.get_property("naturalWidth")) == 32 for picture in pictures)
+    assert offered(browser) == ["default (10 labels)"]
+    (store.jobs / store.all()[0].id / GO).touch()
+    until(browser, lambda: shown(browser, "wait and see", "state") == "ready")
+    until(browser, lambda: "wait and see (2 labels)" in offered(browser))
+    made = card(browser, "wait and see")
+    assert made is not None
+    made.find_element(By.CLASS_NAME, "use").click()
+    chosen = Select(browser.find_element(By.ID, "task")).first_selected_option
+    assert chosen.text == "wait and see (2 labels)"
+    ask(browser, "100")
+    until(browser, lambda: text(browser, "label"))
+    assert text(browser, "label") in ("frog", "ship", "No answer")
+
+
+def test_a_task_that_cannot_be_says_why(browser: Chrome) -> None:
+    """Labels that are refused keep the form as it was; a job that fails shows its problem."""
+    wish(browser, "cat\nxylophone", "odd")
+    until(browser, lambda: text(browser, "refusal"))
+    assert "'xylophone' is not a word" in text(browser, "refusal")
+    assert browser.find_element(By.ID, "labels").get_property("value") == "cat\nxylophone"
+    browser.find_element(By.ID, "insist").click()
+    wish(browser, "cat\nxylophone", "fail for me")
+    until(browser, lambda: shown(browser, "fail for me", "state") == "failed")
+    assert "lower steps" in shown(browser, "fail for me", "problem")
+    assert text(browser, "refusal") == ""
+    assert "fail for me (2 labels)" not in offered(browser)
+
+
+def test_a_task_can_be_deleted(browser: Chrome, store: Store) -> None:
+    """Delete asks once more, ends the job of a task in the making, and leaves nothing of it."""
+    wish(browser, "cat\ndog", "hang on")
+    until(browser, lambda: "finetuning" in shown(browser, "hang on", "state"))
+    found = card(browser, "hang on")
+    assert found is not None
+    found.find_element(By.CLASS_NAME, "delete").click()
+    browser.switch_to.alert.dismiss()
+    assert card(browser, "hang on") is not None
+    found.find_element(By.CLASS_NAME, "delete").click()
+    browser.switch_to.alert.accept()
+    until(browser, lambda: card(browser, "hang on") is None)
+    assert "hang on" not in [task.name for task in store.all()]
 
 
 def test_nothing_is_fetched_from_elsewhere(browser: Chrome) -> None:

@@ -97,7 +97,7 @@ def test_every_reference_has_a_seed_of_its_own() -> None:
         (["cat", "dog"], {"classifier": "no"}, "classifier", "There is no classifier set 'no'"),
         (
             ["cat", "dog"],
-            {"template": "x" * 60 + " {}."},
+            {"template": "x" * 62 + " {}."},
             "template",
             "has 66 tokens; the classifier reads at most 64",
         ),

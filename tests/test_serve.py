@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.server import serving
 from models.evaluation.datasets import evaluation_slice
-from tests.processes import serving
 
 SLICE = Path(__file__).parent / "data" / "cifar10-slice.png"
 

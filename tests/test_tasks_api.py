@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.server import serving as serving_process
 from models.adaptation.plan import STAGES
 from models.bundle import DEFAULT_TASK
 from service import telemetry
@@ -20,7 +21,6 @@ from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until
 from tests.fake_adaptation import FIGURES, GO, publish
-from tests.processes import serving as serving_process
 from tests.serving import DIGEST, Service, problem, serving
 from tests.test_api import events
 from tests.test_predictions import ANN, BOB
@@ -299,6 +299,44 @@ async def test_one_odd_folder_hides_no_task(service: Service, tmp_path: Path) ->
     assert [f"/tasks/{task['id']}" for task in listed] == [location]
 
 
+async def test_tasks_are_listed_in_pages(tmp_path: Path) -> None:
+    """The newest tasks come first, so many at once; `next` leads to the rest, whatever comes."""
+    async with idle(tmp_path) as service:
+        posted = [(await service.client.post("/tasks", json=body(seed=i))).json() for i in range(5)]
+        newest_first = [task["id"] for task in posted[::-1]]
+        whole = (await service.client.get("/tasks")).json()
+        assert ([task["id"] for task in whole["tasks"]], whole["next"]) == (newest_first, None)
+        seen, address = [], "/tasks?limit=2"
+        while address:
+            page = (await service.client.get(address)).json()
+            assert len(page["tasks"]) <= 2
+            seen += [task["id"] for task in page["tasks"]]
+            address = page["next"]
+            await service.client.post("/tasks", json=body(seed=10 + len(seen)))
+        assert seen == newest_first
+        assert page["tasks"] == [whole["tasks"][-1]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "value", "limit"),
+    [
+        ({"limit": "0"}, "limit", "0", 1),
+        ({"limit": "1001"}, "limit", "1001", 1000),
+        ({"limit": "many"}, "limit", "many", None),
+        ({"after": "unknown"}, "after", "unknown", None),
+        ({"after": "x" * 5_000}, "after", "x" * 77 + "...", None),
+    ],
+)
+async def test_pages_that_cannot_be_are_named(
+    tmp_path: Path, asked: dict[str, str], field: str, value: str, limit: int | None
+) -> None:
+    """A page outside its limits, or after a task that is gone, is a 422 that names the field."""
+    async with idle(tmp_path) as service:
+        response = await service.client.get("/tasks", params=asked)
+    (error,) = problem(response, 422, "invalid-field")["errors"]
+    assert (error["field"], error["value"], error.get("limit")) == (field, value, limit)
+
+
 async def test_limits_of_disk_and_queue(tmp_path: Path) -> None:
     """Too many jobs are a 503 with Retry-After, and a full quota is a 507 that names its limit."""
     async with idle(tmp_path / "a", queued_tasks=1) as service:
@@ -378,6 +416,8 @@ async def test_what_another_process_does_is_seen(service: Service, tmp_path: Pat
 async def test_tasks_are_described(service: Service) -> None:
     """OpenAPI has the request's fields and the problems of making a task."""
     paths = (await service.client.get("/openapi.json")).json()["paths"]
+    assert {p["name"] for p in paths["/tasks"]["get"]["parameters"]} == {"limit", "after"}
+    assert "application/problem+json" in paths["/tasks"]["get"]["responses"]["422"]["content"]
     operation = paths["/tasks"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert {"labels", "template", "allow_unknown_labels"} <= set(schema["properties"])

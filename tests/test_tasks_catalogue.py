@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from service.tasks import catalogue as catalogues
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk
 from service.tasks.schemas import TaskRequest
+from service.tasks.task import Signature, Task, signature
 from tests.adapting import make_store
 from tests.serving import SECRET, TASKS, problem
 from tests.test_tasks_api import adapting, body, made
@@ -86,7 +88,8 @@ def changed_base(tmp_path: Path) -> tuple[Path, Base]:
 
 
 async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of bundles on the same base networks the first has them hashed, until a file changes."""
+    """Of bundles on the same base networks the first has them hashed, until a file changes: none
+    of them is served from then on, nor any that comes, until the file is as it was."""
     folder, base = changed_base(tmp_path)
     hashed: list[Path] = []
     sha256_of = bundles.sha256_of
@@ -103,30 +106,60 @@ async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(catalogue) == {"default", "a", "b"}
     assert hashed.count(folder / "weights.safetensors") == 1
     (folder / "weights.safetensors").write_bytes(b"of another release")
-    for name in ("c", "d"):
-        put(tmp_path / "tasks", name, classifier=asdict(base))
+    put(tmp_path / "tasks", "c", classifier=asdict(base))
     await catalogue.refresh()
-    assert set(catalogue.refused) == {"c", "d"}
-    assert "weights.safetensors" in catalogue.refused["c"].reason
+    assert set(catalogue.refused) == {"a", "b", "c"}
+    assert set(catalogue) == {"default"}
+    assert "weights.safetensors" in catalogue.refused["a"].reason
     assert hashed.count(folder / "weights.safetensors") == 2
+    (folder / "weights.safetensors").write_bytes(b"as they were")
+    await catalogue.refresh()
+    await catalogue.refresh()
+    assert (set(catalogue), catalogue.refused) == ({"default", "a", "b", "c"}, {})
+    assert hashed.count(folder / "weights.safetensors") == 3
 
 
-async def test_a_task_whose_base_has_changed_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_task_whose_base_cannot_be_looked_at_stays_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Networks that are no longer those a bundle was made on fail the task; a POST remakes it."""
+    """Passing trouble with the disk below a task that is served takes it from nobody."""
+    folder, base = changed_base(tmp_path)
+    put(tmp_path / "tasks", "a", denoiser=asdict(base))
+    catalogue = Catalogue(TASKS, tmp_path / "tasks")
+    await catalogue.refresh()
+    served = catalogue["a"]
+
+    def troubled(path: Path) -> Signature:
+        if path == folder:
+            raise OSError(5, "Input/output error")
+        return signature(path)
+
+    monkeypatch.setattr(catalogues, "signature", troubled)
+    await catalogue.refresh()
+    assert catalogue["a"] is served
+    assert "not served" not in caplog.text
+
+
+async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> None:
+    """Networks that change under a running server fail the tasks made on them; a POST remakes."""
     folder, base = changed_base(tmp_path)
     async with adapting(tmp_path / "data") as service:
         location = await made(service)
         task_id = location.rpartition("/")[2]
         manifest = tmp_path / "data" / "tasks" / task_id / "manifest.json"
         described = json.loads(manifest.read_text())
-        (folder / "weights.safetensors").write_bytes(b"of another release")
         manifest.write_text(json.dumps(described | {"denoiser": asdict(base)}))
+        await service.catalogue.refresh()
+        assert task_id in service.catalogue
+        (folder / "weights.safetensors").write_bytes(b"of another release")
         await service.catalogue.refresh()
         task = (await service.client.get(location)).json()
         assert (task["state"], task["problem"]["kind"]) == ("failed", "incompatible")
         assert "Post the same task" in task["problem"]["detail"]
+        assert (
+            "weights.safetensors"
+            in problem(await service.ask(task=task_id), 409, "task-failed")["detail"]
+        )
         again = await service.client.post("/tasks", json=body())
         assert again.json()["state"] == "queued"
         await service.until_state(location, "ready")
@@ -191,10 +224,10 @@ async def test_a_folder_that_cannot_be_looked_at_stays_served(
     await catalogue.refresh()
     served = catalogue["good"]
 
-    def troubled(folder: Path) -> catalogues.Signature:
+    def troubled(folder: Path) -> Signature:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(catalogues, "_signature", troubled)
+    monkeypatch.setattr(catalogues, "signature", troubled)
     await catalogue.refresh()
     assert catalogue["good"] is served
 
@@ -216,3 +249,48 @@ async def test_the_old_bundle_stays_until_the_new_is_there(tmp_path: Path) -> No
     put(store.tasks, task_id)
     store.sweep()
     assert [path.name for path in store.tasks.iterdir()] == [task_id]
+
+
+async def test_of_two_posts_the_slower_one_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who posts a damaged task while another has it made anew leaves the new bundle in place."""
+    store = make_store(tmp_path)
+    desk = TaskDesk(store, Catalogue(TASKS, store.tasks))
+    asked = TaskRequest(labels=["cat", "dog"])
+    task_id = asked.plan().identity(SECRET)
+    (put(store.tasks, task_id) / "prompt_states.safetensors").write_bytes(b"damaged")
+    withdraw, loop, made_anew = store.withdraw, asyncio.get_running_loop(), []
+
+    def late(task: str, seen: Signature) -> None:
+        if not made_anew:
+            made_anew.append(True)
+            asyncio.run_coroutine_threadsafe(desk.create(asked, None), loop).result(10)
+            put(store.tasks, task_id)
+        withdraw(task, seen)
+
+    monkeypatch.setattr(store, "withdraw", late)
+    assert (await desk.create(asked, None)).state == "ready"
+    assert (store.tasks / task_id).is_dir()
+
+
+async def test_of_two_posts_none_calls_ready_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds a damaged task just before another puts it aside is told that it is being made."""
+    store = make_store(tmp_path)
+    desk = TaskDesk(store, Catalogue(TASKS, store.tasks))
+    asked = TaskRequest(labels=["cat", "dog"])
+    (put(store.tasks, asked.plan().identity(SECRET)) / "prompt_states.safetensors").write_bytes(b"")
+    create, loop, found = store.create, asyncio.get_running_loop(), []
+
+    def early(*arguments: Any) -> Task:
+        task = create(*arguments)
+        if not found:
+            found.append(task)
+            asyncio.run_coroutine_threadsafe(desk.create(asked, None), loop).result(10)
+        return task
+
+    monkeypatch.setattr(store, "create", early)
+    assert (await desk.create(asked, None)).state == "queued"
+    assert found[0].status.state == "ready"

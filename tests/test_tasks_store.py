@@ -12,6 +12,7 @@ from models.adaptation.plan import LOCK, PLAN, REFERENCES, STATUS, Status, locke
 from models.bundle import DEFAULT_TASK
 from service.errors import Backlog, NotFound, StorageFull
 from service.tasks.store import retry_after
+from service.tasks.task import signature
 from tests.adapting import create, make_plan, make_store
 from tests.fake_adaptation import pictures, publish
 from tests.serving import SECRET
@@ -77,12 +78,16 @@ def test_a_failed_task_is_queued_again(tmp_path: Path) -> None:
 
 
 def test_a_task_whose_bundle_was_taken_away_is_made_anew(tmp_path: Path) -> None:
-    """Ready on paper without a bundle is cancelled, and asking again queues it."""
+    """Ready on paper without a bundle is cancelled, and asking again queues it; a bundle that is
+    not the one which was seen to be damaged stays where it is."""
     store = make_store(tmp_path)
     task = create(store)
     publish(store.jobs / task.id, store.tasks, make_plan())
     Status("ready", progress=1.0).write(store.jobs / task.id)
-    store.withdraw(task.id)
+    seen = signature(store.tasks / task.id)
+    store.withdraw(task.id, seen[1:])
+    assert store.get(task.id).status.state == "ready"
+    store.withdraw(task.id, seen)
     assert store.get(task.id).status.state == "cancelled"
     assert create(store).status.state == "queued"
 

@@ -13,9 +13,9 @@ import pytest
 
 from models.adaptation.plan import Status, locked
 from models.bundle import read_bundle
-from service.tasks import supervisor
+from service.tasks import runs
+from service.tasks.runs import LOG, LOG_BYTES, Patience, Run
 from service.tasks.store import Store, is_running
-from service.tasks.supervisor import LOG, LOG_BYTES, Patience, Run
 from tests.adapting import (
     FAKE,
     FAST,
@@ -285,6 +285,19 @@ def test_the_log_is_bounded(store: Store) -> None:
         run.stop()
 
 
+def test_the_job_is_of_our_session_and_deaf_to_our_ctrl_c(store: Store) -> None:
+    """Priorities count among the processes of one session; Ctrl-C is for one group of them."""
+    run = Run(store.jobs / create(store).id, store.tasks, ("sleep", "60"), FAST)
+    run.step()
+    try:
+        child = run._child
+        assert child is not None
+        assert os.getsid(child.pid) == os.getsid(0)
+        assert os.getpgid(child.pid) == child.pid != os.getpgid(0)
+    finally:
+        run.stop()
+
+
 def test_the_child_ends_with_a_killed_parent(store: Store) -> None:
     """kill -9 of the process that runs a job ends the job's process too, and frees the job."""
     task = create(store, "wait")
@@ -312,5 +325,5 @@ def test_the_child_ends_with_a_killed_parent(store: Store) -> None:
 
 def test_the_command_is_the_models_own() -> None:
     """By default a job is run by the module that the contract names."""
-    assert supervisor.JOB[1:] == ("-m", "models.adaptation.job")
-    assert FAKE[0] == supervisor.JOB[0]
+    assert runs.JOB[1:] == ("-m", "models.adaptation.job")
+    assert FAKE[0] == runs.JOB[0]

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
+from service import telemetry
 from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
@@ -204,6 +205,23 @@ async def test_models_may_come_and_go(engine: MemoryEngine) -> None:
         job = make_job("b", task="birds", bundle="bundle-b")
         await submit(engine, job)
         await assert_exact(engine, job)
+
+
+async def test_a_task_that_goes_leaves_no_metrics(engine: MemoryEngine) -> None:
+    """A batch in hand when its task is removed is counted, but not under the task's name."""
+    birds = FakeModel(digest="bundle-b")
+    models = {"default": FakeModel(), "birds": birds}
+    birds.gate.clear()
+    batches = metric("vouchsafe_batch_rows_count")
+    await submit(engine, make_job("b", task="birds", bundle="bundle-b"))
+    async with working(engine, models):
+        await soon(lambda: bool(birds.batches))
+        del models["birds"]
+        telemetry.forget("birds")
+        birds.gate.set()
+        await soon(lambda: metric("vouchsafe_batch_rows_count") > batches)
+    for name in ("vouchsafe_rows_total", "vouchsafe_batches_total"):
+        assert REGISTRY.get_sample_value(name, {"task": "birds"}) is None
 
 
 async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> None:

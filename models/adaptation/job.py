@@ -1,8 +1,9 @@
-"""One adaptation, from a plan to a published bundle: `python -m models.adaptation.job JOB TASKS`.
+"""One adaptation, from a plan to a bundle: `python -m models.adaptation.job JOB TASKS [MODELS]`.
 
-JOB is the folder that holds `plan.json`; the bundle appears as TASKS/<name of JOB>. The process may
-be killed at any point: started again, it goes on from its last checkpoint. It ends by itself when
-its standard input does, so that it never outlives who started it.
+JOB is the folder that holds `plan.json`; the bundle appears as TASKS/<name of JOB>. Networks that
+do not ship with the package are read below MODELS. The process may be killed at any point: started
+again, it goes on from its last checkpoint. It ends by itself when its standard input does, so that
+it never outlives who started it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import os
 import threading
 from pathlib import Path
 
+NICENESS = 10
+"""About a tenth of a core that predictions want whole; at 19 a job would all but stand still."""
+
 
 def _end_with_stdin() -> None:
     while os.read(0, 1024):  # sys.stdin's own lock would outlive the thread at the exit
@@ -20,18 +24,19 @@ def _end_with_stdin() -> None:
 
 
 def main() -> None:
-    """Run a job at the lowest priority, for as long as standard input lasts."""
+    """Run a job at low priority, for as long as standard input lasts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("tasks", type=Path)
+    parser.add_argument("models", type=Path, nargs="?")
     arguments = parser.parse_args()
-    os.nice(19)
+    os.nice(NICENESS)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    # Loaded only now, for that takes seconds which are at the lowest priority too.
+    # Loaded only now, for that takes seconds which are at low priority too.
     from models.adaptation.stages import run
     from models.smoothing import best_device
 
-    run(arguments.job, arguments.tasks, best_device())
+    run(arguments.job, arguments.tasks, best_device(), arguments.models)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.adaptation.synthesize import References
 from models.bundle import ADAPTER
-from models.denoiser import NOISE_LEVELS
+from models.denoiser import NOISE_LEVELS, read_unet
 from models.files import written_whole
 from models.training import OnStep, Profile, fit, forget_after, unheard
 
@@ -65,9 +65,7 @@ def personalize(
     the adapter's learn in float32. Checkpoints, losses and validations lie in `out`; another call
     goes on from there, to the same losses.
     """
-    unet: Any = UNet2DConditionModel.from_pretrained(
-        stage2 / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    unet = read_unet(stage2, dtype, torch.device("cpu"))
     scheduler: Any = DDPMScheduler.from_pretrained(stage2 / "scheduler", local_files_only=True)
     torch.manual_seed(seed)
     unet.requires_grad_(False)

@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from models.bundle import MODELS
 from models.files import written_whole
+from models.inventory import trouble
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
 
 LABELS = (2, 1_000)
@@ -32,8 +34,6 @@ MOST_REFERENCES = 10_000
 """Most reference images of a task."""
 MOST_TUNED = 1_000_000
 """Most denoised references that fine-tuning may see: epochs times references."""
-IDENTIFIER = "sks"
-"""What stands in the template once the denoiser is personalized (Ruiz et al. 2023)."""
 
 PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
 REFERENCES = "references"
@@ -77,13 +77,16 @@ class Plan:
         epochs: int | None = None,
         seed: int = 0,
         allow_unknown_labels: bool = False,
+        models_dir: Path | None = None,
     ) -> Self:
         """A plan with the set's own defaults where None is given, its words in Unicode's NFC.
 
-        Raises PlanError for the first field that is outside its limits.
+        Raises PlanError for the first field that is outside its limits, and for a set whose
+        networks are not whole in `models_dir`.
         """
-        cascade = _named("denoiser", DENOISER_SETS, denoiser)
-        head = _named("classifier", CLASSIFIER_SETS, classifier or cascade.classifier)
+        cascade: DenoiserSet = usable("denoiser", DENOISER_SETS, denoiser, models_dir)
+        classifier = classifier or cascade.classifier
+        head: ClassifierSet = usable("classifier", CLASSIFIER_SETS, classifier, models_dir)
         _check_between("shots", shots := cascade.shots if shots is None else shots, SHOTS)
         _check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
         _check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
@@ -94,9 +97,7 @@ class Plan:
         _check_prompts(words, template, cascade, head)
         if cascade.words is not None and not allow_unknown_labels:
             _check_known(words, cascade.words, denoiser)
-        return cls(
-            words, template, denoiser, classifier or cascade.classifier, shots, steps, epochs, seed
-        )
+        return cls(words, template, denoiser, classifier, shots, steps, epochs, seed)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -127,11 +128,17 @@ def name_of(folder: Path) -> str:
     return str(json.loads((folder / PLAN).read_text())["name"])
 
 
-def _named(field: str, known: Mapping[str, Any], name: str) -> Any:
+def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | None) -> Any:
+    """The set of this name, its fetched folders absolute.
+
+    Raises PlanError where there is none, or where its networks cannot be used.
+    """
     if name not in known:
         detail = f"There is no {field} set {name!r}; there are {', '.join(sorted(known))}"
         raise PlanError(field, detail, name)
-    return known[name]
+    if (why := trouble(known[name].fetched, models_dir)) is not None:
+        raise PlanError(field, f"The {field} set {name!r} cannot be used: {why}", name)
+    return known[name].below(models_dir)
 
 
 def _check_between(field: str, value: int, limits: tuple[int, int]) -> None:
@@ -196,19 +203,36 @@ def _check_work(labels: int, shots: int, epochs: int) -> None:
 def _check_prompts(
     labels: Sequence[str], template: str, cascade: DenoiserSet, head: ClassifierSet
 ) -> None:
-    filled = [("template", IDENTIFIER), *((f"labels.{i}", word) for i, word in enumerate(labels))]
+    filled = [("template", cascade.identifier)]
+    filled += ((f"labels.{i}", word) for i, word in enumerate(labels))
     for name, word in filled:
         prompt = template.format(word)
-        for reader, part in (("text encoder", cascade), ("classifier", head)):
-            tokens = part.tokens(prompt)
-            if part.prompt_tokens and tokens > part.prompt_tokens:
-                raise PlanError(
-                    name,
-                    f"the prompt {prompt!r} has {tokens} tokens; the {reader} reads at most "
-                    f"{part.prompt_tokens}",
-                    word,
-                    part.prompt_tokens,
-                )
+        check_prompt(name, word, prompt, "text encoder", _count(cascade, prompt), cascade)
+        if head.tokens is not None:
+            tokens = head.tokens(MODELS / head.folder, prompt)
+            check_prompt(name, word, prompt, "classifier", tokens, head)
+
+
+def _count(cascade: DenoiserSet, prompt: str) -> int:
+    try:
+        return cascade.tokens(cascade.folders[0], prompt)
+    except (OSError, RuntimeError) as error:
+        folder = cascade.folders[0] / "tokenizer"
+        raise PlanError("denoiser", f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def check_prompt(
+    field: str, word: str, prompt: str, reader: str, tokens: int, part: DenoiserSet | ClassifierSet
+) -> None:
+    """Raises PlanError for a prompt of more tokens than its reader takes."""
+    if part.prompt_tokens and tokens > part.prompt_tokens:
+        raise PlanError(
+            field,
+            f"the prompt {prompt!r} has {tokens} tokens; the {reader} reads at most "
+            f"{part.prompt_tokens}",
+            word,
+            part.prompt_tokens,
+        )
 
 
 def _check_known(labels: Sequence[str], known: Sequence[str], denoiser: str) -> None:

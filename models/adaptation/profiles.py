@@ -26,9 +26,24 @@ class Adaptation:
         return self.dtypes[device.type != "cpu"]
 
 
+_IF_II_L = Adaptation(
+    Sampling(steps=100, upscale_steps=50, chunk=4),
+    Personalization(
+        Profile(steps=500, batch=24, learning_rate=1e-4, log_every=10, checkpoint_every=50),
+        micro_batch=4,
+    ),
+    Finetuning(
+        Profile(steps=0, batch=0, learning_rate=5e-7, log_every=1, checkpoint_every=10),
+        sigmas=(0.0, 1.0),
+        micro_batch=16,
+    ),
+    dtypes=(torch.bfloat16, torch.bfloat16),
+)
+"""The paper's settings (method.md 5), and of diffusers' pipelines the numbers of steps."""
+
 ADAPTATIONS = {
     "nano": Adaptation(
-        Sampling(),
+        Sampling(steps=15, upscale_steps=10),
         Personalization(
             Profile(steps=300, batch=24, learning_rate=1e-4, log_every=10, checkpoint_every=50),
             weight=0.003,
@@ -36,9 +51,11 @@ ADAPTATIONS = {
             guided_below=600,
         ),
         Finetuning(
-            Profile(steps=0, batch=0, learning_rate=1e-5, log_every=5, checkpoint_every=10),
+            Profile(steps=0, batch=0, learning_rate=3e-6, log_every=5, checkpoint_every=10),
             sigmas=(0.12, 0.75),
         ),
     ),
+    "if-ii-l": _IF_II_L,
+    "if-ii-l-96": _IF_II_L,
 }
 """Where to add a cascade's profile."""

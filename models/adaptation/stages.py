@@ -21,17 +21,18 @@ from torch import Tensor
 from models.adaptation.finetune import TUNABLES, finetune
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import (
-    IDENTIFIER,
     REFERENCES,
     Plan,
     PlanError,
     Status,
     locked,
     name_of,
+    usable,
     write_json,
 )
 from models.adaptation.profiles import ADAPTATIONS, Adaptation
 from models.adaptation.progress import Progress, problem_of
+from models.adaptation.prompts import check_distinct, check_head
 from models.adaptation.synthesize import Cascade, References, encode, read_references, synthesize
 from models.bundle import (
     ADAPTER,
@@ -40,6 +41,7 @@ from models.bundle import (
     TUNED,
     Base,
     Bundle,
+    KnownHashes,
     read_bundle,
     write_bundle,
 )
@@ -48,34 +50,40 @@ from models.denoiser import DENOISERS, Denoiser, clean_prompts
 from models.files import written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch
-from models.sets import CLASSIFIER_SETS, DENOISER_SETS
+from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
+from models.sources import origin
 
 EVALUATED_ROWS = 256
 EVALUATED_SIGMAS = (0.25, 0.5)
 
 BASES = "bases.json"
 """A job's file of the networks it was begun with, by hash."""
+HASHES = "hashes.json"
+"""A job's file of the hashes it knows, for stage I's take long."""
 _STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
 _STAGE2_FILES = ["unet/*", "scheduler/*"]
-_CLASSIFIER_FILES = ["*"]
 
 
 class Job:
     """A plan's stages, each of which finds what an earlier run of it left."""
 
-    def __init__(self, folder: Path, tasks: Path, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, tasks: Path, device: torch.device, models_dir: Path | None
+    ) -> None:
         self._folder, self._tasks, self._device = folder, tasks, device
         self._plan = plan = Plan.read(folder)
-        for name, known in ((plan.denoiser, DENOISER_SETS), (plan.classifier, CLASSIFIER_SETS)):
-            if name not in known:
-                raise PlanError("denoiser", f"this release has no set {name!r}", name)
-        self._set, self._head = DENOISER_SETS[plan.denoiser], CLASSIFIER_SETS[plan.classifier]
+        self._set: DenoiserSet = usable("denoiser", DENOISER_SETS, plan.denoiser, models_dir)
+        self._head: ClassifierSet = usable(
+            "classifier", CLASSIFIER_SETS, plan.classifier, models_dir
+        )
+        print(f"the networks' licences: {self._licence()}", flush=True)
         self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
         self._dtype = self._ways.dtype(device)
+        hashes = KnownHashes(folder / HASHES)
         self._bases = {
-            "stage1": Base.of("text-to-image", self._set.stage1, _STAGE1_FILES),
-            "denoiser": Base.of("super-resolution", self._set.stage2, _STAGE2_FILES),
-            "classifier": Base.of(self._head.kind, self._head.folder, _CLASSIFIER_FILES),
+            "stage1": Base.of("text-to-image", self._set.stage1, _STAGE1_FILES, hashes),
+            "denoiser": Base.of("super-resolution", self._set.stage2, _STAGE2_FILES, hashes),
+            "classifier": Base.of(self._head.kind, self._head.folder, self._head.files, hashes),
         }
         self.progress = Progress(folder, plan)
 
@@ -85,8 +93,7 @@ class Job:
             shutil.rmtree(partial_bundle, ignore_errors=True)
         published = self._tasks / self._folder.name
         if published.exists():
-            self.progress.end("ready", progress=1.0, figures=dict(read_bundle(published).figures))
-            return
+            return self._ready(dict(read_bundle(published).figures))
         self._begin_with_bases()
         self.progress.stage("synthesizing")
         states = self._states()
@@ -102,6 +109,12 @@ class Job:
         self.progress.stage("evaluating")
         figures = self._figures(references, states, classifier, adapter, tuned)
         self._publish(states, adapter, tuned, figures)
+        return self._ready(figures)
+
+    def _ready(self, figures: dict[str, Any]) -> None:
+        """The end. Checkpoints are of no more use: three times the size of what was trained."""
+        for left in self._folder.glob("*.checkpoint.safetensors"):
+            left.unlink()
         self.progress.end("ready", progress=1.0, figures=figures)
 
     def _begin_with_bases(self) -> None:
@@ -119,8 +132,10 @@ class Job:
         """Prompt states, computed once: of the labels and the empty prompt (K+1,77,D), of the
         template with a blank and with the identifier (77,D)."""
         blank = self._plan.template.format(BLANK)
-        _check_distinct(self._plan, blank)
-        prompts = [*self._plan.prompts(), "", blank, self._plan.template.format(IDENTIFIER)]
+        check_distinct(self._plan, blank)
+        check_head(self._plan, self._head)
+        identified = self._plan.template.format(self._set.identifier)
+        prompts = [*self._plan.prompts(), "", blank, identified]
         try:
             states = encode(self._set.folders[0], prompts, self._device, self._dtype)
         except ValueError as error:
@@ -233,7 +248,7 @@ class Job:
         tuned: Path | None,
         figures: dict[str, Any],
     ) -> None:
-        prompt = self._plan.template.format(IDENTIFIER if adapter else BLANK)
+        prompt = self._plan.template.format(self._set.identifier if adapter else BLANK)
         prompt_states = self._folder / PROMPT_STATES
         chosen = states["personalized" if adapter else "blank"].clone()
         with written_whole(prompt_states) as partial_file:
@@ -251,7 +266,7 @@ class Job:
             largest_sigma=self._set.largest_sigma,
             denoiser=self._bases["denoiser"],
             classifier=self._bases["classifier"],
-            licence="; ".join(dict.fromkeys([self._set.licence, self._head.licence])),
+            licence=self._licence(),
             files={},
             name=name_of(self._folder),
             adaptation=self._adaptation(),
@@ -259,25 +274,18 @@ class Job:
         )
         write_bundle(self._tasks / self._folder.name, task, sources)
 
+    def _licence(self) -> str:
+        return "; ".join(dict.fromkeys([self._set.licence, self._head.licence]))
+
     def _adaptation(self) -> dict[str, Any]:
+        """The plan's settings, and for networks that were fetched repository and commit."""
         settings = asdict(self._plan)
         for known in ("labels", "template"):
             del settings[known]
+        found = {name: origin(MODELS / base.folder) for name, base in self._bases.items()}
+        if fetched := {name: where for name, where in found.items() if where is not None}:
+            settings["networks"] = fetched
         return settings
-
-
-def _check_distinct(plan: Plan, blank: str) -> None:
-    """Raises PlanError for a label of which the text encoder is told nothing of its own."""
-    cleaned = clean_prompts([blank, *plan.prompts()])
-    for index, prompt in enumerate(cleaned[1:]):
-        first = cleaned.index(prompt)
-        if first != index + 1:
-            other = f"labels.{first - 1} ({plan.labels[first - 1]!r})" if first else "no label"
-            raise PlanError(
-                f"labels.{index}",
-                f"labels.{index} ({plan.labels[index]!r}) reads as {prompt!r}, the same as {other}",
-                plan.labels[index],
-            )
 
 
 @torch.no_grad()
@@ -291,21 +299,21 @@ def _recognised(
 ) -> float:
     generator = torch.Generator().manual_seed(2**40)
     repeats = 1 if denoiser is None else max(1, EVALUATED_ROWS // len(references.labels))
-    batches = list(zip(references.images.split(32), references.labels.split(32), strict=True))
+    batches = torch.arange(len(references.labels)).repeat(repeats).split(32)
     right = 0
-    for repeat in range(repeats):
-        for place, (images, labels) in enumerate(batches):
-            moved(repeat * len(batches) + place, repeats * len(batches))
-            x = images.float() / 255
-            if denoiser is not None:
-                x_hat = x + sigma * torch.randn(x.shape, generator=generator)
-                each = torch.full((len(x),), sigma, dtype=torch.float64)
-                x = denoiser(x_hat.to(device), each)
-            right += int((classifier(x.to(device)).argmax(1).cpu() == labels).sum())
+    for place, rows in enumerate(batches):
+        moved(place, len(batches))
+        x = references.images[rows].float() / 255
+        if denoiser is not None:
+            x_hat = x + sigma * torch.randn(x.shape, generator=generator)
+            each = torch.full((len(x),), sigma, dtype=torch.float64)
+            x = denoiser(x_hat.to(device), each)
+        named = classifier(x.to(device)).argmax(1).cpu()
+        right += int((named == references.labels[rows]).sum())
     return round(right / (repeats * len(references.labels)), 4)
 
 
-def run(folder: Path, tasks: Path, device: torch.device) -> None:
+def run(folder: Path, tasks: Path, device: torch.device, models_dir: Path | None = None) -> None:
     """Run a job to its end; what fails ends it in `failed`, with a problem.
 
     Only a status that cannot be written is raised.
@@ -316,7 +324,7 @@ def run(folder: Path, tasks: Path, device: torch.device) -> None:
         if Status.read(folder).state == "ready":
             return
         try:
-            job = Job(folder, tasks, device)
+            job = Job(folder, tasks, device, models_dir)
         except Exception as error:
             traceback.print_exc()
             Status("failed", problem=problem_of(error), finished=time.time()).write(folder)

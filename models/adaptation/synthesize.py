@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import IFPipeline, IFSuperResolutionPipeline
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from models.adaptation.plan import Plan, write_json
-from models.denoiser import encode_prompts
+from models.denoiser import encode_prompts, fitting_prompts, read_unet
 from models.files import written_whole
+from models.inventory import hold
+from models.memory import bytes_of, check_room
+from models.sources import TEXT_ENCODER, Network
 
-CHUNK = 16
-"""Images sampled at once; always the same companions, so that a resumed run makes the same."""
+DRAWN = "drawn"
+"""Below the references: stage I's images, for as long as stage II has not enlarged them."""
 _TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Each stage's steps and guidance (method.md 5.1), and the noise level between them."""
+    """Each stage's steps and guidance (method.md 5.1), and the noise level between them.
+
+    `chunk` images are sampled at once; always the same companions, so that a resumed run makes the
+    same.
+    """
 
     steps: int = 40
     guidance: float = 7.0
     upscale_steps: int = 30
     upscale_guidance: float = 4.0
     noise_level: int = 250
+    chunk: int = 16
 
 
 def encode(
@@ -41,22 +52,53 @@ def encode(
 ) -> Tensor:
     """States (N,77,D) float32 of prompts, by stage I's own text encoder, which is then let go.
 
-    Raises ValueError for a prompt that it would cut.
+    Raises ValueError for a prompt that it would cut and TooLittleMemory, both before it loads.
     """
     tokenizer = AutoTokenizer.from_pretrained(stage1 / "tokenizer", local_files_only=True)
+    fitting_prompts(tokenizer, prompts)
+    folder = stage1 / "text_encoder"
+    check_room("the text encoder", bytes_of(folder, TEXT_ENCODER, dtype.itemsize), device)
     loaded: Any = T5EncoderModel.from_pretrained(
-        stage1 / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+        folder,
+        dtype=dtype,
+        variant=hold(folder, Network("", "config.json", TEXT_ENCODER)).variant,
+        use_safetensors=True,
+        local_files_only=True,
     )
     encoder = loaded.to(device).eval()
     parts = [
         encode_prompts(tokenizer, encoder, prompts[start : start + _TEXTS]).float().cpu()
         for start in range(0, len(prompts), _TEXTS)
     ]
+    del loaded, encoder
+    let_go()
     return torch.cat(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Stage I's images (N,3,h,w), and the states (N,S) uint8 of the generators that stage II draws
+    on with."""
+
+    images: Tensor
+    generators: Tensor
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Images as `write` has kept them, to the bit."""
+        return cls(**load_file(path))
+
+    def write(self, path: Path) -> None:
+        """Keep the images, whole or not at all."""
+        with written_whole(path) as partial:
+            save_file({"images": self.images, "generators": self.generators}, partial)
+
+
 class Cascade:
-    """Both stages of a text-to-image pixel cascade, read from folders in DeepFloyd's layout."""
+    """Both stages of a text-to-image pixel cascade, read from folders in DeepFloyd's layout.
+
+    A stage is loaded at its first use, and lets the other go: memory holds one at a time.
+    """
 
     def __init__(
         self,
@@ -65,23 +107,9 @@ class Cascade:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        def loaded(kind: Any, folder: Path, *absent: str) -> Any:
-            pipeline = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                requires_safety_checker=False,
-                **dict.fromkeys(
-                    ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", *absent)
-                ),
-            )
-            pipeline.set_progress_bar_config(disable=True)
-            return pipeline.to(device)
-
+        self._folders = stage1, stage2
         self._device, self._dtype = device, dtype
-        self._stage1 = loaded(IFPipeline, stage1, "watermarker")
-        self._stage2 = loaded(IFSuperResolutionPipeline, stage2, "watermarker")
+        self._held: tuple[Path, Any] | None = None
 
     def __call__(
         self, states: Tensor, empty: Tensor, seeds: Sequence[int], sampling: Sampling
@@ -89,31 +117,78 @@ class Cascade:
         """One image a prompt, (N,H,W,3) uint8, from the prompts' states (N,77,D) and the empty
         prompt's (77,D); image i depends on its own prompt and seed alone, up to the rounding of
         its batch."""
+        return self.enlarge(self.draw(states, empty, seeds, sampling), states, empty, sampling)
+
+    def draw(
+        self, states: Tensor, empty: Tensor, seeds: Sequence[int], sampling: Sampling
+    ) -> Drawn:
+        """Stage I: see `__call__`."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        told = {
-            "prompt_embeds": states.to(self._device, self._dtype),
-            "negative_prompt_embeds": empty.to(self._device, self._dtype).expand_as(states),
-            "generator": generators,
-            "output_type": "pt",
-        }
-        small = self._stage1(
-            num_inference_steps=sampling.steps, guidance_scale=sampling.guidance, **told
+        images = self._stage(IFPipeline, self._folders[0])(
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=generators,
+            **self._told(states, empty),
         ).images
-        side = self._stage2.unet.config.sample_size
-        images = self._stage2(
-            image=small,
+        kept = torch.stack([generator.get_state() for generator in generators])
+        return Drawn(images.cpu().contiguous(), kept)
+
+    def enlarge(
+        self, drawn: Drawn, states: Tensor, empty: Tensor, sampling: Sampling
+    ) -> NDArray[np.uint8]:
+        """Stage II: see `__call__`."""
+        generators = [torch.Generator().set_state(state.clone()) for state in drawn.generators]
+        stage2 = self._stage(IFSuperResolutionPipeline, self._folders[1])
+        side = stage2.unet.config.sample_size
+        images = stage2(
+            image=drawn.images.to(self._device),
             height=side,
             width=side,
             num_inference_steps=sampling.upscale_steps,
             guidance_scale=sampling.upscale_guidance,
             noise_level=sampling.noise_level,
-            **told,
+            generator=generators,
+            **self._told(states, empty),
         ).images
         unit = (F.hardtanh(images.float()) + 1) / 2
         rounded: NDArray[np.uint8] = (
             (255 * unit).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         )
         return rounded
+
+    def _told(self, states: Tensor, empty: Tensor) -> dict[str, Any]:
+        return {
+            "prompt_embeds": states.to(self._device, self._dtype),
+            "negative_prompt_embeds": empty.to(self._device, self._dtype).expand_as(states),
+            "output_type": "pt",
+        }
+
+    def _stage(self, kind: Any, folder: Path) -> Any:
+        if self._held is None or self._held[0] != folder:
+            self._held = None
+            let_go()
+            parts = {"unet": read_unet(folder, self._dtype, self._device)}
+            schedulers = ["scheduler"]
+            if kind is IFSuperResolutionPipeline:
+                schedulers.append("image_noising_scheduler")
+            for name in schedulers:
+                parts[name] = DDPMScheduler.from_pretrained(folder / name, local_files_only=True)
+            pipeline = kind(**parts, **_ABSENT, requires_safety_checker=False)
+            pipeline.set_progress_bar_config(disable=True)
+            self._held = folder, pipeline
+        return self._held[1]
+
+
+_ABSENT: dict[str, None] = dict.fromkeys(
+    ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+)
+
+
+def let_go() -> None:
+    """Give the memory of networks that nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,31 +210,52 @@ def synthesize(
     """Make the plan's reference images in `folder`, each a PNG and a JSON, unless they are there.
 
     `states` (K+1,77,D) are the labels' prompts' and, last, the empty prompt's. The `cascade` is
-    loaded if an image is missing. `on_image` hears how many are done of how many.
+    made if an image is missing; all that are go through stage I before the first goes through
+    stage II. `on_image` hears how many passes through a stage are done of how many.
     """
-    folder.mkdir(exist_ok=True)
+    (folder / DRAWN).mkdir(parents=True, exist_ok=True)
     wanted = [(label, shot) for label in range(len(plan.labels)) for shot in range(plan.shots)]
-    prompts, loaded = plan.prompts(), None
-    for start in range(0, len(wanted), CHUNK):
-        chunk = wanted[start : start + CHUNK]
-        on_image(start, len(wanted))
-        if all(_is_kept(folder, _name(*each)) for each in chunk):
-            continue
-        loaded = loaded or cascade()
-        rows = torch.tensor([label for label, _ in chunk])
-        seeds = [plan.seed_of(*each) for each in chunk]
-        images = loaded(states[rows], states[-1], seeds, sampling)
-        for (label, shot), seed, image in zip(chunk, seeds, images, strict=True):
-            described = {
-                "label": plan.labels[label],
-                "label_index": label,
-                "shot": shot,
-                "prompt": prompts[label],
-                "seed": seed,
-                "sampling": asdict(sampling),
-            }
-            _keep(folder, _name(label, shot), image, described)
-    on_image(len(wanted), len(wanted))
+    chunks = {
+        start: chunk
+        for start in range(0, len(wanted), sampling.chunk)
+        for chunk in [wanted[start : start + sampling.chunk]]
+        if not all(_is_kept(folder, _name(*each)) for each in chunk)
+    }
+    whole = 2 * len(wanted)
+    done = whole - 2 * sum(len(chunk) for chunk in chunks.values())
+    on_image(done, whole)
+    if chunks:
+        made = cascade()
+        for start, chunk in chunks.items():
+            drawn = folder / DRAWN / f"{start}.safetensors"
+            if not drawn.exists():
+                seeds = [plan.seed_of(*each) for each in chunk]
+                made.draw(_states(states, chunk), states[-1], seeds, sampling).write(drawn)
+            on_image(done := done + len(chunk), whole)
+        for start, chunk in chunks.items():
+            drawn = folder / DRAWN / f"{start}.safetensors"
+            images = made.enlarge(Drawn.read(drawn), _states(states, chunk), states[-1], sampling)
+            for each, image in zip(chunk, images, strict=True):
+                _keep(folder, _name(*each), image, _described(plan, each, sampling))
+            drawn.unlink()
+            on_image(done := done + len(chunk), whole)
+    shutil.rmtree(folder / DRAWN)
+
+
+def _states(states: Tensor, chunk: Sequence[tuple[int, int]]) -> Tensor:
+    return states[torch.tensor([label for label, _ in chunk])]
+
+
+def _described(plan: Plan, each: tuple[int, int], sampling: Sampling) -> dict[str, Any]:
+    label, shot = each
+    return {
+        "label": plan.labels[label],
+        "label_index": label,
+        "shot": shot,
+        "prompt": plan.template.format(plan.labels[label]),
+        "seed": plan.seed_of(label, shot),
+        "sampling": asdict(sampling),
+    }
 
 
 def read_references(plan: Plan, folder: Path, resolution: int) -> References:

@@ -88,35 +88,59 @@ def certify_images(
         stream.write(LOG_HEADER)
         for index in range(len(data)):
             started = time.perf_counter()
-            pixels = np.ascontiguousarray(data.images[index].transpose(2, 0, 1))
-            selection, estimation = (
-                votes(model, Rows(pixels, _key(seed, index, domain), 0, rows, sigma))
-                for domain, rows in (("selection", n0), ("estimation", n))
-            )
-            found = Certified(
-                index,
-                truth := int(data.labels[index]),
-                certify(
-                    selection.tolist(),
-                    estimation.tolist(),
-                    sigma,
-                    alpha,
-                    total_variation=total_variation(sigma, pixels.shape),
-                ),
-                float(estimation[truth]) / n,
-            )
+            selection, estimation = image_votes(model, data, index, sigma, n0, n, seed)
+            found = outcome(data, index, selection, estimation, sigma, alpha)
             label = -1 if found.certificate.abstained else found.certificate.label
             seconds = time.perf_counter() - started
             stream.write(
-                f"{index}\t{truth}\t{label}\t{floor(found.radius * 1e6) / 1e6:.6f}"
+                f"{index}\t{found.truth}\t{label}\t{floor(found.radius * 1e6) / 1e6:.6f}"
                 f"\t{int(found.correct)}\t{seconds:.3f}\n"
             )
             stream.flush()
             yield found
 
 
+def image_votes(
+    model: SmoothedModel,
+    data: LabelledImages,
+    index: int,
+    sigma: float,
+    n0: int,
+    n: int,
+    seed: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One image's selection and estimation votes (K,); noise follows from `seed` and `index`."""
+    pixels = np.ascontiguousarray(data.images[index].transpose(2, 0, 1))
+    selection, estimation = (
+        votes(model, Rows(pixels, _key(seed, index, domain), 0, rows, sigma))
+        for domain, rows in (("selection", n0), ("estimation", n))
+    )
+    return selection, estimation
+
+
 def _key(seed: int, index: int, domain: str) -> bytes:
     return hashlib.sha256(f"evaluation/{seed}/{index}/{domain}".encode()).digest()
+
+
+def outcome(
+    data: LabelledImages,
+    index: int,
+    selection: NDArray[np.int64],
+    estimation: NDArray[np.int64],
+    sigma: float,
+    alpha: float,
+) -> Certified:
+    """What an image's votes (K,) prove."""
+    height, width, channels = data.images[index].shape
+    truth = int(data.labels[index])
+    certificate = certify(
+        selection.tolist(),
+        estimation.tolist(),
+        sigma,
+        alpha,
+        total_variation=total_variation(sigma, (channels, height, width)),
+    )
+    return Certified(index, truth, certificate, float(estimation[truth] / estimation.sum()))
 
 
 def summarise(outcomes: list[Certified]) -> Summary:

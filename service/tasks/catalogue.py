@@ -6,19 +6,17 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
 from service.health import passed
-from service.tasks.task import MANIFEST, is_task_id
+from service.tasks.task import MANIFEST, Signature, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
 
 POLL_SECONDS = 1.0
 
-Signature = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of each file of a bundle: what tells that it must be read anew."""
 BaseState = tuple[str, tuple[tuple[str, str], ...], Signature]
 """A base network's folder, the hashes that a bundle states, and the files as they are."""
 _UNSEEN: Signature = (("", 0, 0),)
@@ -26,10 +24,21 @@ _UNSEEN: Signature = (("", 0, 0),)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a bundle is not served, and whether making it anew would help."""
+    """Why a bundle is not served, whether making it anew would help, and what its files were."""
 
     reason: str
     replaceable: bool
+    seen: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One look: bundles as read, whatever became of their networks, and what is made of each."""
+
+    read: dict[str, tuple[Signature, Bundle]] = field(default_factory=dict)
+    served: dict[str, Bundle] = field(default_factory=dict)
+    refused: dict[str, Refusal] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 class Catalogue(Mapping[str, Bundle]):
@@ -45,7 +54,7 @@ class Catalogue(Mapping[str, Bundle]):
         self._built_in = dict(built_in)
         self._folder = folder
         self._bundles = dict(built_in)
-        self._signatures: dict[str, Signature] = {}
+        self._read: dict[str, tuple[Signature, Bundle]] = {}
         self._bases: dict[BaseState, str] = {}
         self._gone: set[str] = set()
         self._alone = asyncio.Lock()
@@ -60,33 +69,13 @@ class Catalogue(Mapping[str, Bundle]):
         return len(self._bundles)
 
     async def refresh(self) -> None:
-        """Read what has changed in the folder."""
+        """Read what has changed in the folder, or in the networks that its bundles build on."""
         async with self._alone:
-            signatures = await asyncio.to_thread(self._look)
-            changed = [task for task, found in signatures.items() if self._is_new(task, found)]
-            bundles = {task: self._bundles[task] for task in signatures if task in self._bundles}
-            refused = {task: self.refused[task] for task in signatures if task in self.refused}
-            unread: dict[str, str] = {}
-            for task in changed:
-                bundles.pop(task, None)
-                refused.pop(task, None)
-                try:
-                    bundle = await asyncio.to_thread(self._read, self._folder / task)
-                    logger.info("task %s is there to be asked, as %s", task, bundle.digest[:16])
-                    bundles[task] = bundle
-                except Exception as error:
-                    reason = f"{error}".replace(f"{self._folder}/", "")
-                    if _will_pass(error):
-                        unread[task] = reason
-                        del signatures[task]
-                    else:
-                        refused[task] = Refusal(reason, _is_replaceable(self._folder / task))
-                    if self.unread.get(task) != reason:
-                        logger.error("task %s is not served: %s", task, error)
-            bundles = self._built_in | bundles
+            found = await asyncio.to_thread(self._look_through)
+            bundles = self._built_in | found.served
             self._gone |= {t for t, was in self._bundles.items() if bundles.get(t) is not was}
-            self._bundles, self._signatures = bundles, signatures
-            self.refused, self.unread = refused, unread
+            self._bundles, self._read = bundles, found.read
+            self.refused, self.unread = found.refused, found.unread
 
     async def follow(self, stop: asyncio.Event, *, gone: Callable[[str], Awaitable[None]]) -> None:
         """Look once a second until `stop`, telling `gone` of each task not served as before."""
@@ -99,8 +88,40 @@ class Catalogue(Mapping[str, Bundle]):
                 logger.exception("the published tasks cannot be looked through; trying again")
             await passed(stop, POLL_SECONDS)
 
-    def _is_new(self, task: str, signature: Signature) -> bool:
-        return self._signatures.get(task) != signature
+    def _look_through(self) -> _Found:
+        """What the folder holds now; only what has changed is read and hashed."""
+        found, states = _Found(), dict[str, Signature]()
+        for task, seen in self._look().items():
+            refused = self.refused.get(task)
+            if refused is not None and refused.seen == seen and task not in self._read:
+                found.refused[task] = refused
+                continue
+            try:
+                bundle = self._bundle(task, seen)
+                found.read[task] = seen, bundle
+                for base in (bundle.denoiser, bundle.classifier):
+                    self._verify(base, states)
+                if self._bundles.get(task) is not bundle:
+                    logger.info("task %s is there to be asked, as %s", task, bundle.digest[:16])
+                found.served[task] = bundle
+            except Exception as error:
+                self._leave_out(found, task, seen, error)
+        return found
+
+    def _leave_out(self, found: _Found, task: str, seen: Signature, error: Exception) -> None:
+        """Not served, but for passing trouble with the networks of a task that is."""
+        reason = f"{error}".replace(f"{self._folder}/", "").replace(f"{MODELS}/", "")
+        _, read = found.read.get(task, (None, None))
+        if read is not None and self._bundles.get(task) is read and _will_pass(error):
+            found.served[task] = read
+            return
+        if _will_pass(error):
+            found.unread[task] = reason
+        else:
+            found.refused[task] = Refusal(reason, _is_replaceable(self._folder / task), seen)
+        before = self.refused.get(task)
+        if reason not in (self.unread.get(task), before and before.reason):
+            logger.error("task %s is not served: %s", task, error)
 
     def _look(self) -> dict[str, Signature]:
         """The signature of every bundle in the folder."""
@@ -111,23 +132,32 @@ class Catalogue(Mapping[str, Bundle]):
         found = {}
         for name in names:
             try:
-                found[name] = _signature(self._folder / name)
+                found[name] = signature(self._folder / name)
             except OSError:
-                found[name] = self._signatures.get(name, _UNSEEN)
-        return {name: signature for name, signature in found.items() if signature}
+                refused = self.refused.get(name)
+                seen = refused.seen if refused else _UNSEEN
+                found[name] = self._read[name][0] if name in self._read else seen
+        return {name: seen for name, seen in found.items() if seen}
 
-    def _read(self, folder: Path) -> Bundle:
+    def _bundle(self, task: str, seen: Signature) -> Bundle:
+        """The task's bundle, read anew where its files are not as they were."""
+        before, known = self._read.get(task, (None, None))
+        if known is not None and before == seen:
+            return known
+        folder = self._folder / task
         bundle = read_bundle(folder)
         if bundle.id != folder.name:
             raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
-        for base in (bundle.denoiser, bundle.classifier):
-            self._verify(base)
         return bundle
 
-    def _verify(self, base: Base) -> None:
-        """As `Base.verified`, but files that have not changed since are not hashed again."""
-        files = tuple(sorted(base.files.items()))
-        state = base.folder, files, _signature(MODELS / base.folder) if base.folder else ()
+    def _verify(self, base: Base, states: dict[str, Signature]) -> None:
+        """As `Base.verified`, but files that have not changed since are not hashed again.
+
+        `states` are the signatures of base networks' folders as this look has found them.
+        """
+        if base.folder not in states:
+            states[base.folder] = signature(MODELS / base.folder) if base.folder else ()
+        state = base.folder, tuple(sorted(base.files.items())), states[base.folder]
         if state not in self._bases:
             try:
                 base.verified()
@@ -136,19 +166,6 @@ class Catalogue(Mapping[str, Bundle]):
                 self._bases[state] = str(error)
         if self._bases[state]:
             raise BundleError(self._bases[state])
-
-
-def _signature(folder: Path) -> Signature:
-    """Empty for what is no folder or is being removed; raises OSError for other trouble."""
-    try:
-        paths = sorted(folder.rglob("*"))
-        states = [(path, path.lstat()) for path in paths if not path.is_dir()]
-    except FileNotFoundError:
-        return ()
-    return tuple(
-        (path.relative_to(folder).as_posix(), state.st_mtime_ns, state.st_size)
-        for path, state in states
-    )
 
 
 def _will_pass(error: Exception) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
+from service.schemas import invalid_field
 from service.tasks.catalogue import Catalogue, Refusal
-from service.tasks.schemas import TaskRequest, TaskResponse
+from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task
 
@@ -31,13 +32,15 @@ class TaskDesk:
         One that failed is tried again, and one whose bundle is damaged is made anew. Raises
         InvalidField, StorageFull and Backlog.
         """
-        plan = asked.plan()
+        plan = await asyncio.to_thread(asked.plan, self._store.models)
         made = plan, asked.name_of(plan), owner
         task = await asyncio.to_thread(self._store.create, *made)
         refusal = await self._refusal(task)
         if refusal is not None and refusal.replaceable:
-            await asyncio.to_thread(self._store.withdraw, task.id)
+            await asyncio.to_thread(self._store.withdraw, task.id, refusal.seen)
             await self._catalogue.refresh()
+        if task.status.state == "ready" and task.id not in self._catalogue:
+            # Its bundle was put aside, here or by somebody who posted the same at the same time.
             task = await asyncio.to_thread(self._store.create, *made)
         return await self._told(task)
 
@@ -45,9 +48,22 @@ class TaskDesk:
         """The task as it stands; raises NotFound. Ready means that it can be asked."""
         return await self._told(await asyncio.to_thread(self._store.get, task_id))
 
-    async def all(self) -> list[TaskResponse]:
-        """Every task, the oldest first."""
-        return [await self._told(task) for task in await asyncio.to_thread(self._store.all)]
+    async def page(self, limit: int, after: str | None) -> TasksResponse:
+        """So many tasks, the newest first, from the one that follows `after` on.
+
+        Raises InvalidField for an `after` that is no task, or no longer.
+        """
+        tasks = (await asyncio.to_thread(self._store.all))[::-1]
+        ids = [task.id for task in tasks]
+        if after is not None and after not in ids:
+            detail = "after must be the id of a task that is there; begin with the first page anew"
+            raise invalid_field("after", detail, after)
+        start = 0 if after is None else ids.index(after) + 1
+        more = len(tasks) > start + limit
+        return TasksResponse(
+            tasks=[await self._told(task) for task in tasks[start : start + limit]],
+            next=f"/tasks?limit={limit}&after={ids[start + limit - 1]}" if more else None,
+        )
 
     async def reference(self, task_id: str, name: str) -> bytes:
         """One picture's PNG file; raises NotFound."""

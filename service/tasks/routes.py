@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
@@ -17,6 +17,8 @@ from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 
 MOST_BYTES = 2**20
 """Largest body of a task's request."""
+MOST_LISTED = 1_000
+"""Most tasks in one answer."""
 
 
 def _desk(request: Request) -> TaskDesk:
@@ -68,10 +70,18 @@ async def create_task(request: Request, desk: Desk, owner: Caller) -> Response:
     return JSONResponse(task.model_dump(mode="json"), status, headers)
 
 
-@tasks.get("")
-async def get_tasks(desk: Desk) -> TasksResponse:
-    """Every task that was made from labels, the oldest first; /models has the built-in one too."""
-    return TasksResponse(tasks=await desk.all())
+@tasks.get("", responses=problem_responses(errors.InvalidField))
+async def get_tasks(
+    desk: Desk,
+    limit: Annotated[
+        int, Query(ge=1, le=MOST_LISTED, description=f"Most tasks, 1 to {MOST_LISTED}.")
+    ] = 100,
+    after: Annotated[
+        str | None, Query(description="A task's id: only those made before it are listed.")
+    ] = None,
+) -> TasksResponse:
+    """The tasks that were made from labels, the newest first; /models has the built-in one too."""
+    return await desk.page(limit, after)
 
 
 @tasks.get("/{id}", responses=problem_responses(errors.NotFound))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
@@ -63,11 +64,12 @@ class TaskRequest(BaseModel):
         False, description="Take labels that the set was not trained on, whatever comes of it."
     )
 
-    def plan(self) -> Plan:
-        """The plan of the task; raises InvalidField for what is outside its limits."""
+    def plan(self, models_dir: Path | None = None) -> Plan:
+        """The plan of the task; raises InvalidField for what is outside its limits, and for
+        networks that are not whole in `models_dir`."""
         settings = self.model_dump(exclude={"name", "labels"})
         try:
-            return Plan.checked(self.labels, **settings)
+            return Plan.checked(self.labels, **settings, models_dir=models_dir)
         except PlanError as error:
             raise invalid_field(error.field, str(error), error.value, error.limit) from error
 
@@ -110,6 +112,7 @@ class TaskResponse(BaseModel):
 
 
 class TasksResponse(BaseModel):
-    """Every task that was made from labels, the oldest first."""
+    """Tasks that were made from labels, the newest first, and where the next ones are."""
 
     tasks: list[TaskResponse] = Field(description="The tasks.")
+    next: str | None = Field(description="The address of the tasks before these, or null.")

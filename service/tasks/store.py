@@ -24,7 +24,7 @@ from models.adaptation.plan import LOCK, PLAN, REFERENCES, Plan, Status, write_j
 from models.files import flush
 from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
-from service.tasks.task import Task, is_task_id
+from service.tasks.task import Signature, Task, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
 
@@ -50,12 +50,14 @@ def retry_after(eta_seconds: float | None, default: int) -> int:
 class Store:
     """The tasks under a data directory; its methods block on the disk.
 
-    `tasks` and `jobs` are the folders of the published bundles and of the adaptation jobs.
+    `tasks` and `jobs` are the folders of the published bundles and of the adaptation jobs, `models`
+    that of the networks that were fetched.
     """
 
     def __init__(self, settings: Settings, secret: bytes) -> None:
         root = settings.data_dir.resolve()
         self.tasks, self.jobs = root / "tasks", root / "jobs"
+        self.models = settings.models_folder
         self._most_bytes = settings.tasks_bytes
         self._most_jobs = settings.queued_tasks
         self._secret = secret
@@ -78,11 +80,11 @@ class Store:
                 elif found.status.state in ("failed", "cancelled"):
                     again = Status("queued", losses=found.status.losses)
                     again.write(self.jobs / task_id)
+                return self.get(task_id)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise StorageFull("The disk is full: make room on it, or delete tasks") from error
-        return self.get(task_id)
 
     def find(self, task_id: str) -> Task | None:
         """The task as it stands, or None."""
@@ -166,13 +168,15 @@ class Store:
         if not removed:
             raise NotFound("There is no such task, or no longer", task=task_id)
 
-    def withdraw(self, task_id: str) -> None:
+    def withdraw(self, task_id: str, seen: Signature) -> None:
         """Put a published bundle that cannot be served aside, until another is in its place.
 
-        Its job, if there is one, stays.
+        Its job, if there is one, stays. A bundle that is not the one `seen` is let be: somebody
+        else has put that aside, and this may be what was made instead.
         """
         with self._alone():
-            self._out_of_sight(self.tasks / task_id, _WITHDRAWN)
+            if signature(self.tasks / task_id) == seen:
+                self._out_of_sight(self.tasks / task_id, _WITHDRAWN)
 
     def sweep(self) -> None:
         """Remove what killed processes left: half-made folders, and those out of sight.

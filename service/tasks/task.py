@@ -17,10 +17,26 @@ MANIFEST = "manifest.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SETTINGS = ("denoiser", "classifier", "shots", "steps", "epochs", "seed")
 
+Signature = tuple[tuple[str, int, int], ...]
+"""Name, time of change and size of each file of a folder: what tells that it must be read anew."""
+
 
 def is_task_id(name: str) -> bool:
     """Whether a folder of this name may be a task; `default` is the built-in one's."""
     return _ID.fullmatch(name) is not None and name != "default"
+
+
+def signature(folder: Path) -> Signature:
+    """Empty for what is no folder or is being removed; raises OSError for other trouble."""
+    try:
+        paths = sorted(folder.rglob("*"))
+        states = [(path, path.lstat()) for path in paths if not path.is_dir()]
+    except FileNotFoundError:
+        return ()
+    return tuple(
+        (path.relative_to(folder).as_posix(), state.st_mtime_ns, state.st_size)
+        for path, state in states
+    )
 
 
 @dataclass(frozen=True, slots=True)

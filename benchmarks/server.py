@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 START_SECONDS = 120
+VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "serve")
 
 
 def free_port() -> int:
@@ -23,39 +23,39 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "serve")
-
-
 @contextmanager
 def serving(
     data_dir: Path, command: Sequence[str] = VOUCHSAFE, probe: str = "/readyz"
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on a free port, ready or as far as another probe says.
+    """A server that everyone may call on a free port, ready or as far as another probe says.
 
-    Killed at the end where the test did not stop it.
+    Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
+    and TimeoutError where that takes too long.
     """
     port = free_port()
+    others = {name: value for name, value in os.environ.items() if "VOUCHSAFE_API_KEYS" not in name}
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)],
-        env={**os.environ, "VOUCHSAFE_DATA_DIR": str(data_dir)},
+        env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir)},
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        until_ready(url + probe, process)
+        _until_ready(url + probe, process)
         yield url, process
     finally:
         process.kill()
         process.wait()
 
 
-def until_ready(probe: str, process: subprocess.Popen[bytes]) -> None:
+def _until_ready(probe: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended before it was ready"
+        if process.poll() is not None:
+            raise RuntimeError("the server ended before it was ready")
         try:
             if httpx.get(probe).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    pytest.fail("the server was not ready in time")
+    raise TimeoutError("the server was not ready in time")

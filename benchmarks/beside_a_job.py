@@ -1,0 +1,162 @@
+"""What a running adaptation costs those who ask meanwhile: `python -m benchmarks.beside_a_job`.
+
+Starts a server of its own in a temporary folder and asks it one question after another: with
+nothing beside it, then in every stage of a running adaptation job, then with nothing beside it
+once more. Each stage has its share of the questions; once it has, the job goes on unasked, for at
+its low priority it would hardly do so beside more of them. A question counts where the job ran
+before it and after it. Prints a table of latencies; `--out` keeps all figures as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.machine import machine
+from benchmarks.server import serving
+from models.adaptation.plan import STAGES
+from models.bundle import DEFAULT_TASK, read_bundle
+from models.smoothing import best_device
+from service.bench import SELECTION_ROWS, SIGMA, WAIT_SECONDS, Ask, driven, percentiles, post
+from service.config import Settings
+from service.jobs import Mode
+from service.schemas import DEFAULT_ROWS
+
+IMAGE = Path(__file__).parents[1] / "docs" / "ship.png"
+NAME = "made beside a benchmark"
+WARM = 5
+"""Questions before each block that are not counted."""
+LOOK_SECONDS = 0.1
+
+Asked = list[tuple[str, float]]
+"""The stage in which each question was asked, and the seconds it took."""
+
+
+async def measured(
+    url: str, question: Mapping[str, str], task: Mapping[str, Any], requests: int
+) -> dict[str, Any]:
+    """Figures of at least so many questions beside jobs, and of so many before and after."""
+    image, rows = IMAGE.read_bytes(), int(question["n"]) + int(question.get("n0", 0))
+    async with httpx.AsyncClient(base_url=url, timeout=WAIT_SECONDS) as client:
+        ask = partial(post, client, question)
+        before = await _alone(ask, image, requests)
+        beside = await _beside_jobs(client, ask, image, task, requests)
+        after = await _alone(ask, image, requests)
+    blocks = {"before": before, "after": after, "nothing beside it": before + after}
+    blocks["beside a job"] = [seconds for _, seconds in beside]
+    for stage in STAGES:
+        if taken := [seconds for asked_in, seconds in beside if asked_in == stage]:
+            blocks[stage] = taken
+    told: dict[str, Any] = {name: _figures(taken, rows) for name, taken in blocks.items()}
+    alone, busy = told["nothing beside it"], told["beside a job"]
+    told["ratio"] = {name: round(busy[name] / alone[name], 2) for name in ("p50", "p99", "rows/s")}
+    return told
+
+
+async def _alone(ask: Ask, image: bytes, requests: int) -> list[float]:
+    await driven(ask, [image] * WARM, 1)
+    return await driven(ask, [image] * requests, 1)
+
+
+async def _beside_jobs(
+    client: httpx.AsyncClient, ask: Ask, image: bytes, task: Mapping[str, Any], requests: int
+) -> Asked:
+    """So many questions, as many in one stage as in another, beside as many jobs as that takes."""
+    left_out = {"personalizing": task.get("steps") == 0, "finetuning": task.get("epochs") == 0}
+    stages = [stage for stage in STAGES if not left_out.get(stage)]
+    asked: Asked = []
+    seeds = count()
+    while len(asked) < requests:
+        seen, seeded = len(asked), {**task, "name": NAME, "seed": next(seeds)}
+        made = (await client.post("/tasks", json=seeded)).raise_for_status()
+        stage = await _stage(client, made.headers["Location"])
+        while stage is not None:
+            if sum(before == stage for before, _ in asked) * len(stages) >= requests:
+                await asyncio.sleep(LOOK_SECONDS)
+                stage = await _stage(client, made.headers["Location"])
+                continue
+            (seconds,) = await driven(ask, [image], 1)
+            now = await _stage(client, made.headers["Location"])
+            if now is not None:
+                asked.append((stage, seconds))
+            stage = now
+        if len(asked) == seen:
+            raise RuntimeError("the job ended before one question was answered beside it")
+    return asked
+
+
+async def _stage(client: httpx.AsyncClient, location: str) -> str | None:
+    """The stage that the job is in, once it is in one, or None where it is ready.
+
+    Raises RuntimeError where it has failed.
+    """
+    while True:
+        task = (await client.get(location)).raise_for_status().json()
+        if task["state"] not in ("queued", "running", "ready"):
+            raise RuntimeError(f"the adaptation {task['state']}: {task['problem']}")
+        if task["state"] == "ready" or task["stage"] is not None:
+            return None if task["state"] == "ready" else str(task["stage"])
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _figures(taken: Sequence[float], rows: int) -> dict[str, float]:
+    speed = rows * len(taken) / sum(taken)
+    return {"requests": len(taken), **percentiles(taken), "rows/s": round(speed, 1)}
+
+
+def table(told: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = ["| | requests | p50, s | p99, s | rows/s |", "|---|---|---|---|---|"]
+    for name in ("nothing beside it", "beside a job", *STAGES, "ratio"):
+        if name in told:
+            cells = (told[name].get(part, "") for part in ("requests", "p50", "p99", "rows/s"))
+            lines.append(f"| {' | '.join([name, *map(str, cells)])} |")
+    return "\n".join(lines)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=[mode.value for mode in Mode], default="predict")
+    parser.add_argument("--n", type=int, help="the mode's own unless given")
+    parser.add_argument("--requests", type=int, default=120, help="of each block, at least")
+    parser.add_argument("--labels", help="split by commas; the default task's unless given")
+    for setting in ("shots", "steps", "epochs"):
+        parser.add_argument(f"--{setting}", type=int, help="the set's own unless given")
+    parser.add_argument("--out", type=Path, help="a JSON file of all figures")
+    arguments = parser.parse_args(given)
+    mode = Mode(arguments.mode)
+    question = {
+        "mode": mode.value,
+        "sigma": str(SIGMA),
+        "n": str(arguments.n or DEFAULT_ROWS[mode]),
+    }
+    if mode is Mode.CERTIFY:
+        question["n0"] = str(SELECTION_ROWS)
+    labels = arguments.labels.split(",") if arguments.labels else read_bundle(DEFAULT_TASK).labels
+    settings = {name: getattr(arguments, name) for name in ("shots", "steps", "epochs")}
+    task = {"labels": list(labels), **{k: v for k, v in settings.items() if v is not None}}
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, _):
+        told = asyncio.run(measured(url, question, task, arguments.requests))
+    print(table(told))
+    if arguments.out:
+        report = {
+            "question": question,
+            "task": task,
+            "runtime": Settings().runtime,
+            "machine": machine(best_device()),
+            **told,
+        }
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

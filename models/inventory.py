@@ -1,0 +1,160 @@
+"""What is on the disk of fetched networks and whether it can be used, by headers, not weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from models.bundle import PICKLES, SAFETENSORS
+from models.sources import SOURCES, Network, fetch_command, origin
+
+MOST_HEADER_BYTES = 100_000_000
+"""Largest header of a safetensors file, as the format has it."""
+
+
+class Unreadable(ValueError):
+    """A file of weights that cannot be used; the message names it and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What the folder of one network holds: bytes by file, the weights' variant, parameters by
+    dtype, and what is wrong."""
+
+    name: str
+    files: Mapping[str, int]
+    variant: str | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    troubles: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many parameters there are."""
+        return sum(self.parameters.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A fetched folder: its networks, where it came from if that is known, and what is wrong."""
+
+    name: str
+    folder: Path
+    origin: str | None
+    holdings: tuple[Holding, ...]
+    troubles: tuple[str, ...]
+    is_absent: bool = False
+
+
+def inspect(name: str, models_dir: Path) -> Inventory:
+    """What the folder of a source holds; what cannot be read there is among the troubles."""
+    folder = models_dir / name
+    try:
+        return _inspected(name, folder)
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror or error}"
+        return Inventory(name, folder, None, (), (reason,))
+
+
+def _inspected(name: str, folder: Path) -> Inventory:
+    source = SOURCES[name]
+    if not folder.is_dir():
+        return Inventory(name, folder, None, (), (f"{folder} is not there",), is_absent=True)
+    links = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink())
+    if links:
+        reason = f"{folder}: holds links, which are never followed: {', '.join(links)}"
+        return Inventory(name, folder, origin(folder), (), (f"{reason}; copy what they lead to",))
+    holdings = tuple(hold(folder / each.folder, each, name) for each in source.networks)
+    troubles = [
+        f"{folder / pattern} is missing"
+        for pattern in source.others
+        if not next(folder.glob(pattern), None)
+    ]
+    for holding in holdings:
+        troubles += holding.troubles
+    left = sorted(path.name for path in folder.rglob("*.incomplete"))
+    if left:
+        troubles.append(f"{folder}: a download was cut short: {', '.join(left)}")
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+    if pickles:
+        troubles.append(f"{folder}: holds pickled files, never to be read: {', '.join(pickles)}")
+    return Inventory(name, folder, origin(folder), holdings, tuple(troubles))
+
+
+def trouble(names: Sequence[str], models_dir: Path | None) -> str | None:
+    """Why fetched folders cannot be used and what to do, or None where they can."""
+    for name in names:
+        command = fetch_command(name)
+        if models_dir is None:
+            return f"{name} is fetched, and no models directory was given"
+        found = inspect(name, models_dir)
+        if found.is_absent:
+            return f"{found.troubles[0]}; `{command}` fetches it"
+        if found.troubles:
+            more = f" and {len(found.troubles) - 1} more" if len(found.troubles) > 1 else ""
+            advice = f"`{command}` goes on where it stopped, `vouchsafe models check` tells all"
+            return f"{found.troubles[0]}{more}; {advice}"
+    return None
+
+
+def hold(folder: Path, network: Network, name: str = "") -> Holding:
+    """What one network's folder holds."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    variant, weights = network.chosen(names)
+    wanted = [each for each in (network.config, *weights) if each in names]
+    files = {each: (folder / each).stat().st_size for each in wanted}
+    troubles = [] if network.config in names else [f"{folder / network.config} is missing"]
+    indices = [each for each in weights if each.endswith(".json")]
+    shards = [each for each in weights if each.endswith(SAFETENSORS)]
+    if not shards and not indices:
+        troubles.append(f"{folder}: holds no {network.weights}{SAFETENSORS}")
+    troubles += _shard_troubles(folder, indices, shards)
+    parameters: Counter[str] = Counter()
+    for shard in shards:
+        try:
+            parameters.update(parameters_of(folder / shard))
+        except Unreadable as error:
+            troubles.append(str(error))
+    label = f"{name}/{network.folder}".strip("/")
+    return Holding(label, files, variant, dict(parameters), tuple(troubles))
+
+
+def _shard_troubles(folder: Path, indices: Sequence[str], shards: Sequence[str]) -> list[str]:
+    """Shards that an index names and that are not there, or shards without an index."""
+    if not indices:
+        loose = [shard for shard in shards if "-of-" in shard]
+        return [f"{folder}: the index of {loose[0]} is missing"] if loose else []
+    try:
+        told = set(json.loads((folder / indices[0]).read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"{folder / indices[0]}: cannot be read as an index"]
+    return [f"{folder / str(shard)} is missing" for shard in sorted(told - set(shards), key=str)]
+
+
+def parameters_of(path: Path) -> Mapping[str, int]:
+    """How many parameters a safetensors file holds, by dtype.
+
+    Raises Unreadable for a header that is none, and for a file shorter or longer than that says.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MOST_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            described: dict[str, Any] = json.loads(stream.read(length))
+        tensors = [each for name, each in described.items() if name != "__metadata__"]
+        stated = 8 + length + max((int(each["data_offsets"][1]) for each in tensors), default=0)
+        counted: Counter[str] = Counter()
+        for each in tensors:
+            counted[str(each["dtype"])] += prod(each["shape"])
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Unreadable(f"{path}: is no whole safetensors file ({error})") from error
+    if size != stated:
+        raise Unreadable(f"{path}: has {size} bytes where its header says {stated}")
+    return counted

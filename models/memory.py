@@ -1,0 +1,87 @@
+"""Room for a network, looked for before it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.inventory import hold
+from models.sources import Network
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+class TooLittleMemory(MemoryError):
+    """Loading would not fit; the message names what, where, how much it takes and what is free."""
+
+
+def free_on_host() -> int | None:
+    """Bytes that a process may still take on this machine or in its container; None: unknown."""
+    limits = [room for room in (_available(), _left_in_cgroup()) if room is not None]
+    return min(limits, default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    told = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(told[0]) * 1024 if told else None
+
+
+def _left_in_cgroup() -> int | None:
+    """The container's limit less what it holds; pages of files that can go at once do not count."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    going = sum(int(kept.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return None if limit == "max" else int(limit) - used + going
+
+
+def bytes_of(folder: Path, weights: str, bytes_a_parameter: int) -> int:
+    """What the weights in a network's folder take once they are loaded."""
+    return hold(folder, Network("", "config.json", weights)).size * bytes_a_parameter
+
+
+def check_room(what: str, needed: int, device: torch.device) -> None:
+    """Raises TooLittleMemory where so many bytes are not free, on the host, through which all
+    weights go, or on the device."""
+    rooms = {"on this machine": free_on_host()}
+    if device.type == "cuda":
+        import torch
+
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        rooms["on the device"] = torch.cuda.mem_get_info(device)[0] + cached
+    for where, room in rooms.items():
+        if room is not None and needed > room:
+            raise TooLittleMemory(
+                f"{what} takes {needed / 2**30:.1f} GiB and {room / 2**30:.1f} GiB are free {where}"
+            )
+
+
+def needs(text_encoder: int, stage1: int, stage2: int, classifier: int) -> dict[str, int]:
+    """Bytes that the weights of networks of so many parameters take at once, by purpose.
+
+    Computed; activations come on top. An adaptation holds in turn the text encoder, each UNet, the
+    classifier with its gradients and AdamW's two moments beside stage II and the classifier at
+    rest, and stage II and the classifier before and after. An adapter is added in float32.
+    """
+    return {
+        "to serve in bfloat16": 2 * (stage2 + classifier),
+        "to serve in float32": 4 * (stage2 + classifier),
+        "to load an adapted task, on the host": 4 * stage2,
+        "to adapt in bfloat16": max(
+            2 * text_encoder,
+            2 * stage1,
+            2 * stage2 + (4 + 16) * classifier,
+            2 * (2 * stage2 + 4 * classifier),
+        ),
+    }

@@ -1,0 +1,244 @@
+"""The command `models`: lists, shows, verifies and removes tasks; fetches and checks networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from models.adaptation.plan import Status
+from models.bundle import DEFAULT_TASK, BundleError, read_bundle
+from models.inventory import Holding, Inventory, inspect
+from models.memory import needs
+from models.sources import FETCHABLE, SOURCES
+from service.cli_tasks import errors, open_store
+from service.config import Settings
+from service.errors import Problem
+from service.tasks.store import Store
+from service.tasks.task import Task
+
+models = typer.Typer(help="The tasks and networks on this machine.", no_args_is_help=True)
+
+TaskId = Annotated[str, typer.Argument(help="A task's id; `default` is the built-in one's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+def _all(store: Store) -> list[Task]:
+    """Every task, the built-in one first."""
+    bundle = read_bundle(DEFAULT_TASK)
+    default = Task(
+        id="default",
+        name=bundle.name,
+        owner=None,
+        created=(DEFAULT_TASK / "manifest.json").stat().st_mtime,
+        labels=bundle.labels,
+        template=bundle.template,
+        settings={},
+        status=Status("ready", progress=1.0, figures=bundle.figures),
+    )
+    return [default, *store.all()]
+
+
+def _found(store: Store, task_id: str) -> Task:
+    """The task of this id; exits with 1 where there is none."""
+    for task in _all(store):
+        if task.id == task_id:
+            return task
+    errors.print(f"vouchsafe: there is no task {task_id}", style="red")
+    raise typer.Exit(1)
+
+
+def _document(task: Task, used: int) -> dict[str, Any]:
+    status = task.status
+    return {
+        "id": task.id,
+        "name": task.name,
+        "state": status.state,
+        "stage": status.stage,
+        "progress": status.progress,
+        "eta_seconds": status.eta_seconds,
+        "problem": status.problem,
+        "labels": list(task.labels),
+        "template": task.template,
+        "settings": dict(task.settings),
+        "figures": dict(status.figures),
+        "created": task.created,
+        "started": status.started,
+        "finished": status.finished,
+        "bytes": used,
+    }
+
+
+@models.command("list")
+def list_tasks(as_json: AsJson = False) -> None:
+    """List every task, ready or not."""
+    store = open_store()
+    used = store.usage()
+    told = [_document(task, used.get(task.id, 0)) for task in _all(store)]
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    table = Table(Column("id", min_width=32), "name", "state", "labels", "MiB")
+    for task in told:
+        state = task["state"] + (f" {task['progress']:.0%}" if task["state"] == "running" else "")
+        size = f"{task['bytes'] / 2**20:.1f}" if task["bytes"] else ""
+        table.add_row(task["id"], escape(task["name"]), state, str(len(task["labels"])), size)
+    Console().print(table)
+
+
+@models.command()
+def show(task_id: TaskId, as_json: AsJson = False) -> None:
+    """Show all that is known of one task."""
+    store = open_store()
+    told = _document(_found(store, task_id), store.usage().get(task_id, 0))
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    table = Table(show_header=False)
+    for field, value in told.items():
+        plain = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(field, escape(plain))
+    Console().print(table)
+
+
+@models.command()
+def verify(
+    task_id: Annotated[str | None, typer.Argument(help="One task's id; all unless given.")] = None,
+) -> None:
+    """Check every hash of a task's bundle and of the networks it builds on; 1 where one differs."""
+    store = open_store()
+    tasks = [_found(store, task_id)] if task_id else _all(store)
+    wrong = 0
+    for task in tasks:
+        if task.status.state != "ready":
+            print(f"{task.id}: {task.status.state}, nothing to verify")
+            continue
+        try:
+            _verify(DEFAULT_TASK if task.id == "default" else store.tasks / task.id, task.id)
+            print(f"{task.id}: as its manifest states")
+        except BundleError as error:
+            wrong += 1
+            errors.print(f"{task.id}: {error}", style="red")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _verify(folder: Path, task_id: str) -> None:
+    bundle = read_bundle(folder)
+    if bundle.id != task_id:
+        raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
+    bundle.denoiser.verified()
+    bundle.classifier.verified()
+
+
+@models.command()
+def remove(task_id: TaskId) -> None:
+    """Remove a task and end its job."""
+    try:
+        open_store().delete(task_id)
+    except Problem as problem:
+        detail = "the default task ships with the project" if task_id == "default" else problem
+        errors.print(f"vouchsafe: {detail}", style="red")
+        raise typer.Exit(1) from problem
+    print(f"{task_id}: removed")
+
+
+@models.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.join(FETCHABLE)}.")],
+    revision: Annotated[
+        list[str] | None,
+        typer.Option(help="FOLDER=REVISION in the place of a folder's own; may be repeated."),
+    ] = None,
+) -> None:
+    """Fetch networks from the hub; what was cut short goes on, and what is there is checked."""
+    if name not in FETCHABLE:
+        _refuse(f"there is nothing called {name!r} to fetch; there is {', '.join(FETCHABLE)}")
+    revisions = {}
+    for each in revision or ():
+        folder, _, asked = each.partition("=")
+        if folder not in FETCHABLE[name] or not asked:
+            wanted = f"FOLDER=REVISION with a folder of {', '.join(FETCHABLE[name])}"
+            _refuse(f"--revision is {each!r}; it must be {wanted}")
+        revisions[folder] = asked
+    from service.hub import FetchError, fetch
+
+    for folder in FETCHABLE[name]:
+        print(f"{folder}: from {SOURCES[folder].repository}; {SOURCES[folder].licence}")
+        try:
+            found = fetch(folder, Settings().models_folder, revisions.get(folder))
+        except FetchError as error:
+            errors.print(f"vouchsafe: {error}", style="red")
+            raise typer.Exit(1) from error
+        print(f"{folder}: is {found.origin}, in {found.folder}")
+    raise typer.Exit(_report(Settings().models_folder, FETCHABLE[name]))
+
+
+@models.command()
+def check(
+    path: Annotated[
+        Path | None, typer.Argument(help="The models directory; VOUCHSAFE_MODELS_DIR unless given.")
+    ] = None,
+    hashes: Annotated[
+        bool, typer.Option("--hashes", help="Also read every byte of what was fetched.")
+    ] = False,
+) -> None:
+    """Tell what is there of the networks that are fetched; 1 where they cannot be used."""
+    models_dir = (path or Settings().models_folder).resolve()
+    wrong = _report(models_dir, tuple(SOURCES))
+    if hashes:
+        from service.hub import changed_files
+
+        for folder in SOURCES:
+            if inspect(folder, models_dir).origin is None:
+                print(f"{folder}: was not fetched here, so its hashes are not known")
+                continue
+            for name in changed_files(models_dir / folder):
+                errors.print(f"{models_dir / folder / name}: is not what was fetched", style="red")
+                wrong = 1
+    raise typer.Exit(wrong)
+
+
+def _refuse(reason: str) -> NoReturn:
+    errors.print(f"vouchsafe: {reason}", style="red")
+    raise typer.Exit(2)
+
+
+def _report(models_dir: Path, folders: tuple[str, ...]) -> int:
+    """Print what is there; 1 where it cannot be used, else 0."""
+    found = [inspect(folder, models_dir) for folder in folders]
+    table = Table("network", "files", "GB", "weights", "parameters")
+    for inventory in found:
+        for holding in inventory.holdings:
+            table.add_row(*_row(holding))
+    Console().print(table)
+    for inventory in found:
+        source = SOURCES[inventory.name]
+        came = inventory.origin or f"put there by hand, instead of {source.repository}"
+        print(f"{inventory.name}: {'absent' if inventory.is_absent else came}")
+        print(f"  licence: {source.licence}")
+    for purpose, size in _needs(found).items():
+        print(f"{purpose}: {size / 2**30:.2f} GiB of weights (computed; activations come on top)")
+    troubles = [trouble for inventory in found for trouble in inventory.troubles]
+    for trouble in troubles:
+        errors.print(trouble, style="red")
+    return int(bool(troubles))
+
+
+def _row(holding: Holding) -> tuple[str, ...]:
+    types = ", ".join(f"{dtype} {n:,}" for dtype, n in sorted(holding.parameters.items()))
+    weights = f"{holding.variant or 'no variant'}: {types}"
+    size = f"{sum(holding.files.values()) / 1e9:.3f}"
+    return holding.name, str(len(holding.files)), size, weights, f"{holding.size:,}"
+
+
+def _needs(found: list[Inventory]) -> dict[str, int]:
+    sizes = {holding.name: holding.size for each in found for holding in each.holdings}
+    parts = ("if-ii-l/stage1/text_encoder", "if-ii-l/stage1/unet", "if-ii-l/stage2/unet")
+    wanted = [sizes.get(part, 0) for part in (*parts, "clip-vit-b-32")]
+    return needs(*wanted) if all(wanted) else {}

@@ -1,0 +1,112 @@
+"""What adaptation gives, measured: variants that share rows, and votes that are kept."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import adaptation_ablations as ablations
+from benchmarks.adaptation import Together, apart, certified
+from models.denoiser import NoDenoiser
+from models.evaluation.datasets import LabelledImages
+from models.evaluation.tables import certify_images
+from models.smoothing import Numerics, SmoothedModel
+
+CPU = torch.device("cpu")
+
+
+class Brighter:
+    """Says `light` of rows whose mean is above a threshold."""
+
+    labels = ("dark", "light")
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+
+    def __call__(self, x: Tensor) -> Tensor:
+        above = x.mean((1, 2, 3)) - self._threshold
+        return torch.stack([-above, above], 1)
+
+
+HEADS = Brighter(0.5), Brighter(0.55)
+DATA = LabelledImages(
+    np.broadcast_to(np.array([110, 128, 160], np.uint8)[:, None, None, None], (3, 2, 2, 3)).copy(),
+    np.array([0, 0, 1]),
+    HEADS[0].labels,
+)
+ASKED = argparse.Namespace(n0=20, n=60, alpha=0.01, seed=3, data=None)
+
+
+def smoothed(classifier: Brighter | Together) -> SmoothedModel:
+    numerics = Numerics.of(CPU, torch.float32, 16)
+    return SmoothedModel(NoDenoiser(), classifier, numerics, CPU, digest="abc")
+
+
+def test_together_they_say_what_each_says_alone(tmp_path: Path) -> None:
+    """Sharing rows changes no vote of any of them."""
+    both = certified(ASKED, smoothed(Together(HEADS)), ["one", "two"], DATA, 0.25, tmp_path)
+    for head, found in zip(HEADS, both.values(), strict=True):
+        assert found == list(certify_images(smoothed(head), DATA, 0.25, 20, 60, 0.01, seed=3))
+    assert both["one"] != both["two"]
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    """Joined labels must not hide what one classifier could not compute."""
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(
+            certify_images(
+                smoothed(Together([HEADS[0], Brighter(float("nan"))])), DATA, 0.25, 5, 5, 0.01, 0
+            )
+        )
+
+
+def test_votes_come_apart_by_classifier() -> None:
+    """The first classifier's label counts most in a joint one."""
+    assert apart(np.array([1, 2, 3, 4]), 2, 2) == [[3, 7], [4, 6]]
+    assert apart(np.array([5, 6]), 2, 1) == [[5, 6]]
+
+
+def test_kept_votes_are_not_counted_again(tmp_path: Path) -> None:
+    """A run that was cut within a line goes on from the last whole one, to the same outcomes."""
+    whole = certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, 0.25, tmp_path)
+    (kept,) = tmp_path.glob("votes-*.jsonl")
+    written = kept.read_text()
+    kept.write_text(written[: written.index("\n") + 5])
+    assert certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, 0.25, tmp_path) == whole
+    assert kept.read_text() == written
+    assert certified(ASKED, smoothed(HEADS[1]), ["one"], DATA, 0.25, tmp_path) == whole
+
+
+def test_ablations_count_rows_under_the_same_noise() -> None:
+    """An image's share is what its rows are named, and asking again gives the same."""
+    rows = [
+        ablations.rows_named_right(NoDenoiser(), head, DATA, 0.25) for head in (*HEADS, HEADS[0])
+    ]
+    assert set(np.concatenate(rows)) <= {0.0, 0.5, 1.0}
+    assert rows[0][0] >= rows[0][1]
+    assert rows[0][2] == 1.0
+    assert (rows[0] == rows[2]).all()
+    assert (rows[0] != rows[1]).any()
+
+
+def test_ablations_choose_the_first_references_of_each_label() -> None:
+    """Label after label, and all of one that has fewer."""
+    labels = np.array([1, 0, 1, 1, 0])
+    assert ablations.first_of_each(labels, 2).tolist() == [1, 4, 0, 2]
+    assert ablations.first_of_each(labels, 3).tolist() == [1, 4, 0, 2, 3]
+
+
+def test_ablations_are_told_as_differences_to_the_first() -> None:
+    """In points, with the ends of the interval."""
+    base, better = np.array([0.0, 1.0] * 50), np.ones(100)
+    lines: list[str] = []
+    found = {"nothing": dict.fromkeys(ablations.SIGMAS, base), "all": {0.25: better, 0.5: base}}
+    ablations.table(found, lines.append)
+    assert lines[2].endswith("| 50.0 % | +0.0 (+0.0 to +0.0) | 50.0 % | +0.0 (+0.0 to +0.0) |")
+    assert lines[3].startswith("| all | 100.0 % | +50.0 (+4")
+    assert len({way.told for way in ablations.EVERY}) == len(ablations.EVERY)
