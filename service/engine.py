@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.errors import ShardDead
 from service.jobs import Job, JobStatus, Shard
 
 FAILURES_ALLOWED = 3
@@ -134,6 +135,17 @@ def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
     if sum(votes) != lease.shard.rows:
         raise ValueError(f"counts of {sum(votes)} rows for a shard of {lease.shard.rows}")
     return votes
+
+
+def died_over(job_id: str) -> dict[str, Any]:
+    """The problem document of a job that ends by the deaths of its workers."""
+    detail = "Workers died over the same rows again and again."
+    return ShardDead(detail, job=job_id).document()
+
+
+def rows_per_second(rows: int, seconds: float) -> float:
+    """The speed measured over `seconds` of work; 0.0 where no row was counted."""
+    return rows / max(seconds, 0.001)
 
 
 def retry_seconds(rows: int, rows_per_second: float) -> int:

@@ -11,17 +11,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.engine import (
-    RETRY_SECONDS,
-    Capacity,
-    Lease,
-    Worker,
-    checked_counts,
-    retry_seconds,
-)
-from service.errors import Backlog, IdempotencyMismatch, InvalidField, ShardDead
+from service.admission import Served, another_request, full, most_served, too_large, unserved
+from service.engine import Capacity, Lease, Worker, checked_counts, died_over
 from service.jobs import Domain, Job, JobStatus, State
 from service.ledger import Bell, CallerKey, Line, Record, Speedometer
+from service.offers import next_offer
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +86,7 @@ class MemoryEngine:
         caller_key = None if idempotency_key is None else (job.owner, idempotency_key)
         if caller_key is not None and (earlier := self._caller_keys.get(caller_key)):
             if earlier.fingerprint != fingerprint:
-                raise IdempotencyMismatch("This Idempotency-Key came before with another request.")
+                raise another_request()
             return earlier.job.id
         if self._find(job.id) is None:
             self._admit(job)
@@ -186,11 +180,7 @@ class MemoryEngine:
     async def capacity(self) -> Capacity:
         """Backlog, measured speed, and what live workers serve."""
         self._sweep()
-        served = Counter(
-            item for worker, _ in self._workers.values() for item in worker.bundles.items()
-        )
-        by_workers = sorted(served.items(), key=lambda item: (item[1], item[0]))
-        bundles = {task: bundle for (task, bundle), _ in by_workers}
+        bundles = most_served(self._served())
         return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles)
 
     def _find(self, job_id: str) -> Record | None:
@@ -209,19 +199,16 @@ class MemoryEngine:
 
     def _admit(self, job: Job) -> None:
         if job.rows > self._backlog_bound:
-            raise InvalidField(
-                f"The job needs {job.rows} rows of noise, and this service queues at most "
-                f"{self._backlog_bound} at once; ask for fewer.",
-                limit=self._backlog_bound,
-            )
-        if not any(w.bundles.get(job.task) == job.bundle for w, _ in self._workers.values()):
-            raise Backlog(f"No worker serves task {job.task!r} now.", retry_after=RETRY_SECONDS)
+            raise too_large(job, self._backlog_bound)
+        if (job.task, job.bundle) not in self._served():
+            raise unserved(job)
         if self._backlog_rows + job.rows > self._backlog_bound:
-            raise Backlog(
-                f"{self._backlog_rows} rows of noise are waiting; there is no room for "
-                f"{job.rows} more.",
-                retry_after=retry_seconds(self._backlog_rows, self._speed.rows_per_second),
-            )
+            raise full(job, self._backlog_rows, self._speed.rows_per_second)
+
+    def _served(self) -> Served:
+        return Counter(
+            item for worker, _ in self._workers.values() for item in worker.bundles.items()
+        )
 
     def _enqueue(self, job: Job, caller_key: CallerKey | None, fingerprint: str) -> None:
         shards = job.shards(self._shard_rows)
@@ -256,13 +243,9 @@ class MemoryEngine:
 
     def _next_line(self, worker: Worker, prefer_task: str | None, now: float) -> Line | None:
         lines = [self._lines[item] for item in worker.bundles.items() if item in self._lines]
-        urgency = {line.task: line.urgency(now) for line in lines if any(line.waiting())}
-        lines = [line for line in lines if line.task in urgency]
-        starved = [line for line in lines if urgency[line.task][1] > self._starvation_seconds]
-        if starved:
-            return max(starved, key=lambda line: urgency[line.task][1])
-        preferred = [line for line in lines if line.task == prefer_task]
-        return max(preferred or lines, key=lambda line: urgency[line.task], default=None)
+        offers = [line.offer(now) for line in lines if any(line.waiting())]
+        offer = next_offer(offers, prefer_task, self._starvation_seconds)
+        return None if offer is None else self._lines[offer.task, worker.bundles[offer.task]]
 
     def _lease(self, record: Record, index: int, worker: Worker) -> Lease:
         lease = Lease(
@@ -345,8 +328,7 @@ class MemoryEngine:
         if record.state.ended:
             return  # Another shard that ran out just now ended the job.
         record.deaths[delivery.lease.shard.index] += delivery.started
-        dead = ShardDead("Workers died over the same rows again and again.", job=record.job.id)
-        self._settle(delivery, dead.document())
+        self._settle(delivery, died_over(record.job.id))
 
 
 def _first(records: Mapping[str, Record]) -> Record | None:

@@ -64,7 +64,7 @@ class Shard:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Job:
     """One question about one image.
 
@@ -107,17 +107,15 @@ class Job:
         return hmac.digest(self.key, domain.encode(), "sha256")
 
     def encode(self) -> bytes:
-        """UTF-8 JSON that `decode` reads; bytes travel as base64."""
-        fields = asdict(self)
-        for name in ("pixels", "key"):
-            fields[name] = b64encode(fields[name]).decode()
+        """UTF-8 JSON without the pixels, which travel apart; the key is in base64."""
+        fields = asdict(self) | {"key": b64encode(self.key).decode()}
+        del fields["pixels"]
         return canonical_json(fields)
 
     @classmethod
-    def decode(cls, encoded: bytes) -> Job:
+    def decode(cls, encoded: bytes, pixels: bytes) -> Job:
         """Read what `encode` wrote; unknown or missing fields raise TypeError."""
         readers: dict[str, Callable[[Any], Any]] = {
-            "pixels": b64decode,
             "key": b64decode,
             "mode": Mode,
             "shape": tuple,
@@ -125,7 +123,7 @@ class Job:
         fields = json.loads(encoded)
         for name in readers.keys() & fields.keys():
             fields[name] = readers[name](fields[name])
-        return cls(**fields)
+        return cls(**fields, pixels=pixels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED
+from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
 from service.jobs import Domain, Job, JobStatus, Shard, State
+from service.offers import Offer
 
 CallerKey = tuple[str | None, str]
 """An owner and the Idempotency-Key that came from it."""
@@ -53,7 +54,7 @@ class Speedometer:
     @property
     def rows_per_second(self) -> float:
         """0.0 before the first count."""
-        return self._rows / max(self._seconds, 0.001)
+        return rows_per_second(self._rows, self._seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -132,10 +133,11 @@ class Line:
         records = chain(self.lanes["hi"].values(), self.lanes["lo"].values())
         return (record for record in records if record.waiting)
 
-    def urgency(self, now: float) -> tuple[bool, float]:
-        """Whether a `hi` job is next, and for how many seconds what is next has gone unserved."""
+    def offer(self, now: float) -> Offer:
+        """What is next of the line, and for how many seconds it has gone unserved."""
         record = next(self.waiting())
-        return record.job.mode.lane == "hi", now - max(self.served, record.submitted)
+        since = max(self.served, record.submitted)
+        return Offer(self.task, record.job.mode.lane == "hi", now - since)
 
     def take(self, rows: int) -> list[tuple[Record, int]]:
         """Take waiting shards until `rows` are reached; a solitary one only by itself."""

@@ -44,7 +44,7 @@ TRIAL: dict[str, Any] = {
 @given(job=JOBS)
 def test_decode_reads_what_encode_wrote(job: Job) -> None:
     """A job survives the wire, bytes, enums and tuples included."""
-    assert Job.decode(job.encode()) == job
+    assert Job.decode(job.encode(), job.pixels) == job
 
 
 def test_encoding_is_utf8_json() -> None:
@@ -52,20 +52,20 @@ def test_encoding_is_utf8_json() -> None:
     assert json.loads(make_job("a").encode())["mode"] == "certify"
 
 
-@pytest.mark.parametrize("name", ["id", "pixels", "shape", "mode", "n"])
+@pytest.mark.parametrize("name", ["id", "key", "shape", "mode", "n"])
 def test_decode_refuses_missing_fields(name: str) -> None:
     """A message without a field is refused, not filled in."""
     fields = json.loads(make_job("a").encode())
     del fields[name]
     with pytest.raises(TypeError):
-        Job.decode(canonical_json(fields))
+        Job.decode(canonical_json(fields), b"")
 
 
 def test_decode_refuses_unknown_fields() -> None:
     """A message with a field of another release is refused, not cut."""
     fields = json.loads(make_job("a").encode()) | {"surprise": 1}
     with pytest.raises(TypeError):
-        Job.decode(canonical_json(fields))
+        Job.decode(canonical_json(fields), b"")
 
 
 @given(job=JOBS, most_rows=st.integers(1, 700))
