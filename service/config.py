@@ -8,11 +8,13 @@ import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SECRET_BYTES = 32
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 class SecretError(RuntimeError):
@@ -34,6 +36,12 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(
         None, description="A file of further keys, one a line; empty lines and # lines are skipped."
+    )
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Where jobs wait for workers on other machines: a Redis >= 7.0 that evicts "
+        "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`. "
+        "Nothing: one process does it all.",
     )
     runtime: Literal["torch", "openvino"] = Field(
         "torch", description="What runs the networks; openvino needs a CPU with AVX512-BF16."
@@ -71,6 +79,13 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_is_named(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and urlsplit(value.get_secret_value()).scheme not in _REDIS_SCHEMES:
+            raise ValueError(f"redis_url begins with none of {', '.join(_REDIS_SCHEMES)}")
         return value
 
     @model_validator(mode="after")

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.redis_server import RedisServer
 from tests.serving import Service, serving
 
 
@@ -11,3 +14,23 @@ from tests.serving import Service, serving
 async def service() -> AsyncIterator[Service]:
     async with serving() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def redis_program() -> None:
+    """Skips where there is no redis-server; in CI there must be one."""
+    if shutil.which("redis-server") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI needs redis-server")
+        pytest.skip("redis-server is not installed")
+
+
+@pytest.fixture(scope="session")
+def redis_server(
+    redis_program: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer]:
+    """One server for the whole session; a test keeps to a prefix of its own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()

@@ -17,6 +17,7 @@ TORCH_FREE = (
     "service.jobs",
     "service.schemas",
     "service.engine_memory",
+    "service.engine_redis.engine",
     "service.tasks.routes",
     "service.tasks.supervisor",
     "service.cli_models",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import secrets
+from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -24,9 +26,12 @@ from service.engine import (
     Worker,
 )
 from service.engine_memory import MemoryEngine
+from service.engine_redis.client import connect
+from service.engine_redis.engine import RedisEngine
 from service.errors import Backlog, IdempotencyMismatch, InvalidField
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.redis_server import age, stored_bytes
 
 SHARD_ROWS = 10
 LEASE = 20  # ticks, as are the next three
@@ -95,13 +100,60 @@ class MemoryHarness:
         pass
 
 
-HARNESSES: dict[str, Callable[[], Harness]] = {"memory": MemoryHarness}
+class RedisHarness:
+    """RedisEngine under a prefix of its own, one second a tick.
+
+    What the scripts write down is on a fake clock. Redis keeps the time of leases and of keys to
+    expire by itself, so `wait` moves these on: every idle time grows, every TTL shrinks.
+    """
+
+    tick = 1.0
+
+    def __init__(self, url: str) -> None:
+        self.clock = FakeClock()
+        self.prefix = f"{{{secrets.token_hex(8)}}}:"
+        self.redis = connect(url)
+        self.engine = RedisEngine(
+            self.redis,
+            shard_rows=SHARD_ROWS,
+            lease_seconds=LEASE,
+            backlog_rows=BACKLOG_ROWS,
+            retention_seconds=RETENTION,
+            starvation_seconds=STARVATION,
+            worker_seconds=WORKER_SILENCE,
+            poll_seconds=0.05,
+            sweep_seconds=0.001,
+            prefix=self.prefix,
+            clock=self.clock,
+        )
+
+    async def wait(self, ticks: float) -> None:
+        self.clock.advance(ticks)
+        await age(self.redis, self.prefix, round(1000 * ticks))
+
+    async def stores(self, content: bytes) -> bool:
+        stored = [await stored_bytes(self.redis, key) async for key in self._keys()]
+        return any(content in text or b64encode(content) in text for text in stored)
+
+    async def close(self) -> None:
+        if keys := [key async for key in self._keys()]:
+            await self.redis.delete(*keys)
+        await self.engine.close()
+
+    def _keys(self) -> AsyncIterator[bytes]:
+        return self.redis.scan_iter(match=f"{self.prefix}*")
+
+
+HARNESSES: dict[str, Callable[[pytest.FixtureRequest], Harness]] = {
+    "memory": lambda request: MemoryHarness(),
+    "redis": lambda request: RedisHarness(request.getfixturevalue("redis_server").url),
+}
 
 
 @pytest.fixture(params=HARNESSES)
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     """A fresh engine with the workers `alpha` and `both` alive."""
-    built = HARNESSES[request.param]()
+    built = HARNESSES[request.param](request)
     await built.engine.pull(ALPHA, 1)
     await built.engine.pull(BOTH, 1)
     yield built

@@ -1,0 +1,72 @@
+"""The connection to Redis, and the Lua scripts that run there as one step each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ReadOnlyError
+
+from service.jobs import canonical_json
+
+_SCRIPTS = Path(__file__).parent / "scripts"
+
+BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=2.0)
+"""Seconds before the next try: longer each time, up to 2, jittered."""
+
+_RETRIES = 6
+_MOST_CONNECTIONS = 64
+
+
+def connect(url: str) -> Redis:
+    """A client of the server at `url`, a Redis >= 7.0; nothing is sent yet.
+
+    A lost connection, a server that is loading its data (LOADING) and one that has become a replica
+    (READONLY) are retried on a new connection for some seconds before the error is raised.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=_MOST_CONNECTIONS,
+        timeout=10,
+        socket_timeout=10,
+        socket_connect_timeout=2,
+        socket_keepalive=True,
+        retry=Retry(BACKOFF, _RETRIES),
+        retry_on_error=[ReadOnlyError],
+        protocol=2,
+        client_name="vouchsafe",
+    )
+    return Redis.from_pool(pool)
+
+
+class Scripts:
+    """The engine's scripts under one prefix; `terms` are the numbers that they go by.
+
+    `clock` gives the Unix seconds that are written down; the server's own time unless given.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        prefix: str,
+        terms: Mapping[str, Any],
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        common = (_SCRIPTS / "common.lua").read_text()
+        self._prefix = prefix
+        self._terms = canonical_json(terms)
+        self._clock = clock
+        self._scripts = {
+            path.stem: redis.register_script(common + path.read_text())
+            for path in _SCRIPTS.glob("*.lua")
+            if path.stem != "common"
+        }
+
+    async def run(self, name: str, *arguments: str | bytes | float) -> Any:
+        """The reply of one script, as Redis gives it: strings are bytes, missing ones None."""
+        now = "" if self._clock is None else self._clock()
+        return await self._scripts[name](keys=[self._prefix], args=[self._terms, now, *arguments])

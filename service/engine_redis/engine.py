@@ -1,0 +1,307 @@
+"""The engine of a fleet: Redis >= 7.0 Streams between any number of processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+from weakref import WeakValueDictionary
+
+from redis.asyncio import Redis
+
+from service.admission import another_request, full, most_served, too_large, unserved
+from service.config import Settings
+from service.engine import (
+    FAILURES_ALLOWED,
+    SOLITARY_DEATHS_ALLOWED,
+    Capacity,
+    Lease,
+    Worker,
+    checked_counts,
+    rows_per_second,
+)
+from service.engine_redis.client import Scripts, connect
+from service.engine_redis.listener import Listener
+from service.engine_redis.records import (
+    caller_digest,
+    job_status,
+    lease_of,
+    line_of,
+    lost,
+    pairs,
+    served,
+    shards_of,
+)
+from service.jobs import Job, JobStatus, Shard, State, canonical_json
+from service.offers import Offer, next_offer
+
+PREFIX = "{vouchsafe}:"
+"""Before every key and channel; the braces keep them in one slot of a cluster."""
+
+_DEAD_LETTERS = 1_000
+_GRACE_SECONDS = 60.0
+"""Open work outlives its retention so long, for a sweep to take it off the books first."""
+
+
+class RedisEngine:
+    """The engine over one Redis; every process with the same settings shares its work.
+
+    The numbers are MemoryEngine's. Each method is one Lua script or a few, so a process may die
+    between any two steps; leases are the group's pending entries, renewed by XCLAIM JUSTID. What
+    ran out is taken back every `sweep_seconds`, by whoever looks first; a watch looks again every
+    `poll_seconds` even if it hears nothing. `clock` is for tests: what the scripts write down is
+    its time then, not the server's. Methods raise redis.exceptions.RedisError once Redis has been
+    out of reach for some seconds.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        shard_rows: int,
+        lease_seconds: float = 30,
+        backlog_rows: int = 200_000,
+        retention_seconds: float = 86_400,
+        kept_jobs: int = 10_000,
+        starvation_seconds: float = 1,
+        worker_seconds: float = 30,
+        poll_seconds: float = 1.0,
+        sweep_seconds: float = 1.0,
+        prefix: str = PREFIX,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._shard_rows = shard_rows
+        self._lease_seconds = lease_seconds
+        self._backlog_bound = backlog_rows
+        self._starvation_seconds = starvation_seconds
+        self._poll_seconds = poll_seconds
+        terms = {
+            "shard_rows": shard_rows,
+            "lease_ms": _milliseconds(lease_seconds),
+            "sweep_ms": _milliseconds(sweep_seconds),
+            "silence_ms": _milliseconds(worker_seconds),
+            "backlog_rows": backlog_rows,
+            "retention_ms": _milliseconds(retention_seconds),
+            "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
+            "kept_jobs": kept_jobs,
+            "failures_allowed": FAILURES_ALLOWED,
+            "deaths_allowed": SOLITARY_DEATHS_ALLOWED,
+            "dead_letters": _DEAD_LETTERS,
+        }
+        self._scripts = Scripts(redis, prefix, terms, clock)
+        self._listener = Listener(redis, f"{prefix}arrived")
+        self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
+        self._reconciled = float("-inf")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The engine that VOUCHSAFE_REDIS_URL and the other settings name.
+
+        Raises ValueError where no URL is set.
+        """
+        if settings.redis_url is None:
+            raise ValueError("VOUCHSAFE_REDIS_URL is not set")
+        return cls(
+            connect(settings.redis_url.get_secret_value()),
+            shard_rows=settings.shard_rows,
+            lease_seconds=settings.lease_seconds,
+            backlog_rows=settings.backlog_rows,
+            retention_seconds=settings.retention_seconds,
+            worker_seconds=max(30.0, settings.lease_seconds),
+        )
+
+    async def submit(
+        self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
+    ) -> str:
+        """Queue a job; see Engine. A job whose id is known already changes nothing."""
+        key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
+        line = line_of(job.task, job.bundle)
+        shards = _flat(job.shards(self._shard_rows))
+        told, *figures = await self._scripts.run(
+            "submit", job.encode(), job.pixels, key or "", fingerprint, line, *shards
+        )
+        match told:
+            case b"mismatch":
+                raise another_request()
+            case b"large":
+                raise too_large(job, self._backlog_bound)
+            case b"unserved":
+                raise unserved(job)
+            case b"full":
+                waiting, rows, seconds = figures
+                raise full(job, int(waiting), rows_per_second(int(rows), float(seconds)))
+        return str(figures[0].decode())
+
+    async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
+        """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
+        deadline = asyncio.get_running_loop().time() + self._poll_seconds
+        await self._reconcile_if_due()
+        while True:
+            arrival = self._listener.always.next_ring
+            if leases := await self._take(worker, rows, prefer_task):
+                return leases
+            if not await _rings_by(arrival, deadline):
+                return []
+
+    async def start(self, leases: Sequence[Lease]) -> None:
+        """Say that these shards are being computed now; see Engine."""
+        if leases:
+            await self._scripts.run("start", *_named(leases))
+
+    async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Extend the leases; returns those still held."""
+        if not leases:
+            return []
+        return [leases[place] for place in await self._scripts.run("renew", *_named(leases))]
+
+    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+        """Add a shard's votes once; see Engine."""
+        votes = checked_counts(lease, counts)
+        shard = lease.shard
+        some = [figure for item in enumerate(votes) if item[1] for figure in item]
+        counted = await self._scripts.run(
+            "commit",
+            *_named([lease]),
+            shard.domain.value,
+            shard.rows,
+            json.dumps(lost("record", lease.job.id)),
+            *some,
+        )
+        return bool(counted)
+
+    async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
+        """Report a failed attempt; see Engine."""
+        await self._scripts.run("fail", *_named([lease]), canonical_json(dict(problem)))
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Hand shards back uncomputed and uncounted."""
+        if leases:
+            await self._scripts.run("release", *_named(leases))
+
+    async def cancel(self, job_id: str) -> bool:
+        """Drop what is left of a job; False where it had ended or is unknown."""
+        return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
+
+    async def forget(self, job_id: str) -> bool:
+        """Cancel a job and erase it, image and all; False where it is unknown."""
+        return bool(await self._scripts.run("forget", job_id))
+
+    async def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+        """The job's status now and at every change; see Engine."""
+        last = None
+        async with self._listener.listening(f"{self._prefix}changed:{job_id}") as bell:
+            while True:
+                change = bell.next_ring
+                status = await self.status(job_id)
+                if status is None and last is not None:
+                    status = replace(last, state=State.CANCELLED, finished=time.time())
+                if status is None:
+                    return
+                if status != last:
+                    yield status
+                if status.state.ended:
+                    return
+                last = status
+                soon = asyncio.get_running_loop().time() + self._poll_seconds
+                await _rings_by(change, soon)
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        """The job's status, or None."""
+        fields = pairs(await self._scripts.run("status", job_id))
+        job = await self._job(job_id) if fields else None
+        return None if job is None else job_status(job, fields)
+
+    async def capacity(self) -> Capacity:
+        """Backlog, measured speed, and what live workers serve."""
+        backlog_rows, (rows, seconds), announcements = await self._scripts.run("capacity")
+        speed = rows_per_second(int(rows), float(seconds))
+        return Capacity(int(backlog_rows), speed, most_served(served(announcements)))
+
+    async def reconcile(self) -> int:
+        """Queue again whatever open jobs miss in the streams; returns how many shards that were.
+
+        Safe at any time and from any process: a shard delivered twice is counted once.
+        """
+        requeued = 0
+        for name in await self._scripts.run("opened"):
+            fields = pairs(await self._scripts.run("status", name))
+            shards = shards_of(fields) if fields else ()
+            requeued += await self._scripts.run("requeue", name, *_flat(shards))
+        return requeued
+
+    async def close(self) -> None:
+        """Let go of every connection."""
+        await self._listener.close()
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def _reconcile_if_due(self) -> None:
+        """Reconcile once a lease's time, whichever process comes first."""
+        now = asyncio.get_running_loop().time()
+        if now < self._reconciled + self._lease_seconds:
+            return
+        self._reconciled = now
+        turn = f"{self._prefix}reconciled"
+        if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
+            await self.reconcile()
+
+    async def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
+        tasks = list(worker.bundles)
+        lines = [line_of(*item) for item in worker.bundles.items()]
+        announcement = canonical_json(dict(worker.bundles))
+        while True:
+            waiting = await self._scripts.run("offers", worker.id, announcement, *lines)
+            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
+            offer = next_offer(offers, prefer_task, self._starvation_seconds)
+            if offer is None:
+                return []
+            line = lines[tasks.index(offer.task)]
+            taken = await self._scripts.run("take", line, worker.id, rows)
+            jobs = {name: await self._job(name.decode()) for name, *_ in taken}
+            if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
+                return leases
+
+    async def _job(self, job_id: str) -> Job | None:
+        """The job, read once for as long as anyone here holds it; None where it is gone."""
+        if job := self._jobs.get(job_id):
+            return job
+        async with self._redis.pipeline(transaction=True) as both:
+            both.hget(f"{self._prefix}job:{job_id}", "job")
+            both.get(f"{self._prefix}image:{job_id}")
+            text, pixels = await both.execute()
+        if text is None:
+            return None
+        if pixels is None:
+            problem = canonical_json(lost("image", job_id))
+            await self._scripts.run("end", job_id, State.FAILED.value, problem)
+            return None
+        job = self._jobs[job_id] = Job.decode(text, pixels)
+        return job
+
+
+async def _rings_by(ring: asyncio.Event, deadline: float) -> bool:
+    if asyncio.get_running_loop().time() >= deadline:
+        return False
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await ring.wait()
+    except TimeoutError:
+        return False
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _flat(shards: Iterable[Shard]) -> list[str | int]:
+    return [figure for s in shards for figure in (s.index, s.domain.value, s.start, s.stop)]
+
+
+def _named(leases: Iterable[Lease]) -> list[str | int]:
+    """What the scripts know a lease by: job, shard, token."""
+    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]

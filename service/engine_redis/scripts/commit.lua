@@ -1,0 +1,54 @@
+-- Counts a shard once: ARGV[3] is the job, [4] the shard, [5] the token, [6] the domain, [7] its
+-- rows, [8] the problem where the record got lost, then class and votes of every class with any.
+-- Returns 1 where it was counted.
+local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
+local job, done, entries = key('job', id), key('done', id), key('entries', id)
+local state, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'stream', 'counted',
+  'shards'))
+held(stream, token)
+if not OPEN[state] then
+  return 0
+end
+if redis.call('SCARD', done) ~= tonumber(counted) then
+  finish(id, 'failed', problem)
+  return 0
+end
+if redis.call('SADD', done, shard) == 0 then
+  return 0
+end
+run(id)
+for at = 9, #ARGV, 2 do
+  redis.call('HINCRBY', job, domain .. ':' .. ARGV[at], ARGV[at + 1])
+end
+redis.call('HINCRBY', job, 'rows_done', rows)
+redis.call('HDEL', job, 's:' .. shard, 'f:' .. shard, 'd:' .. shard)
+local entry = redis.call('HGET', entries, shard)
+if entry then
+  drop(stream, entry)
+  redis.call('HDEL', entries, shard)
+end
+if redis.call('HEXISTS', key('backlog'), id) == 1 then
+  redis.call('HINCRBY', key('backlog'), id, -rows)
+  redis.call('HINCRBY', key('backlog'), '', -rows)
+end
+
+local slot = math.floor(NOW / 10)
+local since = tonumber(redis.call('HGET', key('speed'), 'since') or NOW)
+redis.call('HSET', key('speed'), 'since', stamp(NOW))
+redis.call('HINCRBYFLOAT', key('speed'), 's:' .. slot, stamp(math.max(0, NOW - since)))
+if redis.call('HINCRBY', key('speed'), 'r:' .. slot, rows) == tonumber(rows) then
+  for _, field in ipairs(redis.call('HKEYS', key('speed'))) do
+    if tonumber(string.match(field, ':(%d+)') or slot) < slot - 6 then
+      redis.call('HDEL', key('speed'), field)
+    end
+  end
+end
+stay(TERMS.retention_ms, key('speed'))
+
+if redis.call('HINCRBY', job, 'counted', 1) == tonumber(shards) then
+  finish(id, 'succeeded')
+else
+  redis.call('PEXPIREAT', done, redis.call('PEXPIRETIME', job))
+  redis.call('PUBLISH', key('changed', id), '')
+end
+return 1

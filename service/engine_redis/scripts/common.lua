@@ -1,0 +1,285 @@
+-- Ahead of every script. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
+-- time in Unix seconds, or '' for this server's own.
+local GROUP, FREE = 'workers', '(free)'
+local PREFIX, TERMS, CLOCK = KEYS[1], cjson.decode(ARGV[1]), redis.call('TIME')
+local NOW = tonumber(ARGV[2]) or tonumber(CLOCK[1]) + tonumber(CLOCK[2]) / 1e6
+local OPEN = {queued = true, running = true}
+
+local function key(...)
+  return PREFIX .. table.concat({...}, ':')
+end
+
+local function stamp(seconds)
+  return string.format('%.6f', seconds)
+end
+
+local function stay(milliseconds, ...)
+  for _, name in ipairs({...}) do
+    redis.call('PEXPIRE', name, milliseconds)
+  end
+end
+
+local function in_lots(items, call)
+  for first = 1, #items, 1000 do
+    call(unpack(items, first, math.min(first + 999, #items)))
+  end
+end
+
+local function heard(worker)
+  redis.call('ZADD', key('workers'), 'XX', stamp(NOW), worker)
+  redis.call('PEXPIRE', key('workers'), TERMS.silence_ms)
+  redis.call('PEXPIRE', key('announced'), TERMS.silence_ms)
+  local digest = redis.call('HGET', key('announced'), worker)
+  if digest then
+    redis.call('PEXPIRE', key('announcement', digest), TERMS.silence_ms)
+  end
+end
+
+-- XPENDING that makes a lost group again: every entry is then delivered once more.
+local function pending(stream, ...)
+  local found = redis.pcall('XPENDING', stream, GROUP, ...)
+  if not found.err then
+    return found
+  end
+  if redis.call('EXISTS', stream) == 1 then
+    redis.call('XGROUP', 'CREATE', stream, GROUP, '0')
+  end
+  return {}
+end
+
+local function message(entry)
+  local fields = {}
+  for at = 1, #entry[2], 2 do
+    fields[entry[2][at]] = entry[2][at + 1]
+  end
+  return fields
+end
+
+local function read(stream, id)
+  local entry = redis.call('XRANGE', stream, id, id)[1]
+  return entry and message(entry)
+end
+
+local function drop(stream, id)
+  redis.call('XACK', stream, GROUP, id)
+  redis.call('XDEL', stream, id)
+end
+
+-- Entries are deleted as they are acknowledged, so an empty stream has nothing outstanding.
+local function tidy(line)
+  local gone = 0
+  for _, lane in ipairs({'hi', 'lo'}) do
+    local stream = key('lane', lane, line)
+    if redis.call('XLEN', stream) == 0 then
+      redis.call('DEL', stream)
+      gone = gone + 1
+    end
+  end
+  if gone == 2 then
+    redis.call('HDEL', key('lines'), line)
+  end
+end
+
+-- A token names one delivery: entry, how often it was delivered, and to whom.
+local function token_of(id, deliveries, worker)
+  return id .. '/' .. deliveries .. '/' .. worker
+end
+
+local function held(stream, token)
+  local id, deliveries, worker = string.match(token, '^(.-)/(.-)/(.*)$')
+  local found = stream and pending(stream, id, id, 1)[1]
+  if found and found[2] == worker and found[4] == tonumber(deliveries) then
+    heard(worker)
+    return id, worker
+  end
+end
+
+-- The leases of ARGV[3..] (job, shard, token) that are still held: f(place, job, shard, token, ...).
+local function each_held(call)
+  for at = 3, #ARGV, 3 do
+    local id, shard, token = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+    local stream = redis.call('HGET', key('job', id), 'stream')
+    local entry, worker = held(stream, token)
+    if entry then
+      call((at - 3) / 3, id, shard, token, stream, entry, worker)
+    end
+  end
+end
+
+local function put_back(stream, entry, id, shard)
+  redis.call('HDEL', key('job', id), 's:' .. shard)
+  redis.call('XCLAIM', stream, GROUP, FREE, 0, entry, 'JUSTID')
+  redis.call('PUBLISH', key('arrived'), '')
+end
+
+local function run(id)
+  local job = key('job', id)
+  if redis.call('HGET', job, 'state') == 'queued' then
+    redis.call('HSET', job, 'state', 'running', 'started', stamp(NOW))
+    redis.call('PUBLISH', key('changed', id), '')
+  end
+end
+
+-- Off the books of open work, with the rows that were left of it.
+local function close(id)
+  local left = redis.call('HGET', key('backlog'), id)
+  if left then
+    redis.call('HINCRBY', key('backlog'), '', 0 - left)
+    redis.call('HDEL', key('backlog'), id)
+  end
+  redis.call('ZREM', key('opened'), id)
+end
+
+local function erase(id)
+  local caller = redis.call('HGET', key('job', id), 'caller')
+  if caller and redis.call('GET', key('caller', caller)) == id then
+    redis.call('DEL', key('caller', caller))
+  end
+  redis.call('DEL', key('job', id), key('image', id), key('done', id), key('entries', id))
+  redis.call('ZREM', key('ended'), id)
+  redis.call('PUBLISH', key('changed', id), '')
+end
+
+local function finish(id, state, problem)
+  local job, entries = key('job', id), key('entries', id)
+  local line, stream, caller = unpack(redis.call('HMGET', job, 'line', 'stream', 'caller'))
+  in_lots(redis.call('HVALS', entries), function(...)
+    redis.call('XACK', stream, GROUP, ...)
+    redis.call('XDEL', stream, ...)
+  end)
+  tidy(line)
+  close(id)
+  redis.call('DEL', entries, key('done', id))
+  redis.call('HSET', job, 'state', state, 'finished', stamp(NOW), 'problem', problem or '')
+  stay(TERMS.retention_ms, job, key('image', id),
+    caller ~= '' and key('caller', caller) or nil)
+  redis.call('ZADD', key('ended'), stamp(NOW), id)
+  redis.call('PEXPIRE', key('ended'), TERMS.retention_ms)
+  local most = redis.call('ZCARD', key('ended')) - TERMS.kept_jobs
+  if most > 0 then
+    for _, oldest in ipairs(redis.call('ZRANGE', key('ended'), 0, most - 1)) do
+      erase(oldest)
+    end
+  end
+  redis.call('PUBLISH', key('changed', id), '')
+end
+
+-- A letter tells the operator which rows ended a job, without its image or key.
+local function bury(id, shard, fields, problem)
+  local failures, deaths = unpack(redis.call('HMGET', key('job', id), 'f:' .. shard, 'd:' .. shard))
+  redis.call('XADD', key('dead'), 'MAXLEN', '~', TERMS.dead_letters, '*', 'job', id,
+    'shard', shard, 'domain', fields.domain, 'start', fields.start, 'stop', fields.stop,
+    'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem)
+  stay(TERMS.retention_ms, key('dead'))
+  finish(id, 'failed', problem)
+end
+
+-- A delivery nobody renewed: a death, where it was being computed.
+local function lapse(stream, entry, worker, deliveries)
+  local fields = read(stream, entry)
+  if not fields then
+    return drop(stream, entry)
+  end
+  local id, shard = fields.job, fields.shard
+  local job = key('job', id)
+  if redis.call('EXISTS', job) == 0 then
+    return drop(stream, entry)
+  end
+  if redis.call('HGET', job, 's:' .. shard) == token_of(entry, deliveries, worker) then
+    if redis.call('HINCRBY', job, 'd:' .. shard, 1) > TERMS.deaths_allowed then
+      return bury(id, shard, fields, '')
+    end
+  end
+  put_back(stream, entry, id, shard)
+end
+
+local function lapse_all(stream)
+  local from, late = '-', nil
+  repeat
+    late = pending(stream, 'IDLE', TERMS.lease_ms, from, '+', 100)
+    for _, delivery in ipairs(late) do
+      if delivery[2] ~= FREE then
+        lapse(stream, delivery[1], delivery[2], delivery[4])
+      end
+      from = '(' .. delivery[1]
+    end
+  until #late < 100
+end
+
+local function dismiss(worker, streams)
+  redis.call('ZREM', key('workers'), worker)
+  redis.call('HDEL', key('announced'), worker)
+  for _, stream in ipairs(streams) do
+    if redis.call('EXISTS', stream) == 1 and #pending(stream, '-', '+', 1, worker) == 0 then
+      redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker)
+    end
+  end
+end
+
+-- Takes back what has run out: leases, silent workers, and jobs past their retention.
+local function sweep()
+  if not redis.call('SET', key('swept'), '', 'NX', 'PX', TERMS.sweep_ms) then
+    return
+  end
+  local streams = {}
+  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
+    table.insert(streams, key('lane', 'hi', line))
+    table.insert(streams, key('lane', 'lo', line))
+  end
+  for _, stream in ipairs(streams) do
+    lapse_all(stream)
+  end
+  local silent = '(' .. stamp(NOW - TERMS.silence_ms / 1000)
+  for _, worker in ipairs(redis.call('ZRANGE', key('workers'), '-inf', silent, 'BYSCORE')) do
+    dismiss(worker, streams)
+  end
+  local past = stamp(NOW - TERMS.retention_ms / 1000)
+  for _, id in ipairs(redis.call('ZRANGE', key('opened'), '-inf', past, 'BYSCORE')) do
+    if redis.call('EXISTS', key('job', id)) == 1 then
+      finish(id, 'cancelled')
+    end
+    close(id)
+    erase(id)
+  end
+  for _, id in ipairs(redis.call('ZRANGE', key('ended'), '-inf', past, 'BYSCORE')) do
+    erase(id)
+  end
+end
+
+local function speed()
+  local rows, seconds = 0, 0
+  local fields = redis.call('HGETALL', key('speed'))
+  for at = 1, #fields, 2 do
+    local kind = string.sub(fields[at], 1, 2)
+    rows = rows + (kind == 'r:' and tonumber(fields[at + 1]) or 0)
+    seconds = seconds + (kind == 's:' and tonumber(fields[at + 1]) or 0)
+  end
+  return rows, stamp(seconds)
+end
+
+local function backlog()
+  return tonumber(redis.call('HGET', key('backlog'), '') or 0)
+end
+
+-- Distinct announcements of live workers, with how many workers make each.
+local function announcements()
+  local makers = {}
+  for _, digest in ipairs(redis.call('HVALS', key('announced'))) do
+    makers[digest] = (makers[digest] or 0) + 1
+  end
+  local found = {}
+  for digest, count in pairs(makers) do
+    local text = redis.call('GET', key('announcement', digest))
+    if text then
+      table.insert(found, {text, count})
+    end
+  end
+  return found
+end
+
+local function enqueue(id, stream, fields, shard, domain, start, stop)
+  local entry = redis.call('XADD', stream, '*', 'job', id, 'shard', shard, 'domain', domain,
+    'start', start, 'stop', stop, 'bundle', fields.bundle, 'submitted', fields.submitted,
+    'deadline', fields.deadline)
+  redis.call('HSET', key('entries', id), shard, entry)
+end

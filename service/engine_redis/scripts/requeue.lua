@@ -1,0 +1,54 @@
+-- Queues those shards of the job ARGV[3] again that are neither counted nor to be found in its
+-- stream; ARGV[4..] are index, domain, start, stop of each. Returns how many.
+local id = ARGV[3]
+local job = key('job', id)
+local state, text, line, stream, submitted = unpack(redis.call('HMGET', job, 'state', 'job', 'line',
+  'stream', 'submitted'))
+if not OPEN[state] then
+  close(id)
+  return 0
+end
+redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+redis.call('HSETNX', key('lines'), line, 0)
+
+local function follows(one, other)
+  local major, minor = string.match(one, '(%d+)-(%d+)')
+  local past, least = string.match(other, '(%d+)-(%d+)')
+  if tonumber(major) ~= tonumber(past) then
+    return tonumber(major) > tonumber(past)
+  end
+  return tonumber(minor) > tonumber(least)
+end
+
+local last = '0-0'
+local group = redis.call('XINFO', 'GROUPS', stream)[1]
+for at = 1, #group, 2 do
+  last = group[at] == 'last-delivered-id' and group[at + 1] or last
+end
+
+-- In the stream, and either to come or in somebody's hands.
+local function findable(entry)
+  return entry and read(stream, entry)
+    and (follows(entry, last) or #pending(stream, entry, entry, 1) == 1)
+end
+
+local fields = {bundle = cjson.decode(text).bundle, submitted = submitted,
+  deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
+local requeued = 0
+for at = 4, #ARGV, 4 do
+  local shard = ARGV[at]
+  local entry = redis.call('HGET', key('entries', id), shard)
+  if redis.call('SISMEMBER', key('done', id), shard) == 0 and not findable(entry) then
+    if entry then
+      drop(stream, entry)
+    end
+    enqueue(id, stream, fields, unpack(ARGV, at, at + 3))
+    requeued = requeued + 1
+  end
+end
+redis.call('PEXPIREAT', key('entries', id), redis.call('PEXPIRETIME', job))
+stay(TERMS.open_ms, stream, key('lines'))
+if requeued > 0 then
+  redis.call('PUBLISH', key('arrived'), '')
+end
+return requeued

@@ -1,0 +1,81 @@
+"""A real redis-server on a free port, its append-only file in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+from redis.asyncio import Redis
+
+GROUP = "workers"
+
+
+class RedisServer:
+    """A server that tests start, kill and start again on the same append-only file."""
+
+    def __init__(self, folder: Path, appendfsync: str = "everysec") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._appendfsync = appendfsync
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once the server answers, its data loaded."""
+        program = shutil.which("redis-server")
+        assert program is not None
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self._folder,
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": self._appendfsync,
+            "logfile": self._folder / "redis.log",
+        }
+        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        self._process = subprocess.Popen([program, *flags])  # noqa: S603
+        deadline = time.monotonic() + 20
+        with redis.Redis.from_url(self.url, retry=None) as client:
+            while True:
+                try:
+                    client.ping()
+                    return
+                except redis.ConnectionError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+async def age(client: Redis, prefix: str, milliseconds: int) -> None:
+    """Make every lease and every TTL below the prefix so much older, as if time had passed."""
+    async for key in client.scan_iter(match=f"{prefix}*"):
+        left = await client.pttl(key)
+        if 0 <= left <= milliseconds:
+            await client.delete(key)
+        elif left > 0:
+            await client.pexpire(key, left - milliseconds)
+    async for stream in client.scan_iter(match=f"{prefix}lane:*"):
+        for held in await client.xpending_range(stream, GROUP, "-", "+", 10_000):
+            entry, idle = held["message_id"], held["time_since_delivered"] + milliseconds
+            await client.xclaim(stream, GROUP, held["consumer"], 0, [entry], idle=idle, justid=True)
+
+
+async def stored_bytes(client: Redis, key: bytes) -> bytes:
+    """Everything that a key holds, in one string."""
+    reads = {b"string": "GET {}", b"hash": "HGETALL {}", b"set": "SMEMBERS {}"}
+    reads |= {b"zset": "ZRANGE {} 0 -1", b"stream": "XRANGE {} - +", b"none": "GET {}"}
+    command = reads[await client.type(key)].split()
+    return repr(await client.execute_command(*[key if w == "{}" else w for w in command])).encode()
