@@ -26,21 +26,9 @@ class RedisServer:
         self._appendfsync = appendfsync
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Returns once the server answers, its data loaded."""
-        program = shutil.which("redis-server")
-        assert program is not None
-        options = {
-            "port": self.port,
-            "bind": "127.0.0.1",
-            "dir": self._folder,
-            "save": "",
-            "appendonly": "yes",
-            "appendfsync": self._appendfsync,
-            "logfile": self._folder / "redis.log",
-        }
-        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        self._process = subprocess.Popen([program, *flags])  # noqa: S603
+    def start(self, **more: str | int) -> None:
+        """Returns once the server answers, with its data loaded; `more` are options of its own."""
+        self.launch(**more)
         deadline = time.monotonic() + 20
         with redis.Redis.from_url(self.url, retry=None) as client:
             while True:
@@ -51,6 +39,23 @@ class RedisServer:
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.02)
+
+    def launch(self, **more: str | int) -> None:
+        """Start the server without waiting for it."""
+        program = shutil.which("redis-server")
+        assert program is not None
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self._folder,
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": self._appendfsync,
+            "logfile": self._folder / "redis.log",
+            **{name.replace("_", "-"): value for name, value in more.items()},
+        }
+        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        self._process = subprocess.Popen([program, *flags])  # noqa: S603
 
     def kill(self) -> None:
         """End it as `kill -9` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ReadOnlyError
+from redis.exceptions import NoScriptError, ReadOnlyError
 
 from service.jobs import canonical_json
 
@@ -60,13 +61,24 @@ class Scripts:
         self._prefix = prefix
         self._terms = canonical_json(terms)
         self._clock = clock
-        self._scripts = {
-            path.stem: redis.register_script(common + path.read_text())
+        self._redis = redis
+        self._texts = {
+            path.stem: common + path.read_text()
             for path in _SCRIPTS.glob("*.lua")
             if path.stem != "common"
         }
+        self._digests = {name: _sha1(text) for name, text in self._texts.items()}
 
     async def run(self, name: str, *arguments: str | bytes | float) -> Any:
         """The reply of one script, as Redis gives it: strings are bytes, missing ones None."""
         now = "" if self._clock is None else self._clock()
-        return await self._scripts[name](keys=[self._prefix], args=[self._terms, now, *arguments])
+        passed = (self._prefix, self._terms, now, *arguments)
+        try:
+            return await self._redis.evalsha(self._digests[name], 1, *passed)
+        except NoScriptError:  # EVAL needs no script loaded before, however often Redis restarts.
+            return await self._redis.eval(self._texts[name], 1, *passed)
+
+
+def _sha1(text: str) -> str:
+    """The name that Redis gives a script."""
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -15,6 +16,7 @@ from redis.exceptions import RedisError
 from service.engine_redis.client import BACKOFF
 from service.ledger import Bell
 
+_STEADY_SECONDS = 5.0
 _log = logging.getLogger("vouchsafe.engine")
 
 
@@ -30,7 +32,7 @@ class Listener:
         self._always = Bell()
         self._bells: dict[bytes, Bell] = {always.encode(): self._always}
         self._listeners: Counter[bytes] = Counter()
-        self._pubsub: PubSub | None = None
+        self._altered = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
 
     @property
@@ -46,47 +48,64 @@ class Listener:
         bell = self._bells.setdefault(name, Bell())
         self._listeners[name] += 1
         self._start()
-        if self._listeners[name] == 1 and self._pubsub is not None:
-            with suppress(RedisError, OSError):  # The reader subscribes it when it reconnects.
-                await self._pubsub.subscribe(name)
+        self._altered.set()
         try:
             yield bell
         finally:
-            await self._leave(name)
+            self._listeners[name] -= 1
+            if not self._listeners[name]:
+                del self._listeners[name], self._bells[name]
+                self._altered.set()
 
     async def close(self) -> None:
         """Hear no more."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        while self._reading is not None and not self._reading.done():
+            self._reading.cancel()  # One that comes while the client connects may get lost there.
+            await asyncio.wait({self._reading}, timeout=0.1)
 
     def _start(self) -> None:
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
 
-    async def _leave(self, name: bytes) -> None:
-        self._listeners[name] -= 1
-        if self._listeners[name]:
-            return
-        del self._listeners[name], self._bells[name]
-        if self._pubsub is not None:
-            with suppress(RedisError, OSError):
-                await self._pubsub.unsubscribe(name)
-
     async def _read(self) -> None:
         failures = 0
         while True:
+            began = asyncio.get_running_loop().time()
             try:
                 async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(*self._bells)
-                    self._pubsub = pubsub
-                    async for message in pubsub.listen():
-                        failures = 0
-                        if bell := self._bells.get(message["channel"]):
-                            bell.ring()
-            except (RedisError, OSError) as error:
+                    await self._hear(pubsub)
+            except (RedisError, OSError, RuntimeError) as error:
+                # RuntimeError: it was lost while a subscription was sent, and is read by two.
                 _log.warning("Redis is not heard: %s", error)
-            finally:
-                self._pubsub = None
+            if asyncio.get_running_loop().time() - began > _STEADY_SECONDS:
+                failures = 0
             failures += 1
             await asyncio.sleep(BACKOFF.compute(failures))
+
+    async def _hear(self, pubsub: PubSub) -> None:
+        subscribed: set[bytes] = set()
+        reading: asyncio.Task[Any] | None = None
+        try:
+            while True:
+                self._altered.clear()
+                subscribed = await self._subscribe(pubsub, subscribed)
+                reading = reading or asyncio.create_task(pubsub.get_message(timeout=None))
+                altered = asyncio.create_task(self._altered.wait())
+                await asyncio.wait({reading, altered}, return_when=asyncio.FIRST_COMPLETED)
+                altered.cancel()
+                if reading.done():
+                    message, reading = reading.result(), None
+                    if message and (bell := self._bells.get(message["channel"])):
+                        bell.ring()
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait({reading}, timeout=0.1)
+
+    async def _subscribe(self, pubsub: PubSub, subscribed: set[bytes]) -> set[bytes]:
+        wanted = set(self._bells)
+        if new := wanted - subscribed:
+            await pubsub.subscribe(*new)
+        if old := subscribed - wanted:
+            await pubsub.unsubscribe(*old)
+        return wanted

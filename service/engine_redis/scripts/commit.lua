@@ -1,12 +1,17 @@
 -- Counts a shard once: ARGV[3] is the job, [4] the shard, [5] the token, [6] the domain, [7] its
 -- rows, [8] the problem where the record got lost, then class and votes of every class with any.
--- Returns 1 where it was counted.
+-- Returns 1 where it was counted. Who holds the shard by now does not matter, nor does the reply to
+-- XACK, which a stale owner gets too: the first commit counts.
 local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
 local job, done, entries = key('job', id), key('done', id), key('entries', id)
-local state, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'stream', 'counted',
-  'shards'))
-held(stream, token)
+local state, line, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'line',
+  'stream', 'counted', 'shards'))
+if not state then
+  return 0
+end
+drop(stream, string.match(token, '^[^/]+'))
 if not OPEN[state] then
+  tidy(line)
   return 0
 end
 if redis.call('SCARD', done) ~= tonumber(counted) then
@@ -16,7 +21,7 @@ end
 if redis.call('SADD', done, shard) == 0 then
   return 0
 end
-run(id)
+run(id, state)
 for at = 9, #ARGV, 2 do
   redis.call('HINCRBY', job, domain .. ':' .. ARGV[at], ARGV[at + 1])
 end

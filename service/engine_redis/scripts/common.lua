@@ -25,14 +25,16 @@ local function in_lots(items, call)
   end
 end
 
+local heard_already = {}
+
 local function heard(worker)
-  redis.call('ZADD', key('workers'), 'XX', stamp(NOW), worker)
-  redis.call('PEXPIRE', key('workers'), TERMS.silence_ms)
-  redis.call('PEXPIRE', key('announced'), TERMS.silence_ms)
-  local digest = redis.call('HGET', key('announced'), worker)
-  if digest then
-    redis.call('PEXPIRE', key('announcement', digest), TERMS.silence_ms)
+  if heard_already[worker] then
+    return
   end
+  heard_already[worker] = true
+  redis.call('ZADD', key('workers'), 'XX', stamp(NOW), worker)
+  local digest = redis.call('HGET', key('announced'), worker)
+  stay(TERMS.silence_ms, key('workers'), key('announced'), key('announcement', digest or ''))
 end
 
 -- XPENDING that makes a lost group again: every entry is then delivered once more.
@@ -112,10 +114,9 @@ local function put_back(stream, entry, id, shard)
   redis.call('PUBLISH', key('arrived'), '')
 end
 
-local function run(id)
-  local job = key('job', id)
-  if redis.call('HGET', job, 'state') == 'queued' then
-    redis.call('HSET', job, 'state', 'running', 'started', stamp(NOW))
+local function run(id, state)
+  if state == 'queued' then
+    redis.call('HSET', key('job', id), 'state', 'running', 'started', stamp(NOW))
     redis.call('PUBLISH', key('changed', id), '')
   end
 end
@@ -182,10 +183,11 @@ local function lapse(stream, entry, worker, deliveries)
   end
   local id, shard = fields.job, fields.shard
   local job = key('job', id)
-  if redis.call('EXISTS', job) == 0 then
+  local state, started = unpack(redis.call('HMGET', job, 'state', 's:' .. shard))
+  if not OPEN[state] then
     return drop(stream, entry)
   end
-  if redis.call('HGET', job, 's:' .. shard) == token_of(entry, deliveries, worker) then
+  if started == token_of(entry, deliveries, worker) then
     if redis.call('HINCRBY', job, 'd:' .. shard, 1) > TERMS.deaths_allowed then
       return bury(id, shard, fields, '')
     end
@@ -228,6 +230,9 @@ local function sweep()
   end
   for _, stream in ipairs(streams) do
     lapse_all(stream)
+  end
+  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
+    tidy(line)
   end
   local silent = '(' .. stamp(NOW - TERMS.silence_ms / 1000)
   for _, worker in ipairs(redis.call('ZRANGE', key('workers'), '-inf', silent, 'BYSCORE')) do

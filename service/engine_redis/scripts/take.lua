@@ -8,7 +8,8 @@ local function wanted(fields)
   local state, deaths = unpack(redis.call('HMGET', key('job', fields.job), 'state',
     'd:' .. fields.shard))
   local late = NOW >= tonumber(fields.deadline)
-  return OPEN[state] and not late, tonumber(deaths or 0) > 0
+  local done = redis.call('SISMEMBER', key('done', fields.job), fields.shard) == 1
+  return OPEN[state] and not late and not done, tonumber(deaths or 0) > 0
 end
 
 local function take(fields, solitary, entry, deliveries)

@@ -1,0 +1,151 @@
+"""Shards a second through Redis without a device: `python -m benchmarks.redis_shards --url URL`.
+
+Processes pull, start and commit shards as workers do, with votes made up at once; the jobs are
+queued before the clock starts. Uses keys of its own below a random prefix and erases them. Prints
+the figures of Redis beside the speed: its share of a core, its calls and bytes for each shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import secrets
+import time
+from typing import Any
+
+from service.engine import Lease, Worker
+from service.engine_redis.client import connect
+from service.engine_redis.engine import RedisEngine
+from service.jobs import Job, Mode
+
+WORKER_BUNDLES = {"default": "d" * 64}
+LABELS = 10
+
+
+def _engine(url: str, prefix: str, asked: argparse.Namespace) -> RedisEngine:
+    return RedisEngine(
+        connect(url),
+        shard_rows=asked.shard_rows,
+        backlog_rows=2 * asked.jobs * asked.rows,
+        prefix=prefix,
+        poll_seconds=0.2,
+    )
+
+
+def _job(asked: argparse.Namespace) -> Job:
+    side = asked.side
+    return Job(
+        id=secrets.token_urlsafe(16),
+        task="default",
+        bundle=WORKER_BUNDLES["default"],
+        mode=Mode.CERTIFY,
+        sigma=0.25,
+        alpha=0.001,
+        n0=0,
+        n=asked.rows,
+        classes=LABELS,
+        shape=(3, side, side),
+        pixels=os.urandom(3 * side * side),
+        key=secrets.token_bytes(32),
+        created=time.time(),
+    )
+
+
+def _votes(lease: Lease) -> list[int]:
+    votes = [0] * LABELS
+    votes[lease.shard.index % LABELS] = lease.shard.rows
+    return votes
+
+
+async def _drain(url: str, prefix: str, asked: argparse.Namespace) -> None:
+    """Work until nothing waits."""
+    engine = _engine(url, prefix, asked)
+    worker = Worker(f"bench-{os.getpid()}", WORKER_BUNDLES)
+    while leases := await engine.pull(worker, asked.batch_rows):
+        await engine.renew(leases)
+        await engine.start(leases)
+        await asyncio.gather(*[engine.commit(lease, _votes(lease)) for lease in leases])
+    await engine.close()
+
+
+def _process(url: str, prefix: str, asked: argparse.Namespace, ready: Any, go: Any) -> None:
+    ready.release()
+    go.wait()
+    asyncio.run(_drain(url, prefix, asked))
+
+
+async def measured(asked: argparse.Namespace) -> dict[str, Any]:
+    """Queue the jobs, let the processes drain them, and check that every row was counted once."""
+    prefix = f"{{bench-{secrets.token_hex(8)}}}:"
+    engine, redis = _engine(asked.url, prefix, asked), connect(asked.url)
+    spawn = multiprocessing.get_context("spawn")
+    ready, go = spawn.Semaphore(0), spawn.Event()
+    processes = [
+        spawn.Process(target=_process, args=(asked.url, prefix, asked, ready, go))
+        for _ in range(asked.processes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        await engine.pull(Worker("queueing", WORKER_BUNDLES), 1)
+        jobs = [await engine.submit(_job(asked)) for _ in range(asked.jobs)]
+        for _ in processes:
+            await asyncio.to_thread(ready.acquire)
+        before, began = await redis.info("everything"), time.perf_counter()
+        go.set()
+        while (await engine.capacity()).backlog_rows:  # noqa: ASYNC110 - the work is elsewhere.
+            await asyncio.sleep(0.02)
+        seconds, after = time.perf_counter() - began, await redis.info("everything")
+        for process in processes:
+            await asyncio.to_thread(process.join)
+        statuses = [await engine.status(job) for job in jobs]
+        if any(status is None or sum(status.estimation) != asked.rows for status in statuses):
+            raise RuntimeError("rows were lost or counted twice")
+    finally:
+        async for key in redis.scan_iter(match=f"{prefix}*"):
+            await redis.delete(key)
+        await redis.aclose()
+        await engine.close()
+    return _figures(asked, before, after, seconds)
+
+
+def _figures(
+    asked: argparse.Namespace, before: dict[str, Any], after: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    shards = asked.jobs * -(-asked.rows // asked.shard_rows)
+
+    def used(*names: str) -> float:
+        return float(sum(after[name] - before[name] for name in names))
+
+    return {
+        "shards": shards,
+        "seconds": round(seconds, 2),
+        "shards/s": round(shards / seconds),
+        "Redis, share of a core": round(used("used_cpu_sys", "used_cpu_user") / seconds, 2),
+        "calls a shard, those inside scripts too": round(
+            used("total_commands_processed") / shards, 1
+        ),
+        "bytes a shard to Redis": round(used("total_net_input_bytes") / shards),
+        "bytes a shard from Redis": round(used("total_net_output_bytes") / shards),
+    }
+
+
+def main() -> None:
+    """Read the command line, measure, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="redis://127.0.0.1:6379/0", help="a Redis >= 7.0")
+    parser.add_argument("--processes", type=int, default=2, help="workers")
+    parser.add_argument("--jobs", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=10_048, help="noise rows of each job")
+    parser.add_argument("--shard-rows", type=int, default=64)
+    parser.add_argument("--batch-rows", type=int, default=1024, help="rows a worker pulls at once")
+    parser.add_argument("--side", type=int, default=32, help="height and width of an image")
+    asked = parser.parse_args()
+    print(json.dumps(asyncio.run(measured(asked)), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""service/engine_redis: what only an engine over Redis can suffer. The contract's suite is another.
+
+Time is the server's own here. Where it must pass, leases and TTLs are aged in Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from service.config import Settings
+from service.engine import FAILURES_ALLOWED, Lease, Worker
+from service.engine_redis.client import connect
+from service.engine_redis.engine import PREFIX, RedisEngine
+from service.jobs import Domain, JobStatus, State
+from tests.fakes import fake_votes, make_job, true_votes
+from tests.redis_server import GROUP, RedisServer, age
+
+pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+ROOT = Path(__file__).parents[1]
+SHARD_ROWS = 10
+LEASE_MS = 30_000
+ALPHA = Worker("alpha", {"default": "bundle-a"})
+BETA = Worker("beta", {"default": "bundle-a"})
+
+
+class Fleet:
+    """An engine under a prefix of its own, and a plain client of the same server."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.prefix = f"{{{secrets.token_hex(8)}}}:"
+        self.redis = connect(url)
+        chosen = {"shard_rows": SHARD_ROWS, "poll_seconds": 0.05, "sweep_seconds": 0.001}
+        self.engine = RedisEngine(connect(url), prefix=self.prefix, **chosen | options)
+
+    async def lease_runs_out(self) -> None:
+        await age(self.redis, self.prefix, LEASE_MS + 1)
+
+    async def keys(self, kind: str = "") -> list[bytes]:
+        return [key async for key in self.redis.scan_iter(match=f"{self.prefix}{kind}*")]
+
+    async def lengths(self) -> list[int]:
+        return [await self.redis.xlen(key) for key in await self.keys("lane:")]
+
+    async def close(self) -> None:
+        await self.engine.close()
+        await self.redis.aclose()
+
+
+@pytest.fixture
+async def fleet(redis_server: RedisServer) -> AsyncIterator[Fleet]:
+    """A fleet on the session's server, the worker `alpha` alive."""
+    built = Fleet(redis_server.url)
+    await built.engine.pull(ALPHA, 1)
+    yield built
+    if keys := await built.keys():
+        await built.redis.delete(*keys)
+    await built.close()
+
+
+@pytest.fixture
+def own_server(redis_program: None, tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A server that a test may kill."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def votes(lease: Lease) -> list[int]:
+    shard = lease.shard
+    key = lease.job.domain_key(shard.domain)
+    return fake_votes(key, range(shard.start, shard.stop), lease.job.classes)
+
+
+async def compute(engine: RedisEngine, leases: Sequence[Lease]) -> list[bool]:
+    await engine.start(leases)
+    return [await engine.commit(lease, votes(lease)) for lease in leases]
+
+
+async def finish_everything(engine: RedisEngine, worker: Worker = ALPHA) -> None:
+    while leases := await engine.pull(worker, 50):
+        await compute(engine, leases)
+
+
+async def status_of(engine: RedisEngine, job_id: str) -> JobStatus:
+    status = await engine.status(job_id)
+    assert status is not None
+    return status
+
+
+def assert_exact(status: JobStatus) -> None:
+    """The job succeeded with every row counted once."""
+    assert (status.state, status.rows_done) == (State.SUCCEEDED, status.job.rows)
+    assert status.selection == true_votes(status.job, Domain.SELECTION)
+    assert status.estimation == true_votes(status.job, Domain.ESTIMATION)
+
+
+# What Redis loses
+
+
+@pytest.mark.parametrize("appendfsync", ["everysec", "always"])
+async def test_kill_of_redis_loses_nothing(
+    redis_program: None, tmp_path: Path, appendfsync: str
+) -> None:
+    """Killed with -9 again and again in the middle of work, Redis comes back with every shard."""
+    server = RedisServer(tmp_path, appendfsync)
+    server.start()
+    fleet = Fleet(server.url)
+    engine = fleet.engine
+    await engine.pull(ALPHA, 1)
+    jobs = [await engine.submit(make_job(f"job-{number}", n=1_000)) for number in range(12)]
+    working = asyncio.create_task(finish_everything(engine))
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        assert not working.done()
+        server.kill()
+        server.start()
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    await engine.pull(ALPHA, 100)  # Leased, and never heard of again.
+    server.kill()
+    server.start()
+    await engine.reconcile()
+    await fleet.lease_runs_out()
+    await finish_everything(engine)
+    for job in jobs:
+        assert_exact(await status_of(engine, job))
+    assert await fleet.lengths() == []
+    await fleet.close()
+    server.kill()
+
+
+@pytest.mark.parametrize("lost", ["stream", "entries", "acknowledged", "group"])
+async def test_reconciler_queues_again_what_is_missing(fleet: Fleet, lost: str) -> None:
+    """Shards that no stream would deliver any more are queued again, and none that one would."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", n=90))
+    await compute(engine, await engine.pull(ALPHA, 30))
+    leases = await engine.pull(ALPHA, 20)
+    assert await engine.reconcile() == 0
+    (stream,) = await fleet.keys("lane:")
+    missing = {"stream": 7, "entries": 7, "acknowledged": 2, "group": 0}[lost]
+    match lost:
+        case "stream":
+            await fleet.redis.delete(stream)
+        case "entries":
+            await fleet.redis.delete(f"{fleet.prefix}entries:a")
+        case "acknowledged":
+            for lease in leases:
+                entry = lease.token.split("/")[0]
+                assert await fleet.redis.xack(stream, GROUP, entry) == 1
+        case "group":
+            await fleet.redis.xgroup_destroy(stream, GROUP)
+    assert await engine.reconcile() == missing
+    assert await engine.reconcile() == 0
+    await finish_everything(engine, BETA)
+    assert not any(await compute(engine, leases))
+    assert_exact(await status_of(engine, "a"))
+    await fleet.lease_runs_out()
+    await engine.pull(ALPHA, 1)
+    assert await fleet.keys("lane:") == []
+
+
+async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
+    """Nobody has to ask: once a lease's time a pull looks for what is missing."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    await fleet.redis.delete(*await fleet.keys("lane:"))
+    assert await engine.pull(ALPHA, 100) == []
+    await fleet.lease_runs_out()
+    another = RedisEngine(
+        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=0.05
+    )
+    assert len(await another.pull(ALPHA, 100)) == 4
+    await another.close()
+
+
+async def test_lost_group_is_made_again(fleet: Fleet) -> None:
+    """NOGROUP: a pull makes the group anew, and what was out is delivered once more."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    out = await engine.pull(ALPHA, 20)
+    (stream,) = await fleet.keys("lane:")
+    await fleet.redis.xgroup_destroy(stream, GROUP)
+    assert await engine.renew(out) == []
+    assert len(await engine.pull(BETA, 100)) == 4
+    assert all(await compute(engine, out))
+
+
+async def test_flushed_redis_is_an_empty_one(own_server: RedisServer) -> None:
+    """After FLUSHALL old jobs are unknown, old leases are nothing, and new jobs are answered."""
+    fleet = Fleet(own_server.url)
+    engine = fleet.engine
+    await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("a"))
+    leases = await engine.pull(ALPHA, 20)
+    await fleet.redis.flushall()
+    assert await engine.status("a") is None
+    assert await engine.renew(leases) == []
+    assert not any(await compute(engine, leases))
+    await engine.release(leases)
+    await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("b"))
+    await finish_everything(engine)
+    assert_exact(await status_of(engine, "b"))
+    await fleet.close()
+
+
+async def test_lost_tally_fails_the_job(fleet: Fleet) -> None:
+    """Where the record of counted shards is gone, the job ends rather than count rows twice."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    leases = await engine.pull(ALPHA, 100)
+    await compute(engine, leases[:2])
+    await fleet.redis.delete(f"{fleet.prefix}done:a")
+    assert await compute(engine, leases[:1]) == [False]
+    status = await status_of(engine, "a")
+    assert (status.state, status.rows_done) == (State.FAILED, 20)
+    assert status.problem is not None
+    assert "lost" in status.problem["detail"]
+
+
+async def test_lost_image_fails_the_job(fleet: Fleet) -> None:
+    """A job without its image ends with a problem; it is not handed out for ever."""
+    await fleet.engine.submit(make_job("a"))
+    await fleet.redis.delete(f"{fleet.prefix}image:a")
+    assert await fleet.engine.pull(ALPHA, 100) == []
+    assert await fleet.redis.hget(f"{fleet.prefix}job:a", "state") == b"failed"
+    assert (await fleet.engine.capacity()).backlog_rows == 0
+
+
+# Deliveries
+
+
+async def test_everything_delivered_twice_is_counted_once(fleet: Fleet) -> None:
+    """Every message queued a second time changes no count and leaves nothing behind."""
+    engine = fleet.engine
+    for name in "abc":
+        await engine.submit(make_job(name, n=90))
+    (stream,) = await fleet.keys("lane:")
+    for _, fields in await fleet.redis.xrange(stream):
+        await fleet.redis.xadd(stream, fields)
+    while leases := await engine.pull(ALPHA, 40):
+        await compute(engine, leases)
+    for name in "abc":
+        assert_exact(await status_of(engine, name))
+    assert await fleet.lengths() == []
+
+
+async def test_stale_commit_is_refused_though_its_ack_succeeds(fleet: Fleet) -> None:
+    """After another claimed and committed the shard, its first owner's commit counts nothing."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    stale = await engine.pull(ALPHA, 10)
+    await fleet.lease_runs_out()
+    current = await engine.pull(BETA, 10)
+    (stream,) = await fleet.keys("lane:")
+    (pending,) = await fleet.redis.xpending_range(stream, GROUP, "-", "+", 10)
+    assert (pending["consumer"], pending["times_delivered"]) == (b"beta", 2)
+    assert await fleet.redis.xack(stream, GROUP, stale[0].token.split("/")[0]) == 1
+    assert await compute(engine, current) == [True]
+    assert await compute(engine, stale) == [False]
+    await finish_everything(engine)
+    assert_exact(await status_of(engine, "a"))
+
+
+async def test_renewal_leaves_the_count_of_deliveries(fleet: Fleet) -> None:
+    """XCLAIM JUSTID makes a lease young again and is no delivery."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    leases = await engine.pull(ALPHA, 10)
+    await age(fleet.redis, fleet.prefix, LEASE_MS // 2)
+    assert await engine.renew(leases) == leases
+    (stream,) = await fleet.keys("lane:")
+    (pending,) = await fleet.redis.xpending_range(stream, GROUP, "-", "+", 10)
+    assert pending["times_delivered"] == 1
+    assert pending["time_since_delivered"] < LEASE_MS // 2
+
+
+async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fleet) -> None:
+    """Two processes on the same streams count each shard once, together all of them."""
+    engine = fleet.engine
+    jobs = [await engine.submit(make_job(f"job-{number}", n=200)) for number in range(20)]
+    command = [sys.executable, "-m", "tests.redis_worker", redis_server.url, fleet.prefix]
+    processes = [
+        subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE)  # noqa: ASYNC220, S603
+        for name in ("one", "two")
+    ]
+    counted = [int((await asyncio.to_thread(p.communicate))[0]) for p in processes]
+    assert sum(counted) == 20 * 21
+    assert all(counted)
+    for job in jobs:
+        assert_exact(await status_of(engine, job))
+
+
+async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
+    """The operator finds which rows ended a job, and neither its image nor its key."""
+    engine = fleet.engine
+    job = make_job("a")
+    await engine.submit(job)
+    for _ in range(FAILURES_ALLOWED):
+        (lease,) = await engine.pull(ALPHA, 1)
+        await engine.fail(lease, {"detail": "as reported"})
+    ((_, letter),) = await fleet.redis.xrange(f"{fleet.prefix}dead")
+    assert (letter[b"job"], letter[b"shard"], letter[b"failures"]) == (b"a", b"0", b"3")
+    assert b"as reported" in letter[b"problem"]
+    assert not any(job.pixels in value for value in letter.values())
+
+
+# Connections
+
+
+async def test_lost_connections_are_made_again(fleet: Fleet) -> None:
+    """Connections that Redis closes, in use or not, cost no call and no watcher anything."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    async with aclosing(engine.watch("a")) as watching:
+        assert (await anext(watching)).rows_done == 0
+        for done in (10, 20, 30):
+            await fleet.redis.client_kill_filter(_type="normal", skipme=True)
+            await fleet.redis.client_kill_filter(_type="pubsub")
+            await compute(engine, await engine.pull(ALPHA, 10))
+            async with asyncio.timeout(5):
+                assert (await anext(watching)).rows_done == done
+
+
+async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
+    """Who watches while Redis is killed and started again sees the end of the job."""
+    fleet = Fleet(own_server.url)
+    engine = fleet.engine
+    await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("a"))
+    seen: list[JobStatus] = []
+
+    async def watch() -> None:
+        async for status in engine.watch("a"):
+            seen.append(status)
+
+    watching = asyncio.create_task(watch())
+    while not seen:  # noqa: ASYNC110 - the engine has nothing to wait on.
+        await asyncio.sleep(0.01)
+    own_server.kill()
+    await asyncio.sleep(0.2)
+    own_server.start()
+    await finish_everything(engine)
+    async with asyncio.timeout(10):
+        await watching
+    assert_exact(seen[-1])
+    await fleet.close()
+
+
+async def test_loading_server_is_waited_for(own_server: RedisServer) -> None:
+    """LOADING: a call to a server that still reads its file succeeds once that is read."""
+    fleet = Fleet(own_server.url)
+    await fleet.engine.pull(ALPHA, 1)
+    for number in range(300):  # The server answers once in 1,024 commands that it reads.
+        await fleet.engine.submit(make_job(f"job-{number}"))
+    own_server.kill()
+    own_server.launch(key_load_delay=300)
+    impatient: Redis = Redis.from_url(own_server.url, retry=None)
+    while "LOADING" not in (heard := await answer(impatient)):
+        assert heard != "PONG", "the server was never seen to load"
+        await asyncio.sleep(0.01)
+    assert (await fleet.engine.capacity()).backlog_rows == 12_000
+    await impatient.aclose()
+    await fleet.close()
+
+
+async def answer(client: Redis) -> str:
+    """What a server says to a PING, be it an error."""
+    try:
+        return "PONG" if await client.ping() else ""
+    except Exception as error:
+        return type(error).__name__ + str(error).upper()
+
+
+async def test_replica_is_left_for_the_master(own_server: RedisServer) -> None:
+    """READONLY: a call to a server that has become a replica succeeds once there is a master."""
+    fleet = Fleet(own_server.url)
+    await fleet.engine.pull(ALPHA, 1)
+    await fleet.redis.replicaof("127.0.0.1", "1")
+    submitting = asyncio.create_task(fleet.engine.submit(make_job("a")))
+    await asyncio.sleep(0.3)
+    assert not submitting.done()
+    await fleet.redis.replicaof("NO", "ONE")
+    assert await submitting == "a"
+    await fleet.close()
+
+
+async def test_unreachable_redis_is_an_error(redis_program: None, tmp_path: Path) -> None:
+    """Where there is no server a call fails after some tries instead of waiting for ever."""
+    fleet = Fleet(RedisServer(tmp_path).url)
+    async with asyncio.timeout(30):
+        with pytest.raises(RedisError):
+            await fleet.engine.capacity()
+    await fleet.close()
+
+
+async def test_least_rights_are_enough(own_server: RedisServer) -> None:
+    """An ACL user that sees only Vouchsafe's keys and channels, named in the URL, can do it all."""
+    admin: Redis = Redis.from_url(own_server.url)
+    rights = "-@all +@read +@write +@pubsub +@scripting +@connection +@transaction +time"
+    await admin.execute_command(
+        "ACL", "SETUSER", "fleet", "on", ">s3cret", f"~{PREFIX}*", f"&{PREFIX}*", *rights.split()
+    )
+    url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
+    engine = RedisEngine.from_settings(Settings(redis_url=url, shard_rows=SHARD_ROWS))
+    worker = asyncio.create_task(engine.pull(ALPHA, 100))
+    await asyncio.sleep(0.1)
+    await engine.submit(make_job("a"))
+    await compute(engine, await worker)
+    assert_exact([status async for status in engine.watch("a")][-1])
+    assert await engine.forget("a")
+    await engine.close()
+    await admin.aclose()
+
+
+# Growth
+
+
+async def test_every_key_expires(fleet: Fleet) -> None:
+    """At any stage of any job, no key is without a TTL."""
+    engine = fleet.engine
+
+    async def timeless() -> list[bytes]:
+        return [key for key in await fleet.keys() if await fleet.redis.pttl(key) == -1]
+
+    for name in ("done", "failed", "cancelled", "running", "queued"):
+        await engine.submit(make_job(name), idempotency_key=name)
+    assert await timeless() == []
+    await engine.cancel("cancelled")
+    leases = await engine.pull(ALPHA, 120)
+    await compute(engine, [lease for lease in leases if lease.job.id == "done"])
+    await compute(engine, [lease for lease in leases if lease.job.id == "running"][:2])
+    assert await timeless() == []
+    failing = [lease for lease in leases if lease.job.id == "failed"][:1]
+    for _ in range(FAILURES_ALLOWED):
+        await engine.fail(failing[0], {"detail": "no"})
+        failing = [held for held in await engine.pull(BETA, 10) if held.job.id == "failed"]
+    await fleet.redis.delete(*await fleet.keys("lane:"))
+    await engine.reconcile()
+    await engine.capacity()
+    assert (await status_of(engine, "failed")).state is State.FAILED
+    assert await fleet.keys("dead")
+    assert await timeless() == []
+
+
+async def test_nothing_grows(own_server: RedisServer) -> None:
+    """After a load the streams are gone at once, and keys and memory once the retention is over."""
+    fleet = Fleet(own_server.url, retention_seconds=600)
+    engine = fleet.engine
+
+    async def memory() -> int:
+        await fleet.redis.memory_purge()
+        return int((await fleet.redis.info("memory"))["used_memory"])
+
+    async def load(name: str) -> None:
+        for number in range(100):
+            job = make_job(f"{name}-{number}", n=200)
+            await engine.submit(job, idempotency_key=job.id)
+        for number in range(20):
+            await engine.cancel(f"{name}-{number}")
+            await engine.forget(f"{name}-{number + 20}")
+        await finish_everything(engine)
+        assert await fleet.lengths() == []
+        assert await fleet.keys("lines") == []
+        await age(fleet.redis, fleet.prefix, 700_000)
+        await engine.pull(ALPHA, 1)
+
+    await engine.pull(ALPHA, 1)
+    await load("warm")
+    keys, idle = await fleet.redis.dbsize(), await memory()
+    for number in range(3):
+        await load(f"load-{number}")
+        assert await fleet.redis.dbsize() == keys
+    assert await memory() <= idle + 50_000
+    await fleet.close()
+
+
+async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
+    """Of the ended jobs the last `kept_jobs` are kept, so that images cannot fill the memory."""
+    fleet = Fleet(redis_server.url, kept_jobs=3)
+    await fleet.engine.pull(ALPHA, 1)
+    for number in range(5):
+        await fleet.engine.submit(make_job(f"job-{number}"))
+        await finish_everything(fleet.engine)
+    assert sorted(await fleet.keys("image:")) == [
+        f"{fleet.prefix}image:job-{number}".encode() for number in (2, 3, 4)
+    ]
+    await fleet.close()
+
+
+async def test_gone_workers_leave_the_group(fleet: Fleet) -> None:
+    """A worker that is silent for long is no consumer any more, also while the stream lives on."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", n=90))
+    leases = await engine.pull(BETA, 10)
+    await compute(engine, leases)
+    (stream,) = await fleet.keys("lane:")
+    assert len(await fleet.redis.xinfo_consumers(stream, GROUP)) == 1
+    await fleet.redis.zadd(f"{fleet.prefix}workers", {"beta": 1})
+    await age(fleet.redis, fleet.prefix, 10)
+    await engine.capacity()
+    assert await fleet.redis.xinfo_consumers(stream, GROUP) == []
