@@ -157,3 +157,19 @@ def test_keys_are_not_printed() -> None:
     settings = Settings(api_keys="ann:hidden-key")  # type: ignore[arg-type]
     assert "hidden-key" not in repr(settings)
     assert len(settings.callers()) == 1
+
+
+def test_redis_url_is_a_secret() -> None:
+    """The URL may hold a password, so no representation of the settings shows it."""
+    settings = Settings(redis_url="rediss://fleet:hunter2@redis.example:6380/1")
+    assert settings.redis_url is not None
+    assert settings.redis_url.get_secret_value().endswith("@redis.example:6380/1")
+    assert "hunter2" not in f"{settings!r}{settings}{settings.model_dump_json()}"
+
+
+@pytest.mark.parametrize("url", ["http://fleet:hunter2@host", "fleet:hunter2@host", ""])
+def test_redis_url_of_another_kind_is_refused(url: str) -> None:
+    """A URL that is none of Redis is refused without showing what it held."""
+    with pytest.raises(ValidationError, match="redis, rediss, unix") as refusal:
+        Settings(redis_url=url)
+    assert "hunter2" not in str(refusal.value)
