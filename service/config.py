@@ -40,8 +40,8 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None,
         description="Where jobs wait for workers on other machines: a Redis >= 7.0 that evicts "
-        "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`. "
-        "Nothing: one process does it all.",
+        "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`, "
+        "`?ssl_ca_certs=FILE` for a certificate authority of one's own.",
     )
     runtime: Literal["torch", "openvino"] = Field(
         "torch", description="What runs the networks; openvino needs a CPU with AVX512-BF16."
