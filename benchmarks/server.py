@@ -31,8 +31,9 @@ def serving(
     probe: str = "/readyz",
     log: BinaryIO | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server that everyone may call on a free port, ready or as far as another probe says; what it
-    says goes to `log`, if there is one.
+    """A server that everyone may call on a free port, ready or as far as another probe says.
+
+    What it says goes to `log`, if there is one.
 
     Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
     and TimeoutError where that takes too long.
