@@ -10,6 +10,7 @@ are kept there, and another call goes on image by image.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
@@ -41,6 +42,7 @@ from models.evaluation.tables import (
     paired_bootstrap,
     summarise,
 )
+from models.files import written_whole
 from models.runtime import RUNTIMES
 from models.smoothing import SmoothedModel, best_device, load
 
@@ -49,7 +51,8 @@ SLICE = Path("tests/data/cifar10-slice.png")
 
 def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
     """The plan's bundle and how many seconds it took."""
-    folder = work / "jobs" / "task"
+    name = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:12]
+    folder = work / "jobs" / name
     folder.mkdir(parents=True, exist_ok=True)
     described = {"plan": asdict(plan), "name": "", "owner": None, "created": time.time()}
     write_json(folder / PLAN, described)
@@ -58,7 +61,7 @@ def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
     status = Status.read(folder)
     if status.state != "ready":
         raise RuntimeError(f"the adaptation failed: {status.problem}")
-    return read_bundle(work / "tasks" / "task"), time.perf_counter() - began
+    return read_bundle(work / "tasks" / name), time.perf_counter() - began
 
 
 def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
@@ -70,7 +73,7 @@ def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
     blank.mkdir(exist_ok=True)
     shutil.copy(default.folder / PROMPT_STATES, blank)
     states = {PROMPT_STATES: default.files[PROMPT_STATES]}
-    bare = replace(bundle, prompt=default.prompt, files=states, folder=blank, adaptation={})
+    bare = replace(bundle, id="", prompt=default.prompt, files=states, folder=blank, adaptation={})
     groups = [{"zero-shot": bare}]
     if ADAPTER in bundle.files:
         kept = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
@@ -227,10 +230,11 @@ def certified(
     path = work / f"votes-{split}-{settings}-{model.digest}.jsonl"
     known = path.read_text().splitlines(keepends=True) if path.exists() else []
     lines = [line for line in known if line.endswith("\n")]
+    if lines != known:
+        with written_whole(path) as partial:
+            partial.write_text("".join(lines))
     told = ", ".join(names)
-    with path.open("w") as stream:
-        stream.writelines(lines)
-        stream.flush()
+    with path.open("a") as stream:
         missing = range(len(lines), len(data))
         for index in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
             counted = image_votes(

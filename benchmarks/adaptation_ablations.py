@@ -30,11 +30,12 @@ from models.adaptation.personalize import personalize
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.synthesize import Cascade, References, encode, read_references, synthesize
-from models.bundle import MODELS
+from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
 from models.evaluation.tables import paired_bootstrap
+from models.files import written_whole
 from models.runtime import RUNTIMES, Runtime, Torch
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS
 
@@ -100,17 +101,21 @@ class Bench:
     def __init__(self, data: Path, work: Path, runtime: Runtime) -> None:
         self._photographs, self._work, self._runtime = cifar10(data, "train"), work, runtime
         self.held_back = cifar10(data, "held-back")
+        bundle = read_bundle(DEFAULT_TASK).digest
+        self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, asdict(WAYS.sampling)]
         self._plan = Plan.checked(
             CIFAR10_LABELS, shots=max(way.each for way in EVERY if _made(way))
         )
 
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
         """Each sigma's outcomes of the networks adapted this way; kept in the folder."""
-        name = hashlib.sha256(json.dumps(asdict(way)).encode()).hexdigest()[:12]
+        told = json.dumps([asdict(way), *self._measured_with])
+        name = hashlib.sha256(told.encode()).hexdigest()[:12]
         kept = self._work / f"{name}.json"
         if not kept.exists():
-            told = {str(sigma): found.tolist() for sigma, found in self._run(way, name).items()}
-            kept.write_text(json.dumps(told))
+            found = {str(sigma): shares.tolist() for sigma, shares in self._run(way, name).items()}
+            with written_whole(kept) as partial_file:
+                partial_file.write_text(json.dumps(found))
         return {float(sigma): np.array(f) for sigma, f in json.loads(kept.read_text()).items()}
 
     def _run(self, way: Way, name: str) -> dict[float, Outcomes]:

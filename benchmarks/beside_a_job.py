@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -144,8 +145,14 @@ def main(given: Sequence[str] | None = None) -> None:
     labels = arguments.labels.split(",") if arguments.labels else read_bundle(DEFAULT_TASK).labels
     settings = {name: getattr(arguments, name) for name in ("shots", "steps", "epochs")}
     task = {"labels": list(labels), **{k: v for k, v in settings.items() if v is not None}}
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, _):
-        told = asyncio.run(measured(url, question, task, arguments.requests))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        try:
+            with serving(Path(folder), log=log) as (url, _):
+                told = asyncio.run(measured(url, question, task, arguments.requests))
+        except Exception:
+            log.seek(0)
+            print(log.read().decode(errors="replace"), file=sys.stderr)
+            raise
     print(table(told))
     if arguments.out:
         report = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -25,9 +26,14 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    data_dir: Path, command: Sequence[str] = VOUCHSAFE, probe: str = "/readyz"
+    data_dir: Path,
+    command: Sequence[str] = VOUCHSAFE,
+    probe: str = "/readyz",
+    log: BinaryIO | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server that everyone may call on a free port, ready or as far as another probe says.
+
+    What it says goes to `log`, if there is one.
 
     Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
     and TimeoutError where that takes too long.
@@ -37,6 +43,8 @@ def serving(
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)],
         env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir)},
+        stdout=log,
+        stderr=log,
     )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -20,6 +21,9 @@ ADAPTER = "adapter.safetensors"
 """A personalized bundle's file of what was added to the denoiser's attention (LoRA)."""
 TUNED = "classifier.safetensors"
 """A fine-tuned bundle's file of the classifier's own weights, in float32."""
+WRITERS = ".lock"
+"""A folder's file that all who write a bundle into it hold a shared lock on. Who holds it alone
+knows that every half-written bundle there is of a killed process."""
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODELS = Path(__file__).parent
@@ -247,21 +251,27 @@ def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> B
     if folder.exists():
         raise BundleError(f"{folder}: exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
-    try:
-        for name, source in sources.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial / name)
-        files = {name: sha256_of(partial / name) for name in sources}
-        whole = replace(bundle, files=files, folder=folder)
-        manifest = json.dumps(whole.manifest, indent=2, allow_nan=False)
-        (partial / "manifest.json").write_text(manifest + "\n")
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        partial.chmod(0o755)
-        partial.rename(folder)
-        flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with (folder.parent / WRITERS).open("a") as writers:
+        fcntl.flock(writers, fcntl.LOCK_SH)
+        partial = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
+        try:
+            whole = _written(partial, replace(bundle, folder=folder), sources)
+            partial.rename(folder)
+            flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return whole
+
+
+def _written(partial: Path, bundle: Bundle, sources: Mapping[str, Path]) -> Bundle:
+    for name, source in sources.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial / name)
+    whole = replace(bundle, files={name: sha256_of(partial / name) for name in sources})
+    manifest = json.dumps(whole.manifest, indent=2, allow_nan=False)
+    (partial / "manifest.json").write_text(manifest + "\n")
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    partial.chmod(0o755)
     return whole

@@ -44,7 +44,7 @@ def test_what_is_written_is_read(written: Bundle) -> None:
     """A bundle survives the disk, digest included, and nothing else lies beside it."""
     assert read_bundle(written.folder) == written
     assert read_bundle(written.folder).digest == written.digest
-    assert [path.name for path in written.folder.parent.iterdir()] == ["pets"]
+    assert {path.name for path in written.folder.parent.iterdir()} == {"pets", ".lock"}
 
 
 def test_digest_covers_settings_files_and_numerics(written: Bundle) -> None:
@@ -58,14 +58,14 @@ def test_an_existing_bundle_is_not_overwritten(written: Bundle) -> None:
     """Publishing over a folder is refused and leaves no partial copy."""
     with pytest.raises(BundleError, match="exists already"):
         write_bundle(written.folder, written, {})
-    assert len(list(written.folder.parent.iterdir())) == 1
+    assert len(list(written.folder.parent.iterdir())) == 2
 
 
 def test_a_failed_write_leaves_nothing(written: Bundle, tmp_path: Path) -> None:
     """Where a source is missing, neither the bundle nor its temporary copy remains."""
     with pytest.raises(FileNotFoundError):
         write_bundle(tmp_path / "tasks" / "new", written, {"a.safetensors": tmp_path / "absent"})
-    assert [path.name for path in written.folder.parent.iterdir()] == ["pets"]
+    assert {path.name for path in written.folder.parent.iterdir()} == {"pets", ".lock"}
 
 
 def test_wrong_hash_is_refused_by_name(written: Bundle) -> None:

@@ -164,7 +164,8 @@ async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> Non
         assert again.json()["state"] == "queued"
         await service.until_state(location, "ready")
         assert task_id in service.catalogue
-    assert [path.name for path in (tmp_path / "data" / "tasks").iterdir()] == [task_id]
+    tasks = tmp_path / "data" / "tasks"
+    assert {path.name for path in tasks.iterdir()} == {task_id, ".lock"}
 
 
 async def test_a_later_releases_bundle_is_let_be(tmp_path: Path) -> None:
@@ -242,13 +243,13 @@ async def test_the_old_bundle_stays_until_the_new_is_there(tmp_path: Path) -> No
     damaged = put(store.tasks, task_id)
     (damaged / "prompt_states.safetensors").write_bytes(b"damaged")
     assert (await desk.create(asked, None)).state == "queued"
-    (aside,) = store.tasks.iterdir()
+    (aside,) = store.tasks.glob(".withdrawn-*")
     assert aside.name.startswith(f".withdrawn-{task_id}-")
     store.sweep()
     assert aside.exists()
     put(store.tasks, task_id)
     store.sweep()
-    assert [path.name for path in store.tasks.iterdir()] == [task_id]
+    assert {path.name for path in store.tasks.iterdir()} == {task_id, ".lock"}
 
 
 async def test_of_two_posts_the_slower_one_spoils_nothing(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from models.adaptation.plan import LOCK, PLAN, REFERENCES, STATUS, Status, locked
-from models.bundle import DEFAULT_TASK
+from models.adaptation.plan import PLAN, REFERENCES, STATUS, Status, locked
+from models.bundle import DEFAULT_TASK, read_bundle
 from service.errors import Backlog, NotFound, StorageFull
 from service.tasks.store import retry_after
 from service.tasks.task import signature
@@ -101,7 +102,7 @@ def test_delete_leaves_nothing(tmp_path: Path) -> None:
         (store.tasks / f"{left}{task.id}-x" / "inner").mkdir(parents=True)
     store.delete(task.id)
     assert store.find(task.id) is None
-    assert list(store.tasks.iterdir()) == []
+    assert [path.name for path in store.tasks.iterdir()] == [".lock"]
     assert [path.name for path in store.jobs.iterdir()] == [".lock"]
     for missing in (task.id, "default", "../tasks", "", ".lock"):
         with pytest.raises(NotFound):
@@ -192,20 +193,33 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
-    """What killed processes left goes, except the bundle that a running job is making."""
+    """What killed processes left goes; the rest stays."""
     store = make_store(tmp_path)
     task = create(store)
-    (store.jobs / task.id / LOCK).touch()
     for folder in (store.tasks, store.jobs):
         for name in (".trash-x", ".partial-x"):
             (folder / name / "inner").mkdir(parents=True)
-    (store.tasks / f".partial-{task.id}-x" / "inner").mkdir(parents=True)
-    with locked(store.jobs / task.id):
-        store.sweep()
-    assert [path.name for path in store.tasks.iterdir()] == [f".partial-{task.id}-x"]
-    assert {path.name for path in store.jobs.iterdir()} == {".lock", task.id}
     store.sweep()
-    assert list(store.tasks.iterdir()) == []
+    assert [path.name for path in store.tasks.iterdir()] == [".lock"]
+    assert {path.name for path in store.jobs.iterdir()} == {".lock", task.id}
+
+
+def test_a_bundle_being_written_is_not_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes it, with a job here or without: a sweep at any moment lets it be."""
+    store = make_store(tmp_path)
+    copied, swept = shutil.copyfile, []
+
+    def sweeping(source: Path, target: Path) -> None:
+        copied(source, target)
+        store.sweep()
+        swept.append(target)
+
+    monkeypatch.setattr("models.bundle.shutil.copyfile", sweeping)
+    publish(tmp_path / "elsewhere" / "copied", store.tasks, make_plan())
+    assert len(swept) == 1
+    assert read_bundle(store.tasks / "copied").id == "copied"
 
 
 def test_an_unreadable_job_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -65,7 +65,7 @@ def personalize(
     the adapter's learn in float32. Checkpoints, losses and validations lie in `out`; another call
     goes on from there, to the same losses.
     """
-    unet = read_unet(stage2, dtype, torch.device("cpu"))
+    unet = read_unet(stage2, dtype, device)
     scheduler: Any = DDPMScheduler.from_pretrained(stage2 / "scheduler", local_files_only=True)
     torch.manual_seed(seed)
     unet.requires_grad_(False)

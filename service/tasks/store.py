@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from models.adaptation.plan import LOCK, PLAN, REFERENCES, Plan, Status, write_json
+from models.bundle import WRITERS
 from models.files import flush
 from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
@@ -35,7 +36,7 @@ LONGEST_RETRY = 600
 CHILD_SECONDS = 10.0
 """How long a removal waits for the job's process to be gone."""
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
-_LEFTOVERS = (".trash-", ".partial-")
+_PARTIAL = ".partial-"
 _WITHDRAWN = ".withdrawn-"
 _LARGEST_NAMED = 5
 _ENTRIES_READ = 1_000
@@ -159,7 +160,7 @@ class Store:
             trash.append(self._out_of_sight(self.tasks / task_id))  # Published at the last moment.
             leftovers = [
                 path
-                for prefix in (".partial-", _WITHDRAWN)
+                for prefix in (_PARTIAL, _WITHDRAWN)
                 for path in self.tasks.glob(f"{prefix}{task_id}-*")
             ]
         removed = [path for path in trash if path is not None]
@@ -181,17 +182,18 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed processes left: half-made folders, and those out of sight.
 
-        Bundles that a running job makes are let be, and those put aside until there is another.
+        Half-made bundles are let be while any process writes one, and those put aside until there
+        is another.
         """
-        with self._alone():
-            names = [job.name for job in _folders(self.jobs) if is_running(job)]
-            running = tuple(f".partial-{name}-" for name in names)
-            replaced = tuple(f"{_WITHDRAWN}{path.name}-" for path in _folders(self.tasks))
-            for folder in (self.jobs, self.tasks):
-                for path in folder.iterdir():
-                    left = path.name.startswith(_LEFTOVERS) and not path.name.startswith(running)
-                    if left or path.name.startswith(replaced):
-                        shutil.rmtree(path, ignore_errors=True)
+        with self._alone(), (self.tasks / WRITERS).open("a") as writers:
+            left = [path for folder in (self.jobs, self.tasks) for path in folder.glob(".trash-*")]
+            left += self.jobs.glob(f"{_PARTIAL}*")
+            for bundle in _folders(self.tasks):
+                left += self.tasks.glob(f"{_WITHDRAWN}{bundle.name}-*")
+            if _taken(writers):
+                left += self.tasks.glob(f"{_PARTIAL}*")
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -215,7 +217,7 @@ class Store:
             raise _storage_full(total, self._most_bytes, used)
 
     def _publish_job(self, task_id: str, document: Mapping[str, Any]) -> None:
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.jobs))
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.jobs))
         try:
             write_json(partial / PLAN, document)
             flush(partial)
@@ -240,12 +242,18 @@ def is_running(job: Path) -> bool:
     """Whether some process runs the job now; nothing is written, for the disk may be full."""
     try:
         with (job / LOCK).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return not _taken(stream)
     except FileNotFoundError:
         return False
+
+
+def _taken(stream: IO[Any]) -> bool:
+    """Whether nobody held a lock on the file; the stream holds it now."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _wait_until_free(job: Path, seconds: float) -> None:
