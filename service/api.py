@@ -57,7 +57,10 @@ Desk = Annotated[Predictions, Depends(_predictions)]
 Probe = Annotated[Health, Depends(_health)]
 
 probes = APIRouter(tags=["operation"])
-keyed = APIRouter(dependencies=[Depends(caller)], responses=problem_responses(errors.Unauthorized))
+keyed = APIRouter(
+    dependencies=[Depends(caller)],
+    responses=problem_responses(errors.Unauthorized, errors.EngineUnavailable),
+)
 
 
 def create_app(
@@ -83,6 +86,7 @@ def create_app(
             await running.stop()
             await following.stop()
             await predictions.close()
+            await engine.close()
 
     running = Companions(companions, settings.lease_seconds)
     desk = TaskDesk(Store(settings, secret), catalogue)
@@ -100,7 +104,9 @@ def create_app(
     app.state.callers = settings.callers()
     app.state.predictions = predictions
     app.state.task_desk = desk
-    app.state.health = Health(engine, catalogue, running)
+    app.state.health = Health(
+        engine, catalogue, running, workers_elsewhere=settings.redis_url is not None
+    )
     app.add_middleware(telemetry.RequestTelemetry)
     app.include_router(probes)
     app.include_router(keyed)
@@ -137,6 +143,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.TaskUnusable,
             errors.Backlog,
             errors.TaskNotReady,
+            errors.EngineUnavailable,
             errors.DeadlinePassed,
         ),
     },

@@ -27,6 +27,7 @@ from service.schemas import MOST_ROWS, PredictRequest, PredictResponse, invalid_
 if TYPE_CHECKING:
     from service.embedded import Embedded
     from service.predictions import Predictions
+    from service.server import DrainingServer
 
 app = typer.Typer(
     help="Image classification whose every answer carries a provable l2 radius.",
@@ -62,16 +63,31 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
-    """Serve predictions over HTTP, and make the tasks that are asked for."""
-    from service.api import create_app
-    from service.embedded import Embedded, leave_if_hung
+    """Serve predictions over HTTP, and make the tasks that are asked for.
+
+    With VOUCHSAFE_REDIS_URL the work is done by `vouchsafe worker`, on this machine or others.
+    """
     from service.server import DrainingServer
-    from service.tasks.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    embedded, server = Embedded(Settings()), DrainingServer(host, port)
+    settings, server = Settings(), DrainingServer(host, port)
+    if settings.redis_url is None:
+        _serve_embedded(settings, server)
+        return
+    from service.frontend import frontend
+
+    server.serve_app(frontend(settings))
+
+
+def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
+    """Everything in this process: torch is loaded only now."""
+    from service.api import create_app
+    from service.embedded import Embedded, leave_if_hung
+    from service.tasks.supervisor import Supervisor
+
+    embedded = Embedded(settings)
     served = create_app(
-        embedded.settings,
+        settings,
         embedded.engine,
         embedded.tasks,
         embedded.secret,

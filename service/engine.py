@@ -121,6 +121,9 @@ class Engine(Protocol):
     async def capacity(self) -> Capacity:
         """Backlog, measured speed, and what live workers serve."""
 
+    async def close(self) -> None:
+        """Let go of every connection."""
+
 
 def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
     """The counts (K,) as integers.

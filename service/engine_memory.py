@@ -183,6 +183,9 @@ class MemoryEngine:
         bundles = most_served(self._served())
         return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles)
 
+    async def close(self) -> None:
+        """Nothing to let go of: the jobs end with the process."""
+
     def _find(self, job_id: str) -> Record | None:
         return self._open.get(job_id) or self._ended.get(job_id)
 

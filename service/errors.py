@@ -99,6 +99,12 @@ class Backlog(Problem):
     status, slug, title = 503, "backlog", "The service cannot take more work now"
 
 
+class EngineUnavailable(Problem):
+    """What stands between the door and the workers is out of reach."""
+
+    status, slug, title = 503, "engine-unavailable", "The service cannot reach its queue"
+
+
 class StorageFull(Problem):
     """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
 

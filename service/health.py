@@ -68,16 +68,28 @@ class Companions:
 
 
 class Health:
-    """What the probes say: `ready` and `startup` return what is waited for, empty when well."""
+    """What the probes say: `ready` and `startup` return what is waited for, empty when well.
 
-    def __init__(self, engine: Engine, tasks: Mapping[str, Bundle], companions: Companions) -> None:
+    Where the workers are elsewhere a process is well without them: it answers for jobs that ended,
+    and says when to ask again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Mapping[str, Bundle],
+        companions: Companions,
+        *,
+        workers_elsewhere: bool = False,
+    ) -> None:
         self._engine = engine
         self._tasks = tasks
         self._companions = companions
+        self._workers_elsewhere = workers_elsewhere
         self._was_ready = False
 
     async def ready(self) -> str:
-        """The process can answer: its companions live, the engine too, and a worker serves."""
+        """The process can answer: its companions live, the engine too, and its worker serves."""
         if not self._companions.started:
             return "the service is starting or stopping"
         if not self._companions.all_alive:
@@ -85,14 +97,15 @@ class Health:
         capacity = await self.capacity()
         if capacity is None:
             return "the engine does not answer"
-        if not any(task in capacity.bundles for task in self._tasks):
+        served = any(task in capacity.bundles for task in self._tasks)
+        if not served and not self._workers_elsewhere:
             return "no live worker serves any task"
         self._was_ready = True
         return ""
 
     async def startup(self) -> str:
-        """Ready once; an API without companions has started when it can be asked."""
-        if self._was_ready or (self._companions.started and not self._companions):
+        """Ready once; without a worker of its own it has started when it can be asked."""
+        if self._was_ready or (self._companions.started and self._workers_elsewhere):
             return ""
         return await self.ready()
 
@@ -101,6 +114,6 @@ class Health:
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
                 return await self._engine.capacity()
-        except Exception:
-            _log.warning("The engine does not answer", exc_info=True)
+        except Exception as error:
+            _log.warning("The engine does not answer: %s", str(error) or type(error).__name__)
             return None

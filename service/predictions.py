@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Predictions:
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._observers: dict[asyncio.Task[None], Job] = {}
+        self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
         self._draining = asyncio.Event()
 
     async def submit(
@@ -77,7 +78,7 @@ class Predictions:
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
         if job_id == job.id:
-            self._observe(job)
+            self._watch(job)
         return job_id
 
     def bundle(self, task: str) -> Bundle:
@@ -108,10 +109,10 @@ class Predictions:
         """
         if not seconds:
             return None
-        ending = asyncio.create_task(self._last_status(job_id))
+        ending = self._ending(job_id)
         gone = asyncio.create_task(leaving()) if leaving is not None else None
         draining = asyncio.create_task(self._draining.wait())
-        tasks: set[asyncio.Task[Any]] = {task for task in (ending, gone, draining) if task}
+        tasks: set[asyncio.Future[Any]] = {task for task in (ending, gone, draining) if task}
         try:
             await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not ending.done() and gone is not None and gone.done():
@@ -133,7 +134,7 @@ class Predictions:
 
     async def withdraw(self, task: str) -> None:
         """Cancel the jobs of a task that is served no more, or not as before."""
-        for job in [job for job in self._observers.values() if job.task == task]:
+        for job in [job for job, _ in self._watched.values() if job.task == task]:
             await self.engine.cancel(job.id)
         if task not in self.tasks:
             telemetry.forget(task)
@@ -149,11 +150,12 @@ class Predictions:
         asyncio.get_running_loop().call_later(grace_seconds, self._draining.set)
 
     async def close(self) -> None:
-        """Drop the image threads and stop observing jobs."""
+        """Drop the image threads and stop watching jobs."""
         self._reader.close()
-        for observer in self._observers:
-            observer.cancel()
-        await asyncio.gather(*self._observers, return_exceptions=True)
+        watching = [watching for _, watching in self._watched.values()]
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
 
     async def _admit(self, asked: PredictRequest, *, retry_possible: bool) -> str:
         """The digest that a live worker serves the task under, if the rows fit.
@@ -219,17 +221,26 @@ class Predictions:
             raise NotFound("There is no such job, or no longer")
         return last
 
-    def _observe(self, job: Job) -> None:
-        """Count the job's outcome once, however often and by whomever it is then read."""
-        observer = asyncio.create_task(self._count_outcome(job.id))
-        self._observers[observer] = job
-        observer.add_done_callback(self._observers.pop)
+    def _watch(self, job: Job) -> None:
+        """Wait for the job's end once for everyone here, and count its outcome."""
+        watching = asyncio.create_task(self._last_status(job.id))
+        self._watched[job.id] = job, watching
+        watching.add_done_callback(partial(self._count_outcome, job.id))
 
-    async def _count_outcome(self, job_id: str) -> None:
+    def _ending(self, job_id: str) -> asyncio.Future[JobStatus]:
+        """The job's last status, once there is one."""
+        if job_id in self._watched:
+            return asyncio.shield(self._watched[job_id][1])
+        return asyncio.create_task(self._last_status(job_id))
+
+    def _count_outcome(self, job_id: str, watching: asyncio.Task[JobStatus]) -> None:
+        del self._watched[job_id]
+        if watching.cancelled() or watching.exception() is not None:
+            return
         try:
-            told = self.answer(await self._last_status(job_id))
+            told = self.answer(watching.result())
         except Problem:
-            return  # The job failed, was cancelled or erased: there is no answer to count.
+            return  # The job failed or was cancelled: there is no answer to count.
         telemetry.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
         if told.abstained:
             telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,15 @@ def redis_server(
 ) -> Iterator[RedisServer]:
     """One server for the whole session; a test keeps to a prefix of its own."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that a test may kill."""
+    server = RedisServer(tmp_path)
     server.start()
     yield server
     server.kill()

@@ -23,6 +23,7 @@ TORCH_FREE = (
     "service.cli_models",
     "service.cli_tasks",
     "service.api",
+    "service.frontend",
     "service.cli",
 )
 

@@ -72,15 +72,6 @@ async def fleet(redis_server: RedisServer) -> AsyncIterator[Fleet]:
     await built.close()
 
 
-@pytest.fixture
-def own_server(redis_program: None, tmp_path: Path) -> AsyncIterator[RedisServer]:
-    """A server that a test may kill."""
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
 def votes(lease: Lease) -> list[int]:
     shard = lease.shard
     key = lease.job.domain_key(shard.domain)
@@ -361,6 +352,28 @@ async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
     async with asyncio.timeout(10):
         await watching
     assert_exact(seen[-1])
+    await fleet.close()
+
+
+async def test_a_cancelled_call_ends(own_server: RedisServer) -> None:
+    """At whatever moment a task is cancelled that talks to Redis, it is cancelled."""
+    fleet = Fleet(own_server.url)
+    enough = asyncio.Event()
+
+    async def ask_on() -> None:
+        while not enough.is_set():
+            await fleet.engine.status("unknown")
+
+    for moment in range(100):
+        asking = asyncio.create_task(ask_on())
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait({asking}, timeout=5)
+        enough.set()  # Whoever goes on must not outlive the test.
+        await asyncio.wait({asking})
+        enough.clear()
+        assert asking.cancelled(), f"not after {moment} steps of the loop"
     await fleet.close()
 
 

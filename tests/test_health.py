@@ -7,7 +7,7 @@ import pytest
 
 from service.api import create_app
 from service.config import Settings
-from tests.serving import SECRET, Service, serving
+from tests.serving import SECRET, Service, problem, serving
 
 
 async def test_not_ready_before_the_start() -> None:
@@ -20,12 +20,21 @@ async def test_not_ready_before_the_start() -> None:
 
 
 async def test_an_api_alone_starts_but_is_not_ready() -> None:
-    """Without any worker an API has started, and its readiness says what is missing."""
+    """Without its worker a service has not started, and its probes say what is missing."""
     async with serving(companions=[]) as service:
-        assert (await service.client.get("/startupz")).status_code == 200
-        response = await service.client.get("/readyz")
-        assert response.status_code == 503
-        assert response.json()["detail"] == "no live worker serves any task"
+        for probe in ("/startupz", "/readyz"):
+            response = await service.client.get(probe)
+            assert response.status_code == 503
+            assert response.json()["detail"] == "no live worker serves any task"
+
+
+async def test_an_api_whose_workers_are_elsewhere_is_well_without_them() -> None:
+    """It is there to say when to ask again, and what became of earlier jobs."""
+    async with serving(companions=[], redis_url="redis://elsewhere") as service:
+        for probe in ("/startupz", "/readyz"):
+            assert (await service.client.get(probe)).status_code == 200
+        told = problem(await service.ask(), 503, "backlog")
+        assert "No live worker" in told["detail"]
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("broken"), None])

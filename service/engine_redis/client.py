@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -13,6 +14,8 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoScriptError, ReadOnlyError
 
 from service.jobs import canonical_json
+
+T = TypeVar("T")
 
 _SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -74,9 +77,22 @@ class Scripts:
         now = "" if self._clock is None else self._clock()
         passed = (self._prefix, self._terms, now, *arguments)
         try:
-            return await self._redis.evalsha(self._digests[name], 1, *passed)
+            return await answered(self._redis.evalsha(self._digests[name], 1, *passed))
         except NoScriptError:  # EVAL needs no script loaded before, however often Redis restarts.
-            return await self._redis.eval(self._texts[name], 1, *passed)
+            return await answered(self._redis.eval(self._texts[name], 1, *passed))
+
+
+async def answered(reply: Awaitable[T]) -> T:
+    """What Redis replies, for a task that has not been cancelled meanwhile.
+
+    The client sends under `asyncio.wait_for`, which loses a cancellation that comes just as it
+    returns (CPython before 3.12).
+    """
+    told = await reply
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return told
 
 
 def _sha1(text: str) -> str:

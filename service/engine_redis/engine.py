@@ -23,7 +23,7 @@ from service.engine import (
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, connect
+from service.engine_redis.client import Scripts, answered, connect
 from service.engine_redis.listener import Listener
 from service.engine_redis.records import (
     caller_digest,
@@ -273,7 +273,7 @@ class RedisEngine:
         async with self._redis.pipeline(transaction=True) as both:
             both.hget(f"{self._prefix}job:{job_id}", "job")
             both.get(f"{self._prefix}image:{job_id}")
-            text, pixels = await both.execute()
+            text, pixels = await answered(both.execute())
         if text is None:
             return None
         if pixels is None:

@@ -1,0 +1,45 @@
+"""The API of a fleet: networks and workers are elsewhere, Redis stands between, no torch here."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from redis.exceptions import RedisError
+from starlette.responses import Response
+
+from models.bundle import DEFAULT_TASK, read_bundle
+from service.api import create_app
+from service.config import Settings, load_secret
+from service.engine import RETRY_SECONDS
+from service.engine_redis.engine import RedisEngine
+from service.errors import EngineUnavailable
+from service.problems import render_problem
+from service.tasks.catalogue import Catalogue
+from service.tasks.store import Store
+
+logger = logging.getLogger("vouchsafe")
+
+
+def frontend(settings: Settings) -> FastAPI:
+    """The application over the Redis that the settings name; any number of them share its work.
+
+    All of them need the same data directory, for the noise secret and the tasks are in it. Raises
+    SecretError, and BundleError where the default task is damaged.
+    """
+    engine = RedisEngine.from_settings(settings)
+    secret = load_secret(settings.data_dir)
+    tasks = Store(settings, secret).tasks
+    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, tasks)
+    app = create_app(settings, engine, catalogue, secret)
+    app.add_exception_handler(RedisError, _unreachable)
+    return app
+
+
+async def _unreachable(request: Request, error: Exception) -> Response:
+    """The answer where Redis has been out of reach for longer than a call may wait."""
+    logger.warning("Redis does not answer: %s", error)
+    detail = (
+        "The queue does not answer now; ask again, with the same Idempotency-Key if you sent one"
+    )
+    return await render_problem(request, EngineUnavailable(detail, retry_after=RETRY_SECONDS))

@@ -1,0 +1,180 @@
+"""`vouchsafe serve` over Redis: no torch, no worker, and any number of them are one service."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from redis.exceptions import RedisError
+
+from benchmarks.server import serving as serving_process
+from models.bundle import DEFAULT_TASK, read_bundle
+from service.config import Settings
+from service.engine import Worker
+from service.engine_redis.client import connect
+from service.engine_redis.engine import RedisEngine
+from service.frontend import frontend
+from tests.redis_server import RedisServer
+from tests.serving import PNG, problem
+
+LABELS = read_bundle(DEFAULT_TASK).labels
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
+
+
+def settings(server: RedisServer, tmp_path: Path) -> Settings:
+    return Settings(redis_url=server.url, data_dir=tmp_path / "data", shard_rows=50)
+
+
+@asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    client = httpx.AsyncClient(transport=transport, base_url="http://service")
+    async with app.router.lifespan_context(app), client:
+        yield client
+
+
+class Voter:
+    """A worker elsewhere without a model: nine rows of ten are for the fourth label."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.engine = RedisEngine(connect(server.url), shard_rows=50, poll_seconds=0.1)
+        self.open = asyncio.Event()
+        self.committed = 0
+
+    async def waits(self, rows: int) -> bool:
+        return (await self.engine.capacity()).backlog_rows == rows
+
+    async def run(self) -> None:
+        while True:
+            with suppress(RedisError):
+                await self._work()
+
+    async def _work(self) -> None:
+        while True:
+            leases = await self.engine.pull(Worker("elsewhere", {"default": "d" * 64}), 50)
+            await self.engine.start(leases)
+            if leases:
+                await self.open.wait()
+            for lease in leases:
+                rows, votes = lease.shard.rows, [0] * len(LABELS)
+                votes[3], votes[0] = rows - rows // 10, rows // 10
+                self.committed += await self.engine.commit(lease, votes)
+
+
+@pytest.fixture
+def process(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The command that serves over the test's own Redis, in a process that has no torch."""
+    monkeypatch.setenv("VOUCHSAFE_REDIS_URL", own_server.url)
+    monkeypatch.setenv("VOUCHSAFE_SHARD_ROWS", "50")
+    return (sys.executable, "-c", WITHOUT_TORCH, "serve")
+
+
+@pytest.fixture
+async def voter(own_server: RedisServer) -> AsyncIterator[Voter]:
+    voter = Voter(own_server)
+    working = asyncio.create_task(voter.run())
+    yield voter
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    await voter.engine.close()
+
+
+async def ask(client: httpx.AsyncClient, prefer: str = "wait=60") -> httpx.Response:
+    image = {"image": ("i.png", PNG)}
+    return await client.post("/predict", files=image, headers={"Prefer": prefer}, timeout=90)
+
+
+async def answers(client: httpx.AsyncClient) -> bool:
+    return (await ask(client)).status_code == 200
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(60):
+        while not await holds():  # noqa: ASYNC110 - what is waited for is in other processes.
+            await asyncio.sleep(0.01)
+
+
+async def until_served(client: httpx.AsyncClient) -> None:
+    async def ready() -> bool:
+        return bool((await client.get("/models")).json()["models"][0]["ready"])
+
+    await until(ready)
+
+
+async def test_a_process_without_torch_answers(
+    voter: Voter, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """Where torch cannot be imported, `vouchsafe serve` starts and passes on what workers say."""
+    voter.open.set()
+    with serving_process(tmp_path / "data", process) as (url, server):
+        async with httpx.AsyncClient(base_url=url) as client:
+            await until_served(client)
+            told = (await ask(client)).json()
+            assert (told["label"], told["certified"], told["n"]) == (LABELS[3], True, 1000)
+            assert told["counts"][0]["count"] == 900
+        server.terminate()
+        assert await asyncio.to_thread(server.wait, 30) == 0
+
+
+async def test_another_process_knows_the_job(
+    own_server: RedisServer, voter: Voter, tmp_path: Path
+) -> None:
+    """An API that is gone in the middle of a job leaves it to the next one, which answers."""
+    first, second = (frontend(settings(own_server, tmp_path)) for _ in range(2))
+    async with running(first) as client:
+        await until_served(client)
+        accepted = await ask(client, "respond-async")
+        assert accepted.status_code == 202
+    async with running(second) as client:
+        job = (await client.get(accepted.headers["Location"])).json()
+        assert job["state"] in ("queued", "running")
+        voter.open.set()
+        again = (await ask(client)).json()
+        job = (await client.get(accepted.headers["Location"])).json()
+        assert job["result"]["label"] == LABELS[3]
+    assert again["counts"] == job["result"]["counts"]
+
+
+async def test_redis_out_of_reach_is_a_problem(
+    own_server: RedisServer, voter: Voter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every route says 503 with Retry-After, readiness goes, and both come back with Redis."""
+    voter.open.set()
+    async with running(frontend(settings(own_server, tmp_path))) as client:
+        await until_served(client)
+        own_server.kill()
+        refused, models, probed = await asyncio.gather(
+            ask(client), client.get("/models"), client.get("/readyz")
+        )
+        for response in (refused, models):
+            problem(response, 503, "engine-unavailable")
+            assert int(response.headers["Retry-After"]) >= 1
+        assert (probed.status_code, probed.json()["detail"]) == (503, "the engine does not answer")
+        assert "Redis does not answer" in caplog.text
+        assert "Traceback" not in caplog.text
+        assert (await client.get("/livez")).status_code == 200
+        own_server.start()
+        await until(lambda: answers(client))
+        assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_who_hangs_up_takes_no_more_rows(
+    voter: Voter, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """A caller who leaves frees his rows at once, and nothing that is computed of them counts."""
+    with serving_process(tmp_path / "data", process) as (url, _):
+        async with httpx.AsyncClient(base_url=url) as client:
+            await until_served(client)
+            asking = asyncio.create_task(ask(client))
+            await until(lambda: voter.waits(1100))
+            asking.cancel()
+            await until(lambda: voter.waits(0))
+            voter.open.set()
+            assert (await ask(client)).status_code == 200
+    assert voter.committed == 22  # The second question's, and nothing of the first.
