@@ -9,6 +9,7 @@ from typing import Any
 
 from models.bundle import Bundle
 from service.engine import Capacity, Engine
+from service.outage import Outage
 
 Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
@@ -68,12 +69,26 @@ class Companions:
 
 
 class Health:
-    """What the probes say: `ready` and `startup` return what is waited for, empty when well."""
+    """What the probes say: `ready` and `startup` return what is waited for, empty when well.
 
-    def __init__(self, engine: Engine, tasks: Mapping[str, Bundle], companions: Companions) -> None:
+    `waiting_for` says what else the process waits for. `outage` is told where the engine does not
+    answer; whoever gives one says when it answers again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Mapping[str, Bundle],
+        companions: Companions,
+        waiting_for: Callable[[], str] = str,
+        outage: Outage | None = None,
+    ) -> None:
         self._engine = engine
         self._tasks = tasks
         self._companions = companions
+        self._waiting_for = waiting_for
+        self._outage = outage or Outage()
+        self._ends_outage = outage is None
         self._was_ready = False
 
     async def ready(self) -> str:
@@ -82,6 +97,8 @@ class Health:
             return "the service is starting or stopping"
         if not self._companions.all_alive:
             return "a part of the service has ended"
+        if waiting_for := self._waiting_for():
+            return waiting_for
         capacity = await self.capacity()
         if capacity is None:
             return "the engine does not answer"
@@ -100,7 +117,10 @@ class Health:
         """The engine's capacity, or None where it does not answer in time."""
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
-                return await self._engine.capacity()
-        except Exception:
-            _log.warning("The engine does not answer", exc_info=True)
+                capacity = await self._engine.capacity()
+        except Exception as error:
+            self._outage.begin(error)
             return None
+        if self._ends_outage:
+            self._outage.end()
+        return capacity
