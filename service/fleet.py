@@ -14,10 +14,8 @@ from functools import partial
 
 from pydantic import SecretStr
 
-from models.runtime import Runtime
 from service import telemetry
 from service.config import Settings
-from service.device import ComputeThread
 from service.engine_redis.engine import RedisEngine
 from service.engine_redis.server import RedisUnsuitable, check_server
 from service.health import Companion, Companions, Health
@@ -37,20 +35,14 @@ class FleetWorker:
     """Works until it is told to stop or its device fails; needs no secret of the service.
 
     `companions` run beside the worker, each called with an event that is set when the process is to
-    end. `runtime` and `thread` are as `Serving` takes them. Raises RedisUnsuitable where
-    VOUCHSAFE_REDIS_URL is missing or is no URL, and what `Serving` raises.
+    end. Raises RedisUnsuitable where VOUCHSAFE_REDIS_URL is missing or is no URL, and what
+    `Serving` raises.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        companions: Sequence[Companion] = (),
-        runtime: Runtime | None = None,
-        thread: ComputeThread | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, companions: Sequence[Companion] = ()) -> None:
         self._engine, self._url = _engine(settings)
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.serving = Serving(settings, runtime, thread)
+        self.serving = Serving(settings)
         self._stop = asyncio.Event()
         self._error: Exception | None = None
         self._reach = Reach()

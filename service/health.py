@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -115,11 +116,12 @@ class Health:
 
     async def capacity(self) -> Capacity | None:
         """The engine's capacity, or None where it does not answer in time."""
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
                 capacity = await self._engine.capacity()
         except Exception as error:
-            self._outage.begin(error)
+            self._outage.begin(error, asked)
             return None
         if self._ends_outage:
             self._outage.end()

@@ -18,21 +18,23 @@ class Outage:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._answered = float("-inf")
 
     @property
     def lasts(self) -> bool:
         """Whether the engine did not answer when it was last asked."""
         return self._since is not None
 
-    def begin(self, error: Exception) -> None:
-        """The engine did not answer; told only where it did before."""
-        if self._since is None:
+    def begin(self, error: Exception, asked: float) -> None:
+        """What was asked then (time.monotonic) has no answer, and nothing asked since has one."""
+        if self._since is None and self._answered <= asked:
             self._since = time.monotonic()
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             logger.warning("the engine is out of reach (%s); trying until it answers", reason)
 
     def end(self) -> None:
         """The engine has answered."""
+        self._answered = time.monotonic()
         if self._since is not None:
-            logger.info("the engine answers again after %.0f s", time.monotonic() - self._since)
+            logger.info("the engine answers again after %.0f s", self._answered - self._since)
             self._since = None

@@ -38,13 +38,14 @@ class Reach:
 
     async def ask(self, call: Awaitable[T]) -> T:
         """What the engine answers; raises EngineAway where it does not."""
+        asked = time.monotonic()
         limit = asyncio.timeout_at(_leaving_ends() if self.leaving.is_set() else None)
         try:
             async with limit:
                 self._limits.add(limit)
                 answer = await call
         except AWAY as error:
-            self.outage.begin(error)
+            self.outage.begin(error, asked)
             raise EngineAway(f"{error}") from error
         finally:
             self._limits.discard(limit)

@@ -31,23 +31,18 @@ class Serving:
     """The tasks of this machine and the one worker that answers for them.
 
     `tasks` are the default one and those published in the data directory; `models` has a model for
-    each, which loads at its first use. `runtime` stands in for the settings' own, and `thread` for
-    a new one. `failed` is set where the worker has ended by an error. Raises RuntimeUnavailable
-    where this machine cannot run networks so, and BundleError for a damaged default task.
+    each, which loads at its first use. `runtime` stands in for the settings' own. `failed` is set
+    where the worker has ended by an error. Raises RuntimeUnavailable where this machine cannot run
+    networks so, and BundleError for a damaged default task.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        runtime: Runtime | None = None,
-        thread: ComputeThread | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         runtime = runtime or RUNTIMES[settings.runtime]()
         device = best_device()
         runtime.weights_dtype(device, best_dtype(device))
         self.settings = settings
         self.tasks = Catalogue({"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder)
-        self.thread = thread or ComputeThread()
+        self.thread = ComputeThread()
         chosen, lanes = numerics(runtime)
         load_one = partial(load_and_warm, runtime=runtime, lanes=lanes)
         self.models = Networks(
