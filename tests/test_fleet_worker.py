@@ -81,6 +81,14 @@ async def engine(server: RedisServer) -> AsyncIterator[RedisEngine]:
     await built.close()
 
 
+@pytest.fixture
+async def own_engine(own_server: RedisServer) -> AsyncIterator[RedisEngine]:
+    """An engine there."""
+    built = engine_at(own_server.url)
+    yield built
+    await built.close()
+
+
 @pytest.fixture(scope="module")
 def model() -> SmoothedModel:
     return default_model()
@@ -177,11 +185,10 @@ def test_it_has_no_secret(worker: WorkerProcess) -> None:
 
 
 async def test_work_outlives_its_workers(
-    own_server: RedisServer, tmp_path: Path, model: SmoothedModel
+    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path, model: SmoothedModel
 ) -> None:
     """What a killed worker held is computed by another; told to stop, that hands back the rest."""
-    engine = engine_at(own_server.url)
-    redis = connect(own_server.url)
+    engine, redis = own_engine, connect(own_server.url)
     with ExitStack() as stack:
         doomed, other = (
             stack.enter_context(worker_process(tmp_path / name, own_server.url, lease_seconds=2))
@@ -210,7 +217,6 @@ async def test_work_outlives_its_workers(
     leases = await engine.pull(Worker("next", {"default": SERVED}), 100_000)
     assert sum(lease.shard.rows for lease in leases) == 50_020 - done  # No lease has run out here.
     await redis.aclose()
-    await engine.close()
 
 
 async def test_outages_are_waited_out(
@@ -241,9 +247,11 @@ async def test_outages_are_waited_out(
         assert "Traceback" not in worker.said()
 
 
-async def test_hung_device_ends_the_process(own_server: RedisServer, tmp_path: Path) -> None:
+async def test_hung_device_ends_the_process(
+    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path
+) -> None:
     """A batch past its limit: exit 1, with nothing renewed, and what was only held handed back."""
-    stall, engine = tmp_path / "stall", engine_at(own_server.url)
+    stall, engine = tmp_path / "stall", own_engine
     command = (sys.executable, "-m", "tests.stalling_worker")
     with worker_process(
         tmp_path / "worker", own_server.url, command, lease_seconds=3, stall=stall
@@ -255,7 +263,6 @@ async def test_hung_device_ends_the_process(own_server: RedisServer, tmp_path: P
         assert "vouchsafe: a device batch has run past its limit" in worker.said()
     leases = await engine.pull(Worker("next", {"default": SERVED}), 640)
     assert [lease.shard.index for lease in leases] == list(range(1, 10))
-    await engine.close()
 
 
 def test_stopped_while_it_starts_it_exits_0(server: RedisServer, tmp_path: Path) -> None:
