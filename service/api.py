@@ -8,10 +8,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from service import errors, telemetry
@@ -22,9 +19,9 @@ from service.intake import Preferences, caller, read_question
 from service.jobs import State
 from service.page import docs_assets, pages
 from service.predictions import Predictions
+from service.probes import ERRORS, metrics, probes
 from service.problems import problem_responses, render_problem
 from service.schemas import (
-    HealthResponse,
     JobResponse,
     ModelResponse,
     ModelsResponse,
@@ -36,7 +33,6 @@ from service.tasks.desk import TaskDesk
 from service.tasks.routes import tasks
 from service.tasks.store import Store
 
-_ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
 answer changes? **Certified means stable, not correct**: the label may be wrong, but with
 probability 1 - alpha no perturbation inside the radius changes it."""
@@ -47,20 +43,14 @@ def _predictions(request: Request) -> Predictions:
     return predictions
 
 
-def _health(request: Request) -> Health:
-    health: Health = request.app.state.health
-    return health
-
-
 Caller = Annotated[str | None, Depends(caller)]
 Desk = Annotated[Predictions, Depends(_predictions)]
-Probe = Annotated[Health, Depends(_health)]
 
-probes = APIRouter(tags=["operation"])
 keyed = APIRouter(
     dependencies=[Depends(caller)],
     responses=problem_responses(errors.Unauthorized, errors.EngineUnavailable),
 )
+keyed.include_router(metrics)
 
 
 def create_app(
@@ -98,7 +88,7 @@ def create_app(
         description=_DESCRIPTION,
         lifespan=lifespan,
         openapi_url=None,
-        exception_handlers=dict.fromkeys(_ERRORS, render_problem),
+        exception_handlers=dict.fromkeys(ERRORS, render_problem),
     )
     app.state.settings = settings
     app.state.callers = settings.callers()
@@ -267,34 +257,3 @@ async def get_models(desk: Desk) -> ModelsResponse:
             for task, bundle in desk.tasks.items()
         ]
     )
-
-
-@keyed.get("/metrics", tags=["operation"], response_class=Response)
-async def get_metrics(health: Probe) -> Response:
-    """Metrics for Prometheus."""
-    capacity = await health.capacity()
-    telemetry.QUEUE_ROWS.set(float("nan") if capacity is None else capacity.backlog_rows)
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-@probes.get("/livez")
-async def livez() -> HealthResponse:
-    """The process answers."""
-    return HealthResponse(status="ok", detail="")
-
-
-@probes.get("/readyz", responses={503: {"model": HealthResponse}})
-async def readyz(health: Probe, response: Response) -> HealthResponse:
-    """The process can answer predictions now."""
-    return _probed(await health.ready(), response)
-
-
-@probes.get("/startupz", responses={503: {"model": HealthResponse}})
-async def startupz(health: Probe, response: Response) -> HealthResponse:
-    """The process was ready once."""
-    return _probed(await health.startup(), response)
-
-
-def _probed(waiting_for: str, response: Response) -> HealthResponse:
-    response.status_code = 503 if waiting_for else 200
-    return HealthResponse(status="unavailable" if waiting_for else "ok", detail=waiting_for)

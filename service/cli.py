@@ -1,4 +1,4 @@
-"""The `vouchsafe` command: `serve`, `predict`, `evaluate`, `bench`, `adapt`, `models`."""
+"""The `vouchsafe` command: `serve`, `worker`, `predict`, `evaluate`, `bench`, `adapt`, `models`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import BundleError
-from service import cli_models, cli_tasks
+from service import cli_models, cli_tasks, cli_worker
 from service.cli_tasks import errors
 from service.config import SecretError, Settings
 from service.errors import Problem
@@ -36,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(cli_tasks.adapt)
+app.command()(cli_worker.worker)
 app.add_typer(cli_models.models, name="models")
 T = TypeVar("T")
 

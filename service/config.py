@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     )
 
     @property
+    def tasks_folder(self) -> Path:
+        """Where the bundles of made tasks lie, absolute."""
+        return self.data_dir.resolve() / "tasks"
+
+    @property
     def models_folder(self) -> Path:
         """Where fetched networks lie, absolute."""
         return (self.models_dir or self.data_dir / "models").resolve()

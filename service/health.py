@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from models.bundle import Bundle
 from service.engine import Capacity, Engine
+from service.outage import Outage
 
 Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
@@ -70,8 +72,9 @@ class Companions:
 class Health:
     """What the probes say: `ready` and `startup` return what is waited for, empty when well.
 
-    Where the workers are elsewhere a process is well without them: it answers for jobs that ended,
-    and says when to ask again.
+    `waiting_for` says what else the process waits for. `outage` is told where the engine does not
+    answer; whoever gives one says when it answers again. Where the workers are elsewhere a process
+    is well without them: it answers for jobs that ended, and says when to ask again.
     """
 
     def __init__(
@@ -79,12 +82,17 @@ class Health:
         engine: Engine,
         tasks: Mapping[str, Bundle],
         companions: Companions,
+        waiting_for: Callable[[], str] = str,
+        outage: Outage | None = None,
         *,
         workers_elsewhere: bool = False,
     ) -> None:
         self._engine = engine
         self._tasks = tasks
         self._companions = companions
+        self._waiting_for = waiting_for
+        self._outage = outage or Outage()
+        self._ends_outage = outage is None
         self._workers_elsewhere = workers_elsewhere
         self._was_ready = False
 
@@ -94,6 +102,8 @@ class Health:
             return "the service is starting or stopping"
         if not self._companions.all_alive:
             return "a part of the service has ended"
+        if waiting_for := self._waiting_for():
+            return waiting_for
         capacity = await self.capacity()
         if capacity is None:
             return "the engine does not answer"
@@ -111,9 +121,13 @@ class Health:
 
     async def capacity(self) -> Capacity | None:
         """The engine's capacity, or None where it does not answer in time."""
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
-                return await self._engine.capacity()
+                capacity = await self._engine.capacity()
         except Exception as error:
-            _log.warning("The engine does not answer: %s", str(error) or type(error).__name__)
+            self._outage.begin(error, asked)
             return None
+        if self._ends_outage:
+            self._outage.end()
+        return capacity

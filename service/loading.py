@@ -153,7 +153,8 @@ class TaskModel:
         except DeviceFailed:
             raise  # Nothing that such a device computes may be answered.
         except Exception as error:
-            logger.exception("task %s cannot be loaded", self.bundle.id)
+            if not isinstance(error, BundleError):  # Its reason says it all.
+                logger.exception("task %s cannot be loaded", self.bundle.id)
             detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
             self._refusal = loading.clock(), detail
             raise ModelUnavailable(detail) from error

@@ -1,9 +1,13 @@
-"""Uvicorn, made to drain: waiting callers are answered, and a clean stop exits with 0."""
+"""Uvicorn, made to drain: waiting callers are answered, and a clean stop exits with 0; and made to
+serve beside a process's own work."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,3 +46,49 @@ class DrainingServer(uvicorn.Server):
         if isinstance(app, FastAPI):
             app.state.predictions.drain(DRAIN_SECONDS)
         await super().shutdown(sockets)
+
+
+class SideServer(uvicorn.Server):
+    """Serves an app for as long as a process works, and leaves the signals to it."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._socket = _listening(host, port)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, whichever was asked for."""
+        return int(self._socket.getsockname()[1])
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Serve within the context."""
+        running = asyncio.create_task(self.serve([self._socket]))
+        try:
+            yield
+        finally:
+            self.should_exit = True
+            await running
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; raises OSError that names it."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error

@@ -54,7 +54,7 @@ BATCH_SECONDS = Histogram(
 )
 SHARDS = Counter(
     "vouchsafe_shards",
-    "Shards that left a worker: committed, refused, failed or released.",
+    "Shards that left a worker: committed, refused, failed, released, or lost in an outage.",
     ["outcome"],
 )
 QUEUE_SECONDS = Histogram(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,10 @@ from service.batching import Packer, Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.errors import Problem, ShardDead, TaskUnusable
+from service.outage import Outage
+from service.reach import LEAVING_SECONDS, EngineAway, Reach
 
 logger = logging.getLogger("vouchsafe.worker")
-
-T = TypeVar("T")
 
 
 class ModelUnavailable(RuntimeError):
@@ -62,14 +61,17 @@ async def work(
     stop: asyncio.Event,
     thread: ComputeThread,
     lease_seconds: float = 30.0,
+    outage: Outage | None = None,
 ) -> None:
     """Serve `models` (by task; read anew at every pull) until `stop`.
 
     One batch is computed while the rows of one more are held. On `stop` the batch in hand is
-    finished and committed and the rest handed back. Errors of the engine are waited out; raises
-    DeviceFailed where the device hangs or is broken, having handed back what it did not compute.
+    finished and committed and the rest handed back, for which an engine that does not answer has
+    some seconds. Errors of the engine are waited out and told to `outage`; raises DeviceFailed
+    where the device hangs or is broken, having handed back what it did not compute.
     """
-    await _Loop(engine, models, worker_id, stop, thread, lease_seconds).run()
+    reach = Reach(outage)
+    await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +92,7 @@ class _Loop:
         stop: asyncio.Event,
         thread: ComputeThread,
         lease_seconds: float,
+        reach: Reach,
     ) -> None:
         self._engine = engine
         self._models = models
@@ -97,11 +100,11 @@ class _Loop:
         self._stop = stop
         self._thread = thread
         self._lease_seconds = lease_seconds
+        self._reach = reach
         self._lots: dict[tuple[str, str], _Lot] = {}
         self._last_task: str | None = None
         self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
         self._reports: set[asyncio.Task[None]] = set()
-        self._ending = asyncio.Event()
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -113,9 +116,11 @@ class _Loop:
         finally:
             listening.cancel()
             self._end()
-            await asyncio.wait({pulling}, timeout=self._lease_seconds)
-            pulling.cancel()
-            await asyncio.gather(*self._reports)
+            last = {pulling, *self._reports}
+            await asyncio.wait(last, timeout=2 * LEAVING_SECONDS)
+            for late in last:
+                late.cancel()
+            await asyncio.wait(last, timeout=1)
             await self._hand_back()
 
     async def _end_on_stop(self) -> None:
@@ -123,22 +128,26 @@ class _Loop:
         self._end()
 
     def _end(self) -> None:
-        for event in (self._ending, self._arrived, self._taken):
-            event.set()
+        self._reach.leave()
+        self._arrived.set()
+        self._taken.set()
 
     async def _until_ending(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Repeat the step; an error of the engine is logged, and a pause made before the next."""
+        """Repeat the step; after an error of the engine a pause is made before the next."""
         failures = 0
-        while not self._ending.is_set():
+        while not self._reach.leaving.is_set():
             try:
                 await step()
                 failures = 0
+                continue
             except DeviceFailed:
                 raise
+            except EngineAway:
+                pass
             except Exception:
                 logger.exception("a step of the worker failed; trying again")
-                await _returns_within(self._ending.wait(), _pause(failures))
-                failures += 1
+            await self._reach.pause(failures)
+            failures += 1
 
     async def _prefetch(self) -> None:
         """Hold the rows of one batch besides the one being computed."""
@@ -150,13 +159,14 @@ class _Loop:
             return
         bundles = {task: model.digest for task, model in self._models.items()}
         worker = Worker(self._worker_id, bundles)
-        for lease in await self._engine.pull(worker, missing, self._last_task):
+        pulling = self._engine.pull(worker, missing, self._last_task)
+        for lease in await self._reach.ask(pulling):
             await self._accept(lease)
 
     async def _accept(self, lease: Lease) -> None:
         model = self._models.get(lease.job.task)
         if model is None or model.digest != lease.job.bundle:
-            await self._engine.release([lease])  # The task changed during the pull.
+            await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
             return
         key = (lease.job.task, lease.job.bundle)
         lot = self._lots.setdefault(key, _Lot(lease.job.task, model, Packer(model.batch_rows)))
@@ -188,7 +198,7 @@ class _Loop:
 
     async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> None:
         try:
-            await self._engine.start(_leases(batch))
+            await self._reach.ask(self._engine.start(_leases(batch)))
         except BaseException:
             lot.packer.put_back(batch)
             raise
@@ -274,7 +284,7 @@ class _Loop:
     async def _renew(self) -> None:
         """Extend every lease in hand and let go of those lost."""
         leases = self._in_hand()
-        held = {lease.token for lease in await self._engine.renew(leases)}
+        held = {lease.token for lease in await self._reach.ask(self._engine.renew(leases))}
         for lease in leases:
             if lease.token not in held:
                 self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
@@ -283,6 +293,8 @@ class _Loop:
     async def _renew_if_possible(self) -> None:
         try:
             await self._renew()
+        except EngineAway:
+            return
         except Exception:
             logger.exception("the leases could not be renewed")
 
@@ -291,14 +303,18 @@ class _Loop:
 
     async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
         try:
-            counted = await self._insist(lambda: self._engine.commit(lease, counts.tolist()))
+            counted = await self._reach.insist(
+                lambda: self._engine.commit(lease, counts.tolist()), self._lease_seconds
+            )
         except ValueError as error:
             await self._fail(lease, _dead(lease, error))
         else:
             telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()
 
     async def _fail(self, lease: Lease, problem: Problem) -> None:
-        await self._insist(lambda: self._engine.fail(lease, problem.document()))
+        await self._reach.insist(
+            lambda: self._engine.fail(lease, problem.document()), self._lease_seconds
+        )
         telemetry.SHARDS.labels(outcome="failed").inc()
 
     def _report(self, report: Coroutine[Any, Any, None]) -> None:
@@ -307,25 +323,14 @@ class _Loop:
         self._reports.add(task)
         task.add_done_callback(self._reports.discard)
 
-    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The engine's answer, asking again for as long as a lease lasts."""
-        deadline = time.monotonic() + self._lease_seconds
-        failures = 0
-        while True:
-            try:
-                return await call()
-            except ValueError:
-                raise
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(_pause(failures))
-                failures += 1
-
     async def _hand_back(self) -> None:
         leases = self._in_hand()
+        if not leases:
+            return
         try:
-            await self._engine.release(leases)
+            await self._reach.ask(self._engine.release(leases))
+        except EngineAway:
+            logger.warning("%d shards go back only when their leases run out", len(leases))
         except Exception:
             logger.exception("%d shards could not be handed back", len(leases))
         else:
@@ -357,21 +362,10 @@ def _blank(part: Slice) -> Rows:
     return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)
 
 
-def _pause(failures: int) -> float:
-    """Seconds before the next try: twice as long each time, up to 5, jittered."""
-    return min(5.0, 0.05 * 2.0**failures) * random.uniform(0.5, 1)
-
-
-async def _returns_within(waiting: Coroutine[Any, Any, object], seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await waiting
-    except TimeoutError:
-        return
-
-
 async def _logged(report: Coroutine[Any, Any, None]) -> None:
     try:
         await report
+    except EngineAway:
+        telemetry.SHARDS.labels(outcome="lost").inc()
     except Exception:
         logger.exception("the outcome of a shard could not be reported")

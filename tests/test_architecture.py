@@ -22,6 +22,7 @@ TORCH_FREE = (
     "service.tasks.supervisor",
     "service.cli_models",
     "service.cli_tasks",
+    "service.cli_worker",
     "service.api",
     "service.frontend",
     "service.cli",

@@ -20,8 +20,8 @@ from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import ComputeThread, DeviceFailed
-from service.embedded import _load_and_warm
 from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
+from service.serving import load_and_warm
 from service.worker import ModelUnavailable
 from tests.fakes import FakeClock, FakeModel
 from tests.serving import TASKS
@@ -244,7 +244,7 @@ def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None
     (tmp_path / "tasks" / "pets" / "manifest.json").write_text(json.dumps(made.manifest))
     bundle = read_bundle(tmp_path / "tasks" / "pets")
     (base / "unet" / "config.json").write_text("{}")
-    load = partial(_load_and_warm, runtime=Torch(), lanes=1)
+    load = partial(load_and_warm, runtime=Torch(), lanes=1)
     networks = Networks({"pets": bundle}, Loading(load, NUMERICS, 1, 1, lambda _: nullcontext()))
     with pytest.raises(ModelUnavailable, match=r"'unet/config.json' does not have the hash"):
         networks["pets"].votes([ROWS])

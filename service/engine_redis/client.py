@@ -32,17 +32,17 @@ def connect(url: str) -> Redis:
     A lost connection, a server that is loading its data (LOADING) and one that has become a replica
     (READONLY) are retried on a new connection for some seconds before the error is raised.
     """
+    network = {"socket_connect_timeout": 2, "socket_keepalive": True}
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MOST_CONNECTIONS,
         timeout=10,
         socket_timeout=10,
-        socket_connect_timeout=2,
-        socket_keepalive=True,
         retry=Retry(BACKOFF, _RETRIES),
         retry_on_error=[ReadOnlyError],
         protocol=2,
         client_name="vouchsafe",
+        **({} if url.startswith("unix:") else network),
     )
     return Redis.from_pool(pool)
 

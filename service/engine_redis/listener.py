@@ -11,12 +11,13 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from service.engine_redis.client import BACKOFF
 from service.ledger import Bell
 
 _STEADY_SECONDS = 5.0
+_OUTAGES = (ConnectionError, TimeoutError, OSError, RuntimeError)
 _log = logging.getLogger("vouchsafe.engine")
 
 
@@ -76,7 +77,10 @@ class Listener:
                     await self._hear(pubsub)
             except (RedisError, OSError, RuntimeError) as error:
                 # RuntimeError: it was lost while a subscription was sent, and is read by two.
-                _log.warning("Redis is not heard: %s", error)
+                # An outage is told by whoever asks; what is refused here alone, once.
+                quiet = failures or isinstance(error, _OUTAGES)
+                level = logging.DEBUG if quiet else logging.WARNING
+                _log.log(level, "Redis is not heard: %s", error)
             if asyncio.get_running_loop().time() - began > _STEADY_SECONDS:
                 failures = 0
             failures += 1

@@ -1,0 +1,56 @@
+"""The command that computes for a fleet: `worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Annotated
+
+import typer
+
+from service.cli_tasks import errors
+from service.config import Settings
+
+
+def worker(
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of /livez /readyz /startupz /metrics, if any."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
+) -> None:
+    """Compute what a fleet's API processes ask through VOUCHSAFE_REDIS_URL, until told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(caught, lambda *_: os._exit(0))  # Nothing is in hand before `run`.
+    settings = Settings()
+
+    from service.device import DeviceFailed
+    from service.engine_redis.server import RedisUnsuitable
+    from service.fleet import FleetWorker
+    from service.serving import leave
+    from service.worker import ModelUnavailable
+
+    try:
+        process = FleetWorker(settings)
+    except RedisUnsuitable as error:
+        raise typer.Exit(_told(error, 2)) from error
+    status = 0
+    try:
+        asyncio.Runner().run(process.run(host, port))
+    except (RedisUnsuitable, OSError) as error:
+        status = _told(error, 2)
+    except (DeviceFailed, ModelUnavailable) as error:
+        status = _told(error, 1)
+    except Exception:
+        logging.getLogger("vouchsafe").exception("the worker failed")
+        status = 1
+    leave(status)
+
+
+def _told(error: Exception, status: int) -> int:
+    """The exit status of an error that is told in one line."""
+    errors.print(f"vouchsafe: {error}", style="red", soft_wrap=True)
+    return status

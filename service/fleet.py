@@ -1,0 +1,141 @@
+"""A worker process of a fleet: computes on this machine what any machine asks through Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+
+from pydantic import SecretStr
+
+from service import telemetry
+from service.config import Settings
+from service.engine_redis.engine import RedisEngine
+from service.engine_redis.server import RedisUnsuitable, check_server
+from service.health import Companion, Companions, Health
+from service.probes import probes_app
+from service.reach import EngineAway, Reach
+from service.server import SideServer
+from service.serving import Serving
+
+logger = logging.getLogger("vouchsafe")
+
+GRACE_SECONDS = 20.0
+"""How long the batch in hand, and companions, may take once the process is told to stop."""
+_CLOSING_SECONDS = 2.0
+
+
+class FleetWorker:
+    """Works until it is told to stop or its device fails; needs no secret of the service.
+
+    `companions` run beside the worker, each called with an event that is set when the process is to
+    end. Raises RedisUnsuitable where VOUCHSAFE_REDIS_URL is missing or is no URL, and what
+    `Serving` raises.
+    """
+
+    def __init__(self, settings: Settings, companions: Sequence[Companion] = ()) -> None:
+        self._engine, self._url = _engine(settings)
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.serving = Serving(settings)
+        self._stop = asyncio.Event()
+        self._error: Exception | None = None
+        self._reach = Reach()
+        follow = partial(self.serving.tasks.follow, gone=self._forget)
+        self._companions = Companions([self._work, follow, *companions], GRACE_SECONDS)
+        self.health = Health(
+            self._engine,
+            self.serving.tasks,
+            self._companions,
+            self._waiting_for,
+            self._reach.outage,
+        )
+
+    async def run(self, host: str, port: int | None) -> None:
+        """Work until SIGTERM or SIGINT; a `port` answers probes and metrics for as long.
+
+        Raises RedisUnsuitable, ModelUnavailable where the default task cannot be loaded,
+        DeviceFailed, and OSError where the address cannot be listened on.
+        """
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(caught, self.stop)
+        beside = SideServer(probes_app(self.health), host, port) if port is not None else None
+        if beside:
+            logger.info("probes and metrics are on %s port %d", host, beside.port)
+        async with beside.serving() if beside else nullcontext():
+            self._companions.start()
+            await self._stop.wait()
+            logger.info("worker %s is stopping", self.id)
+            await self._companions.stop()
+            await self._close()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Finish the batch in hand, hand back the rest, and return from `run`."""
+        self._stop.set()
+        self._reach.leave()
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """The companion that the process lives for; its error is the process's."""
+        try:
+            with self.serving.in_use():
+                reached = await self._reaches()
+                await self.serving.load_default(stop)
+                failures = 0
+                while not reached and not stop.is_set():
+                    await self._reach.pause(failures)
+                    failures += 1
+                    reached = await self._reaches()
+                if not stop.is_set():
+                    logger.info("worker %s begins", self.id)
+                await self.serving.work(self._engine, self.id, stop, self._reach.outage)
+        except Exception as error:
+            self._error = error
+        finally:
+            self.stop()
+
+    async def _reaches(self) -> bool:
+        """Whether Redis answers; raises RedisUnsuitable where it does and cannot be used."""
+        try:
+            await self._reach.ask(check_server(self._url, self._engine))
+        except EngineAway:
+            return False
+        return True
+
+    def _waiting_for(self) -> str:
+        if self._reach.outage.lasts:
+            return "the engine does not answer"
+        return self.serving.waiting_for()
+
+    async def _forget(self, task: str) -> None:
+        if task not in self.serving.tasks:
+            telemetry.forget(task)
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSING_SECONDS):
+                await self._engine.close()
+        except Exception as error:
+            logger.debug("Redis was left without a word: %s", error)
+
+
+def _engine(settings: Settings) -> tuple[RedisEngine, SecretStr]:
+    """The engine and the URL it is at; raises RedisUnsuitable for one that is missing or no URL."""
+    if settings.redis_url is None:
+        raise RedisUnsuitable(
+            "VOUCHSAFE_REDIS_URL is not set: a worker takes its work from Redis, for example "
+            "redis://host:6379/0"
+        )
+    try:
+        return RedisEngine.from_settings(settings), settings.redis_url
+    except (ValueError, TypeError):  # Their words may quote a part of the password.
+        raise RedisUnsuitable(
+            "VOUCHSAFE_REDIS_URL cannot be read: a port is a number, and / @ # ? in a password are "
+            "percent-encoded"
+        ) from None

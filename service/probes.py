@@ -1,0 +1,70 @@
+"""The routes by which a process is watched: /livez, /readyz, /startupz and /metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service import errors, telemetry
+from service.health import Health
+from service.problems import render_problem
+from service.schemas import HealthResponse
+
+ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
+"""What an app answers with a problem document."""
+
+
+def _health(request: Request) -> Health:
+    health: Health = request.app.state.health
+    return health
+
+
+Probe = Annotated[Health, Depends(_health)]
+
+probes = APIRouter(tags=["operation"])
+metrics = APIRouter(tags=["operation"])
+
+
+def probes_app(health: Health) -> FastAPI:
+    """An app of the probes and metrics alone, for a process that answers nothing else."""
+    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(ERRORS, render_problem))
+    app.state.health = health
+    app.include_router(probes)
+    app.include_router(metrics)
+    return app
+
+
+@metrics.get("/metrics", response_class=Response)
+async def get_metrics(health: Probe) -> Response:
+    """Metrics for Prometheus."""
+    capacity = await health.capacity()
+    telemetry.QUEUE_ROWS.set(float("nan") if capacity is None else capacity.backlog_rows)
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@probes.get("/livez")
+async def livez() -> HealthResponse:
+    """The process answers."""
+    return HealthResponse(status="ok", detail="")
+
+
+@probes.get("/readyz", responses={503: {"model": HealthResponse}})
+async def readyz(health: Probe, response: Response) -> HealthResponse:
+    """The process can answer predictions now."""
+    return _probed(await health.ready(), response)
+
+
+@probes.get("/startupz", responses={503: {"model": HealthResponse}})
+async def startupz(health: Probe, response: Response) -> HealthResponse:
+    """The process was ready once."""
+    return _probed(await health.startup(), response)
+
+
+def _probed(waiting_for: str, response: Response) -> HealthResponse:
+    response.status_code = 503 if waiting_for else 200
+    return HealthResponse(status="unavailable" if waiting_for else "ok", detail=waiting_for)

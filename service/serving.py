@@ -1,0 +1,134 @@
+"""What serves tasks on a machine, whatever the engine: networks, their thread, and the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
+
+import numpy as np
+
+from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
+from models.runtime import RUNTIMES, Runtime
+from models.smoothing import Rows, SmoothedModel, best_device, best_dtype, load, numerics
+from service.config import Settings
+from service.device import ComputeThread, DeviceFailed
+from service.engine import Engine
+from service.loading import Loading, Networks
+from service.outage import Outage
+from service.tasks.catalogue import Catalogue
+from service.worker import work
+
+logger = logging.getLogger("vouchsafe")
+
+
+class Serving:
+    """The tasks of this machine and the one worker that answers for them.
+
+    `tasks` are the default one and those published in the data directory; `models` has a model for
+    each, which loads at its first use. `runtime` stands in for the settings' own. `failed` is set
+    where the worker has ended by an error. Raises RuntimeUnavailable where this machine cannot run
+    networks so, and BundleError for a damaged default task.
+    """
+
+    def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
+        runtime = runtime or RUNTIMES[settings.runtime]()
+        device = best_device()
+        runtime.weights_dtype(device, best_dtype(device))
+        self.settings = settings
+        self.tasks = Catalogue({"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder)
+        self.thread = ComputeThread()
+        chosen, lanes = numerics(runtime)
+        load_one = partial(load_and_warm, runtime=runtime, lanes=lanes)
+        self.models = Networks(
+            self.tasks,
+            Loading(load_one, chosen, lanes, settings.loaded_tasks, self.thread.patient),
+        )
+        self.failed = False
+
+    def waiting_for(self) -> str:
+        """What keeps this machine from answering; empty when nothing does."""
+        if not self.thread.healthy:
+            return "the device hangs or is broken"
+        if not self.models["default"].is_loaded:
+            return "the default task's networks are not loaded yet"
+        return ""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Where the worker runs, once: sets `failed` for an error and takes no more calls after."""
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            raise
+        finally:
+            self.thread.close()
+
+    async def load_default(self, stop: asyncio.Event) -> None:
+        """Load and warm the default task's networks; on `stop` they are left to load for nobody.
+
+        Raises ModelUnavailable where they cannot be loaded and DeviceFailed where they do not
+        label alike.
+        """
+        loading = asyncio.ensure_future(self.thread.run(self.models["default"].loaded))
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+        finally:
+            loading.cancel()
+            stopping.cancel()
+
+    async def work(
+        self, engine: Engine, worker_id: str, stop: asyncio.Event, outage: Outage | None = None
+    ) -> None:
+        """Work for `engine` until `stop`; see `service.worker.work`."""
+        if not stop.is_set():
+            await work(
+                engine,
+                self.models,
+                worker_id=worker_id,
+                stop=stop,
+                thread=self.thread,
+                lease_seconds=self.settings.lease_seconds,
+                outage=outage,
+            )
+
+
+def leave(status: int) -> NoReturn:
+    """Exit at once: the interpreter would wait for every thread, and for a hung one for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_if_hung(serving: Serving) -> None:
+    """Exit with 1 where the worker failed, and with 0 where its thread alone is left behind."""
+    if serving.failed or serving.thread.busy:
+        leave(1 if serving.failed else 0)
+
+
+def load_and_warm(bundle: Bundle, *, runtime: Runtime, lanes: int) -> SmoothedModel:
+    """Networks that label rows alike in another place of the batch, beside other companions.
+
+    Raises DeviceFailed where they do not: such a device must not certify anything. Raises
+    BundleError where the bundle is no longer the one that was verified.
+    """
+    if read_bundle(bundle.folder).digest != bundle.digest:
+        raise BundleError(f"{bundle.folder}: has changed since it was found")
+    model = load(bundle, runtime=runtime, lanes=lanes)
+    shape, half = (3, bundle.resolution, bundle.resolution), model.batch_rows // 2
+    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    one, two, three = (Rows(image, bytes(32), 0, half, 0.25) for image in images)
+    first, second = model.labels([one, two]), model.labels([three, one])
+    if not np.array_equal(first[:half], second[half:]):
+        raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
+    logger.info("serving task %s as %s; licences: %s", bundle.id, model.digest[:16], bundle.licence)
+    return model

@@ -1,0 +1,339 @@
+"""service/fleet.py and `vouchsafe worker`: real processes, real weights, a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from models.bundle import read_bundle
+from models.runtime import Torch
+from models.smoothing import SmoothedModel, numerics
+from service.config import Settings
+from service.embedded import Embedded
+from service.engine import Worker
+from service.engine_redis.client import connect
+from service.engine_redis.engine import PREFIX, RedisEngine
+from service.jobs import State
+from service.serving import Serving
+from tests.fleet import (
+    LONG,
+    ROOT,
+    SERVED,
+    WorkerProcess,
+    assert_counted_exactly,
+    default_model,
+    engine_at,
+    last_status,
+    question,
+    rows_done,
+    worker_process,
+)
+from tests.redis_server import GROUP, RedisServer
+from tests.test_tasks_catalogue import put
+
+pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(redis_program: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis of this module's own: workers cannot keep to a prefix."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that a test may kill."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def worker(
+    server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
+    """A worker that is ready, and that no test ends."""
+    folder = tmp_path_factory.mktemp("worker")
+    with worker_process(folder, server.url, lease_seconds=LONG) as started:
+        started.until(started.ready)
+        yield started
+
+
+@pytest.fixture
+async def engine(server: RedisServer) -> AsyncIterator[RedisEngine]:
+    built = engine_at(server.url)
+    yield built
+    await built.close()
+
+
+@pytest.fixture
+async def own_engine(own_server: RedisServer) -> AsyncIterator[RedisEngine]:
+    """An engine there."""
+    built = engine_at(own_server.url)
+    yield built
+    await built.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> SmoothedModel:
+    return default_model()
+
+
+# Good times
+
+
+async def test_answers_are_the_embedded_engines(
+    worker: WorkerProcess, engine: RedisEngine, tmp_path: Path
+) -> None:
+    """The same job, under the same key, has the same votes from a fleet as from one process."""
+    embedded, stop = Embedded(Settings(data_dir=tmp_path)), asyncio.Event()
+    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
+    await embedded.ready()
+    for index in range(3):
+        job = question(f"same-{index}", index=index)
+        await engine.submit(job)
+        await embedded.engine.submit(job)
+        far, here = await last_status(engine, job.id), await last_status(embedded.engine, job.id)
+        assert far.state is State.SUCCEEDED
+        assert (far.selection, far.estimation) == (here.selection, here.estimation)
+    stop.set()
+    await working
+
+
+async def test_rows_are_counted_in_its_metrics(worker: WorkerProcess, engine: RedisEngine) -> None:
+    """/metrics counts the rows that this process computed, and the rows that wait."""
+    series = 'vouchsafe_rows_total{task="default"}'
+    before = worker.metric(series)
+    await engine.submit(question("measured", n=50, n0=10))
+    assert (await last_status(engine, "measured")).state is State.SUCCEEDED
+    assert worker.metric(series) == before + 60
+    assert worker.metric("vouchsafe_queue_rows") == 0
+
+
+def test_probes_tell_how_it_is(worker: WorkerProcess) -> None:
+    """The process lives, has started, and is ready; what is no probe is a problem document."""
+    for path in ("/livez", "/startupz", "/readyz"):
+        assert worker.probe(path) == {"status": "ok", "detail": ""}
+    assert worker.probe("/predict")["type"] == "urn:vouchsafe:problem:not-found"
+
+
+async def test_tasks_come_and_go_while_it_runs(
+    worker: WorkerProcess, engine: RedisEngine, model: SmoothedModel
+) -> None:
+    """A task that is published is served without a restart, and one that is removed is dropped."""
+    tasks = worker.log.parent / "data" / "tasks"
+    folder = put(tasks, "pets")
+    bundle = read_bundle(folder).served_digest(numerics(Torch())[0].described())
+    await _until_served(engine, "pets", bundle)
+    await engine.submit(question("a-pet", task="pets", bundle=bundle))
+    assert_counted_exactly(await last_status(engine, "a-pet"), model)
+    series = 'vouchsafe_rows_total{task="pets"}'
+    assert worker.metric(series) == 80
+
+    await engine.submit(question("big", n=30_000))
+    await _until_rows(engine, "big")
+    await engine.submit(question("small", n=40, task="pets", bundle=bundle))
+    assert_counted_exactly(await last_status(engine, "small"), model)
+    status = await engine.status("big")
+    assert status is not None
+    assert status.state is State.RUNNING
+    await engine.cancel("big")
+
+    shutil.rmtree(folder)
+    await _until_served(engine, "pets", None)
+    await asyncio.to_thread(worker.until, lambda: worker.metric(series) == 0)
+
+
+async def test_work_under_other_numerics_is_left_to_others(
+    worker: WorkerProcess, engine: RedisEngine
+) -> None:
+    """A job keyed for another digest waits for a worker that announces it, however idle others."""
+    other = Worker("another-machine", {"default": "e" * 64})
+    assert await engine.pull(other, 1) == []
+    await engine.submit(question("theirs", bundle=other.bundles["default"]))
+    await engine.submit(question("ours"))
+    assert (await last_status(engine, "ours")).state is State.SUCCEEDED
+    assert await rows_done(engine, "theirs") == 0
+    leases = await engine.pull(other, 1_000)
+    assert {lease.job.id for lease in leases} == {"theirs"}
+    assert sum(lease.shard.rows for lease in leases) == 80
+    await engine.cancel("theirs")
+
+
+def test_it_has_no_secret(worker: WorkerProcess) -> None:
+    """Whatever it computed, the worker made no noise secret and wrote nothing."""
+    data = worker.log.parent / "data"
+    assert [path for path in data.rglob("*") if path.is_file()] == []
+
+
+# The ends of workers
+
+
+async def test_work_outlives_its_workers(
+    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path, model: SmoothedModel
+) -> None:
+    """What a killed worker held is computed by another; told to stop, that hands back the rest."""
+    engine, redis = own_engine, connect(own_server.url)
+    with ExitStack() as stack:
+        doomed, other = (
+            stack.enter_context(worker_process(tmp_path / name, own_server.url, lease_seconds=2))
+            for name in ("doomed", "other")
+        )
+        for started in (doomed, other):
+            await asyncio.to_thread(started.until, started.ready)
+        job = question("long", n=1_000)
+        await engine.submit(job)
+        while True:
+            doomed.process.send_signal(signal.SIGSTOP)
+            if any(f"-{doomed.process.pid}-" in name for name in await _holders(redis)):
+                break
+            doomed.process.send_signal(signal.SIGCONT)
+            assert await rows_done(engine, "long") < job.rows
+            await asyncio.sleep(0.02)
+        doomed.process.kill()
+        assert_counted_exactly(await last_status(engine, "long"), model)
+
+        await engine.submit(question("longer", n=50_000))
+        await _until_rows(engine, "longer")
+        other.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(other.ends) == 0
+    done = await rows_done(engine, "longer")
+    assert 0 < done < 50_020
+    leases = await engine.pull(Worker("next", {"default": SERVED}), 100_000)
+    assert sum(lease.shard.rows for lease in leases) == 50_020 - done  # No lease has run out here.
+    await redis.aclose()
+
+
+async def test_outages_are_waited_out(
+    own_server: RedisServer, tmp_path: Path, model: SmoothedModel
+) -> None:
+    """Without Redis, at the start or later, it waits and says so once; told to stop it exits 0."""
+    own_server.kill()
+    with worker_process(tmp_path / "worker", own_server.url) as worker:
+        lost, back = "the engine is out of reach", "the engine answers again"
+        waits = lambda: worker.probe("/readyz").get("detail") == "the engine does not answer"  # noqa: E731
+        await asyncio.to_thread(worker.until, waits)
+        assert worker.probe("/livez")["status"] == "ok"
+        for outage in (1, 2):
+            own_server.start()
+            await asyncio.to_thread(worker.until, worker.ready)
+            engine = engine_at(own_server.url)
+            await engine.submit(question(f"after-{outage}"))
+            assert_counted_exactly(await last_status(engine, f"after-{outage}"), model)
+            await engine.close()
+            assert (worker.said().count(lost), worker.said().count(back)) == (outage, outage)
+            own_server.kill()
+            told = lambda: worker.said().count(lost) > outage  # noqa: B023, E731
+            await asyncio.to_thread(worker.until, told)
+            assert waits()
+        worker.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(worker.ends) == 0
+        assert worker.said().count(lost) == 3
+        assert "Traceback" not in worker.said()
+
+
+async def test_hung_device_ends_the_process(
+    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path
+) -> None:
+    """A batch past its limit: exit 1, with nothing renewed, and what was only held handed back."""
+    stall, engine = tmp_path / "stall", own_engine
+    command = (sys.executable, "-m", "tests.stalling_worker")
+    with worker_process(
+        tmp_path / "worker", own_server.url, command, lease_seconds=3, stall=stall
+    ) as worker:
+        await asyncio.to_thread(worker.until, worker.ready)
+        stall.touch()
+        await engine.submit(question("hung", n0=0, n=640))
+        assert await asyncio.to_thread(worker.ends) == 1
+        assert "vouchsafe: a device batch has run past its limit" in worker.said()
+    leases = await engine.pull(Worker("next", {"default": SERVED}), 640)
+    assert [lease.shard.index for lease in leases] == list(range(1, 10))
+
+
+def test_stopped_while_it_starts_it_exits_0(server: RedisServer, tmp_path: Path) -> None:
+    """SIGTERM before the networks are loaded ends the process with 0."""
+    with worker_process(tmp_path, server.url) as worker:
+        worker.until(lambda: worker.probe("/livez"))
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.ends() == 0
+
+
+# What is refused
+
+
+def test_what_it_cannot_work_with_is_told(server: RedisServer, tmp_path: Path) -> None:
+    """No URL, a wrong password and damaged networks: a status that is not 0, and why in a line."""
+    copy = tmp_path / "copy"
+    for package in ("models", "service"):
+        shutil.copytree(ROOT / package, copy / package)
+    weights = next((copy / "models" / "nano" / "weights" / "stage2").rglob("*.safetensors"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    main = (sys.executable, "-c", "from service.cli import main; main()", "worker")
+    wrong = server.url.replace("redis://", "redis://:s3cret@")
+    with ExitStack() as stack:
+        start = lambda name, *how, **more: stack.enter_context(  # noqa: E731
+            worker_process(tmp_path / name, *how, **more)
+        )
+        workers = [
+            (start("no-url", None), 2, "VOUCHSAFE_REDIS_URL is not set"),
+            (start("password", wrong), 2, "the Redis of VOUCHSAFE_REDIS_URL refuses:"),
+            (
+                start("damaged", server.url, main, cwd=copy),
+                1,
+                "does not have the hash",
+            ),
+        ]
+        for worker, status, reason in workers:
+            assert worker.ends() == status, worker.said()
+            told = [line for line in worker.said().splitlines() if not line.startswith("INFO")]
+            assert len(told) == 1, worker.said()
+            assert told[0].startswith("vouchsafe: ")
+            assert reason in told[0]
+            assert "s3cret" not in told[0]
+
+
+def test_ill_device_is_not_ready(tmp_path: Path) -> None:
+    """Readiness names a device that is broken, and networks that are not loaded."""
+    serving = Serving(Settings(data_dir=tmp_path))
+    assert serving.waiting_for() == "the default task's networks are not loaded yet"
+    serving.thread.declare_broken()
+    assert serving.waiting_for() == "the device hangs or is broken"
+    serving.thread.close()
+
+
+async def _until_served(engine: RedisEngine, task: str, digest: str | None) -> None:
+    async with asyncio.timeout(120):
+        while (await engine.capacity()).bundles.get(task) != digest:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def _until_rows(engine: RedisEngine, job_id: str) -> None:
+    async with asyncio.timeout(120):
+        while not await rows_done(engine, job_id):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def _holders(redis: Redis) -> set[str]:
+    """The workers that hold shards."""
+    return {
+        held["consumer"].decode()
+        async for stream in redis.scan_iter(match=f"{PREFIX}lane:*")
+        for held in await redis.xpending_range(stream, GROUP, "-", "+", 10_000)
+    }
