@@ -113,7 +113,7 @@ def test_delete_waits_for_the_process_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job is out of sight at once, and goes for good when its process has let go, or late."""
-    monkeypatch.setattr("service.tasks.store.CHILD_SECONDS", 0.2)
+    monkeypatch.setattr("service.tasks.folders.CHILD_SECONDS", 0.2)
     store = make_store(tmp_path)
     task = create(store)
     seen: list[bool] = []
@@ -121,7 +121,7 @@ def test_delete_waits_for_the_process_to_end(
     def look(seconds: float) -> None:
         seen.append((store.jobs / task.id).exists())
 
-    monkeypatch.setattr("service.tasks.store.time.sleep", look)
+    monkeypatch.setattr("service.tasks.folders.time.sleep", look)
     with locked(store.jobs / task.id):
         store.delete(task.id)
     assert seen

@@ -14,8 +14,9 @@ import pytest
 from models.adaptation.plan import Status, locked
 from models.bundle import read_bundle
 from service.tasks import runs
+from service.tasks.folders import is_running
 from service.tasks.runs import LOG, LOG_BYTES, Patience, Run
-from service.tasks.store import Store, is_running
+from service.tasks.store import Store
 from tests.adapting import (
     FAKE,
     FAST,

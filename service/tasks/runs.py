@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.adaptation.plan import STATUS, Status
-from service.tasks.store import is_running
+from service.tasks.folders import is_running
 
 logger = logging.getLogger("vouchsafe.tasks")
 
