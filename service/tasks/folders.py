@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ CHILD_SECONDS = 10.0
 """How long a removal waits for the job's process to be gone."""
 PARTIAL = ".partial-"
 """How the names of half-made folders begin."""
+SPARED_SECONDS = 3_600.0
+"""In a fleet half-made folders are let be for so long: machines may not see each other's locks."""
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
 _WITHDRAWN = ".withdrawn-"
 _ENTRIES_READ = 1_000
@@ -47,6 +49,7 @@ class TaskFolders:
         root = settings.data_dir.resolve()
         self.tasks, self.jobs = root / "tasks", root / "jobs"
         self.models = settings.models_folder
+        self._spared_seconds = 0.0 if settings.redis_url is None else SPARED_SECONDS
 
     def find(self, task_id: str) -> Task | None:
         """The task as it stands, or None."""
@@ -130,6 +133,21 @@ class TaskFolders:
         if not removed:
             raise NotFound("There is no such task, or no longer", task=task_id)
 
+    def clear(self, task_id: str) -> None:
+        """Remove what a job's process has published of a task that was removed meanwhile.
+
+        For who ran the job, once its process is gone: where machines do not share their locks, a
+        removal elsewhere could not wait for that.
+        """
+        with self._alone():
+            if (self.jobs / task_id).exists():
+                return
+            left = [self._out_of_sight(self.tasks / task_id)]
+            left += self.tasks.glob(f"{PARTIAL}{task_id}-*")
+        for path in left:
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+
     def withdraw(self, task_id: str, seen: Signature) -> None:
         """Put a published bundle that cannot be served aside, until another is in its place.
 
@@ -143,18 +161,23 @@ class TaskFolders:
     def sweep(self) -> None:
         """Remove what killed processes left: half-made folders, and those out of sight.
 
-        Half-made bundles are let be while any process writes one, and those put aside until there
-        is another.
+        Half-made bundles are let be while any process writes one, those put aside until there is
+        another, and in a fleet half-made folders for an hour.
         """
         with self._alone(), (self.tasks / WRITERS).open("a") as writers:
             left = [path for folder in (self.jobs, self.tasks) for path in folder.glob(".trash-*")]
-            left += self.jobs.glob(f"{PARTIAL}*")
+            left += self._half_made(self.jobs)
             for bundle in _folders(self.tasks):
                 left += self.tasks.glob(f"{_WITHDRAWN}{bundle.name}-*")
             if _taken(writers):
-                left += self.tasks.glob(f"{PARTIAL}*")
+                left += self._half_made(self.tasks)
             for path in left:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _half_made(self, folder: Path) -> list[Path]:
+        before = time.time() - self._spared_seconds
+        found = list(folder.glob(f"{PARTIAL}*"))
+        return [path for path in found if not self._spared_seconds or _last_change(path) < before]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -208,12 +231,20 @@ def _folders(folder: Path) -> Sequence[Path]:
 
 
 def _bytes_in(path: Path) -> int:
-    """Bytes of a file, or of every file under a folder; what vanishes meanwhile counts nothing."""
-    total = 0
+    """Bytes of a file, or of every file under a folder."""
+    return sum(state.st_size for state in _states(path))
+
+
+def _last_change(folder: Path) -> float:
+    """When the folder or a file in it was last written to, in Unix seconds."""
+    with suppress(OSError):
+        return max([folder.stat().st_mtime, *(state.st_mtime for state in _states(folder))])
+    return time.time()
+
+
+def _states(path: Path) -> Iterator[os.stat_result]:
+    """Of a file, or of every file under a folder; what vanishes meanwhile is left out."""
     for root, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
         for name in names:
-            try:
-                total += (Path(root) / name).lstat().st_size
-            except OSError:
-                continue
-    return total
+            with suppress(OSError):
+                yield (Path(root) / name).lstat()

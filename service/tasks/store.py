@@ -85,9 +85,11 @@ class Store(TaskFolders):
             flush(partial)
             partial.rename(self.jobs / task_id)
             flush(self.jobs)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            # A machine that does not share our locks has just made the same task.
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _too_many(unfinished: Sequence[Task], most: int, what: str) -> Backlog:
