@@ -61,8 +61,9 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
     if dies and done == (starts - 1 if ways == "crawl" else 1) and done < 3:
         print("dying now", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    if ways == "poison" and done == 1:
+    while ways == "poison" and done == 1:
         os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
         time.sleep(0.01)
     if ways == "slow":

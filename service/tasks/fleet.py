@@ -32,8 +32,8 @@ LOSSES_ALLOWED = 5
 KEPT, SILENCE, RENEWALS = 1 / 2, 1 / 4, 1 / 6
 """Shares of a lease: after which a runner that could not renew stops, for which a job's process
 goes on unattended, and between two renewals."""
-ANSWER_SECONDS, NOTICE_SECONDS = 5.0, 2.0
-"""Longest wait for Redis: of a worker, and of a caller of the API."""
+NOTICE_SECONDS = 2.0
+"""Longest that a caller of the API waits for Redis; a runner waits until the next renewal is due."""
 
 
 class Away(Exception):
@@ -43,7 +43,7 @@ class Away(Exception):
 class Line:
     """Asks Redis with a limit of time, and writes one line of log for each outage."""
 
-    def __init__(self, seconds: float = ANSWER_SECONDS) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._away = False
 
@@ -74,7 +74,7 @@ class LeasedJobs:
         self._store = store
         self._adaptations = adaptations
         self._worker_id = worker_id
-        self._line = Line()
+        self._line = Line(adaptations.lease_seconds * RENEWALS)
         self._task_id: str | None = None
         self._kept_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
