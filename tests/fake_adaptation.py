@@ -30,6 +30,7 @@ OVERLAPS = "overlaps.txt"
 """Written to by a process that finds another of its job alive: locks, where there are any, or
 leases should have kept it from starting."""
 GO = "go"
+PARENT = os.getppid()
 FIGURES = {"clean": 0.5}
 
 
@@ -61,9 +62,10 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
     if dies and done == (starts - 1 if ways == "crawl" else 1) and done < 3:
         print("dying now", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    while ways == "poison" and done == 1:
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)
+    if ways == "poison" and done == 1:
+        if os.getppid() == PARENT:
+            os.kill(PARENT, signal.SIGKILL)
+        threading.Event().wait()
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
         time.sleep(0.01)
     if ways == "slow":

@@ -26,7 +26,7 @@ from service.engine_redis.client import connect
 from service.errors import NotFound
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk
-from service.tasks.fleet import LOSSES_ALLOWED, Notices, adapting
+from service.tasks.fleet import LOSSES_ALLOWED, FleetNotices, adapting
 from service.tasks.runs import Run
 from service.tasks.schemas import TaskRequest
 from service.tasks.task import Task
@@ -56,7 +56,7 @@ class Fleet:
         self.redis = connect(url)
         self.queue = self.adaptations()
         self._told = self.adaptations()
-        self.notices = Notices(self.store, self._told)
+        self.notices = FleetNotices(self.store, self._told)
         self.desk = TaskDesk(self.store, Catalogue({}, self.store.tasks), self.notices)
         self.processes: list[subprocess.Popen[bytes]] = []
 

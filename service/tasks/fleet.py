@@ -33,7 +33,7 @@ KEPT, SILENCE, RENEWALS = 1 / 2, 1 / 4, 1 / 6
 """Shares of a lease: after which a runner that could not renew stops, for which a job's process
 goes on unattended, and between two renewals."""
 NOTICE_SECONDS = 2.0
-"""Longest that a caller of the API waits for Redis; a runner waits until the next renewal is due."""
+"""Longest that a caller of the API waits for Redis; a runner does until a renewal is due."""
 
 
 class Away(Exception):
@@ -78,6 +78,7 @@ class LeasedJobs:
         self._task_id: str | None = None
         self._kept_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
+        self._renewal = asyncio.Lock()
 
     @property
     def silence(self) -> float:
@@ -112,7 +113,8 @@ class LeasedJobs:
         """Close the job where it has ended, and leave it to others where it has not."""
         task_id, self._task_id = self._task_id, None
         if self._renewing is not None:
-            self._renewing.cancel()
+            async with self._renewal:  # One that Redis gets late would lease the job anew.
+                self._renewing.cancel()
             await asyncio.wait({self._renewing})
             self._renewing = None
         if task_id is None:
@@ -154,8 +156,9 @@ class LeasedJobs:
             await asyncio.sleep(self._adaptations.lease_seconds * RENEWALS)
             try:
                 progress = await asyncio.to_thread(self._progress, task_id)
-                if self.held:
-                    await self._renewed(task_id, progress)
+                async with self._renewal:
+                    if self.held:
+                        await self._renewed(task_id, progress)
             except Away:
                 continue
             except Exception:
@@ -185,7 +188,7 @@ class LeasedJobs:
         count_end(self._store.find(task_id))
 
 
-class Notices:
+class FleetNotices:
     """Tells workers at once which jobs the API makes and removes; `store` is the API's own.
 
     Where Redis is out of reach, the reconciler does it later: run `run` as a companion.
