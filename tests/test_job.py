@@ -125,7 +125,7 @@ def test_a_job_ends_with_its_input_and_without_adaptation_has_the_blank_prompt(
 
 
 def test_a_job_ends_where_its_input_falls_silent(tmp_path: Path) -> None:
-    """Told how long it may go on unattended, the process works for as long as it hears something."""
+    """Told how long it may go on unattended, the process works as long as it hears something."""
     folder = job(tmp_path / "task")
     with started(folder, "--silence", "5") as process:
         assert process.stdin is not None

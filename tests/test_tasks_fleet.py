@@ -443,6 +443,28 @@ async def test_posted_while_redis_is_away(
     assert caplog.text.count("Redis does not answer") == 1
 
 
+async def test_least_rights_are_enough(own_server: RedisServer, own_fleet: Fleet) -> None:
+    """An ACL user with the rights that the engine needs can announce, run and remove jobs."""
+    rights = "-@all +@read +@write +@pubsub +@scripting +@connection +@transaction +time"
+    keys = f"~{own_fleet.prefix}*"
+    await own_fleet.redis.execute_command(
+        "ACL", "SETUSER", "fleet", "on", ">s3cret", keys, *rights.split()
+    )
+    url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
+    fleet = Fleet(url, own_fleet.data_dir, lease_seconds=4)
+    fleet.prefix, fleet.stream = own_fleet.prefix, own_fleet.stream
+    notices = FleetNotices(fleet.store, fleet.adaptations())
+    done, waiting = create(fleet.store), create(fleet.store, seed=1)
+    await notices.announce(done.id)
+    async with fleet.running("a"):
+        await fleet.until_ready(done)
+        await fleet.until_ready(waiting)
+    await notices.retract(done.id)
+    await own_fleet.assert_nothing_left()
+    for closed in (fleet, notices._adaptations):
+        await closed.close()
+
+
 # Removal
 
 
