@@ -585,3 +585,16 @@ async def test_losses_are_counted_without_progress(fleet: Fleet) -> None:
     await fleet.queue.take("c", [])
     await fleet.queue.release(task.id, "c")
     assert [await lose("d", 0.25), await lose("e", 0.25), await lose("f", 0.3)] == [2, 3, 0]
+
+
+async def test_forgotten_job_is_held(fleet: Fleet) -> None:
+    """Nobody takes a job that Redis had forgotten before a lease has passed, but who runs it."""
+    task = await fleet.post()
+    await fleet.queue.take("a", [])
+    await fleet.redis.delete(fleet.stream)
+    assert await fleet.queue.correct([task.id], []) == 1
+    assert await fleet.queue.take("b", []) is None
+    assert await fleet.queue.renew(task.id, "a", 0.0) == 0
+    assert await fleet.owners() == [b"a"]
+    await fleet.lapse()
+    assert await fleet.queue.take("b", []) == task.id
