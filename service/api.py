@@ -29,7 +29,7 @@ from service.schemas import (
     PredictResponse,
 )
 from service.tasks.catalogue import Catalogue
-from service.tasks.desk import TaskDesk
+from service.tasks.desk import Notices, TaskDesk
 from service.tasks.routes import tasks
 from service.tasks.store import Store
 
@@ -59,11 +59,13 @@ def create_app(
     catalogue: Catalogue,
     secret: bytes,
     companions: Sequence[Companion] = (),
+    notices: Notices | None = None,
 ) -> FastAPI:
     """The application over an engine; `catalogue` maps what callers send as `task` to its bundle.
 
     `companions` run for the app's lifetime, each called with an event that is set at shutdown;
-    they have a lease's time to end by themselves.
+    they have a lease's time to end by themselves. `notices` hear of the tasks to be made where
+    others make them.
     """
 
     @asynccontextmanager
@@ -79,7 +81,7 @@ def create_app(
             await engine.close()
 
     running = Companions(companions, settings.lease_seconds)
-    desk = TaskDesk(Store(settings, secret), catalogue)
+    desk = TaskDesk(Store(settings, secret), catalogue, notices)
     predictions = Predictions(settings, engine, catalogue, secret, desk.expect)
     following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(

@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     loaded_tasks: int = Field(
         4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
     )
+    adapt: bool = Field(True, description="Whether a worker of a fleet runs adaptation jobs too.")
 
     @property
     def tasks_folder(self) -> Path:

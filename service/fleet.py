@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,6 +15,7 @@ from pydantic import SecretStr
 
 from service import telemetry
 from service.config import Settings
+from service.engine_redis.adaptations import Adaptations
 from service.engine_redis.engine import RedisEngine
 from service.engine_redis.server import RedisUnsuitable, check_server
 from service.health import Companion, Companions, Health
@@ -23,6 +23,8 @@ from service.probes import probes_app
 from service.reach import EngineAway, Reach
 from service.server import SideServer
 from service.serving import Serving
+from service.tasks.fleet import adapting
+from service.tasks.folders import TaskFolders
 
 logger = logging.getLogger("vouchsafe")
 
@@ -34,12 +36,11 @@ _CLOSING_SECONDS = 2.0
 class FleetWorker:
     """Works until it is told to stop or its device fails; needs no secret of the service.
 
-    `companions` run beside the worker, each called with an event that is set when the process is to
-    end. Raises RedisUnsuitable where VOUCHSAFE_REDIS_URL is missing or is no URL, and what
-    `Serving` raises.
+    Beside it, the fleet's adaptation jobs are run where the settings say so. Raises RedisUnsuitable
+    where VOUCHSAFE_REDIS_URL is missing or is no URL, and what `Serving` raises.
     """
 
-    def __init__(self, settings: Settings, companions: Sequence[Companion] = ()) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._engine, self._url = _engine(settings)
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.serving = Serving(settings)
@@ -47,7 +48,11 @@ class FleetWorker:
         self._error: Exception | None = None
         self._reach = Reach()
         follow = partial(self.serving.tasks.follow, gone=self._forget)
-        self._companions = Companions([self._work, follow, *companions], GRACE_SECONDS)
+        companions: list[Companion] = [self._work, follow]
+        if settings.adapt:
+            jobs = Adaptations.from_settings(settings)
+            companions.append(adapting(TaskFolders(settings), jobs, self.id))
+        self._companions = Companions(companions, GRACE_SECONDS)
         self.health = Health(
             self._engine,
             self.serving.tasks,

@@ -12,10 +12,12 @@ from models.bundle import DEFAULT_TASK, read_bundle
 from service.api import create_app
 from service.config import Settings, load_secret
 from service.engine import RETRY_SECONDS
+from service.engine_redis.adaptations import Adaptations
 from service.engine_redis.engine import RedisEngine
 from service.errors import EngineUnavailable
 from service.problems import render_problem
 from service.tasks.catalogue import Catalogue
+from service.tasks.fleet import FleetNotices
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe")
@@ -29,9 +31,10 @@ def frontend(settings: Settings) -> FastAPI:
     """
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir)
-    tasks = Store(settings, secret).tasks
-    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, tasks)
-    app = create_app(settings, engine, catalogue, secret)
+    store = Store(settings, secret)
+    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks)
+    notices = FleetNotices(store, Adaptations.from_settings(settings))
+    app = create_app(settings, engine, catalogue, secret, [notices.run], notices)
     app.add_exception_handler(RedisError, _unreachable)
     return app
 

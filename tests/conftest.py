@@ -40,7 +40,8 @@ def redis_server(
 @pytest.fixture
 def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
     """A server that a test may kill."""
-    server = RedisServer(tmp_path)
+    (tmp_path / "redis").mkdir()
+    server = RedisServer(tmp_path / "redis")
     server.start()
     yield server
     server.kill()

@@ -3,8 +3,9 @@
 The first word of the plan's template, or that of the task's name where the template is the set's
 own, tells how it behaves: `slow` takes a second for each stage, `die` always dies, `once` dies the
 first time, `crawl` dies each time but gets further, `hang` reports once and then nothing more,
-`wait` waits until the job's folder has a file `go`, `everywhere` hangs in one stage more at each
-start until there is none left, `fail` ends with a problem; anything else just works.
+`wait` waits until the job's folder has a file `go`, `poison` kills who started it, `everywhere`
+hangs in one stage more at each start until there is none left, `fail` ends with a problem; anything
+else just works.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from models.adaptation.job import end_unattended
 from models.adaptation.plan import REFERENCES, STAGES, Plan, Status, locked, name_of
 from models.bundle import DEFAULT_TASK, PROMPT_STATES, read_bundle, write_bundle
 from models.nano.captions import DEFAULT_TEMPLATE
 
 STARTS = "starts.txt"
+OVERLAPS = "overlaps.txt"
+"""Written to by a process that finds another of its job alive: locks, where there are any, or
+leases should have kept it from starting."""
 GO = "go"
+PARENT = os.getppid()
 FIGURES = {"clean": 0.5}
 
 
@@ -56,6 +62,10 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
     if dies and done == (starts - 1 if ways == "crawl" else 1) and done < 3:
         print("dying now", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if ways == "poison" and done == 1:
+        if os.getppid() == PARENT:
+            os.kill(PARENT, signal.SIGKILL)
+        threading.Event().wait()
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
         time.sleep(0.01)
     if ways == "slow":
@@ -85,15 +95,24 @@ def publish(job: Path, tasks: Path, plan: Plan, name: str = "made by the fake") 
     write_bundle(tasks / job.name, bundle, {PROMPT_STATES: DEFAULT_TASK / PROMPT_STATES})
 
 
-def end_with_the_parent() -> None:
-    sys.stdin.read()
-    os._exit(7)
+def works(process: int) -> bool:
+    """Whether a process has not ended, be it stopped; one that is not waited for has."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    silence = float(sys.argv[-1]) if "--silence" in sys.argv else None
+    threading.Thread(target=end_unattended, args=(silence,), daemon=True).start()
     folder = Path(sys.argv[1])
     with locked(folder):
         with (folder / STARTS).open("a") as stream:
             stream.write(f"{os.getpid()}\n")
-        adapt(folder, Path(sys.argv[2]), len((folder / STARTS).read_text().split()))
+        begun = [int(line) for line in (folder / STARTS).read_text().split()]
+        if others := [process for process in begun[:-1] if works(process)]:
+            with (folder / OVERLAPS).open("a") as stream:
+                stream.write(f"{others}\n")
+        adapt(folder, Path(sys.argv[2]), len(begun))

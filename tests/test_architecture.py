@@ -20,6 +20,7 @@ TORCH_FREE = (
     "service.engine_redis.engine",
     "service.tasks.routes",
     "service.tasks.supervisor",
+    "service.tasks.fleet",
     "service.cli_models",
     "service.cli_tasks",
     "service.cli_worker",

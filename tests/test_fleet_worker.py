@@ -54,15 +54,6 @@ def server(redis_program: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     server.kill()
 
 
-@pytest.fixture
-def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis that a test may kill."""
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture(scope="module")
 def worker(
     server: RedisServer, tmp_path_factory: pytest.TempPathFactory

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from models.adaptation.plan import PLAN, STAGES, Plan, Status, write_json
+from models.adaptation.plan import PLAN, STAGES, UNATTENDED, Plan, Status, write_json
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, BundleError, read_bundle
@@ -38,8 +38,15 @@ def job(folder: Path, **settings: int) -> Path:
     return folder
 
 
-def started(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "models.adaptation.job", folder, folder.parent / "tasks"]
+def started(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "models.adaptation.job",
+        folder,
+        folder.parent / "tasks",
+        *more,
+    ]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)  # noqa: S603
 
@@ -115,6 +122,20 @@ def test_a_job_ends_with_its_input_and_without_adaptation_has_the_blank_prompt(
     assert set(bundle.files) == {PROMPT_STATES}
     assert bundle.prompt == "this is a photo of a ."
     assert ended(folder).state == "ready"
+
+
+def test_a_job_ends_where_its_input_falls_silent(tmp_path: Path) -> None:
+    """Told how long it may go on unattended, the process works as long as it hears something."""
+    folder = job(tmp_path / "task")
+    with started(folder, "--silence", "5") as process:
+        assert process.stdin is not None
+        while Status.read(folder).stage is None:
+            assert process.poll() is None
+            process.stdin.write(b".")
+            process.stdin.flush()
+            time.sleep(0.05)
+        assert process.wait(SECONDS) == UNATTENDED
+    assert Status.read(folder).state == "running"
 
 
 def test_a_job_begun_with_other_networks_starts_anew(tmp_path: Path) -> None:

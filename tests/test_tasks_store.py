@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.adaptation.plan import PLAN, REFERENCES, STATUS, Status, locked
+from models.adaptation.plan import PLAN, REFERENCES, STATUS, Status, locked, write_json
 from models.bundle import DEFAULT_TASK, read_bundle
+from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
+from service.tasks.folders import SPARED_SECONDS, TaskFolders
 from service.tasks.store import retry_after
 from service.tasks.task import signature
 from tests.adapting import create, make_plan, make_store
@@ -113,7 +117,7 @@ def test_delete_waits_for_the_process_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job is out of sight at once, and goes for good when its process has let go, or late."""
-    monkeypatch.setattr("service.tasks.store.CHILD_SECONDS", 0.2)
+    monkeypatch.setattr("service.tasks.folders.CHILD_SECONDS", 0.2)
     store = make_store(tmp_path)
     task = create(store)
     seen: list[bool] = []
@@ -121,7 +125,7 @@ def test_delete_waits_for_the_process_to_end(
     def look(seconds: float) -> None:
         seen.append((store.jobs / task.id).exists())
 
-    monkeypatch.setattr("service.tasks.store.time.sleep", look)
+    monkeypatch.setattr("service.tasks.folders.time.sleep", look)
     with locked(store.jobs / task.id):
         store.delete(task.id)
     assert seen
@@ -345,3 +349,62 @@ def test_processes_that_create_together_agree(tmp_path: Path) -> None:
 def test_retry_after_is_bounded(eta: float | None, seconds: int) -> None:
     """Retry-After is the estimate in whole seconds, 1 to 600, or the default."""
     assert retry_after(eta, 10) == seconds
+
+
+def test_half_made_folders_of_a_fleet_are_let_be(tmp_path: Path) -> None:
+    """Where another machine may be writing unseen, only what nobody wrote to for long is swept."""
+    store = make_store(tmp_path, redis_url="redis://nowhere")
+    task = create(store)
+    for folder in (store.tasks, store.jobs):
+        for name in (".partial-new", ".partial-old", ".partial-busy"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "weights").touch()
+        hour_ago = time.time() - SPARED_SECONDS - 1
+        for old in (".partial-old/weights", ".partial-old", ".partial-busy"):
+            os.utime(folder / old, (hour_ago, hour_ago))
+    store.sweep()
+    left = {".lock", ".partial-new", ".partial-busy"}
+    assert {path.name for path in store.tasks.iterdir()} == left
+    assert {path.name for path in store.jobs.iterdir()} == {*left, task.id}
+
+
+def test_machines_that_make_one_task_without_seeing_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that find no task and make it at the same time one makes it, and both get it."""
+    store, other = make_store(tmp_path), make_store(tmp_path)
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    write, made = write_json, []
+
+    def meanwhile(path: Path, document: object) -> None:
+        if not made:
+            made.append(None)
+            made.append(create(other))
+        write(path, document)
+
+    monkeypatch.setattr("service.tasks.store.write_json", meanwhile)
+    assert create(store) == made[1]
+    assert {path.name for path in store.jobs.iterdir()} == {".lock", made[1].id}
+
+
+def test_only_what_came_too_late_is_cleared(tmp_path: Path) -> None:
+    """A bundle of a job that is there stays; one whose job was removed goes, half made or whole."""
+    store = make_store(tmp_path)
+    task = create(store)
+    publish(store.jobs / task.id, store.tasks, make_plan())
+    store.clear(task.id)
+    assert store.get(task.id).status.state == "ready"
+    shutil.rmtree(store.jobs / task.id)
+    (store.tasks / f".partial-{task.id}-x").mkdir()
+    store.clear(task.id)
+    assert [path.name for path in store.tasks.iterdir()] == [".lock"]
+
+
+def test_folders_are_read_without_the_secret(tmp_path: Path) -> None:
+    """Who makes no tasks needs no secret to find and remove them."""
+    task = create(make_store(tmp_path))
+    folders = TaskFolders(Settings(data_dir=tmp_path))
+    assert folders.all() == [task]
+    folders.delete(task.id)
+    assert folders.all() == []
+    assert not (tmp_path / "noise.secret").exists()

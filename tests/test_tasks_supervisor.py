@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from models.adaptation.plan import Status, locked
+from models.adaptation.plan import STATUS, Status, locked
 from models.bundle import read_bundle
 from service.tasks import runs
+from service.tasks.folders import is_running
 from service.tasks.runs import LOG, LOG_BYTES, Patience, Run
-from service.tasks.store import Store, is_running
+from service.tasks.store import Store
 from tests.adapting import (
     FAKE,
     FAST,
@@ -27,7 +28,7 @@ from tests.adapting import (
     until,
     wait_until,
 )
-from tests.fake_adaptation import GO
+from tests.fake_adaptation import GO, works
 from tests.test_telemetry import counted
 
 
@@ -327,3 +328,38 @@ def test_the_command_is_the_models_own() -> None:
     """By default a job is run by the module that the contract names."""
     assert runs.JOB[1:] == ("-m", "models.adaptation.job")
     assert FAKE[0] == runs.JOB[0]
+
+
+def test_a_process_ends_where_nobody_attends_to_it(store: Store) -> None:
+    """Without steps a job's process ends by itself, which is not held against the job."""
+    task = create(store, "wait")
+    run = Run(store.jobs / task.id, store.tasks, FAKE, FAST, silence=2.0)
+
+    def at_it(times: int) -> bool:
+        run.step()
+        return len(starts(store, task)) == times and Status.read(run.job).stage == "finetuning"
+
+    try:
+        for times in range(1, 7):  # Oftener than a process may die.
+            wait_until(lambda times=times: at_it(times))
+            wait_until(lambda: not works(starts(store, task)[-1]))
+        (store.jobs / task.id / GO).touch()
+        wait_until(run.step)
+    finally:
+        run.stop()
+    assert state(store, task.id) == "ready"
+
+
+def test_an_abandoned_job_is_left_as_it_is(store: Store) -> None:
+    """A run that is abandoned kills its process, lets go of the job and writes nothing."""
+    task = create(store, "wait")
+    run = Run(store.jobs / task.id, store.tasks, FAKE, FAST)
+    wait_until(lambda: run.step() or Status.read(run.job).stage == "finetuning")
+    before = (run.job / STATUS).stat().st_mtime_ns
+    run.abandon()
+    assert not works(starts(store, task)[0])
+    assert not run.is_mine
+    assert not is_running(run.job)
+    assert (run.job / STATUS).stat().st_mtime_ns == before
+    run.stop()
+    assert state(store, task.id) == "running"

@@ -3,24 +3,30 @@
 JOB is the folder that holds `plan.json`; the bundle appears as TASKS/<name of JOB>. Networks that
 do not ship with the package are read below MODELS. The process may be killed at any point: started
 again, it goes on from its last checkpoint. It ends by itself when its standard input does, so that
-it never outlives who started it.
+it never outlives who started it; with `--silence SECONDS` also where that brings nothing for so
+long, so that it does not outlive a lease which its starter, stopped or cut off, cannot give up.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import threading
 from pathlib import Path
+
+from models.adaptation.plan import UNATTENDED
 
 NICENESS = 10
 """About a tenth of a core that predictions want whole; at 19 a job would all but stand still."""
 
 
-def _end_with_stdin() -> None:
-    while os.read(0, 1024):  # sys.stdin's own lock would outlive the thread at the exit
+def end_unattended(silence: float | None) -> None:
+    """End this process with its standard input, or once that brings nothing for so many seconds."""
+    # Not sys.stdin, whose own lock would outlive the thread at the exit.
+    while select.select([0], [], [], silence)[0] and os.read(0, 1024):
         pass
-    os._exit(3)
+    os._exit(UNATTENDED)
 
 
 def main() -> None:
@@ -29,9 +35,10 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("tasks", type=Path)
     parser.add_argument("models", type=Path, nargs="?")
+    parser.add_argument("--silence", type=float)
     arguments = parser.parse_args()
     os.nice(NICENESS)
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    threading.Thread(target=end_unattended, args=(arguments.silence,), daemon=True).start()
     # Loaded only now, for that takes seconds which are at low priority too.
     from models.adaptation.stages import run
     from models.smoothing import best_device

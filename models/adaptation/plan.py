@@ -38,6 +38,8 @@ MOST_TUNED = 1_000_000
 PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
 REFERENCES = "references"
 STAGES = ("synthesizing", "personalizing", "finetuning", "evaluating")
+UNATTENDED = 3
+"""Exit status of a job's process that ended because nobody looks after it any more."""
 
 
 class PlanError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
 from service.schemas import invalid_field
@@ -19,12 +19,23 @@ RETRY_SECONDS = 10
 WATCH_SECONDS = 0.5
 
 
-class TaskDesk:
-    """Makes, tells and removes tasks; knows nothing of HTTP."""
+class Notices(Protocol):
+    """Hears of jobs as they are made and removed, and raises nothing."""
 
-    def __init__(self, store: Store, catalogue: Catalogue) -> None:
+    async def announce(self, task_id: str) -> None:
+        """A job is to be run."""
+
+    async def retract(self, task_id: str) -> None:
+        """A task was removed, and its job with it."""
+
+
+class TaskDesk:
+    """Makes, tells and removes tasks; knows nothing of HTTP. `notices` tell who else runs jobs."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, notices: Notices | None = None) -> None:
         self._store = store
         self._catalogue = catalogue
+        self._notices = notices
 
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
         """The task of these labels and settings, made if need be.
@@ -42,6 +53,8 @@ class TaskDesk:
         if task.status.state == "ready" and task.id not in self._catalogue:
             # Its bundle was put aside, here or by somebody who posted the same at the same time.
             task = await asyncio.to_thread(self._store.create, *made)
+        if self._notices is not None and task.status.state == "queued":
+            await self._notices.announce(task.id)
         return await self._told(task)
 
     async def get(self, task_id: str) -> TaskResponse:
@@ -99,6 +112,8 @@ class TaskDesk:
                 task=task_id,
             )
         await asyncio.to_thread(self._store.delete, task_id)
+        if self._notices is not None:
+            await self._notices.retract(task_id)
         await self._catalogue.refresh()
 
     async def expect(self, task_id: str) -> None:

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from models.adaptation.plan import STATUS, Status
-from service.tasks.store import is_running
+from models.adaptation.plan import STATUS, UNATTENDED, Status
+from service.tasks.folders import is_running
 
 logger = logging.getLogger("vouchsafe.tasks")
 
 JOB = (sys.executable, "-m", "models.adaptation.job")
-"""The command that runs a job, given its folder, the folder to publish in and the one of fetched
-networks."""
+"""The command that runs a job, given its folder, the folder to publish in, the one of fetched
+networks, and for how many seconds it goes on unattended."""
 CLAIM = "claim"
 """Held locked by the process that looks after the job, as `lock` is by the one that computes it."""
 LOG = "log.txt"
@@ -47,8 +48,9 @@ class Patience:
 class Run:
     """One job's processes, one after another until the job has ended; a step takes no time.
 
-    A job that another process looks after is only watched. `stop` must be called in the end; a run
-    that was stopped can go on, and knows how often its processes have died.
+    A job that another process looks after is only watched. `stop` or `abandon` must be called in
+    the end; a run that was stopped can go on, and knows how often its processes have died. With
+    `silence` a process ends by itself where no step was taken for so many seconds.
     """
 
     def __init__(
@@ -59,9 +61,12 @@ class Run:
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
         models: Path | None = None,
+        silence: float | None = None,
     ) -> None:
         self.job = job
         self._arguments = [*command, *map(str, (job, tasks, *([models] if models else [])))]
+        if silence is not None:
+            self._arguments += ["--silence", str(silence)]
         self._patience = patience or Patience()
         self._clock = clock
         self._child: subprocess.Popen[bytes] | None = None
@@ -105,9 +110,17 @@ class Run:
         except OSError as error:
             logger.error("job %s: its status cannot be written: %s", self.job.name, error)
         finally:
-            if self._claim is not None:
-                self._claim.close()
-                self._claim = None
+            self._let_go()
+
+    def abandon(self) -> None:
+        """Kill the process, if there is one, and leave the folder to whoever has it now."""
+        self._kill()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         if child.stdin is not None:
@@ -158,9 +171,14 @@ class Run:
                 # sessions alike (autogroup), and the job's low priority would count for nothing.
                 process_group=0,
             )
+        if self._child.stdin is not None:
+            os.set_blocking(self._child.stdin.fileno(), False)
         self._news = (0, self._clock())
 
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
+        if child.stdin is not None:
+            with suppress(BlockingIOError, BrokenPipeError):  # It is stopped, or dead.
+                os.write(child.stdin.fileno(), b".")
         self._trim_log()
         written = _time_of_change(self.job / STATUS)
         if written != self._news[0]:
@@ -176,6 +194,10 @@ class Run:
             os.truncate(log, 0)
 
     def _died(self, code: int) -> bool:
+        if code == UNATTENDED:
+            logger.warning("job %s: its process was not attended to, and ended", self.job.name)
+            self._start_at = self._clock() + self._patience.restart
+            return False
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
         logger.error("job %s: its process %s; see its %s", self.job.name, how, LOG)
         progress = Status.read(self.job).progress

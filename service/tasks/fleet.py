@@ -1,0 +1,267 @@
+"""Adaptation jobs in a fleet: announced by the API, taken by workers, one lease at a time.
+
+A runner stops by itself once it has not renewed its lease for half of it, whether Redis answers or
+not; its job's process ends by itself after a quarter of a lease unattended. So a runner that is cut
+off or stopped has no process left when its lease runs out and another begins, and two machines
+never write one folder, even where they do not share its locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Collection, Sequence
+from typing import TypeVar
+
+from redis.exceptions import RedisError
+
+from models.adaptation.plan import Status
+from service.engine_redis.adaptations import Adaptations
+from service.health import Companion, passed
+from service.tasks.folders import TaskFolders
+from service.tasks.runs import JOB, Patience
+from service.tasks.supervisor import Supervisor, count_end
+from service.tasks.task import Task
+
+logger = logging.getLogger("vouchsafe.tasks")
+T = TypeVar("T")
+
+LOSSES_ALLOWED = 5
+"""How many workers may lose a job's lease before it gets any further."""
+KEPT, SILENCE, RENEWALS = 1 / 2, 1 / 4, 1 / 6
+"""Shares of a lease: after which a runner that could not renew stops, for which a job's process
+goes on unattended, and between two renewals."""
+NOTICE_SECONDS = 2.0
+"""Longest that a caller of the API waits for Redis; a runner does until a renewal is due."""
+
+
+class Away(Exception):
+    """Redis did not answer; the log says so."""
+
+
+class Line:
+    """Asks Redis with a limit of time, and writes one line of log for each outage."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._away = False
+
+    async def ask(self, asking: Awaitable[T]) -> T:
+        """The answer; raises Away."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                answer = await asking
+        except (RedisError, OSError, TimeoutError) as error:
+            if not self._away:
+                told = str(error) or type(error).__name__
+                logger.warning("adaptation jobs wait, for Redis does not answer: %s", told)
+            self._away = True
+            raise Away from error
+        if self._away:
+            logger.info("adaptation jobs go on: Redis answers again")
+        self._away = False
+        return answer
+
+
+class LeasedJobs:
+    """The jobs of a worker's supervisor: one at a time, under a lease that is renewed meanwhile.
+
+    `store` has the same folders as those of every other worker and of the API.
+    """
+
+    def __init__(self, store: TaskFolders, adaptations: Adaptations, worker_id: str) -> None:
+        self._store = store
+        self._adaptations = adaptations
+        self._worker_id = worker_id
+        self._line = Line(adaptations.lease_seconds * RENEWALS)
+        self._task_id: str | None = None
+        self._kept_until = 0.0
+        self._renewing: asyncio.Task[None] | None = None
+        self._renewal = asyncio.Lock()
+
+    @property
+    def silence(self) -> float:
+        """A quarter of a lease."""
+        return self._adaptations.lease_seconds * SILENCE
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease was renewed lately, and is not known to be lost."""
+        return self._task_id is not None and time.monotonic() < self._kept_until
+
+    async def next(self, skip: Collection[str]) -> Task | None:
+        """The first job that nobody runs; None too where Redis is out of reach."""
+        passed_over = set(skip)
+        try:
+            await reconcile_if_due(self._store, self._adaptations, self._line)
+            while True:
+                taking = self._adaptations.take(self._worker_id, passed_over)
+                task_id = await self._line.ask(taking)
+                if task_id is None:
+                    return None
+                self._task_id = task_id
+                task = await asyncio.to_thread(self._store.find, task_id)
+                if task is not None and await self._begin(task):
+                    return task
+                await self.let_go()
+                passed_over.add(task_id)
+        except Away:
+            return None
+
+    async def let_go(self) -> None:
+        """Close the job where it has ended, and leave it to others where it has not."""
+        task_id, self._task_id = self._task_id, None
+        if self._renewing is not None:
+            async with self._renewal:  # One that Redis gets late would lease the job anew.
+                self._renewing.cancel()
+            await asyncio.wait({self._renewing})
+            self._renewing = None
+        if task_id is None:
+            return
+        task = await asyncio.to_thread(self._store.find, task_id)
+        ended = task is not None and task.status.ended
+        gone = task is None and not (self._store.jobs / task_id).exists()
+        leave = self._adaptations.close_job if ended or gone else self._adaptations.release
+        try:
+            await self._line.ask(leave(task_id, self._worker_id))
+        except Away:
+            return  # The lease runs out, and the next worker sees how the job stands.
+
+    async def _begin(self, task: Task) -> bool:
+        """Whether the job is to be run; its lease is renewed from now on then."""
+        if task.status.ended:
+            return False
+        losses = await self._renewed(task.id, task.status.progress)
+        if losses is None:
+            return False
+        if losses >= LOSSES_ALLOWED:
+            await asyncio.to_thread(self._give_up, task.id, losses)
+            return False
+        self._renewing = asyncio.create_task(self._renew(task.id))
+        return True
+
+    async def _renewed(self, task_id: str, progress: float) -> int | None:
+        """The lease's losses, or None where it is lost."""
+        asked = time.monotonic()
+        renewing = self._adaptations.renew(task_id, self._worker_id, progress)
+        losses = await self._line.ask(renewing)
+        lease = self._adaptations.lease_seconds
+        self._kept_until = 0.0 if losses is None else asked + lease * KEPT
+        return losses
+
+    async def _renew(self, task_id: str) -> None:
+        """Renew the lease until it is lost, or could not be renewed in time."""
+        while self.held:
+            await asyncio.sleep(self._adaptations.lease_seconds * RENEWALS)
+            try:
+                progress = await asyncio.to_thread(self._progress, task_id)
+                async with self._renewal:
+                    if self.held:
+                        await self._renewed(task_id, progress)
+            except Away:
+                continue
+            except Exception:
+                logger.exception("the lease of job %s could not be renewed", task_id)
+
+    def _progress(self, task_id: str) -> float:
+        try:
+            return Status.read(self._store.jobs / task_id).progress
+        except (OSError, ValueError, TypeError):
+            return 0.0
+
+    def _give_up(self, task_id: str, losses: int) -> None:
+        """Let a job fail that its workers do not outlive; what cannot be written is tried again."""
+        detail = (
+            f"{losses} workers went away while they ran the adaptation, without getting further. "
+            "Too little memory is the likeliest cause: their own logs, or those of their machines, "
+            "say how they ended. Post the same task to try again"
+        )
+        job = self._store.jobs / task_id
+        failed = Status.read(job).changed(state="failed", finished=time.time(), eta_seconds=None)
+        try:
+            failed.changed(problem={"kind": "died", "detail": detail}).write(job)
+        except OSError as error:
+            logger.error("job %s: its failure cannot be written: %s", task_id, error)
+            return
+        logger.error("job %s: %s", task_id, detail)
+        count_end(self._store.find(task_id))
+
+
+class FleetNotices:
+    """Tells workers at once which jobs the API makes and removes; `store` is the API's own.
+
+    Where Redis is out of reach, the reconciler does it later: run `run` as a companion.
+    """
+
+    def __init__(self, store: TaskFolders, adaptations: Adaptations) -> None:
+        self._store = store
+        self._adaptations = adaptations
+        self._line = Line(NOTICE_SECONDS)
+
+    async def announce(self, task_id: str) -> None:
+        """A job is to be run."""
+        await self._tell(self._adaptations.announce(task_id))
+
+    async def retract(self, task_id: str) -> None:
+        """A job was removed."""
+        await self._tell(self._adaptations.retract(task_id))
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Reconcile Redis with the folders once a lease's time, until `stop`."""
+        try:
+            while not stop.is_set():
+                try:
+                    await reconcile_if_due(self._store, self._adaptations, self._line)
+                except Away:
+                    pass
+                except Exception:
+                    logger.exception("adaptation jobs cannot be announced; trying again")
+                await passed(stop, self._adaptations.lease_seconds * RENEWALS)
+        finally:
+            await self._adaptations.close()
+
+    async def _tell(self, telling: Awaitable[None]) -> None:
+        try:
+            await self._line.ask(telling)
+        except Away:
+            return
+
+
+async def reconcile_if_due(store: TaskFolders, adaptations: Adaptations, line: Line) -> None:
+    """Add to Redis what the folders have, and drop what they have not, if nobody else just has.
+
+    Raises Away.
+    """
+    known = await line.ask(adaptations.survey())
+    if known is None:
+        return
+    unfinished = [task.id for task in await asyncio.to_thread(store.unfinished)]
+    # Read after Redis was: a job that it has known for long and the folders have not has ended.
+    surplus = [task_id for task_id in known if task_id not in unfinished]
+    if added := await line.ask(adaptations.correct(unfinished, surplus)):
+        logger.info("%d adaptation jobs that Redis did not know wait there now", added)
+
+
+def adapting(
+    store: TaskFolders,
+    adaptations: Adaptations,
+    worker_id: str,
+    command: Sequence[str] = JOB,
+    patience: Patience | None = None,
+) -> Companion:
+    """A worker's companion: runs the fleet's adaptation jobs, one at a time, beside predictions.
+
+    Told to stop, it ends the job's process and hands the job back. No two processes may have the
+    same `worker_id`.
+    """
+    jobs = LeasedJobs(store, adaptations, worker_id)
+    supervisor = Supervisor(store, command, patience, jobs)
+
+    async def run(stop: asyncio.Event) -> None:
+        try:
+            await supervisor.run(stop)
+        finally:
+            await adaptations.close()
+
+    return run
