@@ -99,6 +99,12 @@ class Backlog(Problem):
     status, slug, title = 503, "backlog", "The service cannot take more work now"
 
 
+class QuotaExceeded(Problem):
+    """The key has as many rows waiting as one key may; `limit` says how many."""
+
+    status, slug, title = 429, "quota", "This key has too much work waiting"
+
+
 class StorageFull(Problem):
     """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
 

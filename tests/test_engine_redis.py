@@ -22,6 +22,7 @@ from service.config import Settings
 from service.engine import FAILURES_ALLOWED, Lease, Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
+from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
 from tests.fakes import fake_votes, make_job, true_votes
 from tests.redis_server import GROUP, RedisServer, age
@@ -174,6 +175,23 @@ async def test_reconciler_queues_again_what_is_missing(fleet: Fleet, lost: str) 
     await fleet.lease_runs_out()
     await engine.pull(ALPHA, 1)
     assert await fleet.keys("lane:") == []
+
+
+async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
+    """Where the books of open work are gone, what is left of open jobs is booked again, once."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", owner="ada"))
+    await engine.submit(make_job("b"))
+    leases = await engine.pull(ALPHA, 30)
+    await compute(engine, leases[:1])
+    await fleet.redis.delete(f"{fleet.prefix}backlog")
+    await compute(engine, leases[1:])
+    for _ in range(2):
+        await engine.reconcile()
+        capacity = await engine.capacity("ada")
+        assert (capacity.owner_rows, capacity.backlog_rows) == (10, 50)
+    await finish_everything(engine)
+    assert await fleet.redis.hgetall(f"{fleet.prefix}backlog") == {b"all": b"0"}
 
 
 async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
@@ -409,6 +427,17 @@ async def test_unreachable_redis_is_an_error(redis_program: None, tmp_path: Path
         with pytest.raises(RedisError):
             await fleet.engine.capacity()
     await fleet.close()
+
+
+async def test_settings_bound_a_keys_rows(own_server: RedisServer) -> None:
+    """VOUCHSAFE_KEY_ROWS is the quota of every key, and of nobody without one."""
+    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, key_rows=50))
+    await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("a", owner="ada"))
+    with pytest.raises(QuotaExceeded):
+        await engine.submit(make_job("b", owner="ada"))
+    await engine.submit(make_job("c", n=50))
+    await engine.close()
 
 
 async def test_least_rights_are_enough(own_server: RedisServer) -> None:

@@ -12,7 +12,15 @@ from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 
-from service.admission import another_request, full, most_served, too_large, unserved
+from service.admission import (
+    another_request,
+    full,
+    most_rows,
+    most_served,
+    over_quota,
+    too_large,
+    unserved,
+)
 from service.config import Settings
 from service.engine import (
     FAILURES_ALLOWED,
@@ -64,6 +72,7 @@ class RedisEngine:
         shard_rows: int,
         lease_seconds: float = 30,
         backlog_rows: int = 200_000,
+        owner_rows: int | None = None,
         retention_seconds: float = 86_400,
         kept_jobs: int = 10_000,
         starvation_seconds: float = 1,
@@ -78,6 +87,7 @@ class RedisEngine:
         self._shard_rows = shard_rows
         self._lease_seconds = lease_seconds
         self._backlog_bound = backlog_rows
+        self._owner_bound = owner_rows
         self._starvation_seconds = starvation_seconds
         self._poll_seconds = poll_seconds
         terms = {
@@ -86,6 +96,7 @@ class RedisEngine:
             "sweep_ms": _milliseconds(sweep_seconds),
             "silence_ms": _milliseconds(worker_seconds),
             "backlog_rows": backlog_rows,
+            "owner_rows": owner_rows,
             "retention_ms": _milliseconds(retention_seconds),
             "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
             "kept_jobs": kept_jobs,
@@ -111,6 +122,7 @@ class RedisEngine:
             shard_rows=settings.shard_rows,
             lease_seconds=settings.lease_seconds,
             backlog_rows=settings.backlog_rows,
+            owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
             worker_seconds=max(30.0, settings.lease_seconds),
         )
@@ -122,16 +134,21 @@ class RedisEngine:
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         line = line_of(job.task, job.bundle)
         shards = _flat(job.shards(self._shard_rows))
+        bound = most_rows(job, self._backlog_bound, self._owner_bound)
         told, *figures = await self._scripts.run(
-            "submit", job.encode(), job.pixels, key or "", fingerprint, line, *shards
+            "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
         )
         match told:
             case b"mismatch":
                 raise another_request()
             case b"large":
-                raise too_large(job, self._backlog_bound)
+                raise too_large(job, bound)
             case b"unserved":
                 raise unserved(job)
+            case b"quota":
+                open_rows, most, rows, seconds = figures
+                speed = rows_per_second(int(rows), float(seconds))
+                raise over_quota(job.rows, int(open_rows), int(most), speed)
             case b"full":
                 waiting, rows, seconds = figures
                 raise full(job, int(waiting), rows_per_second(int(rows), float(seconds)))
@@ -216,11 +233,14 @@ class RedisEngine:
         job = await self._job(job_id) if fields else None
         return None if job is None else job_status(job, fields)
 
-    async def capacity(self) -> Capacity:
-        """Backlog, measured speed, and what live workers serve."""
-        backlog_rows, (rows, seconds), announcements = await self._scripts.run("capacity")
+    async def capacity(self, owner: str | None = None) -> Capacity:
+        """Backlog, that of one owner, measured speed, and what live workers serve."""
+        asked = () if owner is None else (owner,)
+        answer = await self._scripts.run("capacity", *asked)
+        backlog_rows, (rows, seconds), announcements, owner_rows = answer
         speed = rows_per_second(int(rows), float(seconds))
-        return Capacity(int(backlog_rows), speed, most_served(served(announcements)))
+        bundles = most_served(served(announcements))
+        return Capacity(int(backlog_rows), speed, bundles, int(owner_rows))
 
     async def reconcile(self) -> int:
         """Queue again whatever open jobs miss in the streams; returns how many shards that were.

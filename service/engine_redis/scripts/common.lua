@@ -121,13 +121,32 @@ local function run(id, state)
   end
 end
 
--- Off the books of open work, with the rows that were left of it.
-local function close(id)
-  local left = redis.call('HGET', key('backlog'), id)
-  if left then
-    redis.call('HINCRBY', key('backlog'), '', 0 - left)
-    redis.call('HDEL', key('backlog'), id)
+-- The books of open work, one hash, so that what they say of jobs, owners and everyone agrees.
+local function open(id, owner, rows)
+  redis.call('HINCRBY', key('backlog'), 'all', rows)
+  redis.call('HSET', key('backlog'), 'rows:' .. id, rows)
+  if owner then
+    redis.call('HSET', key('backlog'), 'owner:' .. id, owner)
+    redis.call('HINCRBY', key('backlog'), 'of:' .. owner, rows)
   end
+end
+
+-- Rows of an open job that are done; no number: all that were left of it.
+local function settle(id, rows)
+  local left, owner = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id, 'owner:' .. id))
+  if left then
+    local less = 0 - (rows or left)
+    redis.call('HINCRBY', key('backlog'), 'all', less)
+    redis.call('HINCRBY', key('backlog'), 'rows:' .. id, less)
+    if owner and redis.call('HINCRBY', key('backlog'), 'of:' .. owner, less) <= 0 then
+      redis.call('HDEL', key('backlog'), 'of:' .. owner)
+    end
+  end
+end
+
+local function close(id)
+  settle(id)
+  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id)
   redis.call('ZREM', key('opened'), id)
 end
 
@@ -263,7 +282,11 @@ local function speed()
 end
 
 local function backlog()
-  return tonumber(redis.call('HGET', key('backlog'), '') or 0)
+  return tonumber(redis.call('HGET', key('backlog'), 'all') or 0)
+end
+
+local function open_rows(owner)
+  return tonumber(redis.call('HGET', key('backlog'), 'of:' .. owner) or 0)
 end
 
 -- Distinct announcements of live workers, with how many workers make each.
