@@ -64,10 +64,14 @@ async def _drain(url: str, prefix: str, asked: argparse.Namespace) -> None:
     """Work until nothing waits."""
     engine = _engine(url, prefix, asked)
     worker = Worker(f"bench-{os.getpid()}", WORKER_BUNDLES)
-    while leases := await engine.pull(worker, asked.batch_rows):
-        await engine.renew(leases)
-        await engine.start(leases)
-        await asyncio.gather(*[engine.commit(lease, _votes(lease)) for lease in leases])
+    computed: list[Lease] = []
+    held = await engine.pull(worker, asked.batch_rows)
+    while held or computed:  # The last batch is reported while the next starts, as a worker does.
+        commits = [engine.commit(lease, _votes(lease)) for lease in computed]
+        following = engine.pull(worker, asked.batch_rows)
+        _, computed, held = await asyncio.gather(
+            asyncio.gather(*commits), engine.start(held), following
+        )
     await engine.close()
 
 

@@ -87,8 +87,11 @@ class Engine(Protocol):
         task goes first unless another has gone unserved too long. A solitary shard comes alone.
         """
 
-    async def start(self, leases: Sequence[Lease]) -> None:
-        """Say that these shards are being computed: a death from here on counts against them."""
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Say that these shards are being computed: a death from here on counts against them.
+
+        Extends the leases and returns those still held, as `renew` does.
+        """
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held (a cancelled or lost one is missing)."""

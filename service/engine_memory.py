@@ -119,11 +119,12 @@ class MemoryEngine:
             except TimeoutError:
                 return []
 
-    async def start(self, leases: Sequence[Lease]) -> None:
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
         """Say that these shards are being computed now; see Engine."""
         for delivery in self._deliveries(leases):
             delivery.started = True
             self._run(delivery.record)
+        return await self.renew(leases)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held."""

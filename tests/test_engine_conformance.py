@@ -381,6 +381,20 @@ async def test_renewed_lease_outlives_its_first_term(harness: Harness) -> None:
         assert await engine.pull(BETA, 1) == []
 
 
+async def test_started_lease_begins_anew(harness: Harness) -> None:
+    """Starting a shard renews its lease, and says which leases are lost, as renew does."""
+    engine = harness.engine
+    await engine.submit(make_job("a", n0=0, n=2 * SHARD_ROWS))
+    (lost,) = await engine.pull(ALPHA, 1)
+    await harness.wait(LEASE + 1)
+    held = await engine.pull(ALPHA, 100)
+    for _ in range(3):
+        await harness.wait(LEASE * 0.7)
+        assert await engine.start([lost, *held]) == held
+        assert await engine.pull(BETA, 100) == []
+    assert await engine.start([]) == []
+
+
 async def test_lost_lease_is_not_renewed(harness: Harness) -> None:
     """Once another holds the shard the first holder learns it from renew."""
     engine = harness.engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -165,16 +166,13 @@ class RedisEngine:
             if not await _rings_by(arrival, deadline):
                 return []
 
-    async def start(self, leases: Sequence[Lease]) -> None:
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
         """Say that these shards are being computed now; see Engine."""
-        if leases:
-            await self._scripts.run("start", *_named(leases))
+        return await self._renew("start", leases)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held."""
-        if not leases:
-            return []
-        return [leases[place] for place in await self._scripts.run("renew", *_named(leases))]
+        return await self._renew("", leases)
 
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
         """Add a shard's votes once; see Engine."""
@@ -257,6 +255,7 @@ class RedisEngine:
     async def close(self) -> None:
         """Let go of every connection."""
         await self._listener.close()
+        await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
@@ -270,21 +269,29 @@ class RedisEngine:
         if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
             await self.reconcile()
 
+    async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
+        if not leases:
+            return []
+        held = await self._scripts.run("renew", how, *_named(leases))
+        return [leases[place] for place in held]
+
     async def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
         tasks = list(worker.bundles)
         lines = [line_of(*item) for item in worker.bundles.items()]
-        announcement = canonical_json(dict(worker.bundles))
+        known = (worker.id, canonical_json(dict(worker.bundles)))
+        chosen = ""
         while True:
-            waiting = await self._scripts.run("offers", worker.id, announcement, *lines)
-            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
-            offer = next_offer(offers, prefer_task, self._starvation_seconds)
-            if offer is None:
-                return []
-            line = lines[tasks.index(offer.task)]
-            taken = await self._scripts.run("take", line, worker.id, rows)
+            call = secrets.token_hex(8)
+            answer = await self._scripts.run("pull", *known, call, rows, chosen, *lines)
+            taken, waiting = answer
             jobs = {name: await self._job(name.decode()) for name, *_ in taken}
             if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
                 return leases
+            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
+            offer = next_offer(offers, prefer_task, self._starvation_seconds)
+            if offer is None and not (taken or chosen):
+                return []
+            chosen = "" if offer is None else lines[tasks.index(offer.task)]
 
     async def _job(self, job_id: str) -> Job | None:
         """The job, read once for as long as anyone here holds it; None where it is gone."""

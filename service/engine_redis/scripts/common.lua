@@ -1,4 +1,4 @@
--- Ahead of every script. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
+-- Ahead of every script, sweep.lua next. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
 -- time in Unix seconds, or '' for this server's own.
 local GROUP, FREE = 'workers', '(free)'
 local PREFIX, TERMS, CLOCK = KEYS[1], cjson.decode(ARGV[1]), redis.call('TIME')
@@ -34,7 +34,8 @@ local function heard(worker)
   heard_already[worker] = true
   redis.call('ZADD', key('workers'), 'XX', stamp(NOW), worker)
   local digest = redis.call('HGET', key('announced'), worker)
-  stay(TERMS.silence_ms, key('workers'), key('announced'), key('announcement', digest or ''))
+  stay(TERMS.silence_ms, key('announced'), key('announcement', digest or ''))
+  redis.call('PEXPIRE', key('workers'), TERMS.open_ms)
 end
 
 -- XPENDING that makes a lost group again: every entry is then delivered once more.
@@ -108,10 +109,20 @@ local function each_held(call)
   end
 end
 
+local told_already = false
+
+-- Every worker that waits looks, so one message a script is enough.
+local function tell_workers()
+  if not told_already then
+    redis.call('PUBLISH', key('arrived'), '')
+  end
+  told_already = true
+end
+
 local function put_back(stream, entry, id, shard)
   redis.call('HDEL', key('job', id), 's:' .. shard)
   redis.call('XCLAIM', stream, GROUP, FREE, 0, entry, 'JUSTID')
-  redis.call('PUBLISH', key('arrived'), '')
+  tell_workers()
 end
 
 local function run(id, state)
@@ -192,82 +203,6 @@ local function bury(id, shard, fields, problem)
     'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem)
   stay(TERMS.retention_ms, key('dead'))
   finish(id, 'failed', problem)
-end
-
--- A delivery nobody renewed: a death, where it was being computed.
-local function lapse(stream, entry, worker, deliveries)
-  local fields = read(stream, entry)
-  if not fields then
-    return drop(stream, entry)
-  end
-  local id, shard = fields.job, fields.shard
-  local job = key('job', id)
-  local state, started = unpack(redis.call('HMGET', job, 'state', 's:' .. shard))
-  if not OPEN[state] then
-    return drop(stream, entry)
-  end
-  if started == token_of(entry, deliveries, worker) then
-    if redis.call('HINCRBY', job, 'd:' .. shard, 1) > TERMS.deaths_allowed then
-      return bury(id, shard, fields, '')
-    end
-  end
-  put_back(stream, entry, id, shard)
-end
-
-local function lapse_all(stream)
-  local from, late = '-', nil
-  repeat
-    late = pending(stream, 'IDLE', TERMS.lease_ms, from, '+', 100)
-    for _, delivery in ipairs(late) do
-      if delivery[2] ~= FREE then
-        lapse(stream, delivery[1], delivery[2], delivery[4])
-      end
-      from = '(' .. delivery[1]
-    end
-  until #late < 100
-end
-
-local function dismiss(worker, streams)
-  redis.call('ZREM', key('workers'), worker)
-  redis.call('HDEL', key('announced'), worker)
-  for _, stream in ipairs(streams) do
-    if redis.call('EXISTS', stream) == 1 and #pending(stream, '-', '+', 1, worker) == 0 then
-      redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker)
-    end
-  end
-end
-
--- Takes back what has run out: leases, silent workers, and jobs past their retention.
-local function sweep()
-  if not redis.call('SET', key('swept'), '', 'NX', 'PX', TERMS.sweep_ms) then
-    return
-  end
-  local streams = {}
-  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
-    table.insert(streams, key('lane', 'hi', line))
-    table.insert(streams, key('lane', 'lo', line))
-  end
-  for _, stream in ipairs(streams) do
-    lapse_all(stream)
-  end
-  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
-    tidy(line)
-  end
-  local silent = '(' .. stamp(NOW - TERMS.silence_ms / 1000)
-  for _, worker in ipairs(redis.call('ZRANGE', key('workers'), '-inf', silent, 'BYSCORE')) do
-    dismiss(worker, streams)
-  end
-  local past = stamp(NOW - TERMS.retention_ms / 1000)
-  for _, id in ipairs(redis.call('ZRANGE', key('opened'), '-inf', past, 'BYSCORE')) do
-    if redis.call('EXISTS', key('job', id)) == 1 then
-      finish(id, 'cancelled')
-    end
-    close(id)
-    erase(id)
-  end
-  for _, id in ipairs(redis.call('ZRANGE', key('ended'), '-inf', past, 'BYSCORE')) do
-    erase(id)
-  end
 end
 
 local function speed()

@@ -53,6 +53,6 @@ end
 redis.call('PEXPIREAT', key('entries', id), redis.call('PEXPIRETIME', job))
 stay(TERMS.open_ms, stream, key('lines'), key('backlog'))
 if requeued > 0 then
-  redis.call('PUBLISH', key('arrived'), '')
+  tell_workers()
 end
 return requeued

@@ -60,5 +60,5 @@ for at = 9, #ARGV, 4 do
 end
 stay(TERMS.open_ms, key('job', id), key('entries', id), key('backlog'), key('opened'),
   key('lines'), stream)
-redis.call('PUBLISH', key('arrived'), '')
+tell_workers()
 return {'queued', id}
