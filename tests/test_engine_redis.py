@@ -24,8 +24,8 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
-from tests.fakes import fake_votes, make_job, true_votes
-from tests.redis_server import GROUP, RedisServer, age
+from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.redis_server import GROUP, LosingReplies, RedisServer, age
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -202,7 +202,7 @@ async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet
     assert await engine.pull(ALPHA, 100) == []
     await fleet.lease_runs_out()
     another = RedisEngine(
-        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=0.05
+        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=10
     )
     assert len(await another.pull(ALPHA, 100)) == 4
     await another.close()
@@ -355,6 +355,45 @@ async def test_lost_connections_are_made_again(fleet: Fleet) -> None:
             await compute(engine, await engine.pull(ALPHA, 10))
             async with asyncio.timeout(5):
                 assert (await anext(watching)).rows_done == done
+
+
+async def test_lost_replies_change_nothing(redis_server: RedisServer, fleet: Fleet) -> None:
+    """A call that was executed and never answered is made again, and has the effect of one."""
+    problem = {"detail": "no"}
+    await fleet.engine.submit(make_job("warm"))  # From here on Redis knows every script.
+    (lease, other) = await fleet.engine.pull(ALPHA, 20)
+    await compute(fleet.engine, [lease])
+    await fleet.engine.fail(other, problem)
+    await fleet.engine.cancel("warm")
+
+    async with LosingReplies(redis_server.port) as gap:
+        engine = RedisEngine(connect(gap.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+        await engine.pull(ALPHA, 1)
+        gap.marker = b'"id":"a"'
+        assert await engine.submit(make_job("a", owner="ada")) == "a"
+        gap.marker = b"alpha"
+        leases = await engine.pull(ALPHA, 30)
+        assert [lease.shard.index for lease in leases] == [0, 1, 2]
+        (stream,) = await fleet.keys("lane:")
+        assert (await fleet.redis.xpending(stream, GROUP))["pending"] == 3
+        gap.marker = leases[0].token.encode()
+        assert await engine.start(leases) == leases
+        gap.marker = leases[0].token.encode()
+        await engine.commit(leases[0], votes(leases[0]))
+        gap.marker = leases[1].token.encode()
+        await engine.fail(leases[1], problem)
+        assert await fleet.redis.hget(f"{fleet.prefix}job:a", "f:1") == b"1"
+        gap.marker = leases[2].token.encode()
+        await engine.release(leases[2:])
+        assert (await engine.capacity("ada")).owner_rows == 30
+        await finish_everything(engine, BETA)
+        assert_exact(await status_of(engine, "a"))
+        await engine.submit(make_job("b"))
+        gap.marker = b"cancelled"
+        await engine.cancel("b")
+        assert (await status_of(engine, "b")).state is State.CANCELLED
+        assert gap.lost == 7
+        await engine.close()
 
 
 async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
@@ -531,6 +570,47 @@ async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
     assert sorted(await fleet.keys("image:")) == [
         f"{fleet.prefix}image:job-{number}".encode() for number in (2, 3, 4)
     ]
+    await fleet.close()
+
+
+async def test_many_leases_run_out_some_at_a_time(redis_server: RedisServer) -> None:
+    """A whole fleet's leases do not keep Redis from everyone; each call takes some of them back."""
+    fleet = Fleet(redis_server.url, sweep_seconds=1_000)
+    await fleet.engine.pull(ALPHA, 1)
+    await fleet.engine.submit(make_job("a", n0=0, n=12_000))
+    assert len(await fleet.engine.pull(ALPHA, 12_000)) == 1_200
+    await fleet.lease_runs_out()
+    (stream,) = await fleet.keys("lane:")
+
+    async def still_leased() -> int:
+        found = await fleet.redis.xpending(stream, GROUP)
+        return sum(c["pending"] for c in found["consumers"] if c["name"] == b"alpha")
+
+    await fleet.redis.delete(f"{fleet.prefix}swept")
+    left = [1_200]
+    while left[-1]:
+        await fleet.engine.status("a")
+        left.append(await still_leased())
+        assert left[-2] > left[-1] > left[-2] - 1_000
+    assert len(await fleet.engine.pull(BETA, 12_000)) == 1_200
+    await fleet.redis.delete(*await fleet.keys())
+    await fleet.close()
+
+
+async def test_fleet_that_was_silent_leaves_the_group(redis_server: RedisServer) -> None:
+    """Workers that all fell silent together are no consumers any more once somebody looks."""
+    clock = FakeClock()
+    fleet = Fleet(redis_server.url, clock=clock)
+    await fleet.engine.pull(BETA, 1)
+    await fleet.engine.submit(make_job("a", n=90))
+    await compute(fleet.engine, await fleet.engine.pull(BETA, 10))
+    (stream,) = await fleet.keys("lane:")
+    assert len(await fleet.redis.xinfo_consumers(stream, GROUP)) == 1
+    clock.advance(31)
+    await age(fleet.redis, fleet.prefix, 31_000)
+    assert (await fleet.engine.capacity()).bundles == {}
+    assert await fleet.redis.xinfo_consumers(stream, GROUP) == []
+    await fleet.redis.delete(*await fleet.keys())
     await fleet.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Self
 from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from service.admission import (
     another_request,
@@ -50,6 +52,7 @@ from service.offers import Offer, next_offer
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
 
+_log = logging.getLogger("vouchsafe.engine")
 _DEAD_LETTERS = 1_000
 _GRACE_SECONDS = 60.0
 """Open work outlives its retention so long, for a sweep to take it off the books first."""
@@ -109,6 +112,7 @@ class RedisEngine:
         self._listener = Listener(redis, f"{prefix}arrived")
         self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
         self._reconciled = float("-inf")
+        self._reconciling: asyncio.Task[None] | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -158,7 +162,7 @@ class RedisEngine:
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
-        await self._reconcile_if_due()
+        self._reconcile_if_due()
         while True:
             arrival = self._listener.always.next_ring
             if leases := await self._take(worker, rows, prefer_task):
@@ -254,20 +258,29 @@ class RedisEngine:
 
     async def close(self) -> None:
         """Let go of every connection."""
+        if self._reconciling is not None:
+            self._reconciling.cancel()
+            await asyncio.wait({self._reconciling})
         await self._listener.close()
         await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
-    async def _reconcile_if_due(self) -> None:
-        """Reconcile once a lease's time, whichever process comes first."""
+    def _reconcile_if_due(self) -> None:
+        """Reconcile once a lease's time, whichever process comes first; no pull waits for it."""
         now = asyncio.get_running_loop().time()
-        if now < self._reconciled + self._lease_seconds:
-            return
-        self._reconciled = now
+        busy = self._reconciling is not None and not self._reconciling.done()
+        if not busy and now >= self._reconciled + self._lease_seconds:
+            self._reconciled = now
+            self._reconciling = asyncio.create_task(self._reconcile_in_turn())
+
+    async def _reconcile_in_turn(self) -> None:
         turn = f"{self._prefix}reconciled"
-        if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
-            await self.reconcile()
+        try:
+            if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
+                await self.reconcile()
+        except (RedisError, OSError) as error:
+            _log.warning("The streams could not be looked through: %s", error)
 
     async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
         if not leases:
