@@ -116,6 +116,12 @@ class LosingReplies:
             to_server.close()
 
 
+async def written(client: Redis) -> None:
+    """Returns once all that was answered is in the file: a busy disk puts that off under everysec."""
+    while (await client.info("persistence"))["aof_buffer_length"]:
+        await asyncio.sleep(0.01)
+
+
 async def age(client: Redis, prefix: str, milliseconds: int) -> None:
     """Make every lease and every TTL below the prefix so much older, as if time had passed."""
     async for key in client.scan_iter(match=f"{prefix}*"):

@@ -25,7 +25,7 @@ from service.engine_redis.engine import PREFIX, RedisEngine
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
-from tests.redis_server import GROUP, LosingReplies, RedisServer, age
+from tests.redis_server import GROUP, LosingReplies, RedisServer, age, written
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -125,6 +125,7 @@ async def test_kill_of_redis_loses_nothing(
     engine = fleet.engine
     await engine.pull(ALPHA, 1)
     jobs = [await engine.submit(make_job(f"job-{number}", n=1_000)) for number in range(12)]
+    await written(fleet.redis)
     working = asyncio.create_task(finish_everything(engine))
     for _ in range(4):
         await asyncio.sleep(0.1)
@@ -411,6 +412,7 @@ async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
     watching = asyncio.create_task(watch())
     while not seen:  # noqa: ASYNC110 - the engine has nothing to wait on.
         await asyncio.sleep(0.01)
+    await written(fleet.redis)
     own_server.kill()
     await asyncio.sleep(0.2)
     own_server.start()
@@ -427,6 +429,7 @@ async def test_loading_server_is_waited_for(own_server: RedisServer) -> None:
     await fleet.engine.pull(ALPHA, 1)
     for number in range(300):  # The server answers once in 1,024 commands that it reads.
         await fleet.engine.submit(make_job(f"job-{number}"))
+    await written(fleet.redis)
     own_server.kill()
     own_server.launch(key_load_delay=300)
     impatient: Redis = Redis.from_url(own_server.url, retry=None)
