@@ -117,8 +117,8 @@ class LosingReplies:
 
 
 async def written(client: Redis) -> None:
-    """Returns once all that was answered is in the file: a busy disk puts that off under everysec."""
-    while (await client.info("persistence"))["aof_buffer_length"]:
+    """Returns once all that was answered is in the file, which a busy disk puts off."""
+    while (await client.info("persistence"))["aof_buffer_length"]:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
