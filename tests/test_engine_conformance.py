@@ -257,6 +257,13 @@ async def test_pull_stops_at_the_rows_asked_for(engine: Engine) -> None:
     assert [lease.shard.index for lease in leases] == [0, 1]
 
 
+async def test_pull_of_nothing_is_nothing(engine: Engine) -> None:
+    """A worker that only announces itself asks for no rows and gets none."""
+    await engine.submit(make_job("a"))
+    assert await engine.pull(BETA, 0) == []
+    assert len(await engine.pull(ALPHA, 100)) == 4
+
+
 async def test_pull_takes_from_many_jobs(engine: Engine) -> None:
     """One pull fills up with shards of several jobs of the task, oldest first."""
     for identity in "abc":

@@ -22,6 +22,7 @@ from service.config import Settings
 from service.engine import FAILURES_ALLOWED, Lease, Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine_redis.listener import Listener
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
@@ -207,6 +208,32 @@ async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet
     )
     assert len(await another.pull(ALPHA, 100)) == 4
     await another.close()
+
+
+async def test_reconciling_holds_up_no_pull(
+    redis_server: RedisServer, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to look through many jobs, the worker that does so has work."""
+    another = RedisEngine(connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+    monkeypatch.setattr(another, "reconcile", asyncio.Event().wait)
+    await fleet.redis.delete(f"{fleet.prefix}reconciled")
+    await fleet.engine.submit(make_job("a"))
+    async with asyncio.timeout(30):
+        assert len(await another.pull(BETA, 20)) == 2
+    await another.close()
+
+
+async def test_entry_deleted_by_hand_blocks_nothing(fleet: Fleet) -> None:
+    """What was handed back and is gone from the stream does not hide what comes after it."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", n0=0))
+    first = await engine.pull(ALPHA, 10)
+    await engine.release(first)
+    (stream,) = await fleet.keys("lane:")
+    await fleet.redis.xdel(stream, first[0].token.split("/")[0])
+    assert [lease.shard.index for lease in await engine.pull(BETA, 100)] == [1, 2]
+    assert await engine.reconcile() == 1
+    assert [lease.shard.index for lease in await engine.pull(BETA, 100)] == [0]
 
 
 async def test_lost_group_is_made_again(fleet: Fleet) -> None:
@@ -395,6 +422,30 @@ async def test_lost_replies_change_nothing(redis_server: RedisServer, fleet: Fle
         assert (await status_of(engine, "b")).state is State.CANCELLED
         assert gap.lost == 7
         await engine.close()
+
+
+async def test_listener_begins_again(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that ended by an error nobody thought of hears again once it is asked."""
+    redis, channel = connect(redis_server.url), f"{{{secrets.token_hex(8)}}}:channel"
+    listener, hear = Listener(redis, channel), Listener._hear
+    failed = asyncio.Event()
+
+    async def fail(*arguments: object) -> None:
+        failed.set()
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(Listener, "_hear", fail)
+    ring = listener.always.next_ring
+    await failed.wait()
+    monkeypatch.setattr(Listener, "_hear", hear)
+    async with asyncio.timeout(30):
+        while not ring.is_set():
+            ring = listener.always.next_ring
+            await asyncio.wait({asyncio.ensure_future(ring.wait())}, timeout=0.05)
+    await listener.close()
+    await redis.aclose()
 
 
 async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:

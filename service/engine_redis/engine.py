@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -38,15 +38,17 @@ from service.engine_redis.client import Scripts, connect
 from service.engine_redis.listener import Listener
 from service.engine_redis.records import (
     caller_digest,
+    flat,
     job_status,
     lease_of,
     line_of,
     lost,
+    named,
     pairs,
     served,
     shards_of,
 )
-from service.jobs import Job, JobStatus, Shard, State, canonical_json
+from service.jobs import Job, JobStatus, State, canonical_json
 from service.offers import Offer, next_offer
 
 PREFIX = "{vouchsafe}:"
@@ -138,7 +140,7 @@ class RedisEngine:
         """Queue a job; see Engine. A job whose id is known already changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         line = line_of(job.task, job.bundle)
-        shards = _flat(job.shards(self._shard_rows))
+        shards = flat(job.shards(self._shard_rows))
         bound = most_rows(job, self._backlog_bound, self._owner_bound)
         told, *figures = await self._scripts.run(
             "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
@@ -185,7 +187,7 @@ class RedisEngine:
         some = [figure for item in enumerate(votes) if item[1] for figure in item]
         counted = await self._scripts.run(
             "commit",
-            *_named([lease]),
+            *named([lease]),
             shard.domain.value,
             shard.rows,
             json.dumps(lost("record", lease.job.id)),
@@ -195,12 +197,12 @@ class RedisEngine:
 
     async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
         """Report a failed attempt; see Engine."""
-        await self._scripts.run("fail", *_named([lease]), canonical_json(dict(problem)))
+        await self._scripts.run("fail", *named([lease]), canonical_json(dict(problem)))
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted."""
         if leases:
-            await self._scripts.run("release", *_named(leases))
+            await self._scripts.run("release", *named(leases))
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
@@ -253,7 +255,7 @@ class RedisEngine:
         for name in await self._scripts.run("opened"):
             fields = pairs(await self._scripts.run("status", name))
             shards = shards_of(fields) if fields else ()
-            requeued += await self._scripts.run("requeue", name, *_flat(shards))
+            requeued += await self._scripts.run("requeue", name, *flat(shards))
         return requeued
 
     async def close(self) -> None:
@@ -285,7 +287,7 @@ class RedisEngine:
     async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
         if not leases:
             return []
-        held = await self._scripts.run("renew", how, *_named(leases))
+        held = await self._scripts.run("renew", how, *named(leases))
         return [leases[place] for place in held]
 
     async def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
@@ -336,12 +338,3 @@ async def _rings_by(ring: asyncio.Event, deadline: float) -> bool:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _flat(shards: Iterable[Shard]) -> list[str | int]:
-    return [figure for s in shards for figure in (s.index, s.domain.value, s.start, s.stop)]
-
-
-def _named(leases: Iterable[Lease]) -> list[str | int]:
-    """What the scripts know a lease by: job, shard, token."""
-    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]
