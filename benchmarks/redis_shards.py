@@ -35,7 +35,7 @@ def _engine(url: str, prefix: str, asked: argparse.Namespace) -> RedisEngine:
     )
 
 
-def _job(asked: argparse.Namespace) -> Job:
+def made_up_job(asked: argparse.Namespace) -> Job:
     side = asked.side
     return Job(
         id=secrets.token_urlsafe(16),
@@ -54,7 +54,7 @@ def _job(asked: argparse.Namespace) -> Job:
     )
 
 
-def _votes(lease: Lease) -> list[int]:
+def made_up_votes(lease: Lease) -> list[int]:
     votes = [0] * LABELS
     votes[lease.shard.index % LABELS] = lease.shard.rows
     return votes
@@ -64,10 +64,14 @@ async def _drain(url: str, prefix: str, asked: argparse.Namespace) -> None:
     """Work until nothing waits."""
     engine = _engine(url, prefix, asked)
     worker = Worker(f"bench-{os.getpid()}", WORKER_BUNDLES)
-    while leases := await engine.pull(worker, asked.batch_rows):
-        await engine.renew(leases)
-        await engine.start(leases)
-        await asyncio.gather(*[engine.commit(lease, _votes(lease)) for lease in leases])
+    computed: list[Lease] = []
+    held = await engine.pull(worker, asked.batch_rows)
+    while held or computed:  # The last batch is reported while the next starts, as a worker does.
+        commits = [engine.commit(lease, made_up_votes(lease)) for lease in computed]
+        following = engine.pull(worker, asked.batch_rows)
+        _, computed, held = await asyncio.gather(
+            asyncio.gather(*commits), engine.start(held), following
+        )
     await engine.close()
 
 
@@ -91,7 +95,7 @@ async def measured(asked: argparse.Namespace) -> dict[str, Any]:
         process.start()
     try:
         await engine.pull(Worker("queueing", WORKER_BUNDLES), 1)
-        jobs = [await engine.submit(_job(asked)) for _ in range(asked.jobs)]
+        jobs = [await engine.submit(made_up_job(asked)) for _ in range(asked.jobs)]
         for _ in processes:
             await asyncio.to_thread(ready.acquire)
         before, began = await redis.info("everything"), time.perf_counter()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from service.engine import RETRY_SECONDS, retry_seconds
-from service.errors import Backlog, IdempotencyMismatch, InvalidField
+from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
 from service.jobs import Job
 
 Served = Counter[tuple[str, str]]
@@ -24,8 +24,15 @@ def another_request() -> IdempotencyMismatch:
     return IdempotencyMismatch("This Idempotency-Key came before with another request.")
 
 
+def most_rows(job: Job, backlog_rows: int, owner_rows: int | None) -> int:
+    """The bound in rows of the job alone: the backlog's, or its owner's where that is less."""
+    if job.owner is None or owner_rows is None:
+        return backlog_rows
+    return min(backlog_rows, owner_rows)
+
+
 def too_large(job: Job, bound: int) -> InvalidField:
-    """The refusal of a job that alone is larger than the backlog's bound in rows."""
+    """The refusal of a job that alone is larger than its bound in rows."""
     return InvalidField(
         f"The job needs {job.rows} rows of noise, and this service queues at most "
         f"{bound} at once; ask for fewer.",
@@ -43,4 +50,14 @@ def full(job: Job, backlog_rows: int, rows_per_second: float) -> Backlog:
     return Backlog(
         f"{backlog_rows} rows of noise are waiting; there is no room for {job.rows} more.",
         retry_after=retry_seconds(backlog_rows, rows_per_second),
+    )
+
+
+def over_quota(rows: int, owner_rows: int, bound: int, rows_per_second: float) -> QuotaExceeded:
+    """The refusal of `rows` more to an owner of whose rows `owner_rows` wait already."""
+    return QuotaExceeded(
+        f"{owner_rows} rows of noise are waiting for this key, which may have {bound} at once; "
+        f"there is no room for {rows} more.",
+        retry_after=retry_seconds(owner_rows, rows_per_second),
+        limit=bound,
     )

@@ -47,6 +47,9 @@ class Settings(BaseSettings):
         "torch", description="What runs the networks; openvino needs a CPU with AVX512-BF16."
     )
     backlog_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
+    key_rows: int = Field(
+        100_000, ge=1, description="Noise rows that one key may have waiting at once."
+    )
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a worker may hold a shard.")
     retention_seconds: float = Field(

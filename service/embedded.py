@@ -30,6 +30,7 @@ class Embedded(Serving):
             shard_rows=settings.shard_rows,
             lease_seconds=settings.lease_seconds,
             backlog_rows=settings.backlog_rows,
+            owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
             worker_seconds=max(30.0, settings.lease_seconds),
         )

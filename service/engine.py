@@ -51,12 +51,14 @@ class Capacity:
 
     `backlog_rows` wait or are leased; `rows_per_second` is measured over the last minute of work
     (0.0 before the first commit); `bundles` maps every task of a live worker to its served digest,
-    the one that most workers serve where they differ.
+    the one that most workers serve where they differ. Of the backlog, `owner_rows` belong to the
+    owner asked about.
     """
 
     backlog_rows: int
     rows_per_second: float
     bundles: Mapping[str, str] = field(default_factory=dict)
+    owner_rows: int = 0
 
 
 class Engine(Protocol):
@@ -73,7 +75,8 @@ class Engine(Protocol):
 
         `idempotency_key` belongs to the job's owner and lives as long as its job. Raises Backlog
         (503) when the backlog would pass its bound in rows or no live worker serves the job's
-        bundle, InvalidField (422) when the job alone is larger than that bound, and
+        bundle, QuotaExceeded (429) when its owner's part of the backlog would pass the owner's
+        bound, InvalidField (422) when the job alone is larger than either bound, and
         IdempotencyMismatch (422) when the key came with another fingerprint.
         """
 
@@ -84,8 +87,11 @@ class Engine(Protocol):
         task goes first unless another has gone unserved too long. A solitary shard comes alone.
         """
 
-    async def start(self, leases: Sequence[Lease]) -> None:
-        """Say that these shards are being computed: a death from here on counts against them."""
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Say that these shards are being computed: a death from here on counts against them.
+
+        Extends the leases and returns those still held, as `renew` does.
+        """
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held (a cancelled or lost one is missing)."""
@@ -118,8 +124,8 @@ class Engine(Protocol):
     async def status(self, job_id: str) -> JobStatus | None:
         """The job's status, or None; while it runs the votes are the tally so far."""
 
-    async def capacity(self) -> Capacity:
-        """Backlog, measured speed, and what live workers serve."""
+    async def capacity(self, owner: str | None = None) -> Capacity:
+        """Backlog, that of one owner, measured speed, and what live workers serve."""
 
     async def close(self) -> None:
         """Let go of every connection."""

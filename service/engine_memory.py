@@ -11,7 +11,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.admission import Served, another_request, full, most_served, too_large, unserved
+from service.admission import (
+    Served,
+    another_request,
+    full,
+    most_rows,
+    most_served,
+    over_quota,
+    too_large,
+    unserved,
+)
 from service.engine import Capacity, Lease, Worker, checked_counts, died_over
 from service.jobs import Domain, Job, JobStatus, State
 from service.ledger import Bell, CallerKey, Line, Record, Speedometer
@@ -40,10 +49,11 @@ def steady_time() -> float:
 class MemoryEngine:
     """The engine in one process: the same promises as any other, as long as the process lives.
 
-    For use from one event loop. Jobs are kept for `retention_seconds` after their end (unfinished
-    ones: after their submission), the last `kept_jobs` of them at most. A task whose shards have
-    not been served for `starvation_seconds` goes before the preferred one; a worker not heard from
-    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`.
+    For use from one event loop. No owner has more than `owner_rows` waiting or leased, where given.
+    Jobs are kept for `retention_seconds` after their end (unfinished ones: after their submission),
+    the last `kept_jobs` of them at most. A task whose shards have not been served for
+    `starvation_seconds` goes before the preferred one; a worker not heard from for `worker_seconds`
+    is not alive; an idle pull waits `poll_seconds`.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class MemoryEngine:
         shard_rows: int,
         lease_seconds: float = 30,
         backlog_rows: int = 200_000,
+        owner_rows: int | None = None,
         retention_seconds: float = 86_400,
         kept_jobs: int = 10_000,
         starvation_seconds: float = 1,
@@ -62,6 +73,7 @@ class MemoryEngine:
         self._shard_rows = shard_rows
         self._lease_seconds = lease_seconds
         self._backlog_bound = backlog_rows
+        self._owner_bound = owner_rows
         self._retention_seconds = retention_seconds
         self._kept_jobs = kept_jobs
         self._starvation_seconds = starvation_seconds
@@ -75,6 +87,7 @@ class MemoryEngine:
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, Record] = {}
         self._backlog_rows = 0
+        self._owner_rows: Counter[str] = Counter()
         self._speed = Speedometer()
         self._arrived = Bell()
 
@@ -106,11 +119,12 @@ class MemoryEngine:
             except TimeoutError:
                 return []
 
-    async def start(self, leases: Sequence[Lease]) -> None:
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
         """Say that these shards are being computed now; see Engine."""
         for delivery in self._deliveries(leases):
             delivery.started = True
             self._run(delivery.record)
+        return await self.renew(leases)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held."""
@@ -177,11 +191,12 @@ class MemoryEngine:
         record = self._find(job_id)
         return None if record is None else record.status()
 
-    async def capacity(self) -> Capacity:
-        """Backlog, measured speed, and what live workers serve."""
+    async def capacity(self, owner: str | None = None) -> Capacity:
+        """Backlog, that of one owner, measured speed, and what live workers serve."""
         self._sweep()
         bundles = most_served(self._served())
-        return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles)
+        owner_rows = 0 if owner is None else self._owner_rows[owner]
+        return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles, owner_rows)
 
     async def close(self) -> None:
         """Nothing to let go of: the jobs end with the process."""
@@ -201,12 +216,18 @@ class MemoryEngine:
         return found
 
     def _admit(self, job: Job) -> None:
-        if job.rows > self._backlog_bound:
-            raise too_large(job, self._backlog_bound)
+        bound = most_rows(job, self._backlog_bound, self._owner_bound)
+        if job.rows > bound:
+            raise too_large(job, bound)
         if (job.task, job.bundle) not in self._served():
             raise unserved(job)
+        speed = self._speed.rows_per_second
+        if job.owner is not None and self._owner_bound is not None:
+            owner_rows = self._owner_rows[job.owner]
+            if owner_rows + job.rows > self._owner_bound:
+                raise over_quota(job.rows, owner_rows, self._owner_bound, speed)
         if self._backlog_rows + job.rows > self._backlog_bound:
-            raise full(job, self._backlog_rows, self._speed.rows_per_second)
+            raise full(job, self._backlog_rows, speed)
 
     def _served(self) -> Served:
         return Counter(
@@ -226,13 +247,21 @@ class MemoryEngine:
         )
         if self._backlog_rows == 0:
             self._speed.work_begins(record.submitted)
-        self._backlog_rows += job.rows
+        self._book(job, job.rows)
         self._open[job.id] = record
         if caller_key is not None:
             self._caller_keys[caller_key] = record
         line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
         line.lanes[job.mode.lane][job.id] = record
         self._arrived.ring()
+
+    def _book(self, job: Job, rows: int) -> None:
+        """So many rows more are open, of everyone and of the job's owner."""
+        self._backlog_rows += rows
+        if job.owner is not None:
+            self._owner_rows[job.owner] += rows
+            if not self._owner_rows[job.owner]:
+                del self._owner_rows[job.owner]
 
     def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
         self._sweep()
@@ -266,7 +295,7 @@ class MemoryEngine:
     def _count(self, record: Record, index: int, votes: list[int]) -> None:
         record.count(index, votes)
         self._held.pop((record.job.id, index), None)
-        self._backlog_rows -= record.shards[index].rows
+        self._book(record.job, -record.shards[index].rows)
         self._speed.count(record.shards[index].rows, self._clock())
         if record.complete:
             self._end(record, State.SUCCEEDED)
@@ -292,7 +321,7 @@ class MemoryEngine:
         record.waiting.clear()
         for shard in record.shards:
             self._held.pop((job.id, shard.index), None)
-        self._backlog_rows -= job.rows - record.rows_done
+        self._book(job, record.rows_done - job.rows)
         self._ended[job.id] = self._open.pop(job.id)
         line = self._lines[job.task, job.bundle]
         del line.lanes[job.mode.lane][job.id]

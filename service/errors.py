@@ -105,6 +105,12 @@ class EngineUnavailable(Problem):
     status, slug, title = 503, "engine-unavailable", "The service cannot reach its queue"
 
 
+class QuotaExceeded(Problem):
+    """The key has as many rows waiting as one key may; `limit` says how many."""
+
+    status, slug, title = 429, "quota", "This key has too much work waiting"
+
+
 class StorageFull(Problem):
     """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
 

@@ -103,6 +103,7 @@ class _Loop:
         self._reach = reach
         self._lots: dict[tuple[str, str], _Lot] = {}
         self._last_task: str | None = None
+        self._extended: dict[str, float] = {}  # by token: when the lease began, or was renewed
         self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
         self._reports: set[asyncio.Task[None]] = set()
         self._arrived = asyncio.Event()
@@ -159,11 +160,12 @@ class _Loop:
             return
         bundles = {task: model.digest for task, model in self._models.items()}
         worker = Worker(self._worker_id, bundles)
+        began = time.monotonic()
         pulling = self._engine.pull(worker, missing, self._last_task)
         for lease in await self._reach.ask(pulling):
-            await self._accept(lease)
+            await self._accept(lease, began)
 
-    async def _accept(self, lease: Lease) -> None:
+    async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
         if model is None or model.digest != lease.job.bundle:
             await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
@@ -171,6 +173,7 @@ class _Loop:
         key = (lease.job.task, lease.job.bundle)
         lot = self._lots.setdefault(key, _Lot(lease.job.task, model, Packer(model.batch_rows)))
         lot.packer.add(lease)
+        self._extended[lease.token] = began
         self._arrived.set()
 
     async def _compute_next(self) -> None:
@@ -179,12 +182,14 @@ class _Loop:
             self._arrived.clear()
             await self._arrived.wait()
             return
-        await self._renew()
-        batch = lot.packer.next_batch()
+        await self._renew(older_than=self._lease_seconds / 3)
+        while batch := lot.packer.next_batch():
+            self._taken.set()
+            if await self._start(lot, batch):
+                await self._compute(lot, batch)
+                return
+            lot.packer.put_back(batch)
         self._taken.set()
-        if batch:
-            await self._start(lot, batch)
-            await self._compute(lot, batch)
 
     def _next_lot(self) -> _Lot | None:
         """The lot whose turn it is: tasks in hand take turns, however fast one is topped up."""
@@ -196,9 +201,11 @@ class _Loop:
                 return lot
         return None
 
-    async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> None:
+    async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> bool:
+        """Start the batch; False where some of it was lost, and let go of, so that more may fit."""
+        leases = _leases(batch)
         try:
-            await self._reach.ask(self._engine.start(_leases(batch)))
+            return self._keep(leases, await self._reach.ask(self._engine.start(leases)))
         except BaseException:
             lot.packer.put_back(batch)
             raise
@@ -281,14 +288,24 @@ class _Loop:
             return False
         return True
 
-    async def _renew(self) -> None:
-        """Extend every lease in hand and let go of those lost."""
-        leases = self._in_hand()
-        held = {lease.token for lease in await self._reach.ask(self._engine.renew(leases))}
+    async def _renew(self, older_than: float = 0.0) -> None:
+        """Extend the leases in hand that are so many seconds old and let go of those lost."""
+        since = time.monotonic() - older_than
+        leases = [held for held in self._in_hand() if self._extended[held.token] <= since]
+        if leases:
+            self._keep(leases, await self._reach.ask(self._engine.renew(leases)))
+
+    def _keep(self, leases: Sequence[Lease], held: Sequence[Lease]) -> bool:
+        """Of these leases let go of all but those held; True where that is none."""
+        now, tokens = time.monotonic(), {lease.token for lease in held}
         for lease in leases:
-            if lease.token not in held:
+            if lease.token in tokens:
+                self._extended[lease.token] = now
+            else:
                 self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
+        self._extended = {lease.token: self._extended[lease.token] for lease in self._in_hand()}
         self._taken.set()
+        return len(tokens) == len(leases)
 
     async def _renew_if_possible(self) -> None:
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import subprocess
 import time
+from asyncio import StreamReader, StreamWriter
 from pathlib import Path
+from typing import Self
 
 import redis
 from redis.asyncio import Redis
@@ -62,6 +65,61 @@ class RedisServer:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+
+class LosingReplies:
+    """Stands between clients and a server; of the requests with a `marker` the next has no reply.
+
+    The request is executed, and its connection cut. `lost` counts these.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.marker = b""
+        self.lost = 0
+        self._port = port
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, client: StreamReader, to_client: StreamWriter) -> None:
+        server, to_server = await asyncio.open_connection("127.0.0.1", self._port)
+        marked = asyncio.Event()
+
+        async def requests() -> None:
+            while request := await client.read(1 << 20):
+                if self.marker and self.marker in request:
+                    self.marker = b""
+                    marked.set()
+                to_server.write(request)
+
+        async def replies() -> None:
+            while reply := await server.read(1 << 20):
+                if marked.is_set():
+                    self.lost += 1
+                    return
+                to_client.write(reply)
+
+        ways = {asyncio.create_task(requests()), asyncio.create_task(replies())}
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            to_client.close()
+            to_server.close()
+
+
+async def written(client: Redis) -> None:
+    """Returns once all that was answered is in the file, which a busy disk puts off."""
+    while (await client.info("persistence"))["aof_buffer_length"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 async def age(client: Redis, prefix: str, milliseconds: int) -> None:

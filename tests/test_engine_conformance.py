@@ -28,7 +28,7 @@ from service.engine import (
 from service.engine_memory import MemoryEngine
 from service.engine_redis.client import connect
 from service.engine_redis.engine import RedisEngine
-from service.errors import Backlog, IdempotencyMismatch, InvalidField
+from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
 from tests.redis_server import age, stored_bytes
@@ -39,6 +39,7 @@ RETENTION = 1000
 STARVATION = 5
 WORKER_SILENCE = 50
 BACKLOG_ROWS = 400
+OWNER_ROWS = 120
 CONTAINERS = (dict, list, tuple, set, deque, Counter)
 PROBLEM = {"type": "urn:vouchsafe:problem:shard-dead", "status": 500, "detail": "as reported"}
 ALPHA = Worker("alpha", {"default": "bundle-a"})
@@ -73,6 +74,7 @@ class MemoryHarness:
             shard_rows=SHARD_ROWS,
             lease_seconds=LEASE,
             backlog_rows=BACKLOG_ROWS,
+            owner_rows=OWNER_ROWS,
             retention_seconds=RETENTION,
             starvation_seconds=STARVATION,
             worker_seconds=WORKER_SILENCE,
@@ -118,6 +120,7 @@ class RedisHarness:
             shard_rows=SHARD_ROWS,
             lease_seconds=LEASE,
             backlog_rows=BACKLOG_ROWS,
+            owner_rows=OWNER_ROWS,
             retention_seconds=RETENTION,
             starvation_seconds=STARVATION,
             worker_seconds=WORKER_SILENCE,
@@ -176,6 +179,12 @@ async def compute(engine: Engine, leases: Sequence[Lease]) -> list[bool]:
     """Start and commit, as a worker does."""
     await engine.start(leases)
     return [await engine.commit(lease, votes(lease)) for lease in leases]
+
+
+async def open_rows(engine: Engine, jobs: Sequence[Job]) -> int:
+    """The rows that are left of these jobs."""
+    statuses = [await status_of(engine, job.id) for job in jobs]
+    return sum(s.job.rows - s.rows_done for s in statuses if not s.state.ended)
 
 
 async def finish_everything(engine: Engine, worker: Worker = ALPHA) -> None:
@@ -246,6 +255,13 @@ async def test_pull_stops_at_the_rows_asked_for(engine: Engine) -> None:
     await engine.submit(make_job("a"))
     leases = await engine.pull(ALPHA, 15)
     assert [lease.shard.index for lease in leases] == [0, 1]
+
+
+async def test_pull_of_nothing_is_nothing(engine: Engine) -> None:
+    """A worker that only announces itself asks for no rows and gets none."""
+    await engine.submit(make_job("a"))
+    assert await engine.pull(BETA, 0) == []
+    assert len(await engine.pull(ALPHA, 100)) == 4
 
 
 async def test_pull_takes_from_many_jobs(engine: Engine) -> None:
@@ -370,6 +386,20 @@ async def test_renewed_lease_outlives_its_first_term(harness: Harness) -> None:
         await harness.wait(LEASE * 0.7)
         assert await engine.renew(leases) == leases
         assert await engine.pull(BETA, 1) == []
+
+
+async def test_started_lease_begins_anew(harness: Harness) -> None:
+    """Starting a shard renews its lease, and says which leases are lost, as renew does."""
+    engine = harness.engine
+    await engine.submit(make_job("a", n0=0, n=2 * SHARD_ROWS))
+    (lost,) = await engine.pull(ALPHA, 1)
+    await harness.wait(LEASE + 1)
+    held = await engine.pull(ALPHA, 100)
+    for _ in range(3):
+        await harness.wait(LEASE * 0.7)
+        assert await engine.start([lost, *held]) == held
+        assert await engine.pull(BETA, 100) == []
+    assert await engine.start([]) == []
 
 
 async def test_lost_lease_is_not_renewed(harness: Harness) -> None:
@@ -537,7 +567,7 @@ async def test_innocent_jobs_finish_beside_a_poisonous_one(harness: Harness) -> 
 async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: int) -> None:
     """Deaths, failures, releases, double and late commits in any order never change a vote."""
     chance, engine = random.Random(seed), harness.engine
-    jobs = [make_job(f"job-{number}") for number in range(8)]
+    jobs = [make_job(f"job-{number}", owner="ada" if number < 3 else None) for number in range(8)]
     for job in jobs:
         await engine.submit(job)
     forgotten: list[Lease] = []
@@ -561,7 +591,10 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         if forgotten and chance.random() < 0.3:
             late = forgotten.pop(chance.randrange(len(forgotten)))
             await engine.commit(late, votes(late))
-        if (await engine.capacity()).backlog_rows == 0:
+        capacity = await engine.capacity("ada")
+        assert capacity.owner_rows == await open_rows(engine, jobs[:3])
+        assert capacity.backlog_rows == await open_rows(engine, jobs)
+        if capacity.backlog_rows == 0:
             break
     for job in jobs:
         status = await status_of(engine, job.id)
@@ -675,6 +708,92 @@ async def test_capacity_names_what_is_served(engine: Engine) -> None:
     await engine.pull(Worker("new", {"birds": "bundle-b"}), 1)
     bundles = (await engine.capacity()).bundles
     assert bundles == {"default": "bundle-a", "birds": "bundle-b"}
+
+
+# Quotas
+
+
+async def owned(engine: Engine, owner: str | None) -> int:
+    return (await engine.capacity(owner)).owner_rows
+
+
+async def test_owner_beyond_its_quota_is_refused(harness: Harness) -> None:
+    """A key's rows are bounded; the refusal says for how long, and holds back nobody else."""
+    engine = harness.engine
+    await engine.submit(make_job("measured", owner="bob"))
+    await harness.wait(2)
+    await finish_everything(engine)
+    for number in range(3):
+        await engine.submit(make_job(f"ada-{number}", owner="ada"))
+    with pytest.raises(QuotaExceeded) as refusal:
+        await engine.submit(one_shard("one-too-many", owner="ada"))
+    speed = (await engine.capacity()).rows_per_second
+    assert refusal.value.status == 429
+    assert refusal.value.extra == {"limit": OWNER_ROWS}
+    assert refusal.value.retry_after is not None
+    assert abs(refusal.value.retry_after - max(1, OWNER_ROWS / speed)) <= 1
+    assert await engine.status("one-too-many") is None
+    for owner in ("bob", None):
+        await engine.submit(make_job(f"of-{owner}", owner=owner))
+
+
+async def test_rows_without_an_owner_have_no_quota(engine: Engine) -> None:
+    """Where everyone may call only the backlog bounds the rows."""
+    for number in range(BACKLOG_ROWS // 40):
+        await engine.submit(make_job(f"job-{number}"))
+    capacity = await engine.capacity(None)
+    assert (capacity.backlog_rows, capacity.owner_rows) == (BACKLOG_ROWS, 0)
+
+
+async def test_job_beyond_the_quota_is_an_error_of_the_caller(engine: Engine) -> None:
+    """A job that its key could never queue is not asked to come again later."""
+    with pytest.raises(InvalidField, match=str(OWNER_ROWS)) as refusal:
+        await engine.submit(make_job("a", n=OWNER_ROWS, owner="ada"))
+    assert refusal.value.retry_after is None
+    await engine.submit(make_job("b", n=OWNER_ROWS))
+
+
+async def test_known_keys_are_answered_beyond_the_quota(engine: Engine) -> None:
+    """A repeated request gets its job though its owner's quota is used up."""
+    for number in range(3):
+        job = make_job(f"ada-{number}", owner="ada")
+        await engine.submit(job, idempotency_key=f"k-{number}")
+    again = make_job("again", owner="ada")
+    assert await engine.submit(again, idempotency_key="k-1") == "ada-1"
+
+
+async def test_quota_has_room_again_after_work(harness: Harness) -> None:
+    """Rows that are counted, cancelled, failed, forgotten or too old are the owner's no more."""
+    engine = harness.engine
+    for name in ("ada-1", "ada-2", "bob-1"):
+        await engine.submit(make_job(name, owner=name[:3]))
+    assert (await owned(engine, "ada"), await owned(engine, "bob")) == (80, 40)
+    leases = await engine.pull(ALPHA, 30)
+    assert await owned(engine, "ada") == 80
+    await compute(engine, leases)
+    assert (await owned(engine, "ada"), await owned(engine, "bob")) == (50, 40)
+    await engine.cancel("ada-1")
+    assert await owned(engine, "ada") == 40
+    for _ in range(FAILURES_ALLOWED):
+        (lease,) = await engine.pull(ALPHA, 1)
+        await engine.fail(lease, PROBLEM)
+    assert await owned(engine, "ada") == 0
+    await engine.submit(make_job("ada-3", owner="ada"))
+    await engine.forget("ada-3")
+    assert (await owned(engine, "ada"), await owned(engine, "bob")) == (0, 40)
+    await harness.wait(RETENTION + 1)
+    capacity = await engine.capacity("bob")
+    assert (capacity.owner_rows, capacity.backlog_rows) == (0, 0)
+
+
+async def test_last_rows_of_a_poisonous_job_are_its_owners_no_more(harness: Harness) -> None:
+    """A job that ends by the deaths of its workers leaves its owner's quota free."""
+    engine = harness.engine
+    await engine.submit(make_job("a", owner="ada"))
+    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+        assert await owned(engine, "ada") == 40
+        await die(harness)
+    assert await owned(engine, "ada") == 0
 
 
 # Lanes and tasks

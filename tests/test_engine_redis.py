@@ -22,9 +22,11 @@ from service.config import Settings
 from service.engine import FAILURES_ALLOWED, Lease, Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine_redis.listener import Listener
+from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
-from tests.fakes import fake_votes, make_job, true_votes
-from tests.redis_server import GROUP, RedisServer, age
+from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.redis_server import GROUP, LosingReplies, RedisServer, age, written
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -115,6 +117,7 @@ async def test_kill_of_redis_loses_nothing(
     engine = fleet.engine
     await engine.pull(ALPHA, 1)
     jobs = [await engine.submit(make_job(f"job-{number}", n=1_000)) for number in range(12)]
+    await written(fleet.redis)
     working = asyncio.create_task(finish_everything(engine))
     for _ in range(4):
         await asyncio.sleep(0.1)
@@ -167,6 +170,23 @@ async def test_reconciler_queues_again_what_is_missing(fleet: Fleet, lost: str) 
     assert await fleet.keys("lane:") == []
 
 
+async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
+    """Where the books of open work are gone, what is left of open jobs is booked again, once."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", owner="ada"))
+    await engine.submit(make_job("b"))
+    leases = await engine.pull(ALPHA, 30)
+    await compute(engine, leases[:1])
+    await fleet.redis.delete(f"{fleet.prefix}backlog")
+    await compute(engine, leases[1:])
+    for _ in range(2):
+        await engine.reconcile()
+        capacity = await engine.capacity("ada")
+        assert (capacity.owner_rows, capacity.backlog_rows) == (10, 50)
+    await finish_everything(engine)
+    assert await fleet.redis.hgetall(f"{fleet.prefix}backlog") == {b"all": b"0"}
+
+
 async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
     """Nobody has to ask: once a lease's time a pull looks for what is missing."""
     engine = fleet.engine
@@ -175,10 +195,36 @@ async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet
     assert await engine.pull(ALPHA, 100) == []
     await fleet.lease_runs_out()
     another = RedisEngine(
-        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=0.05
+        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=10
     )
     assert len(await another.pull(ALPHA, 100)) == 4
     await another.close()
+
+
+async def test_reconciling_holds_up_no_pull(
+    redis_server: RedisServer, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to look through many jobs, the worker that does so has work."""
+    another = RedisEngine(connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+    monkeypatch.setattr(another, "reconcile", asyncio.Event().wait)
+    await fleet.redis.delete(f"{fleet.prefix}reconciled")
+    await fleet.engine.submit(make_job("a"))
+    async with asyncio.timeout(30):
+        assert len(await another.pull(BETA, 20)) == 2
+    await another.close()
+
+
+async def test_entry_deleted_by_hand_blocks_nothing(fleet: Fleet) -> None:
+    """What was handed back and is gone from the stream does not hide what comes after it."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", n0=0))
+    first = await engine.pull(ALPHA, 10)
+    await engine.release(first)
+    (stream,) = await fleet.keys("lane:")
+    await fleet.redis.xdel(stream, first[0].token.split("/")[0])
+    assert [lease.shard.index for lease in await engine.pull(BETA, 100)] == [1, 2]
+    assert await engine.reconcile() == 1
+    assert [lease.shard.index for lease in await engine.pull(BETA, 100)] == [0]
 
 
 async def test_lost_group_is_made_again(fleet: Fleet) -> None:
@@ -330,6 +376,69 @@ async def test_lost_connections_are_made_again(fleet: Fleet) -> None:
                 assert (await anext(watching)).rows_done == done
 
 
+async def test_lost_replies_change_nothing(redis_server: RedisServer, fleet: Fleet) -> None:
+    """A call that was executed and never answered is made again, and has the effect of one."""
+    problem = {"detail": "no"}
+    await fleet.engine.submit(make_job("warm"))  # From here on Redis knows every script.
+    (lease, other) = await fleet.engine.pull(ALPHA, 20)
+    await compute(fleet.engine, [lease])
+    await fleet.engine.fail(other, problem)
+    await fleet.engine.cancel("warm")
+
+    async with LosingReplies(redis_server.port) as gap:
+        engine = RedisEngine(connect(gap.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+        await engine.pull(ALPHA, 1)
+        gap.marker = b'"id":"a"'
+        assert await engine.submit(make_job("a", owner="ada")) == "a"
+        gap.marker = b"alpha"
+        leases = await engine.pull(ALPHA, 30)
+        assert [lease.shard.index for lease in leases] == [0, 1, 2]
+        (stream,) = await fleet.keys("lane:")
+        assert (await fleet.redis.xpending(stream, GROUP))["pending"] == 3
+        gap.marker = leases[0].token.encode()
+        assert await engine.start(leases) == leases
+        gap.marker = leases[0].token.encode()
+        await engine.commit(leases[0], votes(leases[0]))
+        gap.marker = leases[1].token.encode()
+        await engine.fail(leases[1], problem)
+        assert await fleet.redis.hget(f"{fleet.prefix}job:a", "f:1") == b"1"
+        gap.marker = leases[2].token.encode()
+        await engine.release(leases[2:])
+        assert (await engine.capacity("ada")).owner_rows == 30
+        await finish_everything(engine, BETA)
+        assert_exact(await status_of(engine, "a"))
+        await engine.submit(make_job("b"))
+        gap.marker = b"cancelled"
+        await engine.cancel("b")
+        assert (await status_of(engine, "b")).state is State.CANCELLED
+        assert gap.lost == 7
+        await engine.close()
+
+
+async def test_listener_begins_again(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that ended by an error nobody thought of hears again once it is asked."""
+    redis, channel = connect(redis_server.url), f"{{{secrets.token_hex(8)}}}:channel"
+    listener, hear = Listener(redis, channel), Listener._hear
+    failed = asyncio.Event()
+
+    async def fail(*arguments: object) -> None:
+        failed.set()
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(Listener, "_hear", fail)
+    ring = listener.always.next_ring
+    await failed.wait()
+    monkeypatch.setattr(Listener, "_hear", hear)
+    async with asyncio.timeout(30):
+        while not ring.is_set():
+            ring = listener.always.next_ring
+            await asyncio.wait({asyncio.ensure_future(ring.wait())}, timeout=0.05)
+    await listener.close()
+    await redis.aclose()
+
+
 async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
     """Who watches while Redis is killed and started again sees the end of the job."""
     fleet = Fleet(own_server.url)
@@ -345,6 +454,7 @@ async def test_watch_outlives_a_restart(own_server: RedisServer) -> None:
     watching = asyncio.create_task(watch())
     while not seen:  # noqa: ASYNC110 - the engine has nothing to wait on.
         await asyncio.sleep(0.01)
+    await written(fleet.redis)
     own_server.kill()
     await asyncio.sleep(0.2)
     own_server.start()
@@ -383,6 +493,7 @@ async def test_loading_server_is_waited_for(own_server: RedisServer) -> None:
     await fleet.engine.pull(ALPHA, 1)
     for number in range(300):  # The server answers once in 1,024 commands that it reads.
         await fleet.engine.submit(make_job(f"job-{number}"))
+    await written(fleet.redis)
     own_server.kill()
     own_server.launch(key_load_delay=300)
     impatient: Redis = Redis.from_url(own_server.url, retry=None)
@@ -422,6 +533,17 @@ async def test_unreachable_redis_is_an_error(redis_program: None, tmp_path: Path
         with pytest.raises(RedisError):
             await fleet.engine.capacity()
     await fleet.close()
+
+
+async def test_settings_bound_a_keys_rows(own_server: RedisServer) -> None:
+    """VOUCHSAFE_KEY_ROWS is the quota of every key, and of nobody without one."""
+    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, key_rows=50))
+    await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("a", owner="ada"))
+    with pytest.raises(QuotaExceeded):
+        await engine.submit(make_job("b", owner="ada"))
+    await engine.submit(make_job("c", n=50))
+    await engine.close()
 
 
 async def test_least_rights_are_enough(own_server: RedisServer) -> None:
@@ -515,6 +637,47 @@ async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
     assert sorted(await fleet.keys("image:")) == [
         f"{fleet.prefix}image:job-{number}".encode() for number in (2, 3, 4)
     ]
+    await fleet.close()
+
+
+async def test_many_leases_run_out_some_at_a_time(redis_server: RedisServer) -> None:
+    """A whole fleet's leases do not keep Redis from everyone; each call takes some of them back."""
+    fleet = Fleet(redis_server.url, sweep_seconds=1_000)
+    await fleet.engine.pull(ALPHA, 1)
+    await fleet.engine.submit(make_job("a", n0=0, n=12_000))
+    assert len(await fleet.engine.pull(ALPHA, 12_000)) == 1_200
+    await fleet.lease_runs_out()
+    (stream,) = await fleet.keys("lane:")
+
+    async def still_leased() -> int:
+        found = await fleet.redis.xpending(stream, GROUP)
+        return sum(c["pending"] for c in found["consumers"] if c["name"] == b"alpha")
+
+    await fleet.redis.delete(f"{fleet.prefix}swept")
+    left = [1_200]
+    while left[-1]:
+        await fleet.engine.status("a")
+        left.append(await still_leased())
+        assert left[-2] > left[-1] > left[-2] - 1_000
+    assert len(await fleet.engine.pull(BETA, 12_000)) == 1_200
+    await fleet.redis.delete(*await fleet.keys())
+    await fleet.close()
+
+
+async def test_fleet_that_was_silent_leaves_the_group(redis_server: RedisServer) -> None:
+    """Workers that all fell silent together are no consumers any more once somebody looks."""
+    clock = FakeClock()
+    fleet = Fleet(redis_server.url, clock=clock)
+    await fleet.engine.pull(BETA, 1)
+    await fleet.engine.submit(make_job("a", n=90))
+    await compute(fleet.engine, await fleet.engine.pull(BETA, 10))
+    (stream,) = await fleet.keys("lane:")
+    assert len(await fleet.redis.xinfo_consumers(stream, GROUP)) == 1
+    clock.advance(31)
+    await age(fleet.redis, fleet.prefix, 31_000)
+    assert (await fleet.engine.capacity()).bundles == {}
+    assert await fleet.redis.xinfo_consumers(stream, GROUP) == []
+    await fleet.redis.delete(*await fleet.keys())
     await fleet.close()
 
 

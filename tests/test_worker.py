@@ -415,6 +415,32 @@ async def test_worker_survives_its_engine(seed: int) -> None:
             await assert_exact(engine, job)
 
 
+async def test_rows_of_a_cancelled_job_are_not_computed(engine: MemoryEngine) -> None:
+    """Rows in hand of a job that was cancelled are dropped at their batch, and no others."""
+    spy, model = EngineSpy(engine), FakeModel(batch_rows=20)
+    model.gate.clear()
+    first, gone = make_job("first", n0=0, n=20), make_job("gone", n0=0, n=10)
+    last = make_job("last", n0=0, n=10)
+    await submit(engine, first, gone, last)
+    async with working(spy, {"default": model}):
+        await soon(lambda: len(model.batches) == 1 and len(spy.asked("pull")) == 2)
+        await engine.cancel("gone")
+        model.gate.set()
+        await assert_exact(engine, last)
+    assert not any(keys(gone) & {key for key, *_ in batch} for batch in model.batches)
+
+
+async def test_young_leases_are_not_renewed(engine: MemoryEngine) -> None:
+    """Batches that take no time cost no renewals: a lease is left alone for a third of its term."""
+    spy = EngineSpy(engine)
+    job = make_job("a", n=500)
+    await submit(engine, job)
+    async with working(spy, {"default": FakeModel()}):
+        await assert_exact(engine, job)
+    assert len(spy.asked("start")) > 10
+    assert spy.asked("renew") == []
+
+
 async def test_batch_that_could_not_be_started_is_tried_again(engine: MemoryEngine) -> None:
     """Rows packed for a batch are not lost where the engine fails before it is computed."""
     spy = EngineSpy(engine)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
 
 from service.jobs import canonical_json
 
 T = TypeVar("T")
 
 _SCRIPTS = Path(__file__).parent / "scripts"
+_SHARED = ("common", "sweep")
 
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=2.0)
 """Seconds before the next try: longer each time, up to 2, jittered."""
@@ -47,10 +49,21 @@ def connect(url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A script to run, with what it is given, and who waits for its reply."""
+
+    name: str
+    passed: tuple[Any, ...]
+    reply: asyncio.Future[Any]
+
+
 class Scripts:
     """The engine's scripts under one prefix; `terms` are the numbers that they go by.
 
-    `clock` gives the Unix seconds that are written down; the server's own time unless given.
+    `clock` gives the Unix seconds that are written down; the server's own time unless given. Calls
+    made in one turn of the event loop travel together, in one round trip. A call whose reply got
+    lost is made again, so every script must bear being run twice.
     """
 
     def __init__(
@@ -60,26 +73,77 @@ class Scripts:
         terms: Mapping[str, Any],
         clock: Callable[[], float] | None = None,
     ) -> None:
-        common = (_SCRIPTS / "common.lua").read_text()
+        shared = "".join((_SCRIPTS / f"{name}.lua").read_text() for name in _SHARED)
         self._prefix = prefix
         self._terms = canonical_json(terms)
         self._clock = clock
         self._redis = redis
         self._texts = {
-            path.stem: common + path.read_text()
+            path.stem: shared + path.read_text()
             for path in _SCRIPTS.glob("*.lua")
-            if path.stem != "common"
+            if path.stem not in _SHARED
         }
         self._digests = {name: _sha1(text) for name, text in self._texts.items()}
+        self._calls: list[_Call] = []
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def run(self, name: str, *arguments: str | bytes | float) -> Any:
         """The reply of one script, as Redis gives it: strings are bytes, missing ones None."""
         now = "" if self._clock is None else self._clock()
         passed = (self._prefix, self._terms, now, *arguments)
+        call = _Call(name, passed, asyncio.get_running_loop().create_future())
+        self._calls.append(call)
+        if len(self._calls) == 1:
+            sending = asyncio.create_task(self._send())
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+        return await call.reply
+
+    async def close(self) -> None:
+        """Give up what has no reply yet."""
+        for sending in self._sending:
+            sending.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+
+    async def _send(self) -> None:
+        calls, self._calls = self._calls, []
         try:
-            return await answered(self._redis.evalsha(self._digests[name], 1, *passed))
+            replies = await self._replies(calls)
+        except asyncio.CancelledError:
+            for call in calls:
+                call.reply.cancel()
+            raise
+        except Exception as error:
+            replies = [error] * len(calls)
+        for call, reply in zip(calls, replies, strict=True):
+            if call.reply.done():
+                continue  # Whoever asked was cancelled.
+            if isinstance(reply, Exception):
+                call.reply.set_exception(reply)
+            else:
+                call.reply.set_result(reply)
+
+    async def _replies(self, calls: Sequence[_Call]) -> list[Any]:
+        """What every call is answered, be it an error."""
+        if len(calls) == 1:
+            return [await self._alone(calls[0])]
+        async with self._redis.pipeline(transaction=False) as together:
+            for call in calls:
+                together.evalsha(self._digests[call.name], 1, *call.passed)
+            replies = await together.execute(raise_on_error=False)
+        for at, reply in enumerate(replies):
+            if isinstance(reply, (NoScriptError, ReadOnlyError)):  # It has done nothing yet.
+                try:
+                    replies[at] = await self._alone(calls[at])
+                except RedisError as error:
+                    replies[at] = error
+        return list(replies)
+
+    async def _alone(self, call: _Call) -> Any:
+        try:
+            return await self._redis.evalsha(self._digests[call.name], 1, *call.passed)
         except NoScriptError:  # EVAL needs no script loaded before, however often Redis restarts.
-            return await answered(self._redis.eval(self._texts[name], 1, *passed))
+            return await self._redis.eval(self._texts[call.name], 1, *call.passed)
 
 
 async def answered(reply: Awaitable[T]) -> T:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from service.admission import another_request, full, most_served, too_large, unserved
+from service.admission import (
+    another_request,
+    full,
+    most_rows,
+    most_served,
+    over_quota,
+    too_large,
+    unserved,
+)
 from service.config import Settings
 from service.engine import (
     FAILURES_ALLOWED,
@@ -27,20 +38,23 @@ from service.engine_redis.client import Scripts, answered, connect
 from service.engine_redis.listener import Listener
 from service.engine_redis.records import (
     caller_digest,
+    flat,
     job_status,
     lease_of,
     line_of,
     lost,
+    named,
     pairs,
     served,
     shards_of,
 )
-from service.jobs import Job, JobStatus, Shard, State, canonical_json
+from service.jobs import Job, JobStatus, State, canonical_json
 from service.offers import Offer, next_offer
 
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
 
+_log = logging.getLogger("vouchsafe.engine")
 _DEAD_LETTERS = 1_000
 _GRACE_SECONDS = 60.0
 """Open work outlives its retention so long, for a sweep to take it off the books first."""
@@ -64,6 +78,7 @@ class RedisEngine:
         shard_rows: int,
         lease_seconds: float = 30,
         backlog_rows: int = 200_000,
+        owner_rows: int | None = None,
         retention_seconds: float = 86_400,
         kept_jobs: int = 10_000,
         starvation_seconds: float = 1,
@@ -78,6 +93,7 @@ class RedisEngine:
         self._shard_rows = shard_rows
         self._lease_seconds = lease_seconds
         self._backlog_bound = backlog_rows
+        self._owner_bound = owner_rows
         self._starvation_seconds = starvation_seconds
         self._poll_seconds = poll_seconds
         terms = {
@@ -86,6 +102,7 @@ class RedisEngine:
             "sweep_ms": _milliseconds(sweep_seconds),
             "silence_ms": _milliseconds(worker_seconds),
             "backlog_rows": backlog_rows,
+            "owner_rows": owner_rows,
             "retention_ms": _milliseconds(retention_seconds),
             "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
             "kept_jobs": kept_jobs,
@@ -97,6 +114,7 @@ class RedisEngine:
         self._listener = Listener(redis, f"{prefix}arrived")
         self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
         self._reconciled = float("-inf")
+        self._reconciling: asyncio.Task[None] | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -111,6 +129,7 @@ class RedisEngine:
             shard_rows=settings.shard_rows,
             lease_seconds=settings.lease_seconds,
             backlog_rows=settings.backlog_rows,
+            owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
             worker_seconds=max(30.0, settings.lease_seconds),
         )
@@ -121,17 +140,22 @@ class RedisEngine:
         """Queue a job; see Engine. A job whose id is known already changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         line = line_of(job.task, job.bundle)
-        shards = _flat(job.shards(self._shard_rows))
+        shards = flat(job.shards(self._shard_rows))
+        bound = most_rows(job, self._backlog_bound, self._owner_bound)
         told, *figures = await self._scripts.run(
-            "submit", job.encode(), job.pixels, key or "", fingerprint, line, *shards
+            "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
         )
         match told:
             case b"mismatch":
                 raise another_request()
             case b"large":
-                raise too_large(job, self._backlog_bound)
+                raise too_large(job, bound)
             case b"unserved":
                 raise unserved(job)
+            case b"quota":
+                open_rows, most, rows, seconds = figures
+                speed = rows_per_second(int(rows), float(seconds))
+                raise over_quota(job.rows, int(open_rows), int(most), speed)
             case b"full":
                 waiting, rows, seconds = figures
                 raise full(job, int(waiting), rows_per_second(int(rows), float(seconds)))
@@ -140,7 +164,7 @@ class RedisEngine:
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
-        await self._reconcile_if_due()
+        self._reconcile_if_due()
         while True:
             arrival = self._listener.always.next_ring
             if leases := await self._take(worker, rows, prefer_task):
@@ -148,16 +172,13 @@ class RedisEngine:
             if not await _rings_by(arrival, deadline):
                 return []
 
-    async def start(self, leases: Sequence[Lease]) -> None:
+    async def start(self, leases: Sequence[Lease]) -> list[Lease]:
         """Say that these shards are being computed now; see Engine."""
-        if leases:
-            await self._scripts.run("start", *_named(leases))
+        return await self._renew("start", leases)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Extend the leases; returns those still held."""
-        if not leases:
-            return []
-        return [leases[place] for place in await self._scripts.run("renew", *_named(leases))]
+        return await self._renew("", leases)
 
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
         """Add a shard's votes once; see Engine."""
@@ -166,7 +187,7 @@ class RedisEngine:
         some = [figure for item in enumerate(votes) if item[1] for figure in item]
         counted = await self._scripts.run(
             "commit",
-            *_named([lease]),
+            *named([lease]),
             shard.domain.value,
             shard.rows,
             json.dumps(lost("record", lease.job.id)),
@@ -176,12 +197,12 @@ class RedisEngine:
 
     async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
         """Report a failed attempt; see Engine."""
-        await self._scripts.run("fail", *_named([lease]), canonical_json(dict(problem)))
+        await self._scripts.run("fail", *named([lease]), canonical_json(dict(problem)))
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted."""
         if leases:
-            await self._scripts.run("release", *_named(leases))
+            await self._scripts.run("release", *named(leases))
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
@@ -216,11 +237,14 @@ class RedisEngine:
         job = await self._job(job_id) if fields else None
         return None if job is None else job_status(job, fields)
 
-    async def capacity(self) -> Capacity:
-        """Backlog, measured speed, and what live workers serve."""
-        backlog_rows, (rows, seconds), announcements = await self._scripts.run("capacity")
+    async def capacity(self, owner: str | None = None) -> Capacity:
+        """Backlog, that of one owner, measured speed, and what live workers serve."""
+        asked = () if owner is None else (owner,)
+        answer = await self._scripts.run("capacity", *asked)
+        backlog_rows, (rows, seconds), announcements, owner_rows = answer
         speed = rows_per_second(int(rows), float(seconds))
-        return Capacity(int(backlog_rows), speed, most_served(served(announcements)))
+        bundles = most_served(served(announcements))
+        return Capacity(int(backlog_rows), speed, bundles, int(owner_rows))
 
     async def reconcile(self) -> int:
         """Queue again whatever open jobs miss in the streams; returns how many shards that were.
@@ -231,40 +255,58 @@ class RedisEngine:
         for name in await self._scripts.run("opened"):
             fields = pairs(await self._scripts.run("status", name))
             shards = shards_of(fields) if fields else ()
-            requeued += await self._scripts.run("requeue", name, *_flat(shards))
+            requeued += await self._scripts.run("requeue", name, *flat(shards))
         return requeued
 
     async def close(self) -> None:
         """Let go of every connection."""
+        if self._reconciling is not None:
+            self._reconciling.cancel()
+            await asyncio.wait({self._reconciling})
         await self._listener.close()
+        await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
-    async def _reconcile_if_due(self) -> None:
-        """Reconcile once a lease's time, whichever process comes first."""
+    def _reconcile_if_due(self) -> None:
+        """Reconcile once a lease's time, whichever process comes first; no pull waits for it."""
         now = asyncio.get_running_loop().time()
-        if now < self._reconciled + self._lease_seconds:
-            return
-        self._reconciled = now
+        busy = self._reconciling is not None and not self._reconciling.done()
+        if not busy and now >= self._reconciled + self._lease_seconds:
+            self._reconciled = now
+            self._reconciling = asyncio.create_task(self._reconcile_in_turn())
+
+    async def _reconcile_in_turn(self) -> None:
         turn = f"{self._prefix}reconciled"
-        if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
-            await self.reconcile()
+        try:
+            if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
+                await self.reconcile()
+        except (RedisError, OSError) as error:
+            _log.warning("The streams could not be looked through: %s", error)
+
+    async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
+        if not leases:
+            return []
+        held = await self._scripts.run("renew", how, *named(leases))
+        return [leases[place] for place in held]
 
     async def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
         tasks = list(worker.bundles)
         lines = [line_of(*item) for item in worker.bundles.items()]
-        announcement = canonical_json(dict(worker.bundles))
+        known = (worker.id, canonical_json(dict(worker.bundles)))
+        chosen = ""
         while True:
-            waiting = await self._scripts.run("offers", worker.id, announcement, *lines)
-            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
-            offer = next_offer(offers, prefer_task, self._starvation_seconds)
-            if offer is None:
-                return []
-            line = lines[tasks.index(offer.task)]
-            taken = await self._scripts.run("take", line, worker.id, rows)
+            call = secrets.token_hex(8)
+            answer = await self._scripts.run("pull", *known, call, rows, chosen, *lines)
+            taken, waiting = answer
             jobs = {name: await self._job(name.decode()) for name, *_ in taken}
             if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
                 return leases
+            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
+            offer = next_offer(offers, prefer_task, self._starvation_seconds)
+            if offer is None and not (taken or chosen):
+                return []
+            chosen = "" if offer is None else lines[tasks.index(offer.task)]
 
     async def _job(self, job_id: str) -> Job | None:
         """The job, read once for as long as anyone here holds it; None where it is gone."""
@@ -296,12 +338,3 @@ async def _rings_by(ring: asyncio.Event, deadline: float) -> bool:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _flat(shards: Iterable[Shard]) -> list[str | int]:
-    return [figure for s in shards for figure in (s.index, s.domain.value, s.start, s.stop)]
-
-
-def _named(leases: Iterable[Lease]) -> list[str | int]:
-    """What the scripts know a lease by: job, shard, token."""
-    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]

@@ -65,7 +65,7 @@ class Listener:
             await asyncio.wait({self._reading}, timeout=0.1)
 
     def _start(self) -> None:
-        if self._reading is None:
+        if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:

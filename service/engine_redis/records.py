@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -36,6 +36,16 @@ def lost(what: str, job_id: str) -> dict[str, Any]:
 def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     """A mapping from the list of names and values that a script returns."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def flat(shards: Iterable[Shard]) -> list[str | int]:
+    """What the scripts are told of shards: index, domain, start, stop of each."""
+    return [figure for s in shards for figure in (s.index, s.domain.value, s.start, s.stop)]
+
+
+def named(leases: Iterable[Lease]) -> list[str | int]:
+    """What the scripts know leases by: job, shard, token of each."""
+    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]
 
 
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:

@@ -32,10 +32,7 @@ if entry then
   drop(stream, entry)
   redis.call('HDEL', entries, shard)
 end
-if redis.call('HEXISTS', key('backlog'), id) == 1 then
-  redis.call('HINCRBY', key('backlog'), id, -rows)
-  redis.call('HINCRBY', key('backlog'), '', -rows)
-end
+settle(id, rows)
 
 local slot = math.floor(NOW / 10)
 local since = tonumber(redis.call('HGET', key('speed'), 'since') or NOW)

@@ -1,4 +1,4 @@
--- Ahead of every script. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
+-- Ahead of every script, sweep.lua next. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
 -- time in Unix seconds, or '' for this server's own.
 local GROUP, FREE = 'workers', '(free)'
 local PREFIX, TERMS, CLOCK = KEYS[1], cjson.decode(ARGV[1]), redis.call('TIME')
@@ -34,7 +34,8 @@ local function heard(worker)
   heard_already[worker] = true
   redis.call('ZADD', key('workers'), 'XX', stamp(NOW), worker)
   local digest = redis.call('HGET', key('announced'), worker)
-  stay(TERMS.silence_ms, key('workers'), key('announced'), key('announcement', digest or ''))
+  stay(TERMS.silence_ms, key('announced'), key('announcement', digest or ''))
+  redis.call('PEXPIRE', key('workers'), TERMS.open_ms)
 end
 
 -- XPENDING that makes a lost group again: every entry is then delivered once more.
@@ -108,10 +109,20 @@ local function each_held(call)
   end
 end
 
+local told_already = false
+
+-- Every worker that waits looks, so one message a script is enough.
+local function tell_workers()
+  if not told_already then
+    redis.call('PUBLISH', key('arrived'), '')
+  end
+  told_already = true
+end
+
 local function put_back(stream, entry, id, shard)
   redis.call('HDEL', key('job', id), 's:' .. shard)
   redis.call('XCLAIM', stream, GROUP, FREE, 0, entry, 'JUSTID')
-  redis.call('PUBLISH', key('arrived'), '')
+  tell_workers()
 end
 
 local function run(id, state)
@@ -121,13 +132,32 @@ local function run(id, state)
   end
 end
 
--- Off the books of open work, with the rows that were left of it.
-local function close(id)
-  local left = redis.call('HGET', key('backlog'), id)
-  if left then
-    redis.call('HINCRBY', key('backlog'), '', 0 - left)
-    redis.call('HDEL', key('backlog'), id)
+-- The books of open work, one hash, so that what they say of jobs, owners and everyone agrees.
+local function open(id, owner, rows)
+  redis.call('HINCRBY', key('backlog'), 'all', rows)
+  redis.call('HSET', key('backlog'), 'rows:' .. id, rows)
+  if owner then
+    redis.call('HSET', key('backlog'), 'owner:' .. id, owner)
+    redis.call('HINCRBY', key('backlog'), 'of:' .. owner, rows)
   end
+end
+
+-- Rows of an open job that are done; no number: all that were left of it.
+local function settle(id, rows)
+  local left, owner = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id, 'owner:' .. id))
+  if left then
+    local less = 0 - (rows or left)
+    redis.call('HINCRBY', key('backlog'), 'all', less)
+    redis.call('HINCRBY', key('backlog'), 'rows:' .. id, less)
+    if owner and redis.call('HINCRBY', key('backlog'), 'of:' .. owner, less) <= 0 then
+      redis.call('HDEL', key('backlog'), 'of:' .. owner)
+    end
+  end
+end
+
+local function close(id)
+  settle(id)
+  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id)
   redis.call('ZREM', key('opened'), id)
 end
 
@@ -175,82 +205,6 @@ local function bury(id, shard, fields, problem)
   finish(id, 'failed', problem)
 end
 
--- A delivery nobody renewed: a death, where it was being computed.
-local function lapse(stream, entry, worker, deliveries)
-  local fields = read(stream, entry)
-  if not fields then
-    return drop(stream, entry)
-  end
-  local id, shard = fields.job, fields.shard
-  local job = key('job', id)
-  local state, started = unpack(redis.call('HMGET', job, 'state', 's:' .. shard))
-  if not OPEN[state] then
-    return drop(stream, entry)
-  end
-  if started == token_of(entry, deliveries, worker) then
-    if redis.call('HINCRBY', job, 'd:' .. shard, 1) > TERMS.deaths_allowed then
-      return bury(id, shard, fields, '')
-    end
-  end
-  put_back(stream, entry, id, shard)
-end
-
-local function lapse_all(stream)
-  local from, late = '-', nil
-  repeat
-    late = pending(stream, 'IDLE', TERMS.lease_ms, from, '+', 100)
-    for _, delivery in ipairs(late) do
-      if delivery[2] ~= FREE then
-        lapse(stream, delivery[1], delivery[2], delivery[4])
-      end
-      from = '(' .. delivery[1]
-    end
-  until #late < 100
-end
-
-local function dismiss(worker, streams)
-  redis.call('ZREM', key('workers'), worker)
-  redis.call('HDEL', key('announced'), worker)
-  for _, stream in ipairs(streams) do
-    if redis.call('EXISTS', stream) == 1 and #pending(stream, '-', '+', 1, worker) == 0 then
-      redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker)
-    end
-  end
-end
-
--- Takes back what has run out: leases, silent workers, and jobs past their retention.
-local function sweep()
-  if not redis.call('SET', key('swept'), '', 'NX', 'PX', TERMS.sweep_ms) then
-    return
-  end
-  local streams = {}
-  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
-    table.insert(streams, key('lane', 'hi', line))
-    table.insert(streams, key('lane', 'lo', line))
-  end
-  for _, stream in ipairs(streams) do
-    lapse_all(stream)
-  end
-  for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
-    tidy(line)
-  end
-  local silent = '(' .. stamp(NOW - TERMS.silence_ms / 1000)
-  for _, worker in ipairs(redis.call('ZRANGE', key('workers'), '-inf', silent, 'BYSCORE')) do
-    dismiss(worker, streams)
-  end
-  local past = stamp(NOW - TERMS.retention_ms / 1000)
-  for _, id in ipairs(redis.call('ZRANGE', key('opened'), '-inf', past, 'BYSCORE')) do
-    if redis.call('EXISTS', key('job', id)) == 1 then
-      finish(id, 'cancelled')
-    end
-    close(id)
-    erase(id)
-  end
-  for _, id in ipairs(redis.call('ZRANGE', key('ended'), '-inf', past, 'BYSCORE')) do
-    erase(id)
-  end
-end
-
 local function speed()
   local rows, seconds = 0, 0
   local fields = redis.call('HGETALL', key('speed'))
@@ -263,7 +217,11 @@ local function speed()
 end
 
 local function backlog()
-  return tonumber(redis.call('HGET', key('backlog'), '') or 0)
+  return tonumber(redis.call('HGET', key('backlog'), 'all') or 0)
+end
+
+local function open_rows(owner)
+  return tonumber(redis.call('HGET', key('backlog'), 'of:' .. owner) or 0)
 end
 
 -- Distinct announcements of live workers, with how many workers make each.

@@ -1,7 +1,13 @@
--- Renews the leases of ARGV[3..]; returns the places of those still held.
+-- Renews the leases of ARGV[4..], and where ARGV[3] is 'start' marks them as being computed; returns
+-- the places of those still held.
+local start = table.remove(ARGV, 3) == 'start'
 local kept = {}
-each_held(function(place, _, _, _, stream, entry, worker)
+each_held(function(place, id, shard, token, stream, entry, worker)
   redis.call('XCLAIM', stream, GROUP, worker, 0, entry, 'JUSTID')
+  if start then
+    redis.call('HSET', key('job', id), 's:' .. shard, token)
+    run(id, redis.call('HGET', key('job', id), 'state'))
+  end
   table.insert(kept, place)
 end)
 return kept

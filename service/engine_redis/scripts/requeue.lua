@@ -2,11 +2,15 @@
 -- stream; ARGV[4..] are index, domain, start, stop of each. Returns how many.
 local id = ARGV[3]
 local job = key('job', id)
-local state, text, line, stream, submitted = unpack(redis.call('HMGET', job, 'state', 'job', 'line',
-  'stream', 'submitted'))
+local state, text, line, stream, submitted, done = unpack(redis.call('HMGET', job, 'state', 'job',
+  'line', 'stream', 'submitted', 'rows_done'))
 if not OPEN[state] then
   close(id)
   return 0
+end
+local asked = cjson.decode(text)
+if redis.call('HEXISTS', key('backlog'), 'rows:' .. id) == 0 then
+  open(id, asked.owner ~= cjson.null and asked.owner or nil, asked.n0 + asked.n - done)
 end
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 redis.call('HSETNX', key('lines'), line, 0)
@@ -32,7 +36,7 @@ local function findable(entry)
     and (follows(entry, last) or #pending(stream, entry, entry, 1) == 1)
 end
 
-local fields = {bundle = cjson.decode(text).bundle, submitted = submitted,
+local fields = {bundle = asked.bundle, submitted = submitted,
   deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
 local requeued = 0
 for at = 4, #ARGV, 4 do
@@ -47,8 +51,8 @@ for at = 4, #ARGV, 4 do
   end
 end
 redis.call('PEXPIREAT', key('entries', id), redis.call('PEXPIRETIME', job))
-stay(TERMS.open_ms, stream, key('lines'))
+stay(TERMS.open_ms, stream, key('lines'), key('backlog'))
 if requeued > 0 then
-  redis.call('PUBLISH', key('arrived'), '')
+  tell_workers()
 end
 return requeued

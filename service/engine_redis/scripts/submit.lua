@@ -1,8 +1,9 @@
 -- ARGV[3] is the job as JSON, [4] its image, [5] the caller's key or '', [6] the fingerprint, [7]
--- its line, then the shards: index, domain, start, stop of each.
+-- its line, [8] the most rows of it alone, then the shards: index, domain, start, stop of each.
 sweep()
-local text, image, caller, fingerprint, line = unpack(ARGV, 3, 7)
+local text, image, caller, fingerprint, line, most_rows = unpack(ARGV, 3, 8)
 local job = cjson.decode(text)
+local owner = job.owner ~= cjson.null and job.owner or nil
 local id, rows = job.id, job.n0 + job.n
 if caller ~= '' then
   local earlier = redis.call('GET', key('caller', caller))
@@ -14,7 +15,7 @@ end
 if redis.call('EXISTS', key('job', id)) == 1 then
   return {'known', id}
 end
-if rows > TERMS.backlog_rows then
+if rows > tonumber(most_rows) then
   return {'large'}
 end
 local served = false
@@ -23,6 +24,12 @@ for _, announcement in ipairs(announcements()) do
 end
 if not served then
   return {'unserved'}
+end
+if owner and TERMS.owner_rows ~= cjson.null then
+  local of_owner = open_rows(owner)
+  if of_owner + rows > TERMS.owner_rows then
+    return {'quota', of_owner, TERMS.owner_rows, speed()}
+  end
 end
 local waiting = backlog()
 if waiting + rows > TERMS.backlog_rows then
@@ -36,23 +43,22 @@ end
 local lane = job.mode == 'predict' and 'hi' or 'lo'
 local stream = key('lane', lane, line)
 redis.call('HSET', key('job', id), 'job', text, 'state', 'queued', 'submitted', stamp(NOW),
-  'rows_done', 0, 'counted', 0, 'shards', (#ARGV - 7) / 4, 'line', line, 'stream', stream,
+  'rows_done', 0, 'counted', 0, 'shards', (#ARGV - 8) / 4, 'line', line, 'stream', stream,
   'caller', caller, 'fingerprint', fingerprint, 'shard_rows', TERMS.shard_rows)
 redis.call('SET', key('image', id), image, 'PX', TERMS.open_ms)
 if caller ~= '' then
   redis.call('SET', key('caller', caller), id, 'PX', TERMS.open_ms)
 end
-redis.call('HINCRBY', key('backlog'), '', rows)
-redis.call('HSET', key('backlog'), id, rows)
+open(id, owner, rows)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
 local fields = {bundle = job.bundle, submitted = stamp(NOW),
   deadline = stamp(NOW + TERMS.retention_ms / 1000)}
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
-for at = 8, #ARGV, 4 do
+for at = 9, #ARGV, 4 do
   enqueue(id, stream, fields, unpack(ARGV, at, at + 3))
 end
 stay(TERMS.open_ms, key('job', id), key('entries', id), key('backlog'), key('opened'),
   key('lines'), stream)
-redis.call('PUBLISH', key('arrived'), '')
+tell_workers()
 return {'queued', id}
