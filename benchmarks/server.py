@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,10 +30,11 @@ def serving(
     command: Sequence[str] = VOUCHSAFE,
     probe: str = "/readyz",
     log: BinaryIO | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server that everyone may call on a free port, ready or as far as another probe says.
 
-    What it says goes to `log`, if there is one.
+    What it says goes to `log`, if there is one; `more` joins its environment.
 
     Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
     and TimeoutError where that takes too long.
@@ -42,7 +43,7 @@ def serving(
     others = {name: value for name, value in os.environ.items() if "VOUCHSAFE_API_KEYS" not in name}
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)],
-        env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir)},
+        env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir), **(more or {})},
         stdout=log,
         stderr=log,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.redis_server import RedisServer
+from benchmarks.redis_server import RedisServer
 from tests.serving import Service, serving
 
 # A busy machine is slow, not wrong: no example has a deadline, nor the making of them.

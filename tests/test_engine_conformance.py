@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from benchmarks.redis_server import age, stored_bytes
 from service.engine import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
@@ -31,7 +32,6 @@ from service.engine_redis.engine import RedisEngine
 from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
-from tests.redis_server import age, stored_bytes
 
 SHARD_ROWS = 10
 LEASE = 20  # ticks, as are the next three

@@ -18,6 +18,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, age, written
 from service.config import Settings
 from service.engine import FAILURES_ALLOWED, Lease, Worker
 from service.engine_redis.client import connect
@@ -26,7 +27,6 @@ from service.engine_redis.listener import Listener
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
-from tests.redis_server import GROUP, LosingReplies, RedisServer, age, written
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

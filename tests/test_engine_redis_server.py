@@ -12,10 +12,10 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
+from benchmarks.redis_server import RedisServer
 from service.engine_redis.client import connect
 from service.engine_redis.engine import RedisEngine
 from service.engine_redis.server import RedisUnsuitable, check_server
-from tests.redis_server import RedisServer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

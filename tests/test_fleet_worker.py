@@ -13,6 +13,17 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from benchmarks.fleet import (
+    LONG,
+    ROOT,
+    SERVED,
+    WorkerProcess,
+    default_model,
+    engine_at,
+    question,
+    worker_process,
+)
+from benchmarks.redis_server import GROUP, RedisServer
 from models.bundle import read_bundle
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, numerics
@@ -23,20 +34,7 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.jobs import State
 from service.serving import Serving
-from tests.fleet import (
-    LONG,
-    ROOT,
-    SERVED,
-    WorkerProcess,
-    assert_counted_exactly,
-    default_model,
-    engine_at,
-    last_status,
-    question,
-    rows_done,
-    worker_process,
-)
-from tests.redis_server import GROUP, RedisServer
+from tests.fleet import assert_counted_exactly, last_status, rows_done
 from tests.test_tasks_catalogue import put
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
@@ -243,7 +241,7 @@ async def test_hung_device_ends_the_process(
 ) -> None:
     """A batch past its limit: exit 1, with nothing renewed, and what was only held handed back."""
     stall, engine = tmp_path / "stall", own_engine
-    command = (sys.executable, "-m", "tests.stalling_worker")
+    command = (sys.executable, "-m", "benchmarks.stalling_worker")
     with worker_process(
         tmp_path / "worker", own_server.url, command, lease_seconds=3, stall=stall
     ) as worker:

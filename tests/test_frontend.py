@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from redis.exceptions import RedisError
 
+from benchmarks.redis_server import RedisServer
 from benchmarks.server import serving as serving_process
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
@@ -20,7 +21,6 @@ from service.engine import Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import RedisEngine
 from service.frontend import frontend
-from tests.redis_server import RedisServer
 from tests.serving import PNG, problem
 
 LABELS = read_bundle(DEFAULT_TASK).labels

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.redis_server import GROUP, RedisServer
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
 from service.engine_redis.adaptations import Adaptations
@@ -32,7 +33,6 @@ from service.tasks.schemas import TaskRequest
 from service.tasks.task import Task
 from tests.adapting import FAKE, FAST, PETS, create, make_plan, make_store, starts, until
 from tests.fake_adaptation import GO, OVERLAPS, publish, works
-from tests.redis_server import GROUP, RedisServer
 from tests.test_telemetry import counted
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
