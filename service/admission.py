@@ -24,9 +24,9 @@ def another_request() -> IdempotencyMismatch:
     return IdempotencyMismatch("This Idempotency-Key came before with another request.")
 
 
-def most_rows(job: Job, backlog_rows: int, owner_rows: int | None) -> int:
-    """The bound in rows of the job alone: the backlog's, or its owner's where that is less."""
-    if job.owner is None or owner_rows is None:
+def most_rows(owner: str | None, backlog_rows: int, owner_rows: int | None) -> int:
+    """The bound in rows of one job: the backlog's, or its owner's where that is less."""
+    if owner is None or owner_rows is None:
         return backlog_rows
     return min(backlog_rows, owner_rows)
 
@@ -40,15 +40,15 @@ def too_large(job: Job, bound: int) -> InvalidField:
     )
 
 
-def unserved(job: Job) -> Backlog:
+def unserved(task: str) -> Backlog:
     """The refusal of a job whose bundle no live worker serves."""
-    return Backlog(f"No worker serves task {job.task!r} now.", retry_after=RETRY_SECONDS)
+    return Backlog(f"No live worker serves task {task!r} now.", retry_after=RETRY_SECONDS)
 
 
-def full(job: Job, backlog_rows: int, rows_per_second: float) -> Backlog:
-    """The refusal of a job for which the rows that wait leave no room."""
+def full(rows: int, backlog_rows: int, rows_per_second: float) -> Backlog:
+    """The refusal of `rows` more for which those that wait leave no room."""
     return Backlog(
-        f"{backlog_rows} rows of noise are waiting; there is no room for {job.rows} more.",
+        f"{backlog_rows} rows of noise are waiting; there is no room for {rows} more.",
         retry_after=retry_seconds(backlog_rows, rows_per_second),
     )
 

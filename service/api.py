@@ -133,6 +133,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.IdempotencyMismatch,
             errors.ShardDead,
             errors.TaskUnusable,
+            errors.QuotaExceeded,
             errors.Backlog,
             errors.TaskNotReady,
             errors.EngineUnavailable,

@@ -216,18 +216,18 @@ class MemoryEngine:
         return found
 
     def _admit(self, job: Job) -> None:
-        bound = most_rows(job, self._backlog_bound, self._owner_bound)
+        bound = most_rows(job.owner, self._backlog_bound, self._owner_bound)
         if job.rows > bound:
             raise too_large(job, bound)
         if (job.task, job.bundle) not in self._served():
-            raise unserved(job)
+            raise unserved(job.task)
         speed = self._speed.rows_per_second
         if job.owner is not None and self._owner_bound is not None:
             owner_rows = self._owner_rows[job.owner]
             if owner_rows + job.rows > self._owner_bound:
                 raise over_quota(job.rows, owner_rows, self._owner_bound, speed)
         if self._backlog_rows + job.rows > self._backlog_bound:
-            raise full(job, self._backlog_rows, speed)
+            raise full(job.rows, self._backlog_rows, speed)
 
     def _served(self) -> Served:
         return Counter(

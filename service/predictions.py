@@ -20,9 +20,10 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service import telemetry
+from service.admission import full, most_rows, over_quota, unserved
 from service.answers import answer, job_response, problem
 from service.config import Settings
-from service.engine import RETRY_SECONDS, Capacity, Engine, retry_seconds
+from service.engine import RETRY_SECONDS, Capacity, Engine
 from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
@@ -65,13 +66,14 @@ class Predictions:
         """Queue the question and return its job's id, or that of the job the key made before.
 
         Raises NotFound for an unknown task, TaskNotReady, TaskFailed, InvalidField for what the
-        task cannot answer, Backlog, what `images.decode` raises, and IdempotencyMismatch.
+        task cannot answer, QuotaExceeded, Backlog, what `images.decode` raises, and
+        IdempotencyMismatch.
         """
         if asked.task not in self.tasks and self._expect is not None:
             await self._expect(asked.task)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
-        served = await self._admit(asked, retry_possible=idempotency_key is not None)
+        served = await self._admit(asked, owner, may_be_known=idempotency_key is not None)
         pixels = await self._reader.read(asked.image, bundle.resolution)
         job = self._job(asked, pixels, served, len(bundle.labels), owner)
         job_id = await self.engine.submit(
@@ -157,30 +159,31 @@ class Predictions:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
 
-    async def _admit(self, asked: PredictRequest, *, retry_possible: bool) -> str:
+    async def _admit(self, asked: PredictRequest, owner: str | None, *, may_be_known: bool) -> str:
         """The digest that a live worker serves the task under, if the rows fit.
 
-        A possible retry is not refused by its rows here: the engine may know its answer already.
+        What `may_be_known` is not refused by its rows here: the engine may have its answer already.
         """
-        capacity = await self._announced(asked.task)
+        capacity = await self._announced(asked.task, owner)
         if asked.task not in capacity.bundles:
-            raise Backlog(f"No live worker serves {asked.task!r}", retry_after=RETRY_SECONDS)
-        room = self._settings.backlog_rows - capacity.backlog_rows
-        if asked.rows > self._settings.backlog_rows:
-            detail = f"n = {asked.n} makes {asked.rows} rows, more than ever wait at once"
-            raise invalid_field("n", detail, asked.n, self._settings.backlog_rows)
-        if asked.rows > room and not retry_possible:
-            raise Backlog(
-                f"{capacity.backlog_rows} rows are waiting, so {asked.rows} more do not fit",
-                retry_after=retry_seconds(capacity.backlog_rows, capacity.rows_per_second),
-            )
+            raise unserved(asked.task)
+        bound, quota = self._settings.backlog_rows, self._settings.key_rows
+        most = most_rows(owner, bound, quota)
+        if asked.rows > most:
+            detail = f"n = {asked.n} makes {asked.rows} rows, more than may ever wait at once"
+            raise invalid_field("n", detail, asked.n, most)
+        waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
+        if not may_be_known and owner is not None and owned + asked.rows > quota:
+            raise over_quota(asked.rows, owned, quota, speed)
+        if not may_be_known and waiting + asked.rows > bound:
+            raise full(asked.rows, waiting, speed)
         return capacity.bundles[asked.task]
 
-    async def _announced(self, task: str) -> Capacity:
+    async def _announced(self, task: str, owner: str | None) -> Capacity:
         """The engine's capacity; a live worker is given some seconds to find a task that is new."""
         deadline = time.monotonic() + _ANNOUNCING_SECONDS
         while True:
-            capacity = await self.engine.capacity()
+            capacity = await self.engine.capacity(owner)
             found = task in capacity.bundles or not capacity.bundles
             if found or time.monotonic() > deadline:
                 return capacity

@@ -188,6 +188,22 @@ async def test_backlog_refuses_by_rows_before_decoding() -> None:
         assert int(response.headers["retry-after"]) >= 1
 
 
+async def test_quota_refuses_one_key_before_decoding() -> None:
+    """A key whose rows would pass its quota gets a 429 with Retry-After; another is let in."""
+    async with serving(api_keys="ann:a,bob:b", key_rows=1500) as service:
+        service.voter.open.clear()
+        ann, bob = ({"Authorization": f"Bearer {key}"} for key in "ab")
+        asked = await service.ask(headers=ann | {"Prefer": "respond-async"})
+        assert asked.status_code == 202
+        response = await service.ask(image=b"no image", headers=ann)
+        assert problem(response, 429, "quota")["limit"] == 1500
+        assert int(response.headers["retry-after"]) >= 1
+        other = await service.ask(headers=bob | {"Prefer": "respond-async"})
+        assert other.status_code == 202
+        too_much = await service.ask(headers=bob, n="2000")
+        assert problem(too_much, 422, "invalid-field")["errors"][0]["limit"] == 1500
+
+
 async def test_no_worker_refuses_before_decoding() -> None:
     """Without a live worker a question is a 503 with Retry-After, and the models say so."""
     async with serving(companions=[]) as service:

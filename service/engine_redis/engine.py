@@ -141,7 +141,7 @@ class RedisEngine:
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         line = line_of(job.task, job.bundle)
         shards = flat(job.shards(self._shard_rows))
-        bound = most_rows(job, self._backlog_bound, self._owner_bound)
+        bound = most_rows(job.owner, self._backlog_bound, self._owner_bound)
         told, *figures = await self._scripts.run(
             "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
         )
@@ -151,14 +151,14 @@ class RedisEngine:
             case b"large":
                 raise too_large(job, bound)
             case b"unserved":
-                raise unserved(job)
+                raise unserved(job.task)
             case b"quota":
                 open_rows, most, rows, seconds = figures
                 speed = rows_per_second(int(rows), float(seconds))
                 raise over_quota(job.rows, int(open_rows), int(most), speed)
             case b"full":
                 waiting, rows, seconds = figures
-                raise full(job, int(waiting), rows_per_second(int(rows), float(seconds)))
+                raise full(job.rows, int(waiting), rows_per_second(int(rows), float(seconds)))
         return str(figures[0].decode())
 
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
