@@ -194,7 +194,7 @@ async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
         "workers": workers,
         "workers that drew rows": sum(log.stat().st_size > 0 for log in logs),
         "rows": len(drawn),
-        "distinct": len(set(drawn.values())),
+        "rows drawn alike": len(drawn) - len(set(drawn.values())),
         "equal to one process' own": drawn == own,
         **verdict,
     }
@@ -222,6 +222,27 @@ SCENARIOS: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], Args, Args]
 """What each scenario is called with, in full and in its short form."""
 
 
+EXPECTED: dict[str, Any] = {
+    "jobs lost": 0,
+    "jobs that failed": 0,
+    "wrong tallies": 0,
+    "poison job": "failed",
+    "its failures": 3,
+    "worker still runs": True,
+    "exit status of the worker that hung": 1,
+    "the next API says": "succeeded",
+    "its answer is certified": True,
+    "equal to one process' own": True,
+    "rows drawn alike": 0,
+}
+"""What figures must be, wherever they are told."""
+
+
+def faults(figures: dict[str, Any]) -> dict[str, Any]:
+    """Those of the figures that are not as they must be."""
+    return {k: v for k, v in figures.items() if k in EXPECTED and v != EXPECTED[k]}
+
+
 async def run(name: str, folder: Path, model: SmoothedModel, *, short: bool) -> dict[str, Any]:
     """One scenario's figures, from processes of its own."""
     began = time.monotonic()
@@ -242,6 +263,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report[name] = asyncio.run(run(name, Path(folder), model, short=arguments.short))
         print(json.dumps({name: report[name]}), flush=True)
+    if wrong := {name: found for name in report if (found := faults(report[name]))}:
+        raise SystemExit(f"not as it must be: {wrong}")
 
 
 if __name__ == "__main__":
