@@ -260,16 +260,22 @@ class Fleet:
         told = [await persist(partial(self.engine.status, job.id)) for job in self.jobs]
         return sum(status is not None and not status.state.ended for status in told)
 
-    async def verdict(self) -> dict[str, int]:
+    async def verdict(self) -> dict[str, Any]:
         """How the jobs have ended, their votes compared with this process' own."""
         told = [await ended(self.engine, job) for job in self.jobs]
         done = [status for status in told if status and status.state is State.SUCCEEDED]
+        async with Redis.from_url(self.server.url) as client:
+            letters = [fields for _, fields in await client.xrange(f"{PREFIX}dead")]
         return {
             "jobs": len(told),
             "shards": sum(len(job.shards(SHARD_ROWS)) for job in self.jobs),
             "rows": sum(job.rows for job in self.jobs),
             "jobs lost": told.count(None),
             "jobs that failed": len(told) - told.count(None) - len(done),
+            "dead letters": [
+                {name.decode(): fields[name].decode() for name in (b"failures", b"deaths")}
+                for fields in letters
+            ],
             "wrong tallies": sum(not counted_exactly(status, self.model) for status in done),
         }
 

@@ -50,24 +50,31 @@ RECORDING = (sys.executable, "-m", "benchmarks.recording_worker")
 STALLING = (sys.executable, "-m", "benchmarks.stalling_worker")
 
 
-async def kills(fleet: Fleet, count: int, jobs: int, workers: int = 3) -> dict[str, Any]:
-    """`kill -9` of one worker after another while it holds shards; each is replaced at once."""
+async def kills(fleet: Fleet, count: int, jobs: int) -> dict[str, Any]:
+    """`kill -9` of three workers again and again, each some seconds after it has begun to work."""
     chance = random.Random(0)
     await fleet.announce()
     await fleet.submit(jobs, **JOB_ROWS)
-    alive = [fleet.start() for _ in range(workers)]
     killed = lost = 0
-    while killed < count:
-        if not await fleet.open_jobs():
-            await fleet.submit(2, **JOB_ROWS)
-        victim = alive[killed % workers]
-        await until(partial(fleet.held, victim))
-        await asyncio.sleep(chance.uniform(0, 0.5))
-        if holds := await fleet.held(victim):
-            victim.process.kill()
-            victim.process.wait()
-            alive[killed % workers] = fleet.start()
-            killed, lost = killed + 1, lost + holds
+
+    async def live_and_die() -> None:
+        nonlocal killed, lost
+        worker = fleet.start()
+        while killed < count:
+            await until(partial(fleet.held, worker))
+            await asyncio.sleep(chance.uniform(0, 6))
+            if killed < count and (holds := await fleet.held(worker)):
+                worker.process.kill()
+                killed, lost = killed + 1, lost + holds
+                worker = fleet.start()
+
+    async def feed() -> None:
+        while killed < count:
+            if await fleet.open_jobs() < 3:
+                await fleet.submit(2, **JOB_ROWS)
+            await asyncio.sleep(0.5)
+
+    await asyncio.gather(feed(), *(live_and_die() for _ in range(3)))
     return {"kills": killed, "leases lost": lost, **await fleet.verdict()}
 
 
