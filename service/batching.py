@@ -58,7 +58,9 @@ class Packer:
         return [entry.lease for entry in self._entries.values()]
 
     def add(self, lease: Lease) -> None:
-        """Take in all rows of a lease."""
+        """Take in all rows of a lease; raises ValueError for one that is in hand."""
+        if lease.token in self._entries:
+            raise ValueError(f"the lease {lease.token} is in hand already")
         self._entries[lease.token] = _Entry(
             lease=lease,
             todo=deque([(lease.shard.start, lease.shard.stop)]),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -137,3 +138,11 @@ def test_rows_are_those_in_no_batch() -> None:
     packer = packed(4, [lease("one"), lease("two")])
     packer.next_batch()
     assert (packer.rows, len(packer.leases)) == (16, 2)
+
+
+def test_a_lease_is_taken_in_once() -> None:
+    """Two leases of one token would share their votes: the second is refused."""
+    packer = packed(8, [lease("same")])
+    with pytest.raises(ValueError, match="in hand already"):
+        packer.add(lease("same", rows=20))
+    assert [part.lease.shard.rows for part in packer.next_batch()] == [10]

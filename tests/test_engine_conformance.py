@@ -807,6 +807,19 @@ async def test_wrong_bundle_is_never_pulled(engine: Engine) -> None:
     assert len(await engine.pull(ALPHA, 100)) == 4
 
 
+async def test_every_lease_has_a_token_of_its_own(engine: Engine) -> None:
+    """Jobs of either lane that come in the same moment share a worker, but never a token."""
+    await engine.pull(ALPHA, 1)
+    jobs = [make_job(f"{mode.value}-{at}", mode=mode, n=20) for at in range(6) for mode in Mode]
+    await asyncio.gather(*map(engine.submit, jobs))
+    leases = []
+    while found := await engine.pull(ALPHA, 50):
+        leases += found
+    rows = sum(lease.shard.rows for lease in leases)
+    assert rows == sum(job.rows for job in jobs)
+    assert len({lease.token for lease in leases}) == len(leases)
+
+
 async def test_fast_lane_goes_first(engine: Engine) -> None:
     """A PREDICT job overtakes CERTIFY jobs of its task; within a lane the older goes first."""
     await engine.submit(make_job("slow", n0=0, n=SHARD_ROWS))

@@ -332,12 +332,14 @@ async def test_renewal_leaves_the_count_of_deliveries(fleet: Fleet) -> None:
 async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fleet) -> None:
     """Two processes on the same streams count each shard once, together all of them."""
     engine = fleet.engine
-    jobs = [await engine.submit(make_job(f"job-{number}", n=200)) for number in range(20)]
     command = [sys.executable, "-m", "tests.redis_worker", redis_server.url, fleet.prefix]
     processes = [
         subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE)  # noqa: ASYNC220, S603
         for name in ("one", "two")
     ]
+    while await fleet.redis.zcard(f"{fleet.prefix}workers") < 3:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    jobs = [await engine.submit(make_job(f"job-{number}", n=200)) for number in range(20)]
     counted = [int((await asyncio.to_thread(p.communicate))[0]) for p in processes]
     assert sum(counted) == 20 * 21
     assert all(counted)

@@ -83,13 +83,14 @@ local function tidy(line)
   end
 end
 
--- A token names one delivery: entry, how often it was delivered, and to whom.
-local function token_of(id, deliveries, worker)
-  return id .. '/' .. deliveries .. '/' .. worker
+-- A token names one delivery: entry, how often it was delivered, of which job, and to whom. The
+-- entries of two streams may have the same id, but not within a job.
+local function token_of(id, deliveries, job, worker)
+  return table.concat({id, deliveries, job, worker}, '/')
 end
 
 local function held(stream, token)
-  local id, deliveries, worker = string.match(token, '^(.-)/(.-)/(.*)$')
+  local id, deliveries, worker = string.match(token, '^([^/]+)/([^/]+)/[^/]+/(.*)$')
   local found = stream and pending(stream, id, id, 1)[1]
   if found and found[2] == worker and found[4] == tonumber(deliveries) then
     heard(worker)

@@ -85,7 +85,7 @@ end
 
 local function take(fields, solitary, entry, deliveries)
   table.insert(taken, {fields.job, fields.shard, fields.domain, fields.start, fields.stop,
-    solitary and 1 or 0, token_of(entry, deliveries, worker)})
+    solitary and 1 or 0, token_of(entry, deliveries, fields.job, worker)})
   rows = solitary and 0 or rows - (tonumber(fields.stop) - tonumber(fields.start))
 end
 

@@ -13,7 +13,7 @@ local function lapse(stream, entry, worker, deliveries)
   if not OPEN[state] then
     return drop(stream, entry)
   end
-  if started == token_of(entry, deliveries, worker) then
+  if started == token_of(entry, deliveries, id, worker) then
     if redis.call('HINCRBY', job, 'd:' .. shard, 1) > TERMS.deaths_allowed then
       return bury(id, shard, fields, '')
     end
