@@ -60,6 +60,11 @@ class RedisServer:
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self._process = subprocess.Popen([program, *flags])  # noqa: S603
 
+    def send(self, signal: int) -> None:
+        """Send its process a signal."""
+        if self._process is not None:
+            self._process.send_signal(signal)
+
     def kill(self) -> None:
         """End it as `kill -9` does."""
         if self._process is not None:

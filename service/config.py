@@ -8,7 +8,7 @@ import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -93,8 +93,16 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_is_named(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and urlsplit(value.get_secret_value()).scheme not in _REDIS_SCHEMES:
+        if value is None:
+            return None
+        url = urlsplit(value.get_secret_value())
+        if url.scheme not in _REDIS_SCHEMES:
             raise ValueError(f"redis_url begins with none of {', '.join(_REDIS_SCHEMES)}")
+        if url.scheme != "unix" and not _names_a_server(url):
+            raise ValueError(
+                "redis_url names no host, or no number as its port: / @ # ? in a password are "
+                "percent-encoded"
+            )
         return value
 
     @model_validator(mode="after")
@@ -113,6 +121,13 @@ class Settings(BaseSettings):
             text = self.api_keys_file.read_text().splitlines()
             lines += [line.strip() for line in text if line.strip() and line.strip()[0] != "#"]
         return dict(map(_caller, lines))
+
+
+def _names_a_server(url: SplitResult) -> bool:
+    try:
+        return bool(url.hostname) and url.port != 0
+    except ValueError:  # Its words quote what stands there, which may be a part of the password.
+        return False
 
 
 def _caller(line: str) -> tuple[bytes, str]:

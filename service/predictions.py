@@ -27,8 +27,10 @@ from service.engine import RETRY_SECONDS, Capacity, Engine
 from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
+from service.outage import AWAY
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 
+_AWAY_SECONDS = 1.0
 _ANNOUNCING_SECONDS = 5.0
 """How long a question waits for a live worker to announce a task that has just been published."""
 
@@ -57,7 +59,7 @@ class Predictions:
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
+        self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
         self._draining = asyncio.Event()
 
     async def submit(
@@ -121,7 +123,9 @@ class Predictions:
                 await self.engine.cancel(job_id)
                 raise JobCancelled("The caller left before the answer was ready", job=job_id)
             if not ending.done() and draining.done():
-                detail = "The service is stopping; ask again"
+                detail = "This process is stopping; ask again"
+                if self._settings.redis_url is not None:
+                    detail = f"This process is stopping; the job goes on: ask for /jobs/{job_id}"
                 raise Backlog(detail, retry_after=RETRY_SECONDS, job=job_id)
             return ending.result() if ending.done() else None
         finally:
@@ -136,8 +140,8 @@ class Predictions:
 
     async def withdraw(self, task: str) -> None:
         """Cancel the jobs of a task that is served no more, or not as before."""
-        for job in [job for job, _ in self._watched.values() if job.task == task]:
-            await self.engine.cancel(job.id)
+        for job_id in [job_id for job_id, (of, _) in self._watched.items() if of == task]:
+            await self.engine.cancel(job_id)
         if task not in self.tasks:
             telemetry.forget(task)
 
@@ -165,7 +169,7 @@ class Predictions:
         What `may_be_known` is not refused by its rows here: the engine may have its answer already.
         """
         capacity = await self._announced(asked.task, owner)
-        if asked.task not in capacity.bundles:
+        if asked.task not in capacity.bundles and not may_be_known:
             raise unserved(asked.task)
         bound, quota = self._settings.backlog_rows, self._settings.key_rows
         most = most_rows(owner, bound, quota)
@@ -177,17 +181,18 @@ class Predictions:
             raise over_quota(asked.rows, owned, quota, speed)
         if not may_be_known and waiting + asked.rows > bound:
             raise full(asked.rows, waiting, speed)
-        return capacity.bundles[asked.task]
+        return capacity.bundles.get(asked.task, "")  # The engine refuses a new job of no digest.
 
     async def _announced(self, task: str, owner: str | None) -> Capacity:
         """The engine's capacity; a live worker is given some seconds to find a task that is new."""
-        deadline = time.monotonic() + _ANNOUNCING_SECONDS
+        deadline, pause = time.monotonic() + _ANNOUNCING_SECONDS, 0.05
         while True:
             capacity = await self.engine.capacity(owner)
             found = task in capacity.bundles or not capacity.bundles
             if found or time.monotonic() > deadline:
                 return capacity
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(pause)
+            pause = min(1.0, 2 * pause)
 
     def _job(
         self,
@@ -226,9 +231,17 @@ class Predictions:
 
     def _watch(self, job: Job) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
-        watching = asyncio.create_task(self._last_status(job.id))
-        self._watched[job.id] = job, watching
+        watching = asyncio.create_task(self._watch_on(job.id))
+        self._watched[job.id] = job.task, watching
         watching.add_done_callback(partial(self._count_outcome, job.id))
+
+    async def _watch_on(self, job_id: str) -> JobStatus:
+        """The job's last status, however long the engine is out of reach meanwhile."""
+        while True:
+            try:
+                return await self._last_status(job_id)
+            except AWAY:
+                await asyncio.sleep(_AWAY_SECONDS)
 
     def _ending(self, job_id: str) -> asyncio.Future[JobStatus]:
         """The job's last status, once there is one."""

@@ -173,3 +173,14 @@ def test_redis_url_of_another_kind_is_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="redis, rediss, unix") as refusal:
         Settings(redis_url=url)
     assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:hun/ter2@host:6379/0", "redis://:hun#ter2@host", "redis://:12/34@host", "redis://"],
+)
+def test_redis_url_that_is_cut_short_tells_nothing(url: str) -> None:
+    """A password that is not percent-encoded is refused, and no part of it told."""
+    with pytest.raises(ValidationError, match="percent-encoded") as raised:
+        Settings(redis_url=url)
+    assert "hun" not in str(raised.value)

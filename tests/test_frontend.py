@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from benchmarks.redis_server import RedisServer
@@ -19,7 +21,7 @@ from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
 from service.engine import Worker
 from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine_redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from tests.serving import PNG, problem
 
@@ -47,10 +49,21 @@ class Voter:
         self.open = asyncio.Event()
         self.committed = 0
 
+    def start(self) -> None:
+        self._running = asyncio.create_task(self._run())
+
+    def stop(self) -> None:
+        self._running.cancel()
+
+    async def close(self) -> None:
+        self.stop()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self.engine.close()
+
     async def waits(self, rows: int) -> bool:
         return (await self.engine.capacity()).backlog_rows == rows
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         while True:
             with suppress(RedisError):
                 await self._work()
@@ -78,11 +91,9 @@ def process(own_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> tuple[s
 @pytest.fixture
 async def voter(own_server: RedisServer) -> AsyncIterator[Voter]:
     voter = Voter(own_server)
-    working = asyncio.create_task(voter.run())
+    voter.start()
     yield voter
-    working.cancel()
-    await asyncio.gather(working, return_exceptions=True)
-    await voter.engine.close()
+    await voter.close()
 
 
 async def ask(client: httpx.AsyncClient, prefer: str = "wait=60") -> httpx.Response:
@@ -162,6 +173,40 @@ async def test_redis_out_of_reach_is_a_problem(
         own_server.start()
         await until(lambda: answers(client))
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_redis_that_hangs_is_a_problem_soon(
+    own_server: RedisServer, voter: Voter, tmp_path: Path
+) -> None:
+    """A Redis that takes calls and answers none holds callers for some seconds, not for minutes."""
+    voter.open.set()
+    async with running(frontend(settings(own_server, tmp_path))) as client:
+        await until_served(client)
+        own_server.send(signal.SIGSTOP)
+        async with asyncio.timeout(40):
+            refused = await ask(client)
+        own_server.send(signal.SIGCONT)
+        problem(refused, 503, "engine-unavailable")
+        await until(lambda: answers(client))
+
+
+async def test_answers_are_told_again_without_a_worker(
+    own_server: RedisServer, voter: Voter, tmp_path: Path
+) -> None:
+    """A retry finds its answer though every worker is gone; a new question is refused."""
+    voter.open.set()
+    retry = {"Idempotency-Key": "once"}
+    async with running(frontend(settings(own_server, tmp_path))) as client:
+        await until_served(client)
+        image = {"image": ("i.png", PNG)}
+        first = await client.post("/predict", files=image, headers=retry)
+        async with Redis.from_url(own_server.url) as redis:
+            voter.stop()
+            await redis.delete(f"{PREFIX}workers", f"{PREFIX}announced")
+        assert (await client.post("/predict", files=image, headers=retry)).json() == first.json()
+        for headers in ({}, {"Idempotency-Key": "new"}):
+            refused = await client.post("/predict", files=image, headers=headers)
+            problem(refused, 503, "backlog")
 
 
 async def test_who_hangs_up_takes_no_more_rows(

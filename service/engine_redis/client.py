@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, RedisError
 
 from service.jobs import canonical_json
 
@@ -32,15 +32,16 @@ def connect(url: str) -> Redis:
     """A client of the server at `url`, a Redis >= 7.0; nothing is sent yet.
 
     A lost connection, a server that is loading its data (LOADING) and one that has become a replica
-    (READONLY) are retried on a new connection for some seconds before the error is raised.
+    (READONLY) are retried on a new connection for some seconds before the error is raised. One that
+    does not answer within 5 seconds raises TimeoutError at once.
     """
     network = {"socket_connect_timeout": 2, "socket_keepalive": True}
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MOST_CONNECTIONS,
         timeout=10,
-        socket_timeout=10,
-        retry=Retry(BACKOFF, _RETRIES),
+        socket_timeout=5,
+        retry=Retry(BACKOFF, _RETRIES, (ConnectionError,)),
         retry_on_error=[ReadOnlyError],
         protocol=2,
         client_name="vouchsafe",
@@ -104,6 +105,8 @@ class Scripts:
         for sending in self._sending:
             sending.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
+        for call in self._calls:
+            call.reply.cancel()
 
     async def _send(self) -> None:
         calls, self._calls = self._calls, []
