@@ -26,6 +26,10 @@ class Jobs(Protocol):
     def silence(self) -> float | None:
         """Seconds that a job's process may go on unattended; None: for as long as its starter."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the folders are those of the jobs: in others nothing is tidied up."""
+
     async def next(self, skip: Collection[str]) -> Task | None:
         """A job to run now, except for those to skip, or None; `let_go` it before the next."""
 
@@ -41,7 +45,7 @@ class FolderJobs:
     """All unfinished jobs of the folders: nobody runs any but processes that share their locks."""
 
     silence: float | None = None
-    held = True
+    in_place = held = True
 
     def __init__(self, store: TaskFolders) -> None:
         self._store = store
@@ -79,7 +83,7 @@ class Supervisor:
         swept = False
         while not stop.is_set():
             try:
-                if not swept:
+                if not swept and self._jobs.in_place:
                     await asyncio.to_thread(self._store.sweep)
                     swept = True
                 await self._run_all(stop)
