@@ -647,6 +647,24 @@ async def test_volume_that_goes_away(fleet: Fleet) -> None:
     away.rename(fleet.data_dir)
 
 
+async def test_volume_that_goes_away_under_a_job(fleet: Fleet) -> None:
+    """A runner whose volume vanishes ends its process and hands the job back, and leaves nothing in
+    the empty place; with the volume back, the job goes on."""
+    task = await fleet.post("wait")
+    away = fleet.data_dir.with_name("away")
+    async with fleet.running("a"):
+        process = await fleet.until_working(task)
+        fleet.data_dir.rename(away)
+        await until(lambda: not works(process), PATIENT)
+        await fleet.until_owned(b"(free)")
+        assert not fleet.data_dir.exists()
+        away.rename(fleet.data_dir)
+        await fleet.until_working(task, times=2)
+        fleet.let_go_on(task)
+        await fleet.until_ready(task)
+    fleet.assert_made_once(task)
+
+
 async def test_api_with_another_directory(fleet: Fleet, tmp_path: Path) -> None:
     """An API process whose data directory is not the fleet's is told to end, and changes nothing;
     those that share the directory are one fleet."""

@@ -56,11 +56,6 @@ class LeasedJobs:
         return self._adaptations.lease_seconds * SILENCE
 
     @property
-    def in_place(self) -> bool:
-        """Whether the fleet's folders were there when that was last asked."""
-        return self._in_place is True
-
-    @property
     def held(self) -> bool:
         """Whether the lease was renewed lately, and is not known to be lost."""
         return self._task_id is not None and time.monotonic() < self._kept_until
@@ -89,6 +84,11 @@ class LeasedJobs:
             return None
         except Away:
             return None
+
+    async def in_place(self) -> bool:
+        """Whether the fleet's folders were there when Redis was last asked, and are now."""
+        volume = await asyncio.to_thread(self._store.volume)
+        return self._in_place is True and volume == self._volume
 
     async def let_go(self) -> None:
         """Close the job where it has ended, and leave it to others where it has not."""

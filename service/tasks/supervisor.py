@@ -26,8 +26,7 @@ class Jobs(Protocol):
     def silence(self) -> float | None:
         """Seconds that a job's process may go on unattended; None: for as long as its starter."""
 
-    @property
-    def in_place(self) -> bool:
+    async def in_place(self) -> bool:
         """Whether the folders are those of the jobs: in others nothing is tidied up."""
 
     async def next(self, skip: Collection[str]) -> Task | None:
@@ -45,7 +44,7 @@ class FolderJobs:
     """All unfinished jobs of the folders: nobody runs any but processes that share their locks."""
 
     silence: float | None = None
-    in_place = held = True
+    held = True
 
     def __init__(self, store: TaskFolders) -> None:
         self._store = store
@@ -54,6 +53,10 @@ class FolderJobs:
         """The oldest unfinished job that is not skipped."""
         unfinished = await asyncio.to_thread(self._store.unfinished)
         return next((task for task in unfinished if task.id not in skip), None)
+
+    async def in_place(self) -> bool:
+        """Always: there are no other folders."""
+        return True
 
     async def let_go(self) -> None:
         """Nothing: the job's own locks say who runs it."""
@@ -83,7 +86,7 @@ class Supervisor:
         swept = False
         while not stop.is_set():
             try:
-                if not swept and self._jobs.in_place:
+                if not swept and await self._jobs.in_place():
                     await asyncio.to_thread(self._store.sweep)
                     swept = True
                 await self._run_all(stop)
@@ -132,6 +135,8 @@ class Supervisor:
                 return False
             if run.is_mine:
                 await asyncio.to_thread(run.stop)
+                if not await self._jobs.in_place():
+                    return False
                 await asyncio.to_thread(self._store.clear, task.id)
                 count_end(self._store.find(task.id))
                 await asyncio.to_thread(self._store.sweep)
