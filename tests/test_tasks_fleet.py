@@ -691,6 +691,29 @@ async def test_api_with_another_directory(fleet: Fleet, tmp_path: Path) -> None:
     await stranger.close()
 
 
+async def test_api_process_with_another_directory_ends(
+    own_server: RedisServer, tmp_path: Path
+) -> None:
+    """`vouchsafe serve` ends with 2 and says why where the fleet has another data directory."""
+    other = Adaptations(connect(own_server.url))
+    await other.claim("0" * 32)
+    await other.close()
+    chosen = {"VOUCHSAFE_REDIS_URL": own_server.url, "VOUCHSAFE_DATA_DIR": str(tmp_path / "own")}
+    command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        command,
+        cwd=ROOT,
+        env=os.environ | chosen,
+        stderr=subprocess.PIPE,
+        timeout=PATIENT,
+        check=False,
+    )
+    said = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2, said
+    assert said[-1].startswith("vouchsafe: other API processes of this Redis have another data dir")
+
+
 async def test_volume_nobody_asks_for_is_forgotten(fleet: Fleet, tmp_path: Path) -> None:
     """A directory that was given up holds no place for ever; one that is in use keeps its place."""
     key = f"{fleet.stream}:volume"
