@@ -27,6 +27,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def written_once(path: Path, content: bytes) -> None:
+    """Make the file, mode 0600, where there is none: of those who do so together one is first."""
+    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    finally:
+        os.unlink(partial)
+    flush(path.parent)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -75,9 +75,23 @@ def serve(
     if settings.redis_url is None:
         _serve_embedded(settings, server)
         return
+    _serve_fleet(settings, server)
+
+
+def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
+    """No torch here; exits with 2 where the fleet has another data directory."""
     from service.frontend import frontend
 
-    server.serve_app(frontend(settings))
+    reasons: list[str] = []
+
+    def end(reason: str) -> None:
+        reasons.append(reason)
+        server.stop()
+
+    server.serve_app(frontend(settings, on_stranger=end))
+    if reasons:
+        errors.print(f"vouchsafe: {reasons[0]}", style="red", soft_wrap=True)
+        raise typer.Exit(2)
 
 
 def _serve_embedded(settings: Settings, server: DrainingServer) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from models.files import written_once
 
 SECRET_BYTES = 32
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -71,7 +72,11 @@ class Settings(BaseSettings):
     loaded_tasks: int = Field(
         4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
     )
-    adapt: bool = Field(True, description="Whether a worker of a fleet runs adaptation jobs too.")
+    adapt: bool = Field(
+        True,
+        description="Whether a worker of a fleet runs adaptation jobs too, in the data directory "
+        "that it shares with the API.",
+    )
 
     @property
     def tasks_folder(self) -> Path:
@@ -149,27 +154,8 @@ def load_secret(data_dir: Path) -> bytes:
     path = data_dir / "noise.secret"
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.is_symlink() and not path.exists():
-        _publish(path, os.urandom(SECRET_BYTES))
+        written_once(path, os.urandom(SECRET_BYTES))
     return _read_secret(path)
-
-
-def _publish(path: Path, secret: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(secret)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.link(partial, path)
-    except FileExistsError:
-        return  # Another process was first; its secret is the service's.
-    finally:
-        os.unlink(partial)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read_secret(path: Path) -> bytes:

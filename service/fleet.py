@@ -45,13 +45,14 @@ class FleetWorker:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.serving = Serving(settings)
         self._stop = asyncio.Event()
+        self._begun = asyncio.Event()
         self._error: Exception | None = None
         self._reach = Reach()
         follow = partial(self.serving.tasks.follow, gone=self._forget)
         companions: list[Companion] = [self._work, follow]
         if settings.adapt:
             jobs = Adaptations.from_settings(settings)
-            companions.append(adapting(TaskFolders(settings), jobs, self.id))
+            companions.append(self._once_begun(adapting(TaskFolders(settings), jobs, self.id)))
         self._companions = Companions(companions, GRACE_SECONDS)
         self.health = Health(
             self._engine,
@@ -99,11 +100,24 @@ class FleetWorker:
                     reached = await self._reaches()
                 if not stop.is_set():
                     logger.info("worker %s begins", self.id)
+                    self._begun.set()
                 await self.serving.work(self._engine, self.id, stop, self._reach.outage)
         except Exception as error:
             self._error = error
         finally:
             self.stop()
+
+    def _once_begun(self, companion: Companion) -> Companion:
+        """The companion, from when Redis has been found fit for use and the networks are loaded."""
+
+        async def run(stop: asyncio.Event) -> None:
+            waiting = {asyncio.create_task(each.wait()) for each in (self._begun, stop)}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waiting:
+                wait.cancel()
+            await companion(stop)
+
+        return run
 
     async def _reaches(self) -> bool:
         """Whether Redis answers; raises RedisUnsuitable where it does and cannot be used."""

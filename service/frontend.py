@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from redis.exceptions import RedisError
@@ -17,23 +18,24 @@ from service.engine_redis.engine import RedisEngine
 from service.errors import EngineUnavailable
 from service.problems import render_problem
 from service.tasks.catalogue import Catalogue
-from service.tasks.fleet import FleetNotices
+from service.tasks.notices import FleetNotices
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe")
 
 
-def frontend(settings: Settings) -> FastAPI:
+def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.error) -> FastAPI:
     """The application over the Redis that the settings name; any number of them share its work.
 
-    All of them need the same data directory, for the noise secret and the tasks are in it. Raises
-    SecretError, and BundleError where the default task is damaged.
+    All of them need the same data directory, for the noise secret and the tasks are in it; where
+    others have another, `on_stranger` is told why this process must end. Raises SecretError, and
+    BundleError where the default task is damaged.
     """
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir)
     store = Store(settings, secret)
     catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks)
-    notices = FleetNotices(store, Adaptations.from_settings(settings))
+    notices = FleetNotices(store, Adaptations.from_settings(settings), on_stranger)
     app = create_app(settings, engine, catalogue, secret, [notices.run], notices)
     app.add_exception_handler(RedisError, _unreachable)
     return app

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from redis.asyncio import Redis
@@ -52,15 +56,34 @@ def server(redis_program: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     server.kill()
 
 
+class Workers:
+    """A worker with leases that do not run out: a new one where a test has ended the last."""
+
+    def __init__(self, folder: Path, url: str, stack: ExitStack) -> None:
+        self._folder, self._url, self._stack = folder, url, stack
+        self._last: WorkerProcess | None = None
+
+    def one(self) -> WorkerProcess:
+        """A worker that is ready."""
+        if self._last is None or self._last.process.poll() is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            starting = worker_process(self._folder, self._url, lease_seconds=LONG)
+            self._last = self._stack.enter_context(starting)
+        self._last.until(self._last.ready)
+        return self._last
+
+
 @pytest.fixture(scope="module")
-def worker(
-    server: RedisServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[WorkerProcess]:
-    """A worker that is ready, and that no test ends."""
-    folder = tmp_path_factory.mktemp("worker")
-    with worker_process(folder, server.url, lease_seconds=LONG) as started:
-        started.until(started.ready)
-        yield started
+def workers(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """What starts the module's worker, for starting takes most of these tests' time."""
+    with ExitStack() as stack:
+        yield Workers(tmp_path_factory.mktemp("worker") / "worker", server.url, stack)
+
+
+@pytest.fixture
+def worker(workers: Workers) -> WorkerProcess:
+    """A worker that is ready and idle."""
+    return workers.one()
 
 
 @pytest.fixture
@@ -174,38 +197,46 @@ def test_it_has_no_secret(worker: WorkerProcess) -> None:
 
 
 async def test_work_outlives_its_workers(
-    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path, model: SmoothedModel
+    server: RedisServer,
+    worker: WorkerProcess,
+    engine: RedisEngine,
+    tmp_path: Path,
+    model: SmoothedModel,
 ) -> None:
-    """What a killed worker held is computed by another; told to stop, that hands back the rest."""
-    engine, redis = own_engine, connect(own_server.url)
-    with ExitStack() as stack:
-        doomed, other = (
-            stack.enter_context(worker_process(tmp_path / name, own_server.url, lease_seconds=2))
-            for name in ("doomed", "other")
-        )
-        for started in (doomed, other):
-            await asyncio.to_thread(started.until, started.ready)
-        job = question("long", n=1_000)
+    """What a killed worker held is computed by another, once its leases run out."""
+    redis = connect(server.url)
+    with worker_process(tmp_path, server.url, lease_seconds=LONG) as doomed:
+        await asyncio.to_thread(doomed.until, doomed.ready)
+        job = question("long", n=640)
         await engine.submit(job)
+        its_own = f"-{doomed.process.pid}-"
         while True:
             doomed.process.send_signal(signal.SIGSTOP)
-            if any(f"-{doomed.process.pid}-" in name for name in await _holders(redis)):
+            held = [one for one in await _held(redis) if its_own in one.worker]
+            if held:
                 break
             doomed.process.send_signal(signal.SIGCONT)
             assert await rows_done(engine, "long") < job.rows
             await asyncio.sleep(0.02)
         doomed.process.kill()
+        for one in held:
+            name, entry, idle = one.worker, one.entry, round(LONG * 1000) + 1
+            await redis.xclaim(one.stream, GROUP, name, 0, [entry], idle=idle, justid=True)
         assert_counted_exactly(await last_status(engine, "long"), model)
+    await redis.aclose()
 
-        await engine.submit(question("longer", n=50_000))
-        await _until_rows(engine, "longer")
-        other.process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(other.ends) == 0
+
+async def test_told_to_stop_it_hands_back(worker: WorkerProcess, engine: RedisEngine) -> None:
+    """SIGTERM in the middle of a job: exit 0, and all that is not counted is there to be taken."""
+    await engine.submit(question("longer", n=50_000))
+    await _until_rows(engine, "longer")
+    worker.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(worker.ends) == 0
     done = await rows_done(engine, "longer")
     assert 0 < done < 50_020
     leases = await engine.pull(Worker("next", {"default": SERVED}), 100_000)
     assert sum(lease.shard.rows for lease in leases) == 50_020 - done  # No lease has run out here.
-    await redis.aclose()
+    await engine.cancel("longer")
 
 
 async def test_outages_are_waited_out(
@@ -237,9 +268,13 @@ async def test_outages_are_waited_out(
 
 
 async def test_hung_device_ends_the_process(
-    own_server: RedisServer, own_engine: RedisEngine, tmp_path: Path
+    own_server: RedisServer,
+    own_engine: RedisEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A batch past its limit: exit 1, with nothing renewed, and what was only held handed back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # One lane: a batch is one shard, on any machine.
     stall, engine = tmp_path / "stall", own_engine
     command = (sys.executable, "-m", "benchmarks.stalling_worker")
     with worker_process(
@@ -265,6 +300,28 @@ def test_stopped_while_it_starts_it_exits_0(server: RedisServer, tmp_path: Path)
 # What is refused
 
 
+FORKED = """
+import json, os, sys
+import service.fleet
+from service.cli import main
+urls, folder = json.loads(sys.argv[1]), sys.argv[2]
+sys.argv[1:] = ["worker"]
+children = {}
+for name, url in urls.items():
+    if not (child := os.fork()):
+        log = os.open(f"{folder}/{name}.log", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1), os.dup2(log, 2)
+        if url:
+            os.environ["VOUCHSAFE_REDIS_URL"] = url
+        os.environ["VOUCHSAFE_DATA_DIR"] = f"{folder}/{name}"
+        main()
+    children[child] = name
+ended = (os.wait() for _ in urls)
+print(json.dumps({children[child]: os.waitstatus_to_exitcode(status) for child, status in ended}))
+"""
+"""Workers that share the time that it takes to load their code."""
+
+
 def test_what_it_cannot_work_with_is_told(server: RedisServer, tmp_path: Path) -> None:
     """No URL, a wrong password and damaged networks: a status that is not 0, and why in a line."""
     copy = tmp_path / "copy"
@@ -274,28 +331,29 @@ def test_what_it_cannot_work_with_is_told(server: RedisServer, tmp_path: Path) -
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    main = (sys.executable, "-c", "from service.cli import main; main()", "worker")
     wrong = server.url.replace("redis://", "redis://:s3cret@")
-    with ExitStack() as stack:
-        start = lambda name, *how, **more: stack.enter_context(  # noqa: E731
-            worker_process(tmp_path / name, *how, **more)
-        )
-        workers = [
-            (start("no-url", None), 2, "VOUCHSAFE_REDIS_URL is not set"),
-            (start("password", wrong), 2, "the Redis of VOUCHSAFE_REDIS_URL refuses:"),
-            (
-                start("damaged", server.url, main, cwd=copy),
-                1,
-                "does not have the hash",
-            ),
-        ]
-        for worker, status, reason in workers:
-            assert worker.ends() == status, worker.said()
-            told = [line for line in worker.said().splitlines() if not line.startswith("INFO")]
-            assert len(told) == 1, worker.said()
-            assert told[0].startswith("vouchsafe: ")
-            assert reason in told[0]
-            assert "s3cret" not in told[0]
+    urls = {"no-url": None, "password": wrong, "damaged": server.url}
+    ended = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", FORKED, json.dumps(urls), str(tmp_path)],
+        cwd=copy,
+        env={n: v for n, v in os.environ.items() if not n.startswith("VOUCHSAFE_")},
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
+    assert json.loads(ended.stdout) == {"no-url": 2, "password": 2, "damaged": 1}
+    reasons = {
+        "no-url": "VOUCHSAFE_REDIS_URL is not set",
+        "password": "the Redis of VOUCHSAFE_REDIS_URL refuses:",
+        "damaged": "does not have the hash",
+    }
+    for name, reason in reasons.items():
+        said = (tmp_path / f"{name}.log").read_text()
+        told = [line for line in said.splitlines() if not line.startswith("INFO")]
+        assert len(told) == 1, said
+        assert told[0].startswith("vouchsafe: ")
+        assert reason in told[0]
+        assert "s3cret" not in said
 
 
 def test_ill_device_is_not_ready(tmp_path: Path) -> None:
@@ -319,10 +377,16 @@ async def _until_rows(engine: RedisEngine, job_id: str) -> None:
             await asyncio.sleep(0.05)
 
 
-async def _holders(redis: Redis) -> set[str]:
-    """The workers that hold shards."""
-    return {
-        held["consumer"].decode()
+async def _held(redis: Redis) -> list[_Held]:
+    """Every lease there is."""
+    return [
+        _Held(stream, one["message_id"], one["consumer"].decode())
         async for stream in redis.scan_iter(match=f"{PREFIX}lane:*")
-        for held in await redis.xpending_range(stream, GROUP, "-", "+", 10_000)
-    }
+        for one in await redis.xpending_range(stream, GROUP, "-", "+", 10_000)
+    ]
+
+
+class _Held(NamedTuple):
+    stream: bytes
+    entry: bytes
+    worker: str

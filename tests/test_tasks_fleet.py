@@ -7,6 +7,7 @@ share them. Where a lease must run out, it is aged in Redis, unless the runner's
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -16,18 +17,22 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from benchmarks.redis_server import GROUP, RedisServer
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
-from service.engine_redis.adaptations import Adaptations
+from service.config import Settings
+from service.engine_redis.adaptations import Adaptations, AnotherVolume
 from service.engine_redis.client import connect
 from service.errors import NotFound
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk
-from service.tasks.fleet import LOSSES_ALLOWED, FleetNotices, adapting
+from service.tasks.fleet import LOSSES_ALLOWED, LeasedJobs, adapting
+from service.tasks.folders import TaskFolders
+from service.tasks.notices import FleetNotices, Line, reconcile_if_due
 from service.tasks.runs import Run
 from service.tasks.schemas import TaskRequest
 from service.tasks.task import Task
@@ -53,6 +58,7 @@ class Fleet:
         self.prefix = f"{{{secrets.token_hex(8)}}}:"
         self.stream = f"{self.prefix}adapt"
         self.store = make_store(data_dir, redis_url=url)
+        self.volume = self.store.made_volume()
         self.redis = connect(url)
         self.queue = self.adaptations()
         self._told = self.adaptations()
@@ -65,10 +71,29 @@ class Fleet:
         return Adaptations(connect(url), lease_seconds=self.lease_seconds, prefix=prefix)
 
     async def post(self, ways: str = "plain", **settings: Any) -> Task:
-        """A job made and announced as POST /tasks does."""
+        """A job made and announced as POST /tasks does, by an API that has begun."""
+        await self.queue.claim(self.volume)
+        return await self.post_alone(ways, **settings)
+
+    async def post_alone(self, ways: str = "plain", **settings: Any) -> Task:
+        """The same by an API that has not said yet whose folders these are."""
         fields = {"labels": PETS, "template": f"{ways} {{}}", "shots": 1, **settings}
         asked = TaskRequest.model_validate(fields)
         return self.store.get((await self.desk.create(asked, None)).id)
+
+    async def take(self, worker: str) -> str | None:
+        return await self.queue.take(self.volume, worker, [])
+
+    @asynccontextmanager
+    async def noticing(self) -> AsyncIterator[None]:
+        """The companion of an API process."""
+        stop = asyncio.Event()
+        task = asyncio.create_task(self.notices.run(stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            await task
 
     @asynccontextmanager
     async def running(self, name: str) -> AsyncIterator[asyncio.Event]:
@@ -95,6 +120,8 @@ class Fleet:
         for held in await self.redis.xpending_range(self.stream, GROUP, "-", "+", 1_000):
             entry, owner = held["message_id"], held["consumer"]
             await self.redis.xclaim(self.stream, GROUP, owner, 0, [entry], idle=age, justid=True)
+        async for removal in self.redis.scan_iter(match=f"{self.stream}:removed:*"):
+            await self.redis.delete(removal)
 
     async def owners(self) -> list[bytes]:
         """Who has the jobs that Redis knows, in order."""
@@ -183,8 +210,10 @@ async def test_each_job_is_made_once_in_order(
     ran a job counts it; Redis keeps nothing."""
     take, taken = Adaptations.take, []
 
-    async def spied(queue: Adaptations, worker_id: str, skip: Collection[str]) -> str | None:
-        if (task_id := await take(queue, worker_id, skip)) is not None:
+    async def spied(
+        queue: Adaptations, volume: str, worker_id: str, skip: Collection[str]
+    ) -> str | None:
+        if (task_id := await take(queue, volume, worker_id, skip)) is not None:
             taken.append((worker_id, task_id))
         return task_id
 
@@ -291,7 +320,7 @@ async def test_stopped_machine(hasty: Fleet) -> None:
         os.kill(stopped, signal.SIGSTOP)
     async with hasty.running("b"):
         await hasty.until_working(task, times=2)
-        for stopped in (runner.pid, process):
+        for stopped in (process, runner.pid):  # The runner would end the process at once.
             os.kill(stopped, signal.SIGCONT)
         await until(lambda: not works(process), PATIENT)
         hasty.let_go_on(task)
@@ -386,7 +415,7 @@ async def test_flushed(hasty: Fleet) -> None:
     async with hasty.running("a"):
         await hasty.until_working(task)
         await hasty.redis.delete(*[key async for key in hasty.redis.scan_iter(f"{hasty.prefix}*")])
-        async with hasty.running("b"):
+        async with hasty.running("b"), hasty.noticing():
             await hasty.until_ready(waiting)
             await hasty.until_owned(b"a")
             hasty.let_go_on(task)
@@ -403,7 +432,7 @@ async def test_lost_group(hasty: Fleet) -> None:
     async with hasty.running("a"):
         await hasty.until_working(task)
         await hasty.redis.xgroup_destroy(hasty.stream, GROUP)
-        assert await hasty.queue.take("b", []) is None
+        assert await hasty.take("b") is None
         await hasty.until_owned(b"a")
         hasty.let_go_on(task)
         await hasty.until_ready(task)
@@ -416,19 +445,17 @@ async def test_posted_while_redis_is_away(
     """POST succeeds without Redis; the job is made once Redis is back."""
     fleet = own_fleet
     own_server.kill()
-    task = await fleet.post()
+    task = await fleet.post_alone()
     assert task.status.state == "queued"
     with pytest.raises(NotFound):
         await fleet.desk.delete("0" * 32, None)
     await asyncio.to_thread(own_server.start)
-    stop = asyncio.Event()
-    noticing = asyncio.create_task(fleet.notices.run(stop))
-    await fleet.until_owned(b"(held)")
-    async with fleet.running("a"):
-        await fleet.until_ready(task)
-        await fleet.assert_nothing_left()
-    stop.set()
-    await noticing
+    async with fleet.noticing():
+        await fleet.until_owned(b"(held)")
+        await fleet.lapse()
+        async with fleet.running("a"):
+            await fleet.until_ready(task)
+            await fleet.assert_nothing_left()
     assert len(starts(fleet.store, task)) == 1
     assert caplog.text.count("Redis does not answer") == 1
 
@@ -441,13 +468,16 @@ async def test_least_rights_are_enough(own_server: RedisServer, own_fleet: Fleet
         "ACL", "SETUSER", "fleet", "on", ">s3cret", keys, *rights.split()
     )
     url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
-    fleet = Fleet(url, own_fleet.data_dir, lease_seconds=4)
+    fleet = Fleet(url, own_fleet.data_dir, lease_seconds=2)
     fleet.prefix, fleet.stream = own_fleet.prefix, own_fleet.stream
     notices = FleetNotices(fleet.store, fleet.adaptations())
     done, waiting = create(fleet.store), create(fleet.store, seed=1)
+    await notices._adaptations.claim(fleet.volume)
     await notices.announce(done.id)
     async with fleet.running("a"):
         await fleet.until_ready(done)
+        await fleet.until_owned(b"(held)")
+        await fleet.lapse()
         await fleet.until_ready(waiting)
     await notices.retract(done.id)
     await own_fleet.assert_nothing_left()
@@ -487,18 +517,19 @@ async def test_published_too_late(fleet: Fleet, monkeypatch: pytest.MonkeyPatch)
     assert counted("vouchsafe_adaptations_total", outcome="cancelled") == before + 1
 
 
-async def test_posted_again_after_its_removal(hasty: Fleet) -> None:
+async def test_posted_again_after_its_removal(fleet: Fleet) -> None:
     """A job removed while it ran and posted again waits until its runner must have stopped."""
-    task = await hasty.post("wait")
-    assert await hasty.queue.take("away", []) == task.id
-    await hasty.desk.delete(task.id, None)
-    again = await hasty.post("wait")
+    task = await fleet.post("wait")
+    assert await fleet.take("away") == task.id
+    await fleet.desk.delete(task.id, None)
+    again = await fleet.post("wait")
     assert again.id == task.id
-    assert await hasty.queue.renew(task.id, "away", 0.5) is None
-    assert await hasty.owners() == [b"(held)"]
-    async with hasty.running("a"):
-        hasty.let_go_on(again)
-        await hasty.until_ready(again)
+    assert await fleet.queue.renew(task.id, "away", 0.5) is None
+    assert await fleet.owners() == [b"(held)"]
+    await fleet.lapse()
+    async with fleet.running("a"):
+        fleet.let_go_on(again)
+        await fleet.until_ready(again)
 
 
 async def test_failed_job_posted_again(fleet: Fleet) -> None:
@@ -521,17 +552,184 @@ async def test_reconciled(redis_server: RedisServer, tmp_path: Path) -> None:
     made = [create(fleet.store, seed=seed) for seed in range(2)]
     ended = await fleet.post(seed=2)
     Status("failed").write(fleet.store.jobs / ended.id)
-    stop = asyncio.Event()
-    noticing = asyncio.create_task(fleet.notices.run(stop))
-    await fleet.until_owned(b"(held)", b"(held)")
-    entries = await fleet.redis.xrange(fleet.stream)
-    assert [fields[b"task"].decode() for _, fields in entries] == [task.id for task in made]
-    for task in made:
-        await fleet.desk.delete(task.id, None)
-    await fleet.assert_nothing_left()
-    stop.set()
-    await noticing
+    async with fleet.noticing():
+        await fleet.until_owned(b"(held)", b"(held)")
+        entries = await fleet.redis.xrange(fleet.stream)
+        assert [fields[b"task"].decode() for _, fields in entries] == [task.id for task in made]
+        for task in made:
+            await fleet.desk.delete(task.id, None)
+        await fleet.assert_nothing_left()
     await fleet.close()
+
+
+# Folders that are not the fleet's
+
+
+async def test_machine_that_does_not_share(
+    fleet: Fleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker with a data directory of its own takes no job, spoils none, writes nothing and says
+    why once; when the fleet's directory is mounted there it takes part."""
+    caplog.set_level(logging.INFO, "vouchsafe.tasks")
+    task = await fleet.post()
+    other = tmp_path / "other"
+    alone = TaskFolders(Settings(data_dir=other, redis_url=fleet.url))
+    reached = asyncio.Event()
+    looks = 0
+
+    async def looked(queue: Adaptations, *asked: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            reached.set()
+        return await survey(queue, *asked)
+
+    survey, stop = Adaptations.survey, asyncio.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adaptations, "survey", looked)
+        working = asyncio.create_task(adapting(alone, fleet.adaptations(), "a", FAKE, FAST)(stop))
+        await reached.wait()
+    assert await fleet.owners() == [b"(free)"]
+    assert caplog.text.count("does not share the API's data directory") == 1
+    assert not other.exists()
+    other.symlink_to(fleet.data_dir)
+    await fleet.until_ready(task)
+    stop.set()
+    await working
+    assert caplog.text.count("does not share the API's data directory") == 1
+    assert caplog.text.count("this machine shares the API's data directory") == 1
+    await fleet.assert_nothing_left()
+
+
+async def test_worker_before_any_api(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Before an API has told whose folders the jobs lie in, nobody takes one, quietly."""
+    task = await fleet.post_alone()
+    with pytest.raises(AnotherVolume) as raised:
+        await fleet.take("a")
+    assert not raised.value.known
+    async with fleet.running("a"):
+        async with asyncio.timeout(PATIENT):
+            while not await fleet.redis.exists(f"{fleet.stream}:volume"):
+                await fleet.queue.claim(fleet.volume)
+        await fleet.until_ready(task)
+    assert "does not share" not in caplog.text
+
+
+async def test_volume_that_goes_away(fleet: Fleet) -> None:
+    """Folders that vanish with their volume are no jobs that were removed: whoever looked at them
+    meanwhile hands the job back, and corrects nothing."""
+    task = await fleet.post()
+    jobs = LeasedJobs(fleet.store, fleet.queue, "a")
+    away = fleet.data_dir.with_name("away")
+    found = fleet.store.find
+    with pytest.MonkeyPatch.context() as patch:
+
+        def unmount(task_id: str) -> Task | None:
+            if fleet.data_dir.exists():
+                fleet.data_dir.rename(away)
+            return found(task_id)
+
+        patch.setattr(fleet.store, "find", unmount)
+        assert await jobs.next([]) is None
+    assert await fleet.owners() == [b"(free)"]
+    await fleet.redis.delete(f"{fleet.stream}:reconciled")
+    with pytest.MonkeyPatch.context() as patch:
+        away.rename(fleet.data_dir)
+
+        def gone() -> list[Task]:
+            fleet.data_dir.rename(away)
+            return []
+
+        patch.setattr(fleet.store, "unfinished", gone)
+        patch.setattr(fleet.queue, "survey", AsyncMock(return_value=[task.id]))
+        await reconcile_if_due(fleet.store, fleet.volume, fleet.queue, Line(PATIENT))
+    assert await fleet.owners() == [b"(free)"]
+    away.rename(fleet.data_dir)
+
+
+async def test_volume_that_goes_away_under_a_job(fleet: Fleet) -> None:
+    """A runner whose volume vanishes ends its process and hands the job back, and leaves nothing in
+    the empty place; with the volume back, the job goes on."""
+    task = await fleet.post("wait")
+    away = fleet.data_dir.with_name("away")
+    async with fleet.running("a"):
+        process = await fleet.until_working(task)
+        fleet.data_dir.rename(away)
+        await until(lambda: not works(process), PATIENT)
+        await fleet.until_owned(b"(free)")
+        assert not fleet.data_dir.exists()
+        away.rename(fleet.data_dir)
+        await fleet.until_working(task, times=2)
+        fleet.let_go_on(task)
+        await fleet.until_ready(task)
+    fleet.assert_made_once(task)
+
+
+async def test_api_with_another_directory(fleet: Fleet, tmp_path: Path) -> None:
+    """An API process whose data directory is not the fleet's is told to end, and changes nothing;
+    those that share the directory are one fleet."""
+    task = await fleet.post()
+    told: list[str] = []
+    stranger = Fleet(fleet.url, tmp_path / "other")
+    stranger.prefix = fleet.prefix
+    async with fleet.noticing():
+        notices = FleetNotices(stranger.store, stranger.adaptations(), told.append)
+        await notices.run(asyncio.Event())
+        assert len(told) == 1
+        assert str(tmp_path / "other") in told[0]
+        assert "noise secret" in told[0]
+        same = FleetNotices(make_store(fleet.data_dir), fleet.adaptations(), told.append)
+        stop = asyncio.Event()
+        running = asyncio.create_task(same.run(stop))
+        await fleet.queue.claim(make_store(fleet.data_dir).made_volume())
+        stop.set()
+        await running
+    assert len(told) == 1
+    assert await fleet.owners() == [b"(free)"]
+    async with fleet.running("a"):
+        await fleet.until_ready(task)
+    await stranger.close()
+
+
+async def test_api_process_with_another_directory_ends(
+    own_server: RedisServer, tmp_path: Path
+) -> None:
+    """`vouchsafe serve` ends with 2 and says why where the fleet has another data directory."""
+    other = Adaptations(connect(own_server.url))
+    await other.claim("0" * 32)
+    await other.close()
+    chosen = {"VOUCHSAFE_REDIS_URL": own_server.url, "VOUCHSAFE_DATA_DIR": str(tmp_path / "own")}
+    command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        command,
+        cwd=ROOT,
+        env=os.environ | chosen,
+        stderr=subprocess.PIPE,
+        timeout=PATIENT,
+        check=False,
+    )
+    said = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2, said
+    assert said[-1].startswith("vouchsafe: other API processes of this Redis have another data dir")
+
+
+async def test_volume_nobody_asks_for_is_forgotten(fleet: Fleet, tmp_path: Path) -> None:
+    """A directory that was given up holds no place for ever; one that is in use keeps its place."""
+    key = f"{fleet.stream}:volume"
+    await fleet.queue.claim(fleet.volume)
+    lasts = await fleet.redis.pttl(key)
+    assert 0 < lasts <= 10 * fleet.lease_seconds * 1000
+    await fleet.redis.pexpire(key, 60_000)
+    with pytest.raises(AnotherVolume):
+        await fleet.queue.take("0" * 32, "a", [])
+    assert await fleet.redis.pttl(key) <= 60_000
+    await fleet.take("a")
+    assert await fleet.redis.pttl(key) > 60_000
+    await fleet.redis.delete(key)
+    await fleet.queue.claim("0" * 32)
+    with pytest.raises(AnotherVolume):
+        await fleet.take("a")
 
 
 # The lease by itself
@@ -540,19 +738,19 @@ async def test_reconciled(redis_server: RedisServer, tmp_path: Path) -> None:
 async def test_lost_answer_to_a_take(fleet: Fleet) -> None:
     """A worker whose answer was lost gets the same job, not a second one."""
     first, second = await fleet.post(), await fleet.post(seed=1)
-    assert await fleet.queue.take("a", []) == first.id
-    assert await fleet.queue.take("a", []) == first.id
-    assert await fleet.queue.take("b", []) == second.id
-    assert await fleet.queue.take("c", []) is None
+    assert await fleet.take("a") == first.id
+    assert await fleet.take("a") == first.id
+    assert await fleet.take("b") == second.id
+    assert await fleet.take("c") is None
 
 
 async def test_lease_of_another(fleet: Fleet) -> None:
     """A lease that another has taken is neither renewed, released nor closed."""
     task = await fleet.post()
-    await fleet.queue.take("a", [])
+    await fleet.take("a")
     assert await fleet.queue.renew(task.id, "a", 0.0) == 0
     await fleet.lapse()
-    assert await fleet.queue.take("b", []) == task.id
+    assert await fleet.take("b") == task.id
     assert await fleet.queue.renew(task.id, "a", 0.0) is None
     await fleet.queue.release(task.id, "a")
     await fleet.queue.close_job(task.id, "a")
@@ -565,14 +763,14 @@ async def test_losses_are_counted_without_progress(fleet: Fleet) -> None:
     task = await fleet.post()
 
     async def lose(worker: str, progress: float) -> int | None:
-        assert await fleet.queue.take(worker, []) == task.id
+        assert await fleet.take(worker) == task.id
         losses = await fleet.queue.renew(task.id, worker, progress)
         await fleet.lapse()
         return losses
 
     assert [await lose(name, 0.25) for name in "abc"] == [0, 1, 2]
     assert [await lose("c", 0.25), await lose("c", 0.2)] == [2, 2]
-    await fleet.queue.take("c", [])
+    await fleet.take("c")
     await fleet.queue.release(task.id, "c")
     assert [await lose("d", 0.25), await lose("e", 0.25), await lose("f", 0.3)] == [2, 3, 0]
 
@@ -580,11 +778,11 @@ async def test_losses_are_counted_without_progress(fleet: Fleet) -> None:
 async def test_forgotten_job_is_held(fleet: Fleet) -> None:
     """Nobody takes a job that Redis had forgotten before a lease has passed, but who runs it."""
     task = await fleet.post()
-    await fleet.queue.take("a", [])
+    await fleet.take("a")
     await fleet.redis.delete(fleet.stream)
     assert await fleet.queue.correct([task.id], []) == 1
-    assert await fleet.queue.take("b", []) is None
+    assert await fleet.take("b") is None
     assert await fleet.queue.renew(task.id, "a", 0.0) == 0
     assert await fleet.owners() == [b"a"]
     await fleet.lapse()
-    assert await fleet.queue.take("b", []) == task.id
+    assert await fleet.take("b") == task.id

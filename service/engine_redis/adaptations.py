@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Any, Self
 
 from redis.asyncio import Redis
 
@@ -13,15 +13,26 @@ from service.engine_redis.engine import PREFIX
 
 _STAY_SECONDS = 86_400.0
 """How long Redis keeps what nobody touches; the jobs' folders are looked through far oftener."""
+_VOLUME_LEASES = 10
+"""Leases after which a volume is forgotten that no process of the fleet has asked for."""
+
+
+class AnotherVolume(RuntimeError):
+    """The jobs' folders are not the fleet's; where none are `known` yet, no API has told of any."""
+
+    def __init__(self, known: bool) -> None:
+        super().__init__("the jobs' folders are not those of the fleet")
+        self.known = known
 
 
 class Adaptations:
     """The stream `adapt`: one entry a job, which is leased to the worker that runs it.
 
     The jobs' folders are the truth, and this only tells who has which: lost, it is made again from
-    them. A lease is the group's pending entry and lasts `lease_seconds` from its last renewal. Jobs
-    go in the order they were announced. Methods raise redis.exceptions.RedisError where Redis is
-    out of reach.
+    them. An API claims the id of the `volume` that they lie on; with another nobody may take or
+    correct anything. A lease is the group's pending entry and lasts `lease_seconds` from its last
+    renewal. Jobs go in the order they were announced. Methods raise redis.exceptions.RedisError
+    where Redis is out of reach.
     """
 
     def __init__(self, redis: Redis, *, lease_seconds: float = 30, prefix: str = PREFIX) -> None:
@@ -30,6 +41,7 @@ class Adaptations:
         terms = {
             "lease_ms": max(1, round(lease_seconds * 1000)),
             "stay_ms": round(_STAY_SECONDS * 1000),
+            "volume_ms": max(1, round(lease_seconds * 1000 * _VOLUME_LEASES)),
         }
         self._scripts = Scripts(redis, prefix, terms)
 
@@ -44,6 +56,10 @@ class Adaptations:
         redis = connect(settings.redis_url.get_secret_value())
         return cls(redis, lease_seconds=max(30.0, settings.lease_seconds))
 
+    async def claim(self, volume: str) -> None:
+        """Make these folders the fleet's where it has none; raises AnotherVolume where it has."""
+        _checked(await self._scripts.run("adapt_jobs", "claim", volume))
+
     async def announce(self, task_id: str) -> None:
         """A job is to be run; nothing changes where that is known."""
         await self._scripts.run("adapt_jobs", "announce", task_id)
@@ -52,10 +68,13 @@ class Adaptations:
         """A job was removed: nobody takes it any more, and whoever runs it loses the lease."""
         await self._scripts.run("adapt_jobs", "retract", task_id)
 
-    async def take(self, worker_id: str, skip: Collection[str]) -> str | None:
-        """Lease the first job there is, except for those to skip, to a worker that has none."""
-        taken: bytes | None = await self._scripts.run("adapt_jobs", "take", worker_id, *skip)
-        return None if taken is None else taken.decode()
+    async def take(self, volume: str, worker_id: str, skip: Collection[str]) -> str | None:
+        """Lease the first job there is, except for those to skip, to a worker that has none.
+
+        Raises AnotherVolume.
+        """
+        taken = await self._scripts.run("adapt_jobs", "take", volume, worker_id, *skip)
+        return None if (task_id := _checked(taken)) is None else task_id.decode()
 
     async def renew(self, task_id: str, worker_id: str, progress: float) -> int | None:
         """Extend the lease of a job that is so far (0 to 1); None where it is lost.
@@ -76,12 +95,13 @@ class Adaptations:
         """The worker's job has ended."""
         await self._scripts.run("adapt_jobs", "close", task_id, worker_id)
 
-    async def survey(self) -> list[str] | None:
+    async def survey(self, volume: str) -> list[str] | None:
         """The jobs that have been known for a lease's time, or None where it is not our turn.
 
-        Of all processes one has its turn, once a lease's time; it goes on to `correct`.
+        Of all processes one has its turn, once a lease's time; it goes on to `correct`. Raises
+        AnotherVolume.
         """
-        known: list[bytes] | None = await self._scripts.run("adapt_jobs", "survey")
+        known = _checked(await self._scripts.run("adapt_jobs", "survey", volume))
         return None if known is None else [task_id.decode() for task_id in known]
 
     async def correct(self, missing: Sequence[str], surplus: Sequence[str]) -> int:
@@ -97,3 +117,10 @@ class Adaptations:
         """Let go of every connection."""
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
+
+
+def _checked(reply: Any) -> Any:
+    """A script's reply; a number says that the volume is another."""
+    if isinstance(reply, int):
+        raise AnotherVolume(known=bool(reply))
+    return reply

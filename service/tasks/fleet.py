@@ -1,4 +1,4 @@
-"""Adaptation jobs in a fleet: announced by the API, taken by workers, one lease at a time.
+"""Adaptation jobs on a worker of a fleet: taken one at a time, under a lease.
 
 A runner stops by itself once it has not renewed its lease for half of it, whether Redis answers or
 not; its job's process ends by itself after a quarter of a lease unattended. So a runner that is cut
@@ -11,63 +11,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Collection, Sequence
-from typing import TypeVar
-
-from redis.exceptions import RedisError
+from collections.abc import Collection, Sequence
 
 from models.adaptation.plan import Status
-from service.engine_redis.adaptations import Adaptations
-from service.health import Companion, passed
+from service.engine_redis.adaptations import Adaptations, AnotherVolume
+from service.health import Companion
 from service.tasks.folders import TaskFolders
+from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
 from service.tasks.runs import JOB, Patience
 from service.tasks.supervisor import Supervisor, count_end
 from service.tasks.task import Task
 
 logger = logging.getLogger("vouchsafe.tasks")
-T = TypeVar("T")
 
 LOSSES_ALLOWED = 5
 """How many workers may lose a job's lease before it gets any further."""
-KEPT, SILENCE, RENEWALS = 1 / 2, 1 / 4, 1 / 6
-"""Shares of a lease: after which a runner that could not renew stops, for which a job's process
-goes on unattended, and between two renewals."""
-NOTICE_SECONDS = 2.0
-"""Longest that a caller of the API waits for Redis; a runner does until a renewal is due."""
-
-
-class Away(Exception):
-    """Redis did not answer; the log says so."""
-
-
-class Line:
-    """Asks Redis with a limit of time, and writes one line of log for each outage."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._away = False
-
-    async def ask(self, asking: Awaitable[T]) -> T:
-        """The answer; raises Away."""
-        try:
-            async with asyncio.timeout(self._seconds):
-                answer = await asking
-        except (RedisError, OSError, TimeoutError) as error:
-            if not self._away:
-                told = str(error) or type(error).__name__
-                logger.warning("adaptation jobs wait, for Redis does not answer: %s", told)
-            self._away = True
-            raise Away from error
-        if self._away:
-            logger.info("adaptation jobs go on: Redis answers again")
-        self._away = False
-        return answer
+KEPT, SILENCE = 1 / 2, 1 / 4
+"""Shares of a lease: after which a runner that could not renew stops, and for which a job's process
+goes on unattended."""
 
 
 class LeasedJobs:
     """The jobs of a worker's supervisor: one at a time, under a lease that is renewed meanwhile.
 
-    `store` has the same folders as those of every other worker and of the API.
+    `store` has the same folders as those of every other worker and of the API; as long as it has
+    not, there are no jobs, and nothing is told of those that Redis knows.
     """
 
     def __init__(self, store: TaskFolders, adaptations: Adaptations, worker_id: str) -> None:
@@ -75,6 +43,8 @@ class LeasedJobs:
         self._adaptations = adaptations
         self._worker_id = worker_id
         self._line = Line(adaptations.lease_seconds * RENEWALS)
+        self._volume = ""
+        self._in_place: bool | None = None
         self._task_id: str | None = None
         self._kept_until = 0.0
         self._renewing: asyncio.Task[None] | None = None
@@ -91,13 +61,15 @@ class LeasedJobs:
         return self._task_id is not None and time.monotonic() < self._kept_until
 
     async def next(self, skip: Collection[str]) -> Task | None:
-        """The first job that nobody runs; None too where Redis is out of reach."""
+        """The first job that nobody runs; None too where Redis or the volume is out of reach."""
         passed_over = set(skip)
         try:
-            await reconcile_if_due(self._store, self._adaptations, self._line)
+            self._volume = await asyncio.to_thread(self._store.volume)
+            await reconcile_if_due(self._store, self._volume, self._adaptations, self._line)
             while True:
-                taking = self._adaptations.take(self._worker_id, passed_over)
+                taking = self._adaptations.take(self._volume, self._worker_id, passed_over)
                 task_id = await self._line.ask(taking)
+                self._tell_place(True)
                 if task_id is None:
                     return None
                 self._task_id = task_id
@@ -106,8 +78,17 @@ class LeasedJobs:
                     return task
                 await self.let_go()
                 passed_over.add(task_id)
+        except AnotherVolume as error:
+            if error.known:
+                self._tell_place(False)
+            return None
         except Away:
             return None
+
+    async def in_place(self) -> bool:
+        """Whether the fleet's folders were there when Redis was last asked, and are now."""
+        volume = await asyncio.to_thread(self._store.volume)
+        return self._in_place is True and volume == self._volume
 
     async def let_go(self) -> None:
         """Close the job where it has ended, and leave it to others where it has not."""
@@ -121,12 +102,28 @@ class LeasedJobs:
             return
         task = await asyncio.to_thread(self._store.find, task_id)
         ended = task is not None and task.status.ended
-        gone = task is None and not (self._store.jobs / task_id).exists()
+        gone = task is None and await asyncio.to_thread(self._is_gone, task_id)
         leave = self._adaptations.close_job if ended or gone else self._adaptations.release
         try:
             await self._line.ask(leave(task_id, self._worker_id))
         except Away:
             return  # The lease runs out, and the next worker sees how the job stands.
+
+    def _is_gone(self, task_id: str) -> bool:
+        """Whether the job's folder was removed, and not the volume with all of them."""
+        return not (self._store.jobs / task_id).exists() and self._store.volume() == self._volume
+
+    def _tell_place(self, in_place: bool) -> None:
+        """Log, once, that these folders are not the fleet's, and that they are so after all."""
+        if not in_place and self._in_place is not False:
+            logger.warning(
+                "this machine does not share the API's data directory (its own is %s): it takes no "
+                "adaptation jobs; share it, or set VOUCHSAFE_ADAPT=false",
+                self._store.jobs.parent,
+            )
+        elif in_place and self._in_place is False:
+            logger.info("this machine shares the API's data directory: it takes adaptation jobs")
+        self._in_place = in_place
 
     async def _begin(self, task: Task) -> bool:
         """Whether the job is to be run; its lease is renewed from now on then."""
@@ -186,61 +183,6 @@ class LeasedJobs:
             return
         logger.error("job %s: %s", task_id, detail)
         count_end(self._store.find(task_id))
-
-
-class FleetNotices:
-    """Tells workers at once which jobs the API makes and removes; `store` is the API's own.
-
-    Where Redis is out of reach, the reconciler does it later: run `run` as a companion.
-    """
-
-    def __init__(self, store: TaskFolders, adaptations: Adaptations) -> None:
-        self._store = store
-        self._adaptations = adaptations
-        self._line = Line(NOTICE_SECONDS)
-
-    async def announce(self, task_id: str) -> None:
-        """A job is to be run."""
-        await self._tell(self._adaptations.announce(task_id))
-
-    async def retract(self, task_id: str) -> None:
-        """A job was removed."""
-        await self._tell(self._adaptations.retract(task_id))
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Reconcile Redis with the folders once a lease's time, until `stop`."""
-        try:
-            while not stop.is_set():
-                try:
-                    await reconcile_if_due(self._store, self._adaptations, self._line)
-                except Away:
-                    pass
-                except Exception:
-                    logger.exception("adaptation jobs cannot be announced; trying again")
-                await passed(stop, self._adaptations.lease_seconds * RENEWALS)
-        finally:
-            await self._adaptations.close()
-
-    async def _tell(self, telling: Awaitable[None]) -> None:
-        try:
-            await self._line.ask(telling)
-        except Away:
-            return
-
-
-async def reconcile_if_due(store: TaskFolders, adaptations: Adaptations, line: Line) -> None:
-    """Add to Redis what the folders have, and drop what they have not, if nobody else just has.
-
-    Raises Away.
-    """
-    known = await line.ask(adaptations.survey())
-    if known is None:
-        return
-    unfinished = [task.id for task in await asyncio.to_thread(store.unfinished)]
-    # Read after Redis was: a job that it has known for long and the folders have not has ended.
-    surplus = [task_id for task_id in known if task_id not in unfinished]
-    if added := await line.ask(adaptations.correct(unfinished, surplus)):
-        logger.info("%d adaptation jobs that Redis did not know wait there now", added)
 
 
 def adapting(

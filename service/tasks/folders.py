@@ -33,6 +33,9 @@ PARTIAL = ".partial-"
 """How the names of half-made folders begin."""
 SPARED_SECONDS = 3_600.0
 """In a fleet half-made folders are let be for so long: machines may not see each other's locks."""
+VOLUME = ".volume"
+"""The file beside the jobs that tells one fleet's folders from another's."""
+_VOLUME_ID = re.compile(r"[0-9a-f]{32}")
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
 _WITHDRAWN = ".withdrawn-"
 _ENTRIES_READ = 1_000
@@ -50,6 +53,14 @@ class TaskFolders:
         self.tasks, self.jobs = root / "tasks", root / "jobs"
         self.models = settings.models_folder
         self._spared_seconds = 0.0 if settings.redis_url is None else SPARED_SECONDS
+
+    def volume(self) -> str:
+        """The id of these folders, the same for all machines that share them; else empty."""
+        try:
+            told = (self.jobs / VOLUME).read_text("ascii")
+        except (OSError, ValueError):
+            return ""
+        return told if _VOLUME_ID.fullmatch(told) else ""
 
     def find(self, task_id: str) -> Task | None:
         """The task as it stands, or None."""

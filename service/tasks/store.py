@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import shutil
 import tempfile
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from models.adaptation.plan import PLAN, Plan, Status, write_json
-from models.files import flush
+from models.files import flush, written_once
 from service.config import Settings
 from service.errors import Backlog, StorageFull
-from service.tasks.folders import PARTIAL, TaskFolders
+from service.tasks.folders import PARTIAL, VOLUME, TaskFolders
 from service.tasks.task import Task, is_task_id
 
 RETRY_SECONDS = 60
@@ -41,6 +42,15 @@ class Store(TaskFolders):
         self._most_bytes = settings.tasks_bytes
         self._most_jobs = settings.queued_tasks
         self._secret = secret
+
+    def made_volume(self) -> str:
+        """The id of these folders, made where they have none; raises OSError."""
+        self.jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (path := self.jobs / VOLUME).exists():
+            written_once(path, secrets.token_hex(16).encode())
+        if not (volume := self.volume()):
+            raise OSError(f"{path}: cannot be read, or holds no id; delete it, and start again")
+        return volume
 
     def create(self, plan: Plan, name: str, owner: str | None) -> Task:
         """The plan's task, queued where there is none and again where it failed.

@@ -26,6 +26,9 @@ class Jobs(Protocol):
     def silence(self) -> float | None:
         """Seconds that a job's process may go on unattended; None: for as long as its starter."""
 
+    async def in_place(self) -> bool:
+        """Whether the folders are those of the jobs: in others nothing is tidied up."""
+
     async def next(self, skip: Collection[str]) -> Task | None:
         """A job to run now, except for those to skip, or None; `let_go` it before the next."""
 
@@ -50,6 +53,10 @@ class FolderJobs:
         """The oldest unfinished job that is not skipped."""
         unfinished = await asyncio.to_thread(self._store.unfinished)
         return next((task for task in unfinished if task.id not in skip), None)
+
+    async def in_place(self) -> bool:
+        """Always: there are no other folders."""
+        return True
 
     async def let_go(self) -> None:
         """Nothing: the job's own locks say who runs it."""
@@ -79,7 +86,7 @@ class Supervisor:
         swept = False
         while not stop.is_set():
             try:
-                if not swept:
+                if not swept and await self._jobs.in_place():
                     await asyncio.to_thread(self._store.sweep)
                     swept = True
                 await self._run_all(stop)
@@ -128,6 +135,8 @@ class Supervisor:
                 return False
             if run.is_mine:
                 await asyncio.to_thread(run.stop)
+                if not await self._jobs.in_place():
+                    return False
                 await asyncio.to_thread(self._store.clear, task.id)
                 count_end(self._store.find(task.id))
                 await asyncio.to_thread(self._store.sweep)

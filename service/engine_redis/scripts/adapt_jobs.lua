@@ -2,6 +2,7 @@
 -- An entry is pending from the moment it is added: with the worker who runs the job, with FREE for
 -- anyone to take, or with HELD until a lease has passed, for somebody may still run the job.
 local STREAM, RECORD, TURN = key('adapt'), key('adapt', 'record'), key('adapt', 'reconciled')
+local VOLUME = key('adapt', 'volume')
 local HELD = '(held)'
 local WORKERLESS = {[FREE] = true, [HELD] = true}
 
@@ -47,7 +48,23 @@ local function remove(task, entry, owner)
   end
 end
 
+-- Nothing where the volume is the fleet's; else 1 where the fleet has another, and 0 where no API has
+-- told of one. Whoever shares it keeps it known.
+local function elsewhere(volume)
+  local known = redis.call('GET', VOLUME)
+  if known ~= volume then
+    return known and 1 or 0
+  end
+  redis.call('PEXPIRE', VOLUME, TERMS.volume_ms)
+end
+
 local verbs = {}
+
+-- The volume is the fleet's from now on, unless there is one.
+function verbs.claim(volume)
+  redis.call('SET', VOLUME, volume, 'NX', 'PX', TERMS.volume_ms)
+  return elsewhere(volume)
+end
 
 -- A job to be run, unless it is known; one whose namesake was just removed has to wait.
 function verbs.announce(task)
@@ -69,7 +86,11 @@ end
 
 -- Leases the first job that can be had, but for those named, to the worker, who runs none: what it
 -- has already is what an answer that got lost gave it. Another's lease that ran out is a loss.
-function verbs.take(worker, ...)
+function verbs.take(volume, worker, ...)
+  local apart = elsewhere(volume)
+  if apart then
+    return apart
+  end
   local skipped = {}
   for _, task in ipairs({...}) do
     skipped[task] = true
@@ -133,7 +154,11 @@ function verbs.close(task, worker)
 end
 
 -- The jobs that have been known for a lease's time; nothing where it is not the caller's turn.
-function verbs.survey()
+function verbs.survey(volume)
+  local apart = elsewhere(volume)
+  if apart then
+    return apart
+  end
   if not redis.call('SET', TURN, '', 'NX', 'PX', TERMS.lease_ms) then
     return nil
   end
