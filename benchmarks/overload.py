@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--wait", type=int, default=20, help="the deadline of every question, s")
     parser.add_argument("--predict-share", type=float, default=0.5, help="of the questions")
     parser.add_argument("--keys", type=int, default=4, help="callers with a key of their own")
-    parser.add_argument("--questions", type=int, default=24, help="from which capacity is measured")
+    parser.add_argument("--questions", type=int, default=12, help="from which capacity is measured")
     parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
