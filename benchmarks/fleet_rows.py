@@ -155,12 +155,15 @@ async def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "2 workers": await stack.enter_async_context(two),
         }
         for way in ways.values():
-            await way.measured(asked.n, images[:2], 2)
+            await way.measured(asked.n, images[:1], 1)
         names = list(ways)
         for number in range(asked.rounds):
             for name in names[number % 3 :] + names[: number % 3]:
                 figures = await ways[name].measured(asked.n, images, asked.concurrency)
                 rounds.setdefault(name, []).append(figures)
+                print(
+                    f"round {number + 1}, {name}: {figures['rows/s']:.0f} rows/s", file=sys.stderr
+                )
                 load.append(os.getloadavg()[0])
     return {
         "runtime": asked.runtime,
@@ -174,7 +177,7 @@ async def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "lost against in process": {
             name: _lost(rounds[IN_PROCESS], rounds[name]) for name in names[1:]
         },
-    }  # fmt: skip
+    }
 
 
 def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
