@@ -160,10 +160,10 @@ async def restarted(fleet: Fleet) -> dict[str, Any]:
     data = fleet.folder / "data"
     worker = fleet.start(data_dir=data)
     await until(lambda: ready(worker))
-    redis = {"VOUCHSAFE_REDIS_URL": fleet.server.url}
+    redis = {"redis_url": fleet.server.url}
     asked = {"files": {"image": picture(0)}, "data": {"n": "2000"}}
     async with httpx.AsyncClient() as client:
-        with serving(data, more=redis) as (url, api):
+        with serving(data, settings=redis) as (url, api):
             worker.process.send_signal(signal.SIGSTOP)
             told = await client.post(f"{url}/predict", headers={"Prefer": "respond-async"}, **asked)
             api.kill()
@@ -171,7 +171,7 @@ async def restarted(fleet: Fleet) -> dict[str, Any]:
         job_id = told.json()["id"]
         if status := await fleet.engine.status(job_id):
             fleet.jobs.append(status.job)
-        with serving(data, more=redis) as (url, _):
+        with serving(data, settings=redis) as (url, _):
             verdict = await fleet.verdict()
             found = (await client.get(f"{url}/jobs/{job_id}")).json()
     return {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import httpx
@@ -30,20 +31,23 @@ def serving(
     command: Sequence[str] = VOUCHSAFE,
     probe: str = "/readyz",
     log: BinaryIO | None = None,
-    more: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server that everyone may call on a free port, ready or as far as another probe says.
+    """A server on a free port, ready or as far as another probe says.
 
-    What it says goes to `log`, if there is one; `more` joins its environment.
+    `settings` are those of `service.config` by name; without `api_keys` everyone may call. Further
+    environment `variables` are its own. What it says goes to `log`, if there is one.
 
     Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
     and TimeoutError where that takes too long.
     """
     port = free_port()
     others = {name: value for name, value in os.environ.items() if "VOUCHSAFE_API_KEYS" not in name}
+    given = {f"VOUCHSAFE_{name.upper()}": str(value) for name, value in settings.items()}
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)],
-        env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir), **(more or {})},
+        env={**others, "VOUCHSAFE_DATA_DIR": str(data_dir), **given, **variables},
         stdout=log,
         stderr=log,
     )

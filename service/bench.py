@@ -141,7 +141,7 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
 
 async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int) -> dict[str, Any]:
     rows, bundle = SELECTION_ROWS + plan.n, embedded.tasks["default"]
-    images = [_png(seed, bundle.resolution) for seed in range(plan.requests)]
+    images = [png(seed, bundle.resolution) for seed in range(plan.requests)]
     plain = _plain(bundle, _pixels(0, bundle.resolution), rows)
 
     def loop() -> Tensor:
@@ -158,7 +158,9 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
         model = embedded.models["default"].loaded()
         own = partial(votes, model, _question(bundle.resolution, rows))
         question = {"sigma": str(SIGMA), "n0": str(SELECTION_ROWS), "n": str(plan.n)}
-        asks: dict[str, tuple[Ask, int]] = {"engine": (partial(_ask, desk, plan.n), plan.requests)}
+        asks: dict[str, tuple[Ask, int]] = {
+            "engine": (partial(ask_desk, desk, plan.n), plan.requests)
+        }
         for concurrency in CONCURRENCIES:
             asks[f"http, {concurrency} at once"] = partial(post, client, question), concurrency
         await asyncio.to_thread(loop)
@@ -257,7 +259,8 @@ async def driven(ask: Ask, images: Sequence[bytes], concurrency: int) -> list[fl
     return taken
 
 
-async def _ask(desk: Predictions, n: int, image: bytes) -> None:
+async def ask_desk(desk: Predictions, n: int, image: bytes) -> None:
+    """Ask for a certificate of `n` rows without HTTP; raises TimeoutError where none comes."""
     asked = PredictRequest(image=image, sigma=SIGMA, n0=SELECTION_ROWS, n=n)
     status = await desk.ended(await desk.submit(asked, None, None), seconds=WAIT_SECONDS)
     if status is None:
@@ -276,7 +279,8 @@ def _pixels(seed: int, size: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def _png(seed: int, size: int) -> bytes:
+def png(seed: int, size: int) -> bytes:
+    """A square picture of that size, of random pixels."""
     stream = io.BytesIO()
     Image.fromarray(_pixels(seed, size)).save(stream, "PNG")
     return stream.getvalue()
@@ -308,7 +312,7 @@ def _peak_mib(n: int, runtime: str) -> int:
     """Peak memory of a fresh process that certifies one image with n rows."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
-        image.write_bytes(_png(0, 32))
+        image.write_bytes(png(0, 32))
         command = [sys.executable, "-c", "from service.cli import main; main()", "predict"]
         environment = {
             **os.environ, "VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime,

@@ -1,0 +1,223 @@
+"""What Redis between askers and workers costs: `python -m benchmarks.fleet_rows`.
+
+The same certifications are asked of the engine in this process, of a worker process on all cores
+and of two on half the cores each, both through a Redis of their own, by turns. All processes are
+up the whole time, so what idle ones take is in every figure. Prints one JSON: rows a second, what
+they lose against the engine in process, where the processor's time goes, how full batches are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import REGISTRY
+
+from benchmarks.processes import Running, redis_server, worker_process
+from models.bundle import DEFAULT_TASK, read_bundle
+from service.bench import SELECTION_ROWS, ask_desk, driven, percentiles, png
+from service.config import Settings, load_secret
+from service.embedded import Embedded
+from service.engine_redis.engine import RedisEngine
+from service.predictions import Predictions
+
+IN_PROCESS = "in process"
+METRICS = {
+    "batch seconds": "vouchsafe_batch_seconds_sum",
+    "batches": "vouchsafe_batches_total",
+    "rows": "vouchsafe_rows_total",
+    "padding": "vouchsafe_padding_rows_total",
+}
+
+
+class Way:
+    """One way to ask: a desk, and the processes behind it."""
+
+    def __init__(
+        self, desk: Predictions, workers: Sequence[Running] = (), redis: Running | None = None
+    ) -> None:
+        self.desk = desk
+        self._workers = workers
+        self._redis = redis
+
+    async def used(self) -> dict[str, float]:
+        """Seconds of processor time, by who took them, and the workers' metrics, all so far."""
+        told = {"asking": time.process_time()}
+        if self._redis is not None:
+            told["Redis"] = self._redis.cpu_seconds()
+            told["workers"] = sum(worker.cpu_seconds() for worker in self._workers)
+        for name, metric in METRICS.items():
+            read = [partial(worker.metric, metric) for worker in self._workers]
+            here: list[Callable[[], float]] = [partial(_own_metric, metric)]
+            told[name] = sum([await asyncio.to_thread(each) for each in read or here])
+        return told
+
+    async def measured(self, n: int, images: Sequence[bytes], concurrency: int) -> dict[str, float]:
+        """What it took to certify the images, so many at once."""
+        before, began = await self.used(), time.perf_counter()
+        taken = await driven(partial(ask_desk, self.desk, n), images, concurrency)
+        seconds = time.perf_counter() - began
+        after = await self.used()
+        told = {name: after[name] - value for name, value in before.items()}
+        thousands = len(images) * (SELECTION_ROWS + n) / 1000
+        cpu = {name: told[name] for name in ("asking", "Redis", "workers") if name in told}
+        return {
+            "rows/s": 1000 * thousands / seconds,
+            "latency, p50, s": percentiles(taken)["p50"],
+            **{f"CPU of {name}, s": value / thousands for name, value in cpu.items()},
+            "CPU of all, s": sum(cpu.values()) / thousands,
+            "rows a batch": told["rows"] / told["batches"],
+            "padding, share": told["padding"] / (told["rows"] + told["padding"]),
+            "between batches, share of the time": 1
+            - told["batch seconds"] / (seconds * max(1, len(self._workers))),
+        }
+
+
+def _own_metric(name: str) -> float:
+    """The sum of a metric's samples in this process."""
+    return sum(
+        sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+@asynccontextmanager
+async def in_process(settings: Settings) -> AsyncIterator[Way]:
+    """The engine, the worker and the networks here, ready."""
+    embedded = Embedded(settings)
+    stop = asyncio.Event()
+    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
+    desk = Predictions(settings, embedded.engine, embedded.tasks, embedded.secret)
+    try:
+        await embedded.ready()
+        yield Way(desk)
+    finally:
+        stop.set()
+        await asyncio.gather(working, return_exceptions=True)
+        await desk.close()
+
+
+@asynccontextmanager
+async def through_redis(
+    folder: Path, runtime: str, cores: Sequence[Sequence[int]]
+) -> AsyncIterator[Way]:
+    """A Redis with a worker process for each set of cores, ready."""
+    folder.mkdir()  # noqa: ASYNC240 - before anything runs.
+    async with AsyncExitStack() as fleet:
+        log = fleet.enter_context((folder / "log").open("wb"))
+        server = fleet.enter_context(redis_server(folder / "redis"))
+        workers = [
+            fleet.enter_context(
+                worker_process(folder / f"worker{at}", server.url, own, log=log, runtime=runtime)
+            )
+            for at, own in enumerate(cores)
+        ]
+        settings = Settings.model_validate(
+            {"data_dir": folder / "api", "redis_url": server.url, "backlog_rows": 10**7}
+        )
+        engine = RedisEngine.from_settings(settings)
+        fleet.push_async_callback(engine.close)
+        tasks = {"default": read_bundle(DEFAULT_TASK)}
+        desk = Predictions(settings, engine, tasks, load_secret(settings.data_dir))
+        fleet.push_async_callback(desk.close)
+        yield Way(desk, workers, server)
+
+
+async def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The rounds' medians, and the cost against the engine in process."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    settings = Settings.model_validate(
+        {"data_dir": folder / "own", "runtime": asked.runtime, "backlog_rows": 10**7}
+    )
+    images = [png(seed, read_bundle(DEFAULT_TASK).resolution) for seed in range(asked.requests)]
+    rounds: dict[str, list[dict[str, float]]] = {}
+    load = []
+    async with AsyncExitStack() as stack:
+        one = through_redis(folder / "one", asked.runtime, [cores])
+        two = through_redis(folder / "two", asked.runtime, [cores[:half], cores[half:]])
+        ways = {
+            IN_PROCESS: await stack.enter_async_context(in_process(settings)),
+            "1 worker": await stack.enter_async_context(one),
+            "2 workers": await stack.enter_async_context(two),
+        }
+        for way in ways.values():
+            await way.measured(asked.n, images[:1], 1)
+        names = list(ways)
+        for number in range(asked.rounds):
+            for name in names[number % 3 :] + names[: number % 3]:
+                figures = await ways[name].measured(asked.n, images, asked.concurrency)
+                rounds.setdefault(name, []).append(figures)
+                print(
+                    f"round {number + 1}, {name}: {figures['rows/s']:.0f} rows/s", file=sys.stderr
+                )
+                load.append(os.getloadavg()[0])
+    return {
+        "runtime": asked.runtime,
+        "cores": len(cores),
+        "n": asked.n,
+        "requests a round": asked.requests,
+        "at once": asked.concurrency,
+        "rounds": asked.rounds,
+        "load, median": round(float(np.median(load)), 2),
+        **{name: _medians(each) for name, each in rounds.items()},
+        "lost against in process": {
+            name: _lost(rounds[IN_PROCESS], rounds[name]) for name in names[1:]
+        },
+    }
+
+
+def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    medians = {name: float(np.median([each[name] for each in rounds])) for name in rounds[0]}
+    best = max(each["rows/s"] for each in rounds)
+    return {name: round(value, 4) for name, value in {"rows/s, best": best, **medians}.items()}
+
+
+def _lost(
+    here: Sequence[Mapping[str, float]], there: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Shares of rows/s lost: each round's own pair, and the best of either."""
+    pairs = [1 - b["rows/s"] / a["rows/s"] for a, b in zip(here, there, strict=True)]
+    best = 1 - max(b["rows/s"] for b in there) / max(a["rows/s"] for a in here)
+    return {
+        "rounds, median": round(float(np.median(pairs)), 4),
+        "rounds, least": round(min(pairs), 4),
+        "rounds, most": round(max(pairs), 4),
+        "best of either": round(best, 4),
+    }
+
+
+def main() -> None:
+    """Read the command line, measure, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=8, help="of each way in each round")
+    parser.add_argument("--concurrency", type=int, default=8, help="asked at once")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            told = asyncio.run(measured(asked, Path(folder)))
+        except Exception:
+            for log in Path(folder).glob("*/log"):
+                print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            raise
+    print(json.dumps(told, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What each step of a fleet costs Redis: `python -m benchmarks.redis_steps --url URL --workers N`.
+
+So many workers have announced themselves and listen; then each step is done many times, one after
+another, and Redis's own processor time is divided by the number. Uses keys of its own below a
+random prefix and erases them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from redis.asyncio import Redis
+
+from benchmarks.redis_shards import WORKER_BUNDLES, made_up_job, made_up_votes
+from service.engine import Lease, Worker
+from service.engine_redis.client import connect
+from service.engine_redis.engine import RedisEngine
+
+Step = Callable[[], Awaitable[object]]
+
+
+async def milliseconds(redis: Redis, times: int, step: Step) -> float:
+    """Redis's processor time for one step, of so many."""
+    before = await _processor_seconds(redis)
+    for _ in range(times):
+        await step()
+    return round(1000 * (await _processor_seconds(redis) - before) / times, 3)
+
+
+async def _processor_seconds(redis: Redis) -> float:
+    told = await redis.info("cpu")
+    return float(told["used_cpu_user"] + told["used_cpu_sys"])
+
+
+@asynccontextmanager
+async def listeners(url: str, channel: str, number: int) -> AsyncIterator[None]:
+    """So many connections subscribed to the channel, which read what comes."""
+    host, port = url.split("/")[2].rsplit("@")[-1].split(":")
+    ended: list[asyncio.Task[None]] = []
+    writers = []
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        while await reader.read(1 << 16):
+            pass
+
+    for _ in range(number):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"SUBSCRIBE {channel}\r\n".encode())
+        await reader.readuntil(b":1\r\n")
+        ended.append(asyncio.create_task(read(reader)))
+        writers.append(writer)
+    try:
+        yield
+    finally:
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+
+async def measured(asked: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of Redis for each step."""
+    prefix = f"{{bench-{secrets.token_hex(8)}}}:"
+    redis = connect(asked.url)
+    engine = RedisEngine(
+        connect(asked.url),
+        shard_rows=asked.shard_rows,
+        backlog_rows=10**9,
+        prefix=prefix,
+        poll_seconds=0.001,
+    )
+    told: dict[str, float] = {}
+    shards = -(-asked.rows // asked.shard_rows)
+    jobs: list[str] = []
+    leases: list[Lease] = []
+
+    async def submit() -> None:
+        jobs.append(await engine.submit(made_up_job(asked)))
+
+    async def pull() -> None:
+        leases.extend(await engine.pull(Worker("worker-0", WORKER_BUNDLES), 1))
+
+    async def start() -> None:
+        await engine.start([started.pop()])
+
+    async def commit() -> None:
+        lease = leases.pop(0)
+        await engine.commit(lease, made_up_votes(lease))
+
+    try:
+        for number in range(asked.workers):
+            await engine.pull(Worker(f"worker-{number}", WORKER_BUNDLES), 1)
+        told["a pull that finds nothing"] = await milliseconds(redis, asked.times, pull)
+        told["capacity"] = await milliseconds(redis, asked.times, engine.capacity)
+        told["a submission"] = await milliseconds(redis, asked.times, submit)
+        told["a status"] = await milliseconds(
+            redis, asked.times, lambda: engine._scripts.run("status", jobs[0])
+        )
+        many = min(asked.times * shards, 1000)
+        told["a pull of one shard"] = await milliseconds(redis, many, pull)
+        started = list(leases)
+        told["a start"] = await milliseconds(redis, len(started), start)
+        told["a commit"] = await milliseconds(redis, len(leases), commit)
+        told["a read of an image"] = await milliseconds(
+            redis, asked.times, lambda: redis.get(f"{prefix}image:{jobs[-1]}")
+        )
+        channel = f"{prefix}heard"
+        async with listeners(asked.url, channel, asked.workers):
+            told["a message to all workers"] = await milliseconds(
+                redis, asked.times, lambda: redis.publish(channel, "")
+            )
+    finally:
+        async for key in redis.scan_iter(match=f"{prefix}*"):
+            await redis.delete(key)
+        await redis.aclose()
+        await engine.close()
+    return told
+
+
+def main() -> None:
+    """Read the command line, measure, and print the milliseconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="redis://127.0.0.1:6379/0", help="a Redis >= 7.0")
+    parser.add_argument("--workers", type=int, default=1000, help="that are announced, and listen")
+    parser.add_argument("--times", type=int, default=300, help="how often each step is done")
+    parser.add_argument("--rows", type=int, default=1100, help="noise rows of each job")
+    parser.add_argument("--shard-rows", type=int, default=64)
+    parser.add_argument("--side", type=int, default=256, help="height and width of an image")
+    print(json.dumps(asyncio.run(measured(parser.parse_args())), indent=2))
+
+
+if __name__ == "__main__":
+    main()
