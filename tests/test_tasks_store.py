@@ -408,3 +408,10 @@ def test_folders_are_read_without_the_secret(tmp_path: Path) -> None:
     folders.delete(task.id)
     assert folders.all() == []
     assert not (tmp_path / "noise.secret").exists()
+
+
+def test_the_data_directory_is_the_owners_alone(tmp_path: Path) -> None:
+    """Whoever makes it first, tasks included: the noise secret will lie in it."""
+    store = make_store(tmp_path / "data")
+    store.sweep()
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700

@@ -193,7 +193,8 @@ class TaskFolders:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """While no other process or thread makes or removes tasks."""
-        for folder in (self.jobs, self.tasks):
+        # The data directory first: parents that mkdir makes on the way may be read by everyone.
+        for folder in (self.jobs.parent, self.jobs, self.tasks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.jobs / ".lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
