@@ -65,7 +65,9 @@ async def work(
 ) -> None:
     """Serve `models` (by task; read anew at every pull) until `stop`.
 
-    One batch is computed while the rows of one more are held. On `stop` the batch in hand is
+    One batch is computed while the rows of one more are held. A batch that has run for a third of
+    a lease, as where its networks are loading, is all that is held: the rest goes back, for other
+    workers may be idle, and no more is taken until it ends. On `stop` the batch in hand is
     finished and committed and the rest handed back, for which an engine that does not answer has
     some seconds. Errors of the engine are waited out and told to `outage`; raises DeviceFailed
     where the device hangs or is broken, having handed back what it did not compute.
@@ -104,6 +106,9 @@ class _Loop:
         self._lots: dict[tuple[str, str], _Lot] = {}
         self._last_task: str | None = None
         self._extended: dict[str, float] = {}  # by token: when the lease began, or was renewed
+        self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
+        self._long: frozenset[str] = frozenset()  # the tokens of a batch that runs long
+        self._tied: set[str] = set()  # tokens: to compute these anew elsewhere might never end
         self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
         self._reports: set[asyncio.Task[None]] = set()
         self._arrived = asyncio.Event()
@@ -151,19 +156,45 @@ class _Loop:
             failures += 1
 
     async def _prefetch(self) -> None:
-        """Hold the rows of one batch besides the one being computed."""
+        """Hold the rows of one batch besides the one being computed, none while that runs long."""
+        bundles = {task: model.digest for task, model in self._models.items()}
         most = max((model.batch_rows for model in self._models.values()), default=1)
         missing = most - sum(lot.packer.rows for lot in self._lots.values())
+        if (
+            self._long
+        ):  # Whoever neither renews nor pulls is taken for dead, and its tasks for gone.
+            missing = 0 if self._in_hand() and bundles == self._announced else 1
         if missing <= 0:
-            self._taken.clear()
-            await self._taken.wait()
+            await self._until_taken()
             return
-        bundles = {task: model.digest for task, model in self._models.items()}
-        worker = Worker(self._worker_id, bundles)
         began = time.monotonic()
-        pulling = self._engine.pull(worker, missing, self._last_task)
-        for lease in await self._reach.ask(pulling):
+        pulling = self._engine.pull(Worker(self._worker_id, bundles), missing, self._last_task)
+        leases = await self._reach.ask(pulling)
+        self._announced = bundles
+        for lease in leases:
             await self._accept(lease, began)
+        if self._long:
+            self._give_way()
+            await self._until_taken()
+
+    async def _until_taken(self) -> None:
+        """Wait for room for more rows, or until a batch that runs long is looked at again."""
+        self._taken.clear()
+        await self._taken.wait()
+
+    def _give_way(self) -> None:
+        """Hand back all that can wait elsewhere while a batch runs long.
+
+        Rows that were counted of a shard are computed anew; so one that needs several batches stays
+        once it is begun, and so does one of a failed batch, to be tried alone.
+        """
+        stay = self._long | self._tied
+        spare = [lease for lease in self._in_hand() if lease.token not in stay]
+        for lease in spare:
+            self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
+            del self._extended[lease.token]
+        if spare:
+            self._report(self._release(spare))
 
     async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
@@ -203,7 +234,8 @@ class _Loop:
 
     async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> bool:
         """Start the batch; False where some of it was lost, and let go of, so that more may fit."""
-        leases = _leases(batch)
+        leases, most = _leases(batch), lot.model.batch_rows
+        self._tied |= {lease.token for lease in leases if lease.shard.rows > most}
         try:
             return self._keep(leases, await self._reach.ask(self._engine.start(leases)))
         except BaseException:
@@ -214,7 +246,7 @@ class _Loop:
         self._last_task = lot.task
         began = time.monotonic()
         try:
-            votes = await self._votes(lot.model, [_rows(part) for part in batch])
+            votes = await self._votes(lot.model, [_rows(part) for part in batch], batch)
             finished = lot.packer.absorb(batch, votes)
         except DeviceFailed:
             for lease in _leases(batch):
@@ -244,8 +276,14 @@ class _Loop:
         telemetry.BATCH_SECONDS.observe(seconds)
         telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
 
-    async def _votes(self, model: Model, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """One device batch, renewing the leases meanwhile; raises what the model raises."""
+    async def _votes(
+        self, model: Model, parts: Sequence[Rows], batch: Sequence[Slice]
+    ) -> NDArray[np.int64]:
+        """One device batch, renewing the leases meanwhile; raises what the model raises.
+
+        It runs long after a third of a lease (10 s by default). Time alone decides, for nobody here
+        knows who else is idle; where nobody is, what went back comes again after the batch.
+        """
         computing = asyncio.ensure_future(self._thread.run(model.votes, parts))
         try:
             while not computing.done():
@@ -253,8 +291,13 @@ class _Loop:
                 if not self._thread.healthy:
                     raise DeviceFailed("a device batch has run past its limit")
                 if not computing.done():
+                    self._long = frozenset(lease.token for lease in _leases(batch))
+                    self._give_way()
                     await self._renew_if_possible()
+                    self._taken.set()
         finally:
+            self._long = frozenset()
+            self._taken.set()
             computing.cancel()
         votes = computing.result()
         if votes.shape != (len(parts), model.classes):
@@ -263,22 +306,23 @@ class _Loop:
 
     async def _blame(self, lot: _Lot, batch: Sequence[Slice], error: Exception) -> None:
         """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
-        if not await self._device_works(lot.model):
+        if not await self._device_works(lot.model, batch):
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
         suspects = _leases(batch)
         if len(suspects) > 1:
             lot.packer.put_back(batch, alone=True)
+            self._tied |= {lease.token for lease in suspects}
         else:
             lot.packer.drop(suspects[0])
             self._report(self._fail(suspects[0], _dead(suspects[0], error)))
 
-    async def _device_works(self, model: Model) -> bool:
+    async def _device_works(self, model: Model, batch: Sequence[Slice]) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""
         proven = self._proven.get(model.digest)
         try:
             if proven is not None:
-                await self._votes(model, [proven])
+                await self._votes(model, [proven], batch)
         except DeviceFailed:
             raise
         except ModelUnavailable:
@@ -304,6 +348,7 @@ class _Loop:
             else:
                 self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
         self._extended = {lease.token: self._extended[lease.token] for lease in self._in_hand()}
+        self._tied &= self._extended.keys()
         self._taken.set()
         return len(tokens) == len(leases)
 
@@ -341,11 +386,12 @@ class _Loop:
         task.add_done_callback(self._reports.discard)
 
     async def _hand_back(self) -> None:
-        leases = self._in_hand()
-        if not leases:
-            return
+        if leases := self._in_hand():
+            await self._release(leases)
+
+    async def _release(self, leases: Sequence[Lease]) -> None:
         try:
-            await self._reach.ask(self._engine.release(leases))
+            await self._reach.insist(lambda: self._engine.release(leases), self._lease_seconds)
         except EngineAway:
             logger.warning("%d shards go back only when their leases run out", len(leases))
         except Exception:

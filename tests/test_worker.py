@@ -159,7 +159,7 @@ async def test_one_batch_is_prefetched(engine: MemoryEngine) -> None:
     spy, model = EngineSpy(engine), FakeModel(batch_rows=20)
     model.gate.clear()
     await submit(engine, make_job("a", n0=0, n=200))
-    async with working(spy, {"default": model}):
+    async with working(spy, {"default": model}, lease_seconds=60):
         await soon(lambda: len(spy.asked("pull")) == 2 and len(model.batches) == 1)
         await asyncio.sleep(0.05)
         left = await engine.pull(OTHER, 1000)
@@ -246,16 +246,16 @@ async def test_leases_are_renewed_while_a_batch_computes() -> None:
     """A batch may take longer than a lease, and its shards stay with their worker."""
     engine = MemoryEngine(shard_rows=10, lease_seconds=0.3, poll_seconds=0.01)
     await engine.pull(OTHER, 1)
-    job = make_job("a", n0=0, n=40)
+    job = make_job("a", n0=0, n=20)
     await submit(engine, job)
     model = FakeModel(batch_rows=20, delay=0.5)
     async with working(engine, {"default": model}, lease_seconds=0.3):
         await soon(lambda: bool(model.batches))
         for _ in range(8):
             await asyncio.sleep(0.05)
-            assert not any(lease.shard.index < 2 for lease in await engine.pull(OTHER, 1))
+            assert await engine.pull(OTHER, 1) == []
         await assert_exact(engine, job)
-    assert len(model.batches) == 2
+    assert len(model.batches) == 1
 
 
 async def test_batches_and_shards_are_measured(engine: MemoryEngine) -> None:
@@ -277,6 +277,185 @@ async def test_batches_and_shards_are_measured(engine: MemoryEngine) -> None:
     after = [metric(name, **labels) for name, labels in names.items()]
     grown = [new - old for new, old in zip(after, before, strict=True)]
     assert grown == [40, 1, 40, 1, 1, 24, 4]
+
+
+# Long batches
+
+
+@asynccontextmanager
+async def loading(spy: EngineSpy, cats: FakeModel, *jobs: Job) -> AsyncIterator[FakeModel]:
+    """A worker that holds the jobs' shards while a batch of `birds` runs.
+
+    Until the gate of the model that this yields opens.
+    """
+    birds = FakeModel(batch_rows=20, digest="bundle-b")
+    birds.gate.clear()
+    await submit(spy.engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"), *jobs)
+    async with working(spy, {"birds": birds, "default": cats}, lease_seconds=0.15):
+        await soon(lambda: bool(birds.batches))
+        yield birds
+
+
+async def test_shards_beside_a_long_batch_are_computed_by_others(engine: MemoryEngine) -> None:
+    """While one worker loads networks another does what that one held; then the first goes on."""
+    spy, cats = EngineSpy(engine), FakeModel(batch_rows=40)
+    held, later = make_job("held"), make_job("later")
+    async with loading(spy, cats, held) as birds:
+        await soon(lambda: bool(spy.asked("release")))
+        stop, thread, others = asyncio.Event(), ComputeThread(), FakeModel()
+        other = asyncio.create_task(
+            work(engine, {"default": others}, worker_id="other", stop=stop, thread=thread)
+        )
+        await assert_exact(engine, held)
+        stop.set()
+        await other
+        thread.close()
+        assert cats.batches == []
+        assert len(birds.batches) == 1
+        birds.gate.set()
+        assert (await final(engine, "birds")).state is State.SUCCEEDED
+        await submit(engine, later)
+        await assert_exact(engine, later)
+    assert sum(map(rows_in, others.batches)) == 40
+    assert {key for batch in cats.batches for key, *_ in batch} == keys(later)
+
+
+async def test_lone_worker_takes_up_what_it_handed_back(engine: MemoryEngine) -> None:
+    """Nothing is lost, or computed twice, where nobody else wanted the shards."""
+    spy, cats, job = EngineSpy(engine), FakeModel(batch_rows=40), make_job("a")
+    async with loading(spy, cats, job) as birds:
+        await soon(lambda: bool(spy.asked("release")))
+        birds.gate.set()
+        await assert_exact(engine, job)
+        assert (await final(engine, "birds")).estimation == true_votes(
+            make_job("birds", n0=0, n=20), Domain.ESTIMATION
+        )
+    assert sum(map(rows_in, cats.batches)) == 40
+    assert spy.asked("fail") == []
+
+
+async def test_nothing_is_pulled_while_a_batch_runs_long(engine: MemoryEngine) -> None:
+    """After the shards in hand went back no others are taken until the batch ends."""
+    spy = EngineSpy(engine)
+    async with loading(spy, FakeModel(batch_rows=40), make_job("a")):
+        await soon(lambda: bool(spy.asked("release")))
+        await soon(lambda: len(spy.asked("renew")) > 1)
+        pulls, renewals = len(spy.asked("pull")), len(spy.asked("renew"))
+        await soon(lambda: len(spy.asked("renew")) > renewals + 3)
+        assert len(spy.asked("pull")) == pulls
+        assert {held.job.id for leases, *_ in spy.asked("renew")[-3:] for held in leases} == {
+            "birds"
+        }
+
+
+async def test_worker_is_heard_of_while_a_batch_runs_long() -> None:
+    """With its batch cancelled it still lives for the engine, and what is new is announced."""
+    clock = FakeClock()
+    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, worker_seconds=30, clock=clock)
+    await engine.pull(Worker("someone", {"birds": "bundle-b"}), 1)
+    spy, models = EngineSpy(engine), {"default": FakeModel(batch_rows=40)}
+    birds = models["birds"] = FakeModel(batch_rows=20, digest="bundle-b")
+    birds.gate.clear()
+    await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
+    async with working(spy, models, lease_seconds=0.15):
+        await soon(lambda: len(spy.asked("renew")) > 1)
+        models["fish"] = FakeModel(digest="bundle-c")
+        await soon(lambda: spy.asked("pull")[-1][0].bundles.keys() == models.keys())
+        await engine.cancel("birds")
+        for _ in range(3):
+            pulls = len(spy.asked("pull"))
+            clock.advance(20)
+            await soon(lambda: len(spy.asked("pull")) > pulls + 1)  # noqa: B023
+        served = (await engine.capacity()).bundles
+        assert served == {"default": "bundle-a", "birds": "bundle-b", "fish": "bundle-c"}
+        job = make_job("a")
+        await submit(engine, job)
+        await soon(lambda: bool(spy.asked("release")))
+        assert len(birds.batches) == 1
+        birds.gate.set()
+        await assert_exact(engine, job)
+
+
+async def test_shards_go_back_once_the_engine_answers_again(engine: MemoryEngine) -> None:
+    """Handing back is tried until it succeeds, and no shard waits for its lease to run out."""
+    spy = EngineSpy(engine)
+    refused = 0
+
+    def trouble() -> bool:
+        nonlocal refused
+        refused += spy.calls[-1][0] == "release"
+        return spy.calls[-1][0] == "release" and refused <= 2
+
+    spy.trouble = trouble
+    async with loading(spy, FakeModel(batch_rows=40), make_job("a")):
+        await soon(lambda: len(spy.asked("release")) == 3)
+        assert len(await engine.pull(OTHER, 1000)) == 4
+
+
+async def test_stop_beside_a_long_batch_leaves_nothing_held(engine: MemoryEngine) -> None:
+    """Told to stop it counts the long batch, and all else had gone back before."""
+    spy, birds = EngineSpy(engine), FakeModel(batch_rows=20, digest="bundle-b")
+    birds.gate.clear()
+    models = {"default": FakeModel(), "birds": birds}
+    await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
+    await submit(engine, make_job("a", n0=0, n=20))
+    async with working(spy, models, lease_seconds=0.15) as hall:
+        await soon(lambda: bool(spy.asked("release")))
+        hall.stop.set()
+        assert len(await engine.pull(OTHER, 1000)) == 2
+        birds.gate.set()
+        await hall.ends()
+    assert (await final(engine, "birds")).state is State.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "poison", "free"),
+    [(12, False, [2]), (4, False, [2]), (30, True, [0])],
+    ids=["cut", "needs several batches", "failed with others"],
+)
+async def test_shards_that_were_begun_beside_a_long_batch(
+    engine: MemoryEngine, batch_rows: int, poison: bool, free: list[int]
+) -> None:
+    """What is begun goes back too, but for what would then be begun again and again."""
+    job = make_job("a", n0=0, n=30)
+    cats = FakeModel(batch_rows=batch_rows, poison=keys(job) if poison else ())
+    birds = FakeModel(batch_rows=20, digest="bundle-b")
+    birds.gate.clear()
+    spy = EngineSpy(engine)
+    await submit(engine, job)
+    await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
+    async with working(spy, {"default": cats, "birds": birds}, lease_seconds=0.15):
+        await soon(lambda: bool(birds.batches) and len(spy.asked("renew")) > 2)
+        left = await engine.pull(OTHER, 1000)
+        assert [lease.shard.index for lease in left] == free
+        await engine.release(left)
+        birds.gate.set()
+        if poison:
+            assert (await final(engine, job.id)).state is State.FAILED
+        else:
+            await assert_exact(engine, job)
+
+
+async def test_solitary_shard_beside_a_long_batch_goes_back() -> None:
+    """It stays solitary, and that it was handed back counts nothing against it."""
+    clock = FakeClock()
+    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, clock=clock)
+    await engine.pull(Worker("other", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    suspect, birds = make_job("a", n0=0, n=10), make_job("b", task="birds", bundle="bundle-b")
+    await submit(engine, birds, suspect)
+    await engine.start(await engine.pull(OTHER, 1))
+    clock.advance(31)
+    await engine.pull(OTHER, 0)
+    spy, slow = EngineSpy(engine), FakeModel(batch_rows=40, digest="bundle-b")
+    slow.gate.clear()
+    async with working(spy, {"default": FakeModel(), "birds": slow}, lease_seconds=0.15):
+        await soon(lambda: bool(spy.asked("release")))
+        (lease,) = await engine.pull(OTHER, 1000)
+        assert (lease.job.id, lease.solitary) == ("a", True)
+        await engine.release([lease])
+        slow.gate.set()
+        await assert_exact(engine, suspect)
+        await assert_exact(engine, birds)
 
 
 # Cancelling and stopping
