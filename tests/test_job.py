@@ -25,7 +25,8 @@ from models.bundle import ADAPTER, PROMPT_STATES, TUNED, BundleError, read_bundl
 from models.smoothing import Rows, load
 from models.training import Diverged
 
-SECONDS = 240
+SECONDS = 900
+"""A job runs at low priority: on a busy machine it gets what others leave."""
 STEPS = 60
 
 
