@@ -54,7 +54,16 @@ class Settings(BaseSettings):
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a worker may hold a shard.")
     retention_seconds: float = Field(
-        86_400.0, gt=0, description="How long jobs, images and Idempotency-Keys are kept."
+        86_400.0,
+        gt=0,
+        description="How long ended jobs and their Idempotency-Keys are kept, but `kept_jobs` at "
+        "most, and how long an open job with its image; an image goes as its job ends.",
+    )
+    kept_jobs: int = Field(
+        100_000,
+        ge=1,
+        description="Most ended jobs that are kept; beyond that the oldest go before their time, "
+        "Idempotency-Keys included. One takes about 3 KB of Redis, 5 KB in one process.",
     )
     wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")

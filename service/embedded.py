@@ -32,6 +32,7 @@ class Embedded(Serving):
             backlog_rows=settings.backlog_rows,
             owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
+            kept_jobs=settings.kept_jobs,
             worker_seconds=max(30.0, settings.lease_seconds),
         )
 

@@ -122,7 +122,10 @@ class Engine(Protocol):
         """
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """The job's status, or None; while it runs the votes are the tally so far."""
+        """The job's status, or None; while it runs the votes are the tally so far.
+
+        The job in it may lack its pixels, which are erased once it has ended.
+        """
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, that of one owner, measured speed, and what live workers serve."""

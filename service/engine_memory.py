@@ -8,7 +8,7 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.admission import (
@@ -51,9 +51,9 @@ class MemoryEngine:
 
     For use from one event loop. No owner has more than `owner_rows` waiting or leased, where given.
     Jobs are kept for `retention_seconds` after their end (unfinished ones: after their submission),
-    the last `kept_jobs` of them at most. A task whose shards have not been served for
-    `starvation_seconds` goes before the preferred one; a worker not heard from for `worker_seconds`
-    is not alive; an idle pull waits `poll_seconds`.
+    the last `kept_jobs` of them at most; an image goes as its job ends. A task whose shards have
+    not been served for `starvation_seconds` goes before the preferred one; a worker not heard from
+    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MemoryEngine:
         backlog_rows: int = 200_000,
         owner_rows: int | None = None,
         retention_seconds: float = 86_400,
-        kept_jobs: int = 10_000,
+        kept_jobs: int = 100_000,
         starvation_seconds: float = 1,
         worker_seconds: float = 30,
         poll_seconds: float = 0.5,
@@ -318,9 +318,11 @@ class MemoryEngine:
     def _end(self, record: Record, state: State, problem: dict[str, Any] | None = None) -> None:
         job = record.job
         record.state, record.finished, record.problem = state, self._clock(), problem
+        record.job = replace(job, pixels=b"")  # Answers need no image, and it is the most by far.
         record.waiting.clear()
         for shard in record.shards:
             self._held.pop((job.id, shard.index), None)
+        record.shards, record.counted = (), set()
         self._book(job, record.rows_done - job.rows)
         self._ended[job.id] = self._open.pop(job.id)
         line = self._lines[job.task, job.bundle]

@@ -917,7 +917,8 @@ async def test_forget_erases_everything(harness: Harness, stage: str) -> None:
         await engine.start(leases)
     if stage == "ended":
         await compute(engine, leases)
-    assert await harness.stores(job.pixels)
+    assert await harness.stores(job.pixels) is (stage != "ended")
+    assert await harness.stores(job.key)
     assert await engine.forget("a") is True
     assert await engine.forget("a") is False
     assert await engine.status("a") is None

@@ -281,6 +281,97 @@ async def test_lost_image_fails_the_job(fleet: Fleet) -> None:
     assert (await fleet.engine.capacity()).backlog_rows == 0
 
 
+# What nobody serves
+
+
+class Rollout:
+    """A fleet on a fake clock, with a job of `alpha`'s and time that passes between looks."""
+
+    def __init__(self, url: str) -> None:
+        self.clock = FakeClock()
+        self.fleet = Fleet(url, clock=self.clock)
+        self.engine = self.fleet.engine
+
+    async def look(self, *alive: Worker, seconds: float) -> State:
+        """The job's state after that long, in which these workers alone were heard from."""
+        for _ in range(round(seconds / 25)):
+            self.clock.advance(25)
+            await age(self.fleet.redis, self.fleet.prefix, 25_000)
+            for worker in alive:
+                await self.engine.pull(worker, 0)
+            await self.engine.reconcile()
+        return (await status_of(self.engine, "a")).state
+
+
+NEWER = Worker("newer", {"default": "bundle-b"})
+
+
+@pytest.fixture
+async def rollout(redis_server: RedisServer) -> AsyncIterator[Rollout]:
+    """A job under the digest of `alpha`, which is alive."""
+    built = Rollout(redis_server.url)
+    await built.engine.pull(ALPHA, 1)
+    await built.engine.submit(make_job("a", owner="ada"))
+    yield built
+    await built.fleet.redis.delete(*await built.fleet.keys())
+    await built.fleet.close()
+
+
+async def test_jobs_that_nobody_serves_any_more_fail(rollout: Rollout) -> None:
+    """After a rollout the jobs of the old digest end with a problem and leave the backlog."""
+    engine = rollout.engine
+    assert await rollout.look(ALPHA, NEWER, seconds=600) is State.QUEUED
+    await engine.submit(make_job("new", bundle="bundle-b"))
+    assert await rollout.look(NEWER, seconds=300) is State.QUEUED
+    assert await rollout.look(NEWER, seconds=100) is State.FAILED
+    status = await status_of(engine, "a")
+    assert status.problem is not None
+    assert status.problem["job"] == "a"
+    assert "ask again" in status.problem["detail"]
+    capacity = await engine.capacity("ada")
+    assert (capacity.backlog_rows, capacity.owner_rows) == (40, 0)
+    await finish_everything(engine, NEWER)
+    assert_exact(await status_of(engine, "new"))
+    assert await rollout.fleet.lengths() == []
+
+
+async def test_a_line_that_comes_back_is_kept(rollout: Rollout) -> None:
+    """However often the old digest is away for less than the limit, its jobs are computed."""
+    for _ in range(3):
+        assert await rollout.look(NEWER, seconds=250) is State.QUEUED
+        await rollout.engine.pull(ALPHA, 0)
+    await rollout.look(NEWER, seconds=250)
+    await finish_everything(rollout.engine)
+    assert_exact(await status_of(rollout.engine, "a"))
+
+
+async def test_nothing_ends_where_no_worker_lives(rollout: Rollout) -> None:
+    """While all workers are away jobs wait, and that time is not held against any digest."""
+    await rollout.look(NEWER, seconds=200)
+    assert await rollout.look(seconds=1_000) is State.QUEUED
+    assert await rollout.look(NEWER, seconds=200) is State.QUEUED
+    await finish_everything(rollout.engine)
+    assert_exact(await status_of(rollout.engine, "a"))
+
+
+async def test_a_job_served_again_is_not_ended(rollout: Rollout) -> None:
+    """A worker that comes while jobs are being ended saves those that are left."""
+    engine, look = rollout.engine, rollout.engine._scripts.run
+    await rollout.look(NEWER, seconds=300)
+    rollout.clock.advance(100)
+
+    async def interrupted(name: str, *arguments: Any) -> Any:
+        if name == "abandon":
+            await engine.pull(ALPHA, 0)
+        return await look(name, *arguments)
+
+    await engine.pull(NEWER, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._scripts, "run", interrupted)
+        await engine.reconcile()
+    assert (await status_of(engine, "a")).state is State.QUEUED
+
+
 # Deliveries
 
 
@@ -437,6 +528,104 @@ async def test_listener_begins_again(
         while not ring.is_set():
             ring = listener.always.next_ring
             await asyncio.wait({asyncio.ensure_future(ring.wait())}, timeout=0.05)
+    await listener.close()
+    await redis.aclose()
+
+
+async def steady(listener: Listener, wanted: bool = True) -> None:
+    """Returns once the listener says so."""
+    async with asyncio.timeout(60):
+        while listener.steady is not wanted:  # noqa: ASYNC110 - it has nothing to wait on.
+            await asyncio.sleep(0.01)
+
+
+async def test_watch_of_a_quiet_job_asks_seldom(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who hears of every change need not ask for it, however short the poll is."""
+    engine, ask = fleet.engine, fleet.engine.status
+    await engine.submit(make_job("a"))
+    asked: list[str] = []
+
+    async def counted(job_id: str) -> JobStatus | None:
+        asked.append(job_id)
+        return await ask(job_id)
+
+    async def last() -> JobStatus:
+        return [status async for status in engine.watch("a")][-1]
+
+    watching = asyncio.create_task(last())
+    await steady(engine._listener)
+    monkeypatch.setattr(engine, "status", counted)
+    for _ in range(40):
+        assert await engine.pull(NEWER, 1) == []  # Takes as long as a poll.
+    assert len(asked) < 20
+    await finish_everything(engine)
+    async with asyncio.timeout(30):
+        assert_exact(await watching)
+
+
+async def test_many_watchers_need_few_connections(redis_server: RedisServer, fleet: Fleet) -> None:
+    """Ten times as many watchers as connections all see the end, though none hears of it."""
+    watchers = RedisEngine(
+        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=0.05
+    )
+    jobs = [f"job-{number}" for number in range(640)]
+    for job in jobs:
+        await fleet.engine.submit(make_job(job))
+
+    async def last(job: str) -> JobStatus:
+        return [status async for status in watchers.watch(job)][-1]
+
+    watching = asyncio.gather(*map(last, jobs))
+    await steady(watchers._listener)
+    for job in jobs:
+        await fleet.engine.cancel(job)
+    async with asyncio.timeout(60):
+        assert {status.state for status in await watching} == {State.CANCELLED}
+    await watchers.close()
+
+
+async def test_a_killed_server_is_not_heard(own_server: RedisServer) -> None:
+    """A subscription that is cut is not steady, and is once it is made again, which rings."""
+    redis = connect(own_server.url)
+    listener = Listener(redis, "{prefix}:channel")
+    assert not listener.steady
+    ring = listener.always.next_ring
+    await steady(listener)
+    assert ring.is_set()
+    own_server.kill()
+    await steady(listener, False)
+    ring = listener.always.next_ring
+    own_server.start()
+    await steady(listener)
+    async with asyncio.timeout(30):
+        await ring.wait()
+    await listener.close()
+    assert not listener.steady
+    await redis.aclose()
+
+
+async def test_a_dead_connection_is_noticed(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that says nothing, and cuts nothing, is not heard; one that answers a PING is."""
+    monkeypatch.setattr("service.engine_redis.listener._SILENCE_SECONDS", 0.5)
+    redis = connect(own_server.url)
+    listener = Listener(redis, "{prefix}:channel")
+    ring = listener.always.next_ring
+    await steady(listener)
+    ring = listener.always.next_ring
+    while not (await redis.info("commandstats")).get("cmdstat_ping"):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    assert listener.steady
+    assert not ring.is_set()
+    own_server.pause()
+    await steady(listener, False)
+    own_server.resume()
+    await steady(listener)
+    async with asyncio.timeout(30):
+        await ring.wait()
     await listener.close()
     await redis.aclose()
 
@@ -630,16 +819,65 @@ async def test_nothing_grows(own_server: RedisServer) -> None:
 
 
 async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
-    """Of the ended jobs the last `kept_jobs` are kept, so that images cannot fill the memory."""
+    """Of the ended jobs the last `kept_jobs` are kept, so that they cannot fill the memory."""
     fleet = Fleet(redis_server.url, kept_jobs=3)
     await fleet.engine.pull(ALPHA, 1)
     for number in range(5):
         await fleet.engine.submit(make_job(f"job-{number}"))
         await finish_everything(fleet.engine)
-    assert sorted(await fleet.keys("image:")) == [
-        f"{fleet.prefix}image:job-{number}".encode() for number in (2, 3, 4)
+    assert sorted(await fleet.keys("job:")) == [
+        f"{fleet.prefix}job:job-{number}".encode() for number in (2, 3, 4)
     ]
     await fleet.close()
+
+
+async def test_fewer_kept_jobs_are_reached_some_at_a_time(redis_server: RedisServer) -> None:
+    """After `kept_jobs` was lowered, no end of a job erases a great many others at once."""
+    fleet = Fleet(redis_server.url, kept_jobs=1)
+    await fleet.engine.pull(ALPHA, 1)
+    many = {f"old-{number}": 4e9 + number for number in range(150)}
+    await fleet.redis.zadd(f"{fleet.prefix}ended", many)
+    left = []
+    for number in range(2):
+        await fleet.engine.submit(make_job(f"job-{number}"))
+        await fleet.engine.cancel(f"job-{number}")
+        left.append(await fleet.redis.zcard(f"{fleet.prefix}ended"))
+    assert left == [51, 1]
+    await fleet.redis.delete(*await fleet.keys())
+    await fleet.close()
+
+
+async def test_settings_bound_the_kept_jobs(own_server: RedisServer) -> None:
+    """VOUCHSAFE_KEPT_JOBS is how many ended jobs stay, Idempotency-Keys and all."""
+    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, kept_jobs=1))
+    await engine.pull(ALPHA, 1)
+    for name in "ab":
+        await engine.submit(make_job(name), idempotency_key=name)
+        await engine.cancel(name)
+    assert await engine.status("a") is None
+    assert await engine.submit(make_job("c"), idempotency_key="b") == "b"
+    await engine.close()
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+async def test_image_goes_as_its_job_ends(fleet: Fleet, end: str) -> None:
+    """An ended job is answered without its image, which is the caller's and most of the memory."""
+    engine = fleet.engine
+    await engine.submit(make_job("a"))
+    await engine.pull(BETA, 0)
+    assert await fleet.keys("image:")
+    match end:
+        case "succeeded":
+            await finish_everything(engine)
+        case "failed":
+            for _ in range(FAILURES_ALLOWED):
+                (lease,) = await engine.pull(ALPHA, 1)
+                await engine.fail(lease, {"detail": "no"})
+        case "cancelled":
+            await engine.cancel("a")
+    assert await fleet.keys("image:") == []
+    assert (await status_of(engine, "a")).state == end
+    assert [status.state async for status in engine.watch("a")] == [end]
 
 
 async def test_many_leases_run_out_some_at_a_time(redis_server: RedisServer) -> None:

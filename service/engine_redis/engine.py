@@ -36,6 +36,7 @@ from service.engine import (
 )
 from service.engine_redis.client import Scripts, answered, connect
 from service.engine_redis.listener import Listener
+from service.engine_redis.reconciling import reconcile
 from service.engine_redis.records import (
     caller_digest,
     flat,
@@ -46,7 +47,6 @@ from service.engine_redis.records import (
     named,
     pairs,
     served,
-    shards_of,
 )
 from service.jobs import Job, JobStatus, State, canonical_json
 from service.offers import Offer, next_offer
@@ -56,6 +56,7 @@ PREFIX = "{vouchsafe}:"
 
 _log = logging.getLogger("vouchsafe.engine")
 _DEAD_LETTERS = 1_000
+_STEADY_POLL_SECONDS = 10.0
 _GRACE_SECONDS = 60.0
 """Open work outlives its retention so long, for a sweep to take it off the books first."""
 
@@ -66,9 +67,10 @@ class RedisEngine:
     The numbers are MemoryEngine's. Each method is one Lua script or a few, so a process may die
     between any two steps; leases are the group's pending entries, renewed by XCLAIM JUSTID. What
     ran out is taken back every `sweep_seconds`, by whoever looks first; a watch looks again every
-    `poll_seconds` even if it hears nothing. `clock` is for tests: what the scripts write down is
-    its time then, not the server's. Methods raise redis.exceptions.RedisError once Redis has been
-    out of reach for some seconds.
+    `poll_seconds` while it cannot hear, and seldom while it can. Jobs under a digest that no live
+    worker has announced for `unserved_seconds` fail, unless there is no live worker at all. `clock`
+    is for tests: what the scripts write down is its time then, not the server's. Methods raise
+    redis.exceptions.RedisError once Redis has been out of reach for some seconds.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class RedisEngine:
         backlog_rows: int = 200_000,
         owner_rows: int | None = None,
         retention_seconds: float = 86_400,
-        kept_jobs: int = 10_000,
+        kept_jobs: int = 100_000,
+        unserved_seconds: float = 300,
         starvation_seconds: float = 1,
         worker_seconds: float = 30,
         poll_seconds: float = 1.0,
@@ -106,6 +109,7 @@ class RedisEngine:
             "retention_ms": _milliseconds(retention_seconds),
             "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
             "kept_jobs": kept_jobs,
+            "unserved_ms": _milliseconds(unserved_seconds),
             "failures_allowed": FAILURES_ALLOWED,
             "deaths_allowed": SOLITARY_DEATHS_ALLOWED,
             "dead_letters": _DEAD_LETTERS,
@@ -131,6 +135,7 @@ class RedisEngine:
             backlog_rows=settings.backlog_rows,
             owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
+            kept_jobs=settings.kept_jobs,
             worker_seconds=max(30.0, settings.lease_seconds),
         )
 
@@ -228,14 +233,15 @@ class RedisEngine:
                 if status.state.ended:
                     return
                 last = status
-                soon = asyncio.get_running_loop().time() + self._poll_seconds
-                await _rings_by(change, soon)
+                wait = self._poll_seconds
+                if self._listener.steady:
+                    wait = max(wait, _STEADY_POLL_SECONDS)
+                await _rings_by(change, asyncio.get_running_loop().time() + wait)
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """The job's status, or None."""
+        """The job's status, or None; its job is without the pixels, which go at its end."""
         fields = pairs(await self._scripts.run("status", job_id))
-        job = await self._job(job_id) if fields else None
-        return None if job is None else job_status(job, fields)
+        return job_status(fields) if fields else None
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, that of one owner, measured speed, and what live workers serve."""
@@ -249,14 +255,10 @@ class RedisEngine:
     async def reconcile(self) -> int:
         """Queue again whatever open jobs miss in the streams; returns how many shards that were.
 
-        Safe at any time and from any process: a shard delivered twice is counted once.
+        Jobs that have gone unserved too long fail. Safe at any time and from any process: a shard
+        delivered twice is counted once.
         """
-        requeued = 0
-        for name in await self._scripts.run("opened"):
-            fields = pairs(await self._scripts.run("status", name))
-            shards = shards_of(fields) if fields else ()
-            requeued += await self._scripts.run("requeue", name, *flat(shards))
-        return requeued
+        return await reconcile(self._scripts)
 
     async def close(self) -> None:
         """Let go of every connection."""

@@ -17,6 +17,7 @@ from service.engine_redis.client import BACKOFF
 from service.ledger import Bell
 
 _STEADY_SECONDS = 5.0
+_SILENCE_SECONDS = 5.0
 _OUTAGES = (ConnectionError, TimeoutError, OSError, RuntimeError)
 _log = logging.getLogger("vouchsafe.engine")
 
@@ -34,7 +35,17 @@ class Listener:
         self._bells: dict[bytes, Bell] = {always.encode(): self._always}
         self._listeners: Counter[bytes] = Counter()
         self._altered = asyncio.Event()
+        self._answered: PubSub | None = None
         self._reading: asyncio.Task[None] | None = None
+
+    @property
+    def steady(self) -> bool:
+        """Whether the subscribed connection has been answered and is not known to be lost.
+
+        One that is cut is known at once, one that went dead after some seconds of silence.
+        """
+        connection = None if self._answered is None else self._answered.connection
+        return connection is not None and bool(connection.is_connected)
 
     @property
     def always(self) -> Bell:
@@ -87,21 +98,39 @@ class Listener:
             await asyncio.sleep(BACKOFF.compute(failures))
 
     async def _hear(self, pubsub: PubSub) -> None:
+        clock = asyncio.get_running_loop().time
         subscribed: set[bytes] = set()
         reading: asyncio.Task[Any] | None = None
+        pinged, limit = False, clock() + _SILENCE_SECONDS
+        self._altered.set()
         try:
             while True:
-                self._altered.clear()
-                subscribed = await self._subscribe(pubsub, subscribed)
+                if self._altered.is_set():
+                    self._altered.clear()
+                    subscribed = await self._subscribe(pubsub, subscribed)
                 reading = reading or asyncio.create_task(pubsub.get_message(timeout=None))
                 altered = asyncio.create_task(self._altered.wait())
-                await asyncio.wait({reading, altered}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {reading, altered},
+                    timeout=max(0.0, limit - clock()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
                 altered.cancel()
                 if reading.done():
                     message, reading = reading.result(), None
+                    self._answered = pubsub
+                    pinged, limit = False, clock() + _SILENCE_SECONDS
                     if message and (bell := self._bells.get(message["channel"])):
                         bell.ring()
+                elif clock() >= limit:  # A connection may be dead without having been cut.
+                    if pinged and self.steady:
+                        raise TimeoutError("no answer to a PING")
+                    if self.steady:  # Otherwise the client is making it again.
+                        await pubsub.ping()
+                        pinged = True
+                    limit = clock() + _SILENCE_SECONDS
         finally:
+            self._answered = None
             if reading is not None:
                 reading.cancel()
                 await asyncio.wait({reading}, timeout=0.1)

@@ -33,6 +33,12 @@ def lost(what: str, job_id: str) -> dict[str, Any]:
     return ShardDead(f"The {what} of the job got lost; ask again.", job=job_id).document()
 
 
+def abandoned(job_id: str) -> dict[str, Any]:
+    """The problem document of a job under a digest that workers have ceased to serve."""
+    detail = "No worker serves the networks that began this job any more; ask again."
+    return ShardDead(detail, job=job_id).document()
+
+
 def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     """A mapping from the list of names and values that a script returns."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
@@ -69,8 +75,9 @@ def shards_of(fields: Fields) -> tuple[Shard, ...]:
     return Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
 
 
-def job_status(job: Job, fields: Fields) -> JobStatus:
-    """The status that a job's hash tells."""
+def job_status(fields: Fields) -> JobStatus:
+    """The status that a job's hash tells, of a job without pixels."""
+    job = Job.decode(fields[b"job"], b"")
     state = State(fields[b"state"].decode())
     return JobStatus(
         job=job,

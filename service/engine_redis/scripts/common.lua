@@ -172,6 +172,7 @@ local function erase(id)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
+-- The image goes at once: answers do not need it, and it is the bulk of what a job takes.
 local function finish(id, state, problem)
   local job, entries = key('job', id), key('entries', id)
   local line, stream, caller = unpack(redis.call('HMGET', job, 'line', 'stream', 'caller'))
@@ -181,15 +182,14 @@ local function finish(id, state, problem)
   end)
   tidy(line)
   close(id)
-  redis.call('DEL', entries, key('done', id))
+  redis.call('DEL', entries, key('done', id), key('image', id))
   redis.call('HSET', job, 'state', state, 'finished', stamp(NOW), 'problem', problem or '')
-  stay(TERMS.retention_ms, job, key('image', id),
-    caller ~= '' and key('caller', caller) or nil)
+  stay(TERMS.retention_ms, job, caller ~= '' and key('caller', caller) or nil)
   redis.call('ZADD', key('ended'), stamp(NOW), id)
   redis.call('PEXPIRE', key('ended'), TERMS.retention_ms)
   local most = redis.call('ZCARD', key('ended')) - TERMS.kept_jobs
-  if most > 0 then
-    for _, oldest in ipairs(redis.call('ZRANGE', key('ended'), 0, most - 1)) do
+  if most > 0 then -- Many more only after `kept_jobs` was lowered: some at a time.
+    for _, oldest in ipairs(redis.call('ZRANGE', key('ended'), 0, math.min(most, 100) - 1)) do
       erase(oldest)
     end
   end

@@ -22,6 +22,11 @@ redis.call('HSET', key('announced'), worker, digest)
 redis.call('SET', key('announcement', digest), announcement, 'PX', TERMS.silence_ms)
 redis.call('PEXPIRE', key('workers'), TERMS.open_ms)
 redis.call('PEXPIRE', key('announced'), TERMS.silence_ms)
+if redis.call('EXISTS', key('unserved')) == 1 then
+  for at = 8, #ARGV do
+    redis.call('HDEL', key('unserved'), ARGV[at])
+  end
+end
 
 -- Everything handed back to the stream, some at a time: f(delivery, fields) until it returns true.
 local function each_free(stream, call)
