@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from models.adaptation.plan import PLAN, STAGES, UNATTENDED, Plan, Status, write_json
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.stages import run
-from models.bundle import ADAPTER, PROMPT_STATES, TUNED, BundleError, read_bundle
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, read_bundle
 from models.smoothing import Rows, load
 from models.training import Diverged
 
@@ -158,7 +158,7 @@ def test_a_job_begun_with_other_networks_starts_anew(tmp_path: Path) -> None:
         write_json(folder / "bases.json", described if changed else bases)
         run(folder, tasks, torch.device("cpu"))
         assert Status.read(folder).state == "ready"
-        assert [path.name for path in tasks.iterdir()] == ["task"]
+        assert {path.name for path in tasks.iterdir()} == {"task", WRITERS}
 
     again(changed=False)
     assert (folder / "references" / "0-0.json").read_text() == "{}"
