@@ -26,6 +26,7 @@ import torch
 from redis.asyncio import Redis
 
 from benchmarks.fleet import (
+    ASKED,
     SHARD_ROWS,
     Fleet,
     default_model,
@@ -171,6 +172,7 @@ async def restarted(fleet: Fleet) -> dict[str, Any]:
         job_id = told.json()["id"]
         if status := await fleet.engine.status(job_id):
             fleet.jobs.append(status.job)
+            ASKED[job_id] = question("as the API has it").pixels
         with serving(data, settings=redis) as (url, _):
             verdict = await fleet.verdict()
             found = (await client.get(f"{url}/jobs/{job_id}")).json()
