@@ -217,12 +217,12 @@ class Fleet:
         """Everything is started here and ended in the end."""
         self.server.start()
         self.engine = engine_at(self.server.url, shard_rows=SHARD_ROWS, lease_seconds=LEASE_SECONDS)
-        async with self._processes:
-            try:
+        try:
+            async with self._processes:
                 yield self
-            finally:
-                await self.engine.close()
-        self.server.kill()
+        finally:
+            await self.engine.close()
+            self.server.kill()
 
     def start(self, command: Sequence[str] = VOUCHSAFE, **settings: object) -> WorkerProcess:
         """One more worker, which is just started."""
