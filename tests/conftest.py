@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,14 @@ from tests.serving import Service, serving
 # A busy machine is slow, not wrong: no example has a deadline, nor the making of them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _left_to_the_collector(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test may leave to the collector is collected with it, not in some later test."""
+    yield
+    if request.node.get_closest_marker("filterwarnings"):
+        gc.collect()
 
 
 @pytest.fixture

@@ -25,6 +25,10 @@ from service.engine_redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from tests.serving import PNG, problem
 
+pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 LABELS = read_bundle(DEFAULT_TASK).labels
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
 
