@@ -109,7 +109,7 @@ def _lines(labels: Path) -> list[str]:
 def open_store() -> Store:
     """The tasks of the settings' data directory."""
     settings = Settings()
-    return Store(settings, load_secret(settings.data_dir))
+    return Store(settings, load_secret(settings.data_dir, settings.noise_secret_file))
 
 
 def _made(store: Store, fields: dict[str, Any]) -> Task:

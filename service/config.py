@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from models.files import written_once
 
@@ -19,17 +27,31 @@ _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 class SecretError(RuntimeError):
-    """The noise secret must not be used; the message names the file and what to change."""
+    """A secret must not be used, or cannot be; the message names the file and what to change."""
 
 
 class Settings(BaseSettings):
-    """Everything an operator can set, read once in each entry point from `VOUCHSAFE_...`."""
+    """Everything an operator can set, read once in each entry point from `VOUCHSAFE_...`.
+
+    What is not in the environment is taken from a file of `secrets_dir`, where there is one.
+    Raises SecretError for a folder that is missing and for a file in it that cannot be read.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="VOUCHSAFE_", frozen=True, extra="ignore", hide_input_in_errors=True
     )
 
     data_dir: Path = Field(Path(".vouchsafe"), description="Where secrets, tasks and jobs lie.")
+    secrets_dir: Path | None = Field(
+        None,
+        description="A folder of settings as files, such as `/run/secrets`: `vouchsafe_redis_url` "
+        "holds the Redis URL. The environment goes before it.",
+    )
+    noise_secret_file: Path | None = Field(
+        None,
+        description="Where the noise secret lies; `noise.secret` in the data directory unless "
+        "given. For the API of a fleet whose workers share that directory and may not know it.",
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Keys that may call, as `name:key` or a plain key, split by commas. The name "
@@ -86,6 +108,20 @@ class Settings(BaseSettings):
         description="Whether a worker of a fleet runs adaptation jobs too, in the data directory "
         "that it shares with the API.",
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments go before the environment, and that before the files of `secrets_dir`."""
+        told = {**env_settings(), **init_settings()}.get("secrets_dir")
+        files = _SecretFiles(settings_cls, told) if told else file_secret_settings
+        return init_settings, env_settings, files
 
     @property
     def tasks_folder(self) -> Path:
@@ -153,33 +189,92 @@ def _caller(line: str) -> tuple[bytes, str]:
     return digest.digest(), name or f"key-{digest.hexdigest()[:12]}"
 
 
-def load_secret(data_dir: Path) -> bytes:
+class _SecretFiles(SecretsSettingsSource):
+    """Settings in files; one that is empty or cannot be read is an error, for it was meant."""
+
+    def __call__(self) -> dict[str, Any]:
+        folder = Path(str(self.secrets_dir))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                told = super().__call__()
+        except (SettingsError, Warning) as error:
+            raise SecretError(
+                f"VOUCHSAFE_SECRETS_DIR {folder}: {error.__cause__ or error}"
+            ) from error
+        for name, value in told.items():
+            if not value:
+                raise SecretError(
+                    f"{folder / f'vouchsafe_{name}'}: holds nothing; fill or remove it"
+                )
+        return told
+
+
+def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     """The service's noise secret (32 bytes), made on first use.
 
-    The folder is made with mode 0700 and the file with 0600, whole or not at all: processes that
-    start together agree on the one whose file came first. Raises SecretError where the file has
-    another length, is a link, or others may read it.
+    It lies in the data directory unless a `file` is given. The folder is made with mode 0700 and
+    the file with 0600, whole or not at all: processes that start together agree on the one whose
+    file came first. Raises SecretError where the file has another length, or others may read it. In
+    the data directory it must be this user's alone, and no link. A given `file` may be as secrets
+    are mounted: a link, root's, readable by its group; but all who share the data directory need
+    the same, and none may lie there.
     """
-    path = data_dir / "noise.secret"
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.is_symlink() and not path.exists():
-        written_once(path, os.urandom(SECRET_BYTES))
-    return _read_secret(path)
-
-
-def _read_secret(path: Path) -> bytes:
+    own = data_dir / "noise.secret"
+    if file is None:
+        return _made_secret(own, mounted=False)
+    if own.is_symlink() or own.exists():
+        raise SecretError(
+            f"{own}: a secret lies there, where whoever shares the folder may read it; move it to "
+            f"{file}, which VOUCHSAFE_NOISE_SECRET_FILE names"
+        )
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        secret = _made_secret(file, mounted=True)
+    except OSError as error:
+        raise SecretError(f"{file}: is not there, nor to be made: {error.strerror}") from error
+    _check_is_the_folders(data_dir, file, secret)
+    return secret
+
+
+def _made_secret(path: Path, *, mounted: bool) -> bytes:
+    if not path.is_symlink() and not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written_once(path, os.urandom(SECRET_BYTES))
+    return _read_secret(path, mounted=mounted)
+
+
+def _check_is_the_folders(data_dir: Path, file: Path, secret: bytes) -> None:
+    """Raises SecretError for another secret than the one that the data directory was used with."""
+    path, told = data_dir / "noise.sha256", hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
+    if not path.exists():
+        written_once(path, told.encode())
+    if path.read_text("ascii").strip() != told:
+        raise SecretError(
+            f"{file}: is another secret than the one that {data_dir} was used with; restore that "
+            f"one, or delete {path} and accept that every image is a new trial"
+        )
+
+
+def _read_secret(path: Path, *, mounted: bool) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | (0 if mounted else os.O_NOFOLLOW))
+        try:
+            status, secret = os.fstat(descriptor), os.read(descriptor, SECRET_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        mode = stat.S_IMODE(status.st_mode)
-        secret = stream.read(SECRET_BYTES + 1)
-    if status.st_uid != os.geteuid():
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid() and not (mounted and status.st_uid == 0):
         raise SecretError(f"{path}: belongs to another user, who knows the noise then")
-    if mode & 0o077:
+    if mode & 0o077 and not mounted:
         raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
+    if mode & 0o027:
+        raise SecretError(
+            f"{path}: others may read it, or its group write it (mode {mode:04o}); 0400, 0440 and "
+            "0600 are well"
+        )
     if len(secret) != SECRET_BYTES:
         raise SecretError(
             f"{path}: holds {len(secret)} bytes where a secret has {SECRET_BYTES}; restore it from "

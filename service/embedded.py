@@ -24,7 +24,7 @@ class Embedded(Serving):
 
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         super().__init__(settings, runtime)
-        self.secret = load_secret(settings.data_dir)
+        self.secret = load_secret(settings.data_dir, settings.noise_secret_file)
         self.store = Store(settings, self.secret)
         self.engine = MemoryEngine(
             shard_rows=settings.shard_rows,

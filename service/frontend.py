@@ -32,7 +32,7 @@ def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.err
     BundleError where the default task is damaged.
     """
     engine = RedisEngine.from_settings(settings)
-    secret = load_secret(settings.data_dir)
+    secret = load_secret(settings.data_dir, settings.noise_secret_file)
     store = Store(settings, secret)
     catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks)
     notices = FleetNotices(store, Adaptations.from_settings(settings), on_stranger)

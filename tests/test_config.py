@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,95 @@ def test_secret_that_is_a_link_is_refused(tmp_path: Path, target: str) -> None:
         load_secret(tmp_path)
 
 
+@pytest.fixture
+def mounted(tmp_path: Path) -> Path:
+    """A secret as Kubernetes mounts it: behind two links, root's or one's own, its group's too."""
+    version = tmp_path / "mount" / "..2026_11_21"
+    version.mkdir(parents=True)
+    (version / "noise.secret").write_bytes(b"m" * 32)
+    (version / "noise.secret").chmod(0o440)
+    (tmp_path / "mount" / "..data").symlink_to(version.name)
+    (tmp_path / "mount" / "noise.secret").symlink_to("..data/noise.secret")
+    return tmp_path / "mount" / "noise.secret"
+
+
+def test_secret_file_lies_outside_the_data_directory(tmp_path: Path) -> None:
+    """A named file is made on first use, 0600, and nothing in the shared directory tells it."""
+    data, file = tmp_path / "data", tmp_path / "private" / "noise.secret"
+    secret = load_secret(data, file)
+    assert load_secret(data, file) == secret == file.read_bytes()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert all(secret not in path.read_bytes() for path in data.iterdir())
+
+
+def test_mounted_secret_is_taken(tmp_path: Path, mounted: Path) -> None:
+    """Links and a group that reads are let pass where the file is named, and only there."""
+    assert load_secret(tmp_path / "data", mounted) == b"m" * 32
+    with pytest.raises(SecretError, match="cannot be read"):
+        load_secret(mounted.parent)
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o441, 0o460, 0o620, 0o644])
+def test_mounted_secret_that_others_may_read_is_refused(
+    tmp_path: Path, mounted: Path, mode: int
+) -> None:
+    """A named file that others may read, or its group may write, is refused by name."""
+    mounted.chmod(mode)
+    with pytest.raises(SecretError, match=f"{mounted}: .*mode {mode:04o}"):
+        load_secret(tmp_path / "data", mounted)
+
+
+@pytest.mark.parametrize(("owner", "taken"), [("self", True), ("root", True), ("other", False)])
+def test_mounted_secret_is_roots_or_ones_own(
+    tmp_path: Path, mounted: Path, monkeypatch: pytest.MonkeyPatch, owner: str, taken: bool
+) -> None:
+    """A named file may belong to root, as mounted secrets do, but to no third user."""
+    owners = {"self": 4242, "root": 0, "other": 4243}
+    look: Callable[[int], os.stat_result] = os.fstat
+
+    def as_if(descriptor: int) -> os.stat_result:
+        seen = list(look(descriptor))
+        seen[4] = owners[owner]
+        return os.stat_result(seen)
+
+    monkeypatch.setattr("service.config.os.fstat", as_if)
+    monkeypatch.setattr("service.config.os.geteuid", lambda: 4242)
+    if taken:
+        assert load_secret(tmp_path / "data", mounted) == b"m" * 32
+    else:
+        with pytest.raises(SecretError, match="belongs to another user"):
+            load_secret(tmp_path / "data", mounted)
+
+
+def test_two_secrets_are_refused(tmp_path: Path, mounted: Path) -> None:
+    """One in the shared directory beside the named one is told, and which to move where."""
+    load_secret(tmp_path)
+    with pytest.raises(SecretError, match=f"{tmp_path}/noise.secret: .* move it to {mounted}"):
+        load_secret(tmp_path, mounted)
+
+
+def test_processes_with_other_secrets_do_not_share_a_directory(
+    tmp_path: Path, mounted: Path
+) -> None:
+    """The directory knows which secret it was used with, without telling it."""
+    load_secret(tmp_path / "data", mounted)
+    with pytest.raises(SecretError, match="another secret than the one"):
+        load_secret(tmp_path / "data", tmp_path / "other.secret")
+    (tmp_path / "data" / "noise.sha256").unlink()
+    load_secret(tmp_path / "data", tmp_path / "other.secret")
+
+
+def test_secret_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    """A folder in its place, or none where one could be made, is an error that names the file."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").touch()
+    with pytest.raises(SecretError, match=f"{tmp_path}/folder: cannot be read: Is a directory"):
+        load_secret(tmp_path / "data", tmp_path / "folder")
+    with pytest.raises(SecretError, match=r"plain/noise\.secret: is not there, nor to be made"):
+        load_secret(tmp_path / "data", tmp_path / "plain" / "noise.secret")
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """VOUCHSAFE_ variables are read, checked and frozen."""
     monkeypatch.setenv("VOUCHSAFE_DATA_DIR", "/srv/vouchsafe")
@@ -184,3 +275,78 @@ def test_redis_url_that_is_cut_short_tells_nothing(url: str) -> None:
     with pytest.raises(ValidationError, match="percent-encoded") as raised:
         Settings(redis_url=url)
     assert "hun" not in str(raised.value)
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of settings as files, with the URL of a Redis in it."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    (folder / "vouchsafe_redis_url").write_text("redis://:from-file@redis:6379/0\n")
+    monkeypatch.setenv("VOUCHSAFE_SECRETS_DIR", str(folder))
+    return folder
+
+
+def redis_url() -> str:
+    url = Settings().redis_url
+    assert url is not None
+    return url.get_secret_value()
+
+
+def test_settings_may_be_files(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument goes before the environment, the environment before a file."""
+    (secrets / "vouchsafe_api_keys").write_text("ann:secret-a,bob:secret-b\n")
+    (secrets / "noise.secret").write_bytes(b"\xff" * 32)
+    assert redis_url() == "redis://:from-file@redis:6379/0"
+    assert set(Settings().callers().values()) == {"ann", "bob"}
+    monkeypatch.setenv("VOUCHSAFE_REDIS_URL", "redis://from-environment")
+    assert redis_url() == "redis://from-environment"
+    given = Settings(redis_url="redis://given").redis_url
+    assert given is not None
+    assert given.get_secret_value() == "redis://given"
+
+
+def test_files_may_be_links_within_their_folder(secrets: Path) -> None:
+    """As Kubernetes mounts them: each a link into a folder that is exchanged as a whole."""
+    (secrets / "..2026_11_21").mkdir()
+    (secrets / "vouchsafe_redis_url").rename(secrets / "..2026_11_21" / "vouchsafe_redis_url")
+    (secrets / "..data").symlink_to("..2026_11_21")
+    (secrets / "vouchsafe_redis_url").symlink_to("..data/vouchsafe_redis_url")
+    assert redis_url() == "redis://:from-file@redis:6379/0"
+
+
+@pytest.mark.parametrize("state", ["missing", "a file", "empty", "binary", "a link out"])
+def test_files_that_cannot_be_used_stop_the_start(
+    secrets: Path, tmp_path: Path, state: str
+) -> None:
+    """No secret is passed over in silence: its folder, or it, is named instead."""
+    file = secrets / "vouchsafe_api_keys"
+    if state in ("missing", "a file"):
+        (secrets / "vouchsafe_redis_url").unlink()
+        secrets.rmdir()
+    if state == "a file":
+        secrets.touch()
+    elif state == "empty":
+        file.write_text("\n")
+    elif state == "binary":
+        file.write_bytes(b"\xff" * 32)
+    elif state == "a link out":
+        (tmp_path / "elsewhere").write_text("ann:secret-a")
+        file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SecretError, match=str(secrets)) as refused:
+        Settings()
+    assert "from-file" not in str(refused.value)
+
+
+def test_file_that_cannot_be_read_is_told_in_one_line(secrets: Path, tmp_path: Path) -> None:
+    """A command ends with 2 and names the folder of a secret that is no text."""
+    (secrets / "vouchsafe_redis_url").write_bytes(b"\xff")
+    start = "from service.cli import main; main()"
+    command = [sys.executable, "-c", start, "models", "list"]
+    ended = subprocess.run(  # noqa: S603
+        command, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    told = "".join(ended.stderr.splitlines())
+    assert told.startswith(f"vouchsafe: VOUCHSAFE_SECRETS_DIR {secrets}: ")
+    assert "Traceback" not in told
