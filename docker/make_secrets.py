@@ -43,8 +43,8 @@ def main() -> int:
     )
     if made and os.geteuid() != 0:
         print(
-            f"They are user {os.geteuid()}'s alone, and containers of other users cannot read them: "
-            "run this as root to give them away",
+            f"They are user {os.geteuid()}'s alone; containers of other users cannot read them. "
+            "Run this as root to give them away",
             file=sys.stderr,
         )
     return 0
