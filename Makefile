@@ -4,7 +4,7 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup serve test check format bench demo lock clean
+.PHONY: setup serve test check check-deploy format bench demo lock clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+check-deploy: setup
+	$(BIN)/python -m deploy.check
 
 format: setup
 	$(BIN)/ruff check --fix .
