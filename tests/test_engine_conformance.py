@@ -829,6 +829,32 @@ async def test_fast_lane_goes_first(engine: Engine) -> None:
     assert [lease.job.id for lease in leases] == ["fast-1", "fast-2", "slow"]
 
 
+async def test_fast_lane_leaves_a_quarter(engine: Engine) -> None:
+    """However much PREDICT comes, every fourth pull of a task begins with its CERTIFY."""
+    await engine.submit(make_job("slow", n0=0, n=3 * SHARD_ROWS))
+    served = []
+    for at in range(12):
+        await engine.submit(one_shard(f"fast-{at}"))
+        (lease,) = await engine.pull(ALPHA, 1)
+        served.append(lease.job.id[:4])
+    assert served == 3 * ["fast", "fast", "fast", "slow"]
+
+
+async def test_slow_lane_saves_no_turns(engine: Engine) -> None:
+    """A CERTIFY job that comes late waits its three pulls; one that was served begins anew."""
+    for at in range(4):
+        await engine.submit(one_shard(f"fast-{at}"))
+    for _ in range(4):
+        await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("slow", n0=0, n=2 * SHARD_ROWS))
+    (lease,) = await engine.pull(ALPHA, 1)
+    assert lease.job.id == "slow"
+    for at in range(4, 8):
+        await engine.submit(one_shard(f"fast-{at}"))
+    pulls = [await engine.pull(ALPHA, 1) for _ in range(5)]
+    assert [lease.job.id for (lease,) in pulls] == ["fast-4", "fast-5", "fast-6", "slow", "fast-7"]
+
+
 async def test_shards_put_back_keep_their_place(engine: Engine) -> None:
     """A shard handed back goes before younger jobs, not behind them."""
     await engine.submit(one_shard("a"))

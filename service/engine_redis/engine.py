@@ -49,7 +49,7 @@ from service.engine_redis.records import (
     served,
 )
 from service.jobs import Job, JobStatus, State, canonical_json
-from service.offers import Offer, next_offer
+from service.offers import FAST_PULLS, Offer, next_offer
 
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
@@ -109,6 +109,7 @@ class RedisEngine:
             "retention_ms": _milliseconds(retention_seconds),
             "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
             "kept_jobs": kept_jobs,
+            "fast_pulls": FAST_PULLS,
             "unserved_ms": _milliseconds(unserved_seconds),
             "failures_allowed": FAILURES_ALLOWED,
             "deaths_allowed": SOLITARY_DEATHS_ALLOWED,

@@ -68,6 +68,42 @@ local function drop(stream, id)
   redis.call('XDEL', stream, id)
 end
 
+-- Everything handed back to the stream, some at a time: f(delivery, fields) until it returns true.
+local function each_free(stream, call)
+  local from, some = '-', nil
+  repeat
+    some = pending(stream, from, '+', 16, FREE)
+    for _, delivery in ipairs(some) do
+      local fields = read(stream, delivery[1])
+      if not fields then
+        drop(stream, delivery[1])
+      elseif call(delivery, fields) then
+        return
+      end
+      from = '(' .. delivery[1]
+    end
+  until #some < 16
+end
+
+-- What is next of the stream, or nil where nobody could take anything.
+local function head(stream)
+  local first
+  each_free(stream, function(_, fields)
+    first = fields
+    return true
+  end)
+  local groups = not first and redis.pcall('XINFO', 'GROUPS', stream)
+  if not groups or groups.err then
+    return first
+  end
+  local last = '0-0'
+  for at = 1, #groups[1], 2 do
+    last = groups[1][at] == 'last-delivered-id' and groups[1][at + 1] or last
+  end
+  local entry = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+  return entry and message(entry)
+end
+
 -- Entries are deleted as they are acknowledged, so an empty stream has nothing outstanding.
 local function tidy(line)
   local gone = 0
@@ -80,6 +116,7 @@ local function tidy(line)
   end
   if gone == 2 then
     redis.call('HDEL', key('lines'), line)
+    redis.call('HDEL', key('passed'), line)
   end
 end
 

@@ -49,6 +49,8 @@ redis.call('SET', key('image', id), image, 'PX', TERMS.open_ms)
 if caller ~= '' then
   redis.call('SET', key('caller', caller), id, 'PX', TERMS.open_ms)
 end
+-- Where something waits already, nobody who could take it is idle, so there is nobody to tell.
+local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
 open(id, owner, rows)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
@@ -60,5 +62,7 @@ for at = 9, #ARGV, 4 do
 end
 stay(TERMS.open_ms, key('job', id), key('entries', id), key('backlog'), key('opened'),
   key('lines'), stream)
-tell_workers()
+if awaited then
+  tell_workers()
+end
 return {'queued', id}
