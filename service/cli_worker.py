@@ -30,8 +30,8 @@ def worker(
     from service.device import DeviceFailed
     from service.engine_redis.server import RedisUnsuitable
     from service.fleet import FleetWorker
+    from service.model import ModelUnavailable
     from service.serving import leave
-    from service.worker import ModelUnavailable
 
     try:
         process = FleetWorker(settings)

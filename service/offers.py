@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 FAST_PULLS = 3
-"""Pulls of one task in a row that may leave its waiting `lo` lane without a shard: the next begins
-there, so that PREDICT goes first and CERTIFY keeps a quarter of the pulls however much of it comes."""
+"""Pulls of one task in a row that may leave its waiting `lo` lane without a shard.
+
+The next begins there: PREDICT goes first, and CERTIFY keeps a quarter however much of it comes.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.engine_redis.listener import Listener
 from service.errors import QuotaExceeded
-from service.jobs import Domain, JobStatus, State
+from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
@@ -453,6 +453,30 @@ async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
 
 
 # Connections
+
+
+async def test_workers_are_told_of_work_where_none_waited(fleet: Fleet) -> None:
+    """Where work waits already nobody who could take it is idle; what comes back is told again."""
+    async with fleet.redis.pubsub() as pubsub:
+        await pubsub.subscribe(f"{fleet.prefix}arrived")
+
+        async def told() -> int:
+            messages = 0
+            while found := await pubsub.get_message(timeout=0.2):
+                messages += found["type"] == "message"
+            return messages
+
+        await told()
+        for mode in Mode:
+            await fleet.engine.submit(make_job(f"{mode.value}-1", mode=mode, n=20))
+            await fleet.engine.submit(make_job(f"{mode.value}-2", mode=mode, n=20))
+        assert await told() == 1
+        leases = await fleet.engine.pull(ALPHA, 1_000)
+        assert await told() == 0
+        await fleet.engine.submit(make_job("next", n=20))
+        assert await told() == 1
+        await fleet.engine.release(leases)
+        assert await told() == 1
 
 
 async def test_lost_connections_are_made_again(fleet: Fleet) -> None:

@@ -19,7 +19,8 @@ from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.worker import ModelUnavailable, work
+from service.model import ModelUnavailable
+from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 
 OTHER = Worker("other", {"default": "bundle-a"})
