@@ -83,8 +83,9 @@ class Engine(Protocol):
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Shards of one task and bundle of the worker's, oldest first, `hi` lane first.
 
-        Stops at the shard that reaches `rows`; waits a moment when there is none. The preferred
-        task goes first unless another has gone unserved too long. A solitary shard comes alone.
+        Where the `lo` lane waits, one pull in four begins there. Stops at the shard that reaches
+        `rows`; waits a moment when there is none. The preferred task goes first unless another has
+        gone unserved too long. A solitary shard comes alone.
         """
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
