@@ -167,10 +167,9 @@ async def predict(
     A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
     """
     settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    job_id = await desk.submit(
-        await read_question(request, settings.max_image_bytes), owner, idempotency_key
-    )
-    request.state.job = job_id
+    asked = await read_question(request, settings.max_image_bytes)
+    job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
+    request.state.job, request.state.task = job_id, asked.task
     wait = preferences.seconds(settings.wait_seconds)
     leaving = None if idempotency_key else partial(_left, request)
     if (status := await desk.ended(job_id, wait, leaving)) is not None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from service import telemetry
 from service.engine import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
+from service.logs import about
 from service.model import ModelUnavailable
 from service.reach import EngineAway, Reach
 
@@ -66,6 +67,7 @@ class Outcomes:
                 lambda: self._engine.commit(lease, counts.tolist()), self._seconds
             )
         except ValueError as error:
+            logger.error("votes were refused: %s", error, extra=about([lease.job]))
             await self._fail(lease, _problem(lease, error))
         else:
             telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()

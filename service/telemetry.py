@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -13,7 +12,9 @@ from prometheus_client import Counter, Gauge, Histogram, Info
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import traces
 from service.jobs import Mode
+from service.logs import ids
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -94,10 +95,12 @@ def forget(task: str) -> None:
 
 
 class RequestTelemetry:
-    """ASGI middleware: counts and times requests by route template and logs one line for each.
+    """ASGI middleware: counts and times requests by route template and logs one record for each.
 
     A caller's `X-Request-Id` (64 letters, digits, dots, dashes or underscores at most) is kept,
-    otherwise one is made; either way it is in the answer and, with the job's id, in the log line.
+    otherwise one is made; either way it is in the answer and in the record. So is the trace of a
+    valid W3C `traceparent`, or of one made here, which `request.state.traceparent` has for jobs;
+    and `request.state.job` and `.task`, where a handler has set them.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -108,7 +111,10 @@ class RequestTelemetry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, begun, request_id = 500, perf_counter(), _request_id(scope)
+        status, began, request_id = 500, perf_counter(), _request_id(scope)
+        headers = Headers(scope=scope).getlist("traceparent")
+        traceparent = traces.received(headers) or traces.begun()
+        scope.setdefault("state", {})["traceparent"] = traceparent
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -120,7 +126,7 @@ class RequestTelemetry:
         try:
             await self._app(scope, receive, send_on)
         finally:
-            _record(scope, status, perf_counter() - begun, request_id)
+            _record(scope, status, perf_counter() - began, request_id)
 
 
 def _request_id(scope: Scope) -> str:
@@ -133,6 +139,12 @@ def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     route = getattr(scope.get("route"), "path", None) or "unmatched"
     REQUESTS.labels(method, route, str(status)).inc()
     REQUEST_SECONDS.labels(route).observe(seconds)
-    line = {"request": request_id, "method": method, "route": route, "status": status}
-    line |= {"seconds": round(seconds, 4), "job": scope.get("state", {}).get("job")}
-    _log.info(json.dumps(line))
+    state = scope["state"]
+    told = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+    named = ids(
+        request_id=request_id,
+        job_id=state.get("job"),
+        task_id=state.get("task"),
+        trace_id=traces.trace_id(state["traceparent"]),
+    )
+    _log.info("%s %s %d in %.4f s", method, route, status, seconds, extra=told | named)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
 from service.holdings import Holdings, Lot, leases_of
+from service.logs import about
 from service.model import Model, ModelUnavailable
 from service.outage import Outage
 from service.outcomes import Outcomes
@@ -186,12 +188,12 @@ class _Loop:
                 lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
             raise
         except ModelUnavailable as error:
-            logger.error("task %s: %s", lot.task, error)
+            logger.error("task %s: %s", lot.task, error, extra=_about(batch))
             for lease in leases_of(batch):
                 lot.packer.drop(lease)
                 self._outcomes.failed(lease, error)
         except Exception as error:
-            logger.exception("a batch of task %s failed", lot.task)
+            logger.exception("a batch of task %s failed", lot.task, extra=_about(batch))
             await self._blame(lot, batch, error)
         else:
             self._measure(lot, batch, time.monotonic() - began)
@@ -208,6 +210,8 @@ class _Loop:
         telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
         telemetry.BATCH_SECONDS.observe(seconds)
         telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%d rows in %.4f s", rows, seconds, extra=_about(batch))
 
     async def _votes(
         self, model: Model, parts: Sequence[Rows], batch: Sequence[Slice]
@@ -283,6 +287,10 @@ class _Loop:
         kept = self._holdings.keep(leases, held)
         self._taken.set()
         return kept
+
+
+def _about(batch: Sequence[Slice]) -> dict[str, Any]:
+    return about(part.lease.job for part in batch)
 
 
 def _rows(part: Slice) -> Rows:

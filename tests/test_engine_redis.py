@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from service.engine_redis.listener import Listener
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.test_traces import VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -168,6 +170,24 @@ async def test_reconciler_queues_again_what_is_missing(fleet: Fleet, lost: str) 
     await fleet.lease_runs_out()
     await engine.pull(ALPHA, 1)
     assert await fleet.keys("lane:") == []
+
+
+async def test_messages_carry_the_trace(fleet: Fleet) -> None:
+    """Each message and each lease names its job's trace, in messages made again too."""
+    engine = fleet.engine
+    await engine.submit(replace(make_job("a"), traceparent=VALID))
+    await engine.submit(make_job("b"))
+    for _ in range(2):
+        (stream,) = await fleet.keys("lane:lo:")
+        messages = [fields for _, fields in await fleet.redis.xrange(stream)]
+        assert {(told[b"job"], told[b"traceparent"]) for told in messages} == {
+            (b"a", VALID.encode()),
+            (b"b", b""),
+        }
+        await fleet.redis.delete(stream)
+        await engine.reconcile()
+    leases = await engine.pull(ALPHA, 80)
+    assert {lease.job.id: lease.job.traceparent for lease in leases} == {"a": VALID, "b": None}
 
 
 async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
@@ -439,9 +459,9 @@ async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fle
 
 
 async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
-    """The operator finds which rows ended a job, and neither its image nor its key."""
+    """The operator finds which rows ended a job, in which trace, and neither image nor key."""
     engine = fleet.engine
-    job = make_job("a")
+    job = replace(make_job("a"), traceparent=VALID)
     await engine.submit(job)
     for _ in range(FAILURES_ALLOWED):
         (lease,) = await engine.pull(ALPHA, 1)
@@ -449,6 +469,7 @@ async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
     ((_, letter),) = await fleet.redis.xrange(f"{fleet.prefix}dead")
     assert (letter[b"job"], letter[b"shard"], letter[b"failures"]) == (b"a", b"0", b"3")
     assert b"as reported" in letter[b"problem"]
+    assert letter[b"traceparent"] == VALID.encode()
     assert not any(job.pixels in value for value in letter.values())
 
 

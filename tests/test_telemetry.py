@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from service import traces
 from service.telemetry import VERSION
 from tests.serving import Service, serving, split
+from tests.test_traces import TRACE, VALID
 
 
 def counted(name: str, **labels: str) -> float:
@@ -53,15 +53,37 @@ async def test_abstentions_are_counted_once() -> None:
 
 
 async def test_requests_are_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    """Each request leaves one JSON line with its id, which the answer carries, and its job's."""
+    """Each request leaves one record with its id, which the answer carries, and its job's."""
     with caplog.at_level("INFO", "vouchsafe.access"):
-        response = await service.ask(headers={"X-Request-Id": "mine-1"})
+        headers = {"X-Request-Id": "mine-1", "traceparent": VALID}
+        response = await service.ask(headers=headers)
         other = await service.client.get("/livez", headers={"X-Request-Id": "bad id\n"[:6]})
-    first, second = (json.loads(record.message) for record in caplog.records)
-    assert response.headers["x-request-id"] == first["request"] == "mine-1"
-    assert (first["job"], first["route"], first["status"]) == (
-        response.json()["id"],
-        "/predict",
-        200,
-    )
-    assert other.headers["x-request-id"] == second["request"] != "bad id"
+    first, second = (vars(record) for record in caplog.records)
+    assert response.headers["x-request-id"] == first["request_id"] == "mine-1"
+    told = [first[name] for name in ("job_id", "task_id", "trace_id", "method", "route", "status")]
+    assert told == [response.json()["id"], "default", TRACE, "POST", "/predict", 200]
+    assert first["message"] == f"POST /predict 200 in {first['seconds']:.4f} s"
+    assert other.headers["x-request-id"] == second["request_id"] != "bad id"
+    assert len(second["trace_id"]) == 32
+    assert "job_id" not in second
+
+
+@pytest.mark.parametrize("headers", [{}, {"traceparent": VALID.upper()}])
+async def test_jobs_without_a_trace_begin_one(service: Service, headers: dict[str, str]) -> None:
+    """A job whose request had no valid traceparent gets one of a new trace."""
+    for _ in range(2):
+        assert (await service.ask(headers=headers)).status_code == 200
+    contexts = {lease.job.id: lease.job.traceparent for lease in service.voter.leases}
+    assert len({traces.trace_id(context) for context in contexts.values()} - {TRACE}) == 2
+    assert all(traces.received([context or ""]) == context for context in contexts.values())
+
+
+async def test_jobs_keep_their_trace_and_are_the_same_in_any(service: Service) -> None:
+    """The worker sees the caller's trace; an Idempotency-Key finds its job from another one."""
+    other = VALID.replace(TRACE, "1" * 32)
+    first = await service.ask(headers={"traceparent": VALID, "Idempotency-Key": "once"})
+    again = await service.ask(headers={"traceparent": other, "Idempotency-Key": "once"})
+    assert first.json() == again.json()
+    assert {lease.job.traceparent for lease in service.voter.leases} == {VALID}
+    assert (await service.ask(headers={"traceparent": other})).json()["id"] != first.json()["id"]
+    assert len({lease.job.key for lease in service.voter.leases}) == 1

@@ -233,12 +233,18 @@ local function finish(id, state, problem)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
+-- The trace context of a job as its JSON tells it; '' where it has none.
+local function trace_of(job)
+  return job.traceparent ~= cjson.null and job.traceparent or ''
+end
+
 -- A letter tells the operator which rows ended a job, without its image or key.
 local function bury(id, shard, fields, problem)
   local failures, deaths = unpack(redis.call('HMGET', key('job', id), 'f:' .. shard, 'd:' .. shard))
   redis.call('XADD', key('dead'), 'MAXLEN', '~', TERMS.dead_letters, '*', 'job', id,
     'shard', shard, 'domain', fields.domain, 'start', fields.start, 'stop', fields.stop,
-    'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem)
+    'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem,
+    'traceparent', fields.traceparent or '')
   stay(TERMS.retention_ms, key('dead'))
   finish(id, 'failed', problem)
 end
@@ -281,6 +287,6 @@ end
 local function enqueue(id, stream, fields, shard, domain, start, stop)
   local entry = redis.call('XADD', stream, '*', 'job', id, 'shard', shard, 'domain', domain,
     'start', start, 'stop', stop, 'bundle', fields.bundle, 'submitted', fields.submitted,
-    'deadline', fields.deadline)
+    'deadline', fields.deadline, 'traceparent', fields.traceparent)
   redis.call('HSET', key('entries', id), shard, entry)
 end

@@ -36,7 +36,7 @@ local function findable(entry)
     and (follows(entry, last) or #pending(stream, entry, entry, 1) == 1)
 end
 
-local fields = {bundle = asked.bundle, submitted = submitted,
+local fields = {bundle = asked.bundle, submitted = submitted, traceparent = trace_of(asked),
   deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
 local requeued = 0
 for at = 4, #ARGV, 4 do

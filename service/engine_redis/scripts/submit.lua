@@ -54,7 +54,7 @@ local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', lin
 open(id, owner, rows)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
-local fields = {bundle = job.bundle, submitted = stamp(NOW),
+local fields = {bundle = job.bundle, submitted = stamp(NOW), traceparent = trace_of(job),
   deadline = stamp(NOW + TERMS.retention_ms / 1000)}
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 for at = 9, #ARGV, 4 do
