@@ -29,12 +29,14 @@ from service.engine import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
     Capacity,
+    LaneState,
     Lease,
+    QueueState,
     Worker,
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, answered, connect
+from service.engine_redis.client import Scripts, answered, connect, persists
 from service.engine_redis.listener import Listener
 from service.engine_redis.reconciling import reconcile
 from service.engine_redis.records import (
@@ -252,6 +254,20 @@ class RedisEngine:
         speed = rows_per_second(int(rows), float(seconds))
         bundles = most_served(served(announcements))
         return Capacity(int(backlog_rows), speed, bundles, int(owner_rows))
+
+    async def queue(self) -> QueueState:
+        """How things stand in the queue; see Engine."""
+        (fast, slow), (rows, seconds), workers, dead = await self._scripts.run("queue")
+        return QueueState(
+            lanes={
+                name: LaneState(int(lane[0]), float(lane[1]))
+                for name, lane in (("hi", fast), ("lo", slow))
+            },
+            rows_per_second=rows_per_second(int(rows), float(seconds)),
+            workers=int(workers),
+            dead_letters=int(dead),
+            persists=await persists(self._redis),
+        )
 
     async def reconcile(self) -> int:
         """Queue again whatever open jobs miss in the streams; returns how many shards that were.

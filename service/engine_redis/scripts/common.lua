@@ -170,10 +170,14 @@ local function run(id, state)
   end
 end
 
--- The books of open work, one hash, so that what they say of jobs, owners and everyone agrees.
-local function open(id, owner, rows)
+-- The books of open work, one hash, so that what they say of jobs, owners, lanes and everyone agrees.
+local function open(id, owner, rows, lane)
   redis.call('HINCRBY', key('backlog'), 'all', rows)
   redis.call('HSET', key('backlog'), 'rows:' .. id, rows)
+  if lane == 'hi' then
+    redis.call('HSET', key('backlog'), 'hi:' .. id, '')
+    redis.call('HINCRBY', key('backlog'), 'hi', rows)
+  end
   if owner then
     redis.call('HSET', key('backlog'), 'owner:' .. id, owner)
     redis.call('HINCRBY', key('backlog'), 'of:' .. owner, rows)
@@ -182,11 +186,15 @@ end
 
 -- Rows of an open job that are done; no number: all that were left of it.
 local function settle(id, rows)
-  local left, owner = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id, 'owner:' .. id))
+  local left, owner, fast = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id,
+    'owner:' .. id, 'hi:' .. id))
   if left then
     local less = 0 - (rows or left)
     redis.call('HINCRBY', key('backlog'), 'all', less)
     redis.call('HINCRBY', key('backlog'), 'rows:' .. id, less)
+    if fast then
+      redis.call('HINCRBY', key('backlog'), 'hi', less)
+    end
     if owner and redis.call('HINCRBY', key('backlog'), 'of:' .. owner, less) <= 0 then
       redis.call('HDEL', key('backlog'), 'of:' .. owner)
     end
@@ -195,7 +203,7 @@ end
 
 local function close(id)
   settle(id)
-  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id)
+  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id, 'hi:' .. id)
   redis.call('ZREM', key('opened'), id)
 end
 

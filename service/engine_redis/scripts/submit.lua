@@ -51,7 +51,7 @@ if caller ~= '' then
 end
 -- Where something waits already, nobody who could take it is idle, so there is nobody to tell.
 local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
-open(id, owner, rows)
+open(id, owner, rows, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
 local fields = {bundle = job.bundle, submitted = stamp(NOW), traceparent = trace_of(job),
