@@ -207,6 +207,17 @@ async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
     assert await fleet.redis.hgetall(f"{fleet.prefix}backlog") == {b"all": b"0"}
 
 
+async def test_reconciler_books_lanes_again(fleet: Fleet) -> None:
+    """Where the books got lost, rows are counted in the lane of their job again."""
+    engine = fleet.engine
+    await engine.submit(make_job("fast", mode=Mode.PREDICT))
+    await engine.submit(make_job("slow"))
+    await fleet.redis.delete(f"{fleet.prefix}backlog")
+    await engine.reconcile()
+    lanes = (await engine.queue()).lanes
+    assert (lanes["hi"].rows, lanes["lo"].rows) == (30, 40)
+
+
 async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
     """Nobody has to ask: once a lease's time a pull looks for what is missing."""
     engine = fleet.engine
@@ -797,8 +808,32 @@ async def test_least_rights_are_enough(own_server: RedisServer) -> None:
     await compute(engine, await worker)
     assert_exact([status async for status in engine.watch("a")][-1])
     assert await engine.forget("a")
+    queue = await engine.queue()
+    assert (queue.workers, queue.persists) == (1, None)  # It has no right to INFO.
     await engine.close()
     await admin.aclose()
+
+
+async def test_trouble_with_the_disk_is_told(own_server: RedisServer, tmp_path: Path) -> None:
+    """What Redis could not write shows in the queue's state until it has written it."""
+    in_the_way = tmp_path / "redis" / "dump.rdb"
+    async with Redis.from_url(own_server.url) as redis:
+
+        async def saved() -> None:
+            await redis.bgsave()
+            async with asyncio.timeout(60):
+                while (await redis.info("persistence"))["rdb_bgsave_in_progress"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+        engine = RedisEngine(connect(own_server.url), shard_rows=SHARD_ROWS)
+        assert (await engine.queue()).persists is True
+        in_the_way.mkdir()
+        await saved()
+        assert (await engine.queue()).persists is False
+        in_the_way.rmdir()
+        await saved()
+        assert (await engine.queue()).persists is True
+        await engine.close()
 
 
 # Growth
