@@ -81,7 +81,8 @@ def create_app(
             await engine.close()
 
     running = Companions(companions, settings.lease_seconds)
-    desk = TaskDesk(Store(settings, secret), catalogue, notices)
+    store = Store(settings, secret)
+    desk = TaskDesk(store, catalogue, notices)
     predictions = Predictions(settings, engine, catalogue, secret, desk.expect)
     following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
@@ -97,7 +98,11 @@ def create_app(
     app.state.predictions = predictions
     app.state.task_desk = desk
     app.state.health = Health(
-        engine, catalogue, running, workers_elsewhere=settings.redis_url is not None
+        engine,
+        catalogue,
+        running,
+        open_jobs=store.open_jobs,
+        workers_elsewhere=settings.redis_url is not None,
     )
     app.add_middleware(telemetry.RequestTelemetry)
     app.include_router(probes)

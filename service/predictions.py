@@ -272,6 +272,7 @@ class Predictions:
                 logger.warning("a job failed: %s", error, extra=about([status.job]))
             return
         telemetry.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
+        telemetry.ANSWERS.labels(told.task, told.mode.value).inc()
         if told.abstained:
             telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()
         elif told.radius is not None:

@@ -128,13 +128,19 @@ async def test_answers_are_the_embedded_engines(
 
 
 async def test_rows_are_counted_in_its_metrics(worker: WorkerProcess, engine: RedisEngine) -> None:
-    """/metrics counts the rows that this process computed, and the rows that wait."""
+    """/metrics counts the rows that this process computed, and tells how the queue stands."""
     series = 'vouchsafe_rows_total{task="default"}'
     before = worker.metric(series)
     await engine.submit(question("measured", n=50, n0=10))
     assert (await last_status(engine, "measured")).state is State.SUCCEEDED
     assert worker.metric(series) == before + 60
-    assert worker.metric("vouchsafe_queue_rows") == 0
+    for lane in ("hi", "lo"):
+        assert worker.metric(f'vouchsafe_queue_rows{{lane="{lane}"}}') == 0
+        assert worker.metric(f'vouchsafe_queue_oldest_seconds{{lane="{lane}"}}') == 0
+    assert worker.metric("vouchsafe_queue_rows_per_second") > 0
+    assert worker.metric("vouchsafe_workers") >= 1
+    for name in ("vouchsafe_engine_up", "vouchsafe_redis_persistence_up"):
+        assert worker.metric(name) == 1
 
 
 def test_probes_tell_how_it_is(worker: WorkerProcess) -> None:
