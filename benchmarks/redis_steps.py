@@ -97,6 +97,7 @@ async def measured(asked: argparse.Namespace) -> dict[str, float]:
         told["a pull that finds nothing"] = await milliseconds(redis, asked.times, pull)
         told["capacity"] = await milliseconds(redis, asked.times, engine.capacity)
         told["a submission"] = await milliseconds(redis, asked.times, submit)
+        told["the state of the queue"] = await milliseconds(redis, asked.times, engine.queue)
         told["a status"] = await milliseconds(
             redis, asked.times, lambda: engine._scripts.run("status", jobs[0])
         )

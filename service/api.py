@@ -81,7 +81,8 @@ def create_app(
             await engine.close()
 
     running = Companions(companions, settings.lease_seconds)
-    desk = TaskDesk(Store(settings, secret), catalogue, notices)
+    store = Store(settings, secret)
+    desk = TaskDesk(store, catalogue, notices)
     predictions = Predictions(settings, engine, catalogue, secret, desk.expect)
     following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
@@ -97,7 +98,11 @@ def create_app(
     app.state.predictions = predictions
     app.state.task_desk = desk
     app.state.health = Health(
-        engine, catalogue, running, workers_elsewhere=settings.redis_url is not None
+        engine,
+        catalogue,
+        running,
+        open_jobs=store.open_jobs,
+        workers_elsewhere=settings.redis_url is not None,
     )
     app.add_middleware(telemetry.RequestTelemetry)
     app.include_router(probes)
@@ -167,10 +172,9 @@ async def predict(
     A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
     """
     settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    job_id = await desk.submit(
-        await read_question(request, settings.max_image_bytes), owner, idempotency_key
-    )
-    request.state.job = job_id
+    asked = await read_question(request, settings.max_image_bytes)
+    job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
+    request.state.job, request.state.task = job_id, asked.task
     wait = preferences.seconds(settings.wait_seconds)
     leaving = None if idempotency_key else partial(_left, request)
     if (status := await desk.ended(job_id, wait, leaving)) is not None:

@@ -17,8 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import BundleError
-from service import cli_models, cli_tasks, cli_worker
-from service.cli_tasks import errors
+from service import cli_models, cli_tasks, cli_worker, logs
+from service.cli_tasks import errors, tell
 from service.config import SecretError, Settings
 from service.errors import Problem
 from service.jobs import Mode
@@ -55,7 +55,7 @@ def main() -> None:
     try:
         app()
     except (SecretError, ValidationError, BundleError, OSError) as error:
-        errors.print(f"vouchsafe: {error}", style="red")
+        tell(error)
         raise SystemExit(2) from error
 
 
@@ -70,8 +70,8 @@ def serve(
     """
     from service.server import DrainingServer
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     settings, server = Settings(), DrainingServer(host, port)
+    logs.set_up(settings)
     if settings.redis_url is None:
         _serve_embedded(settings, server)
         return
@@ -90,7 +90,7 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
 
     server.serve_app(frontend(settings, on_stranger=end))
     if reasons:
-        errors.print(f"vouchsafe: {reasons[0]}", style="red", soft_wrap=True)
+        tell(reasons[0])
         raise typer.Exit(2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from models.adaptation.plan import Status
+from service import logs
 from service.config import Settings, load_secret
 from service.errors import Problem
 from service.schemas import invalid_fields
@@ -29,6 +31,14 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 errors = Console(stderr=True, markup=False, highlight=False)
+
+
+def tell(reason: object) -> None:
+    """Say in one line why the process ends, as a record where its log is in JSON."""
+    if logs.in_json():
+        logging.getLogger("vouchsafe").critical("%s", reason)
+    else:
+        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
 
 
 def adapt(

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli_tasks import errors
+from service import logs
+from service.cli_tasks import tell
 from service.config import Settings
 
 
@@ -22,16 +23,16 @@ def worker(
     host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
 ) -> None:
     """Compute what a fleet's API processes ask through VOUCHSAFE_REDIS_URL, until told to stop."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda *_: os._exit(0))  # Nothing is in hand before `run`.
     settings = Settings()
+    logs.set_up(settings)
 
     from service.device import DeviceFailed
     from service.engine_redis.server import RedisUnsuitable
     from service.fleet import FleetWorker
+    from service.model import ModelUnavailable
     from service.serving import leave
-    from service.worker import ModelUnavailable
 
     try:
         process = FleetWorker(settings)
@@ -52,5 +53,5 @@ def worker(
 
 def _told(error: Exception, status: int) -> int:
     """The exit status of an error that is told in one line."""
-    errors.print(f"vouchsafe: {error}", style="red", soft_wrap=True)
+    tell(error)
     return status

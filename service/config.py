@@ -87,6 +87,12 @@ class Settings(BaseSettings):
         description="Most ended jobs that are kept; beyond that the oldest go before their time, "
         "Idempotency-Keys included. One takes about 3 KB of Redis, 5 KB in one process.",
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How the log is written: lines to read, or one JSON object a line."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What the log holds; debug adds a worker's device batches."
+    )
     wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")
     max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")

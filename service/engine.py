@@ -61,6 +61,34 @@ class Capacity:
     owner_rows: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """What one lane holds.
+
+    `rows` wait or are leased; `oldest_seconds` is the age, since its job was accepted, of the
+    oldest shard that no worker holds: 0.0 where there is none.
+    """
+
+    rows: int
+    oldest_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What an operator watches; `lanes` has `hi` and `lo`.
+
+    `rows_per_second` is Capacity's; `workers` are alive; `dead_letters` counts the shards that
+    ended their jobs, for as long as the engine remembers the last of them. `persists`: whether
+    what the engine last wrote to disk got there, None where it writes nothing or does not tell.
+    """
+
+    lanes: Mapping[str, LaneState]
+    rows_per_second: float
+    workers: int
+    dead_letters: int
+    persists: bool | None = None
+
+
 class Engine(Protocol):
     """Takes jobs in, hands their shards to workers, and counts every shard exactly once.
 
@@ -83,8 +111,9 @@ class Engine(Protocol):
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Shards of one task and bundle of the worker's, oldest first, `hi` lane first.
 
-        Stops at the shard that reaches `rows`; waits a moment when there is none. The preferred
-        task goes first unless another has gone unserved too long. A solitary shard comes alone.
+        Where the `lo` lane waits, one pull in four begins there. Stops at the shard that reaches
+        `rows`; waits a moment when there is none. The preferred task goes first unless another has
+        gone unserved too long. A solitary shard comes alone.
         """
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -129,6 +158,9 @@ class Engine(Protocol):
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, that of one owner, measured speed, and what live workers serve."""
+
+    async def queue(self) -> QueueState:
+        """How things stand in the queue, for whoever watches it; for a few calls a minute."""
 
     async def close(self) -> None:
         """Let go of every connection."""

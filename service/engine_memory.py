@@ -21,8 +21,16 @@ from service.admission import (
     too_large,
     unserved,
 )
-from service.engine import Capacity, Lease, Worker, checked_counts, died_over
-from service.jobs import Domain, Job, JobStatus, State
+from service.engine import (
+    Capacity,
+    LaneState,
+    Lease,
+    QueueState,
+    Worker,
+    checked_counts,
+    died_over,
+)
+from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.ledger import Bell, CallerKey, Line, Record, Speedometer
 from service.offers import next_offer
 
@@ -88,6 +96,7 @@ class MemoryEngine:
         self._caller_keys: dict[CallerKey, Record] = {}
         self._backlog_rows = 0
         self._owner_rows: Counter[str] = Counter()
+        self._dead_letters = 0
         self._speed = Speedometer()
         self._arrived = Bell()
 
@@ -198,8 +207,22 @@ class MemoryEngine:
         owner_rows = 0 if owner is None else self._owner_rows[owner]
         return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles, owner_rows)
 
+    async def queue(self) -> QueueState:
+        """How things stand in the queue; see Engine."""
+        self._sweep()
+        lanes = {mode.lane: self._lane(mode.lane) for mode in Mode}
+        speed = self._speed.rows_per_second
+        return QueueState(lanes, speed, len(self._workers), self._dead_letters)
+
     async def close(self) -> None:
         """Nothing to let go of: the jobs end with the process."""
+
+    def _lane(self, lane: str) -> LaneState:
+        now = self._clock()
+        records = [record for line in self._lines.values() for record in line.lanes[lane].values()]
+        waiting = (now - record.submitted for record in records if record.waiting)
+        rows = sum(record.job.rows - record.rows_done for record in records)
+        return LaneState(rows, max(waiting, default=0.0))
 
     def _find(self, job_id: str) -> Record | None:
         return self._open.get(job_id) or self._ended.get(job_id)
@@ -305,6 +328,7 @@ class MemoryEngine:
     def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
         """Put a shard back after a failure or a death, or end its job with the problem."""
         if delivery.record.poisonous(delivery.lease.shard.index):
+            self._dead_letters += 1
             self._end(delivery.record, State.FAILED, dict(problem))
         else:
             self._put_back(delivery)

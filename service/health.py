@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from models.bundle import Bundle
-from service.engine import Capacity, Engine
+from service.engine import Capacity, Engine, QueueState
 from service.outage import Outage
 
 Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
 
+T = TypeVar("T")
+
 _ENGINE_SECONDS = 2.0
+_DISK_SECONDS = 2.0
 _log = logging.getLogger("vouchsafe")
 
 
@@ -73,8 +76,9 @@ class Health:
     """What the probes say: `ready` and `startup` return what is waited for, empty when well.
 
     `waiting_for` says what else the process waits for. `outage` is told where the engine does not
-    answer; whoever gives one says when it answers again. Where the workers are elsewhere a process
-    is well without them: it answers for jobs that ended, and says when to ask again.
+    answer; whoever gives one says when it answers again. `open_jobs` counts adaptation jobs that
+    have not ended; it blocks on the disk. Where the workers are elsewhere a process is well without
+    them: it answers for jobs that ended, and says when to ask again.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Health:
         companions: Companions,
         waiting_for: Callable[[], str] = str,
         outage: Outage | None = None,
+        open_jobs: Callable[[], int] | None = None,
         *,
         workers_elsewhere: bool = False,
     ) -> None:
@@ -93,6 +98,7 @@ class Health:
         self._waiting_for = waiting_for
         self._outage = outage or Outage()
         self._ends_outage = outage is None
+        self._open_jobs = open_jobs
         self._workers_elsewhere = workers_elsewhere
         self._was_ready = False
 
@@ -121,13 +127,30 @@ class Health:
 
     async def capacity(self) -> Capacity | None:
         """The engine's capacity, or None where it does not answer in time."""
+        return await self._answer(self._engine.capacity())
+
+    async def queue(self) -> QueueState | None:
+        """How the engine's queue stands, or None where it does not answer in time."""
+        return await self._answer(self._engine.queue())
+
+    async def open_jobs(self) -> float | None:
+        """Adaptation jobs that have not ended: None where nobody counts them, NaN for trouble."""
+        if self._open_jobs is None:
+            return None
+        try:
+            async with asyncio.timeout(_DISK_SECONDS):
+                return await asyncio.to_thread(self._open_jobs)
+        except OSError:  # TimeoutError is one.
+            return float("nan")
+
+    async def _answer(self, call: Awaitable[T]) -> T | None:
         asked = time.monotonic()
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
-                capacity = await self._engine.capacity()
+                answer = await call
         except Exception as error:
             self._outage.begin(error, asked)
             return None
         if self._ends_outage:
             self._outage.end()
-        return capacity
+        return answer

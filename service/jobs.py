@@ -70,7 +70,8 @@ class Job:
 
     `pixels` are the uint8 bytes of an image of `shape` (3, H, W), channel first; `bundle` is the
     digest of the task's bundle with its numerics; `key` the job's noise key (32 bytes); `classes`
-    how many labels the task has; `created` is in Unix seconds; `owner` names the caller's key.
+    how many labels the task has; `created` is in Unix seconds; `owner` names the caller's key;
+    `traceparent` is the W3C trace context that it came with, for logs: no row or key depends on it.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Job:
     key: bytes
     created: float
     owner: str | None = None
+    traceparent: str | None = None
 
     @property
     def rows(self) -> int:
@@ -114,7 +116,10 @@ class Job:
 
     @classmethod
     def decode(cls, encoded: bytes, pixels: bytes) -> Job:
-        """Read what `encode` wrote; unknown or missing fields raise TypeError."""
+        """Read what `encode` wrote; unknown or missing fields raise TypeError.
+
+        Only `owner` and `traceparent`, which a job may be without, may be missing.
+        """
         readers: dict[str, Callable[[Any], Any]] = {
             "key": b64decode,
             "mode": Mode,

@@ -11,7 +11,7 @@ from typing import Any
 
 from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
 from service.jobs import Domain, Job, JobStatus, Shard, State
-from service.offers import Offer
+from service.offers import FAST_PULLS, Offer
 
 CallerKey = tuple[str | None, str]
 """An owner and the Idempotency-Key that came from it."""
@@ -122,15 +122,20 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """The open jobs of one task and bundle, by lane, oldest first; `served` is the last pull."""
+    """The open jobs of one task and bundle, by lane, oldest first.
+
+    `served` is the last pull; the last `passed` pulls left the `lo` lane waiting.
+    """
 
     task: str
     served: float = 0.0
+    passed: int = 0
     lanes: dict[str, dict[str, Record]] = field(default_factory=lambda: {"hi": {}, "lo": {}})
 
     def waiting(self) -> Iterator[Record]:
         """The jobs with waiting shards, in the order of service."""
-        records = chain(self.lanes["hi"].values(), self.lanes["lo"].values())
+        lanes = ("hi", "lo") if self.passed < FAST_PULLS else ("lo", "hi")
+        records = chain.from_iterable(self.lanes[lane].values() for lane in lanes)
         return (record for record in records if record.waiting)
 
     def offer(self, now: float) -> Offer:
@@ -141,6 +146,13 @@ class Line:
 
     def take(self, rows: int) -> list[tuple[Record, int]]:
         """Take waiting shards until `rows` are reached; a solitary one only by itself."""
+        taken = self._taken(rows)
+        served = any(record.job.mode.lane == "lo" for record, _ in taken)
+        waits = any(record.waiting for record in self.lanes["lo"].values())
+        self.passed = self.passed + 1 if waits and not served else 0
+        return taken
+
+    def _taken(self, rows: int) -> list[tuple[Record, int]]:
         taken: list[tuple[Record, int]] = []
         for record in list(self.waiting()):
             for index in list(record.waiting):

@@ -16,7 +16,7 @@ from models.bundle import MODELS, Bundle, BundleError
 from models.memory import TooLittleMemory
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import DeviceFailed
-from service.worker import ModelUnavailable
+from service.model import ModelUnavailable
 
 logger = logging.getLogger("vouchsafe")
 

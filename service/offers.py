@@ -1,9 +1,15 @@
-"""Which task a worker is given next: the rule, written once for every engine."""
+"""Which task and lane a worker is given next: the rules, written once for every engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+FAST_PULLS = 3
+"""Pulls of one task in a row that may leave its waiting `lo` lane without a shard.
+
+The next begins there: PREDICT goes first, and CERTIFY keeps a quarter however much of it comes.
+"""
 
 
 @dataclass(frozen=True, slots=True)

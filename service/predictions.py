@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -27,8 +28,11 @@ from service.engine import RETRY_SECONDS, Capacity, Engine
 from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
+from service.logs import about
 from service.outage import AWAY
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
+
+logger = logging.getLogger("vouchsafe")
 
 _AWAY_SECONDS = 1.0
 _ANNOUNCING_SECONDS = 5.0
@@ -63,10 +67,15 @@ class Predictions:
         self._draining = asyncio.Event()
 
     async def submit(
-        self, asked: PredictRequest, owner: str | None, idempotency_key: str | None
+        self,
+        asked: PredictRequest,
+        owner: str | None,
+        idempotency_key: str | None,
+        traceparent: str | None = None,
     ) -> str:
         """Queue the question and return its job's id, or that of the job the key made before.
 
+        A new job keeps the trace context that it came with, and nothing of it depends on that.
         Raises NotFound for an unknown task, TaskNotReady, TaskFailed, InvalidField for what the
         task cannot answer, QuotaExceeded, Backlog, what `images.decode` raises, and
         IdempotencyMismatch.
@@ -77,7 +86,7 @@ class Predictions:
         _check(asked, bundle)
         served = await self._admit(asked, owner, may_be_known=idempotency_key is not None)
         pixels = await self._reader.read(asked.image, bundle.resolution)
-        job = self._job(asked, pixels, served, len(bundle.labels), owner)
+        job = self._job(asked, pixels, served, len(bundle.labels), owner, traceparent)
         job_id = await self.engine.submit(
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
@@ -201,6 +210,7 @@ class Predictions:
         served: str,
         classes: int,
         owner: str | None,
+        traceparent: str | None,
     ) -> Job:
         channels, height, width = pixels.shape
         shape, data = (channels, height, width), pixels.tobytes()
@@ -219,6 +229,7 @@ class Predictions:
             key=noise_key(self._secret, data, shape, served, asked.sigma),
             created=time.time(),
             owner=owner,
+            traceparent=traceparent,
         )
 
     async def _last_status(self, job_id: str) -> JobStatus:
@@ -253,11 +264,15 @@ class Predictions:
         del self._watched[job_id]
         if watching.cancelled() or watching.exception() is not None:
             return
+        status = watching.result()
         try:
-            told = self.answer(watching.result())
-        except Problem:
-            return  # The job failed or was cancelled: there is no answer to count.
+            told = self.answer(status)
+        except Problem as error:  # There is no answer to count.
+            if status.state is State.FAILED:
+                logger.warning("a job failed: %s", error, extra=about([status.job]))
+            return
         telemetry.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
+        telemetry.ANSWERS.labels(told.task, told.mode.value).inc()
         if told.abstained:
             telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()
         elif told.radius is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -42,9 +43,8 @@ def probes_app(health: Health) -> FastAPI:
 @metrics.get("/metrics", response_class=Response)
 async def get_metrics(health: Probe) -> Response:
     """Metrics for Prometheus."""
-    capacity = await health.capacity()
-    telemetry.QUEUE_ROWS.set(float("nan") if capacity is None else capacity.backlog_rows)
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    queue, open_jobs = await asyncio.gather(health.queue(), health.open_jobs())
+    return Response(telemetry.exposition(queue, open_jobs), media_type=CONTENT_TYPE_LATEST)
 
 
 @probes.get("/livez")

@@ -21,7 +21,12 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, host: str, port: int) -> None:
         config = uvicorn.Config(
-            "", host=host, port=port, access_log=False, timeout_graceful_shutdown=10
+            "",
+            host=host,
+            port=port,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=10,
         )
         super().__init__(config)
 

@@ -1,24 +1,38 @@
-"""Prometheus metrics of the whole service, and the middleware that times requests."""
+"""Prometheus metrics of the whole service (docs/metrics.md), and the middleware of requests."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
+from functools import partial
 from importlib import metadata
 from time import perf_counter
 
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import traces
+from service.engine import QueueState
 from service.jobs import Mode
+from service.logs import ids
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNKNOWN = float("nan")
 _log = logging.getLogger("vouchsafe.access")
+disable_created_metrics()  # type: ignore[no-untyped-call]  # Gauges that nobody reads.
 
 
 def _version() -> str:
@@ -67,8 +81,8 @@ CERTIFIED_RADIUS = Histogram(
     "Certified l2 radii, for pixels in [0, 1].",
     buckets=(0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
+ANSWERS = Counter("vouchsafe_answers", "Answers given, abstentions too.", ["task", "mode"])
 ABSTENTIONS = Counter("vouchsafe_abstentions", "Answers without a label.", ["task", "mode"])
-QUEUE_ROWS = Gauge("vouchsafe_queue_rows", "Rows waiting or leased; NaN if the engine is silent.")
 ADAPTATIONS = Counter(
     "vouchsafe_adaptations", "Adaptation jobs that ended: ready, failed or cancelled.", ["outcome"]
 )
@@ -90,14 +104,50 @@ def forget(task: str) -> None:
     for metric in (ROWS, BATCHES):
         metric.remove(task)
     for mode in Mode:
+        ANSWERS.remove(task, mode.value)
         ABSTENTIONS.remove(task, mode.value)
 
 
+def exposition(queue: QueueState | None, open_jobs: float | None) -> bytes:
+    """Every metric in Prometheus' text format.
+
+    `queue` is how it stands now, None where the engine is silent: NaN is told then, and counts are
+    left out. So are `open_jobs`, the adaptation jobs that have not ended, where nobody counts them.
+    """
+    now = CollectorRegistry()
+    gauge = partial(Gauge, registry=now)
+    gauge("vouchsafe_engine_up", "1 where the engine answers, else 0.").set(queue is not None)
+    rows = gauge("vouchsafe_queue_rows", "Rows waiting or leased.", ["lane"])
+    oldest = gauge(
+        "vouchsafe_queue_oldest_seconds",
+        "Age, since its job was accepted, of the oldest shard that no worker holds.",
+        ["lane"],
+    )
+    for lane in (mode.lane for mode in Mode):
+        rows.labels(lane).set(queue.lanes[lane].rows if queue else _UNKNOWN)
+        oldest.labels(lane).set(queue.lanes[lane].oldest_seconds if queue else _UNKNOWN)
+    speed = gauge("vouchsafe_queue_rows_per_second", "Speed, over the last minute of work.")
+    speed.set(queue.rows_per_second if queue else _UNKNOWN)
+    workers = gauge("vouchsafe_workers", "Workers alive, as the engine knows them.")
+    workers.set(queue.workers if queue else _UNKNOWN)
+    if queue is not None:
+        dead = "Shards that ended their jobs, by failures or the deaths of workers."
+        Counter("vouchsafe_dead_letters", dead, registry=now).inc(queue.dead_letters)
+    if queue is not None and queue.persists is not None:
+        written = "1 where Redis wrote to its disk what it last had to, else 0."
+        gauge("vouchsafe_redis_persistence_up", written).set(queue.persists)
+    if open_jobs is not None:
+        gauge("vouchsafe_adaptations_open", "Adaptation jobs queued or running.").set(open_jobs)
+    return generate_latest(REGISTRY) + generate_latest(now)
+
+
 class RequestTelemetry:
-    """ASGI middleware: counts and times requests by route template and logs one line for each.
+    """ASGI middleware: counts and times requests by route template and logs one record for each.
 
     A caller's `X-Request-Id` (64 letters, digits, dots, dashes or underscores at most) is kept,
-    otherwise one is made; either way it is in the answer and, with the job's id, in the log line.
+    otherwise one is made; either way it is in the answer and in the record. So is the trace of a
+    valid W3C `traceparent`, or of one made here, which `request.state.traceparent` has for jobs;
+    and `request.state.job` and `.task`, where a handler has set them.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -108,7 +158,10 @@ class RequestTelemetry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, begun, request_id = 500, perf_counter(), _request_id(scope)
+        status, began, request_id = 500, perf_counter(), _request_id(scope)
+        headers = Headers(scope=scope).getlist("traceparent")
+        traceparent = traces.received(headers) or traces.begun()
+        scope.setdefault("state", {})["traceparent"] = traceparent
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -120,7 +173,7 @@ class RequestTelemetry:
         try:
             await self._app(scope, receive, send_on)
         finally:
-            _record(scope, status, perf_counter() - begun, request_id)
+            _record(scope, status, perf_counter() - began, request_id)
 
 
 def _request_id(scope: Scope) -> str:
@@ -133,6 +186,12 @@ def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     route = getattr(scope.get("route"), "path", None) or "unmatched"
     REQUESTS.labels(method, route, str(status)).inc()
     REQUEST_SECONDS.labels(route).observe(seconds)
-    line = {"request": request_id, "method": method, "route": route, "status": status}
-    line |= {"seconds": round(seconds, 4), "job": scope.get("state", {}).get("job")}
-    _log.info(json.dumps(line))
+    state = scope["state"]
+    told = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+    named = ids(
+        request_id=request_id,
+        job_id=state.get("job"),
+        task_id=state.get("task"),
+        trace_id=traces.trace_id(state["traceparent"]),
+    )
+    _log.info("%s %s %d in %.4f s", method, route, status, seconds, extra=told | named)

@@ -5,52 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.smoothing import Rows
 from service import telemetry
-from service.batching import Packer, Slice
+from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
-from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
-from service.errors import Problem, ShardDead, TaskUnusable
+from service.engine import Engine, Lease, Worker
+from service.holdings import Holdings, Lot, leases_of
+from service.logs import about
+from service.model import Model, ModelUnavailable
 from service.outage import Outage
+from service.outcomes import Outcomes
 from service.reach import LEAVING_SECONDS, EngineAway, Reach
 
 logger = logging.getLogger("vouchsafe.worker")
-
-
-class ModelUnavailable(RuntimeError):
-    """A task's networks cannot be had, whatever the rows; it says nothing of the device."""
-
-
-class Model(Protocol):
-    """A served task: networks that see one fixed shape, so that companions change nothing."""
-
-    @property
-    def batch_rows(self) -> int:
-        """Most rows in a device batch."""
-
-    def padding(self, rows: int) -> int:
-        """Rows computed for nothing in a device batch of so many."""
-
-    @property
-    def classes(self) -> int:
-        """K, the number of labels."""
-
-    @property
-    def digest(self) -> str:
-        """The served digest: the bundle's, together with the numerics."""
-
-    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """Votes by class (len(parts), K) of one device batch; blocks.
-
-        Raises ModelUnavailable where the networks cannot be loaded.
-        """
 
 
 async def work(
@@ -76,15 +49,6 @@ async def work(
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
 
 
-@dataclass(slots=True, eq=False)
-class _Lot:
-    """What is in hand of one task and bundle."""
-
-    task: str
-    model: Model
-    packer: Packer
-
-
 class _Loop:
     def __init__(
         self,
@@ -103,14 +67,12 @@ class _Loop:
         self._thread = thread
         self._lease_seconds = lease_seconds
         self._reach = reach
-        self._lots: dict[tuple[str, str], _Lot] = {}
+        self._holdings = Holdings()
+        self._outcomes = Outcomes(engine, self._reach, lease_seconds)
         self._last_task: str | None = None
-        self._extended: dict[str, float] = {}  # by token: when the lease began, or was renewed
         self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
         self._long: frozenset[str] = frozenset()  # the tokens of a batch that runs long
-        self._tied: set[str] = set()  # tokens: to compute these anew elsewhere might never end
         self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
-        self._reports: set[asyncio.Task[None]] = set()
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -122,12 +84,9 @@ class _Loop:
         finally:
             listening.cancel()
             self._end()
-            last = {pulling, *self._reports}
-            await asyncio.wait(last, timeout=2 * LEAVING_SECONDS)
-            for late in last:
-                late.cancel()
-            await asyncio.wait(last, timeout=1)
-            await self._hand_back()
+            await self._outcomes.told(2 * LEAVING_SECONDS, pulling)
+            if leases := self._holdings.leases:
+                await self._outcomes.release(leases)
 
     async def _end_on_stop(self) -> None:
         await self._stop.wait()
@@ -159,11 +118,10 @@ class _Loop:
         """Hold the rows of one batch besides the one being computed, none while that runs long."""
         bundles = {task: model.digest for task, model in self._models.items()}
         most = max((model.batch_rows for model in self._models.values()), default=1)
-        missing = most - sum(lot.packer.rows for lot in self._lots.values())
-        if (
-            self._long
-        ):  # Whoever neither renews nor pulls is taken for dead, and its tasks for gone.
-            missing = 0 if self._in_hand() and bundles == self._announced else 1
+        missing = most - self._holdings.rows
+        if self._long:
+            # Whoever neither renews nor pulls is taken for dead, and its tasks for gone.
+            missing = 0 if self._holdings.leases and bundles == self._announced else 1
         if missing <= 0:
             await self._until_taken()
             return
@@ -183,32 +141,19 @@ class _Loop:
         await self._taken.wait()
 
     def _give_way(self) -> None:
-        """Hand back all that can wait elsewhere while a batch runs long.
-
-        Rows that were counted of a shard are computed anew; so one that needs several batches stays
-        once it is begun, and so does one of a failed batch, to be tried alone.
-        """
-        stay = self._long | self._tied
-        spare = [lease for lease in self._in_hand() if lease.token not in stay]
-        for lease in spare:
-            self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
-            del self._extended[lease.token]
-        if spare:
-            self._report(self._release(spare))
+        """Hand back all that can wait elsewhere while a batch runs long."""
+        self._outcomes.released(self._holdings.give_away(self._long))
 
     async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
         if model is None or model.digest != lease.job.bundle:
             await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
             return
-        key = (lease.job.task, lease.job.bundle)
-        lot = self._lots.setdefault(key, _Lot(lease.job.task, model, Packer(model.batch_rows)))
-        lot.packer.add(lease)
-        self._extended[lease.token] = began
+        self._holdings.add(lease, model, began)
         self._arrived.set()
 
     async def _compute_next(self) -> None:
-        lot = self._next_lot()
+        lot = self._holdings.next_lot()
         if lot is None:
             self._arrived.clear()
             await self._arrived.wait()
@@ -222,51 +167,41 @@ class _Loop:
             lot.packer.put_back(batch)
         self._taken.set()
 
-    def _next_lot(self) -> _Lot | None:
-        """The lot whose turn it is: tasks in hand take turns, however fast one is topped up."""
-        for key, lot in list(self._lots.items()):
-            if not lot.packer.leases:
-                del self._lots[key]
-            elif lot.packer.rows:
-                self._lots[key] = self._lots.pop(key)
-                return lot
-        return None
-
-    async def _start(self, lot: _Lot, batch: Sequence[Slice]) -> bool:
+    async def _start(self, lot: Lot, batch: Sequence[Slice]) -> bool:
         """Start the batch; False where some of it was lost, and let go of, so that more may fit."""
-        leases, most = _leases(batch), lot.model.batch_rows
-        self._tied |= {lease.token for lease in leases if lease.shard.rows > most}
+        leases, most = leases_of(batch), lot.model.batch_rows
+        self._holdings.tie(lease for lease in leases if lease.shard.rows > most)
         try:
             return self._keep(leases, await self._reach.ask(self._engine.start(leases)))
         except BaseException:
             lot.packer.put_back(batch)
             raise
 
-    async def _compute(self, lot: _Lot, batch: Sequence[Slice]) -> None:
+    async def _compute(self, lot: Lot, batch: Sequence[Slice]) -> None:
         self._last_task = lot.task
         began = time.monotonic()
         try:
             votes = await self._votes(lot.model, [_rows(part) for part in batch], batch)
             finished = lot.packer.absorb(batch, votes)
         except DeviceFailed:
-            for lease in _leases(batch):
+            for lease in leases_of(batch):
                 lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
             raise
         except ModelUnavailable as error:
-            logger.error("task %s: %s", lot.task, error)
-            for lease in _leases(batch):
+            logger.error("task %s: %s", lot.task, error, extra=_about(batch))
+            for lease in leases_of(batch):
                 lot.packer.drop(lease)
-                self._report(self._fail(lease, TaskUnusable(str(error), job=lease.job.id)))
+                self._outcomes.failed(lease, error)
         except Exception as error:
-            logger.exception("a batch of task %s failed", lot.task)
+            logger.exception("a batch of task %s failed", lot.task, extra=_about(batch))
             await self._blame(lot, batch, error)
         else:
             self._measure(lot, batch, time.monotonic() - began)
             self._proven.setdefault(lot.model.digest, _blank(batch[0]))
             for lease, counts in finished:
-                self._report(self._commit(lease, counts))
+                self._outcomes.committed(lease, counts)
 
-    def _measure(self, lot: _Lot, batch: Sequence[Slice], seconds: float) -> None:
+    def _measure(self, lot: Lot, batch: Sequence[Slice], seconds: float) -> None:
         rows = sum(part.rows for part in batch)
         if lot.task in self._models:  # The series of a task that is gone would never go again.
             telemetry.ROWS.labels(task=lot.task).inc(rows)
@@ -275,6 +210,8 @@ class _Loop:
         telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
         telemetry.BATCH_SECONDS.observe(seconds)
         telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%d rows in %.4f s", rows, seconds, extra=_about(batch))
 
     async def _votes(
         self, model: Model, parts: Sequence[Rows], batch: Sequence[Slice]
@@ -291,7 +228,7 @@ class _Loop:
                 if not self._thread.healthy:
                     raise DeviceFailed("a device batch has run past its limit")
                 if not computing.done():
-                    self._long = frozenset(lease.token for lease in _leases(batch))
+                    self._long = frozenset(lease.token for lease in leases_of(batch))
                     self._give_way()
                     await self._renew_if_possible()
                     self._taken.set()
@@ -304,18 +241,18 @@ class _Loop:
             raise ValueError(f"votes of shape {votes.shape}")
         return votes
 
-    async def _blame(self, lot: _Lot, batch: Sequence[Slice], error: Exception) -> None:
+    async def _blame(self, lot: Lot, batch: Sequence[Slice], error: Exception) -> None:
         """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
         if not await self._device_works(lot.model, batch):
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
-        suspects = _leases(batch)
+        suspects = leases_of(batch)
         if len(suspects) > 1:
             lot.packer.put_back(batch, alone=True)
-            self._tied |= {lease.token for lease in suspects}
+            self._holdings.tie(suspects)
         else:
             lot.packer.drop(suspects[0])
-            self._report(self._fail(suspects[0], _dead(suspects[0], error)))
+            self._outcomes.failed(suspects[0], error)
 
     async def _device_works(self, model: Model, batch: Sequence[Slice]) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""
@@ -334,23 +271,8 @@ class _Loop:
 
     async def _renew(self, older_than: float = 0.0) -> None:
         """Extend the leases in hand that are so many seconds old and let go of those lost."""
-        since = time.monotonic() - older_than
-        leases = [held for held in self._in_hand() if self._extended[held.token] <= since]
-        if leases:
+        if leases := self._holdings.aged(older_than):
             self._keep(leases, await self._reach.ask(self._engine.renew(leases)))
-
-    def _keep(self, leases: Sequence[Lease], held: Sequence[Lease]) -> bool:
-        """Of these leases let go of all but those held; True where that is none."""
-        now, tokens = time.monotonic(), {lease.token for lease in held}
-        for lease in leases:
-            if lease.token in tokens:
-                self._extended[lease.token] = now
-            else:
-                self._lots[lease.job.task, lease.job.bundle].packer.drop(lease)
-        self._extended = {lease.token: self._extended[lease.token] for lease in self._in_hand()}
-        self._tied &= self._extended.keys()
-        self._taken.set()
-        return len(tokens) == len(leases)
 
     async def _renew_if_possible(self) -> None:
         try:
@@ -360,53 +282,15 @@ class _Loop:
         except Exception:
             logger.exception("the leases could not be renewed")
 
-    def _in_hand(self) -> list[Lease]:
-        return [lease for lot in self._lots.values() for lease in lot.packer.leases]
-
-    async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
-        try:
-            counted = await self._reach.insist(
-                lambda: self._engine.commit(lease, counts.tolist()), self._lease_seconds
-            )
-        except ValueError as error:
-            await self._fail(lease, _dead(lease, error))
-        else:
-            telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()
-
-    async def _fail(self, lease: Lease, problem: Problem) -> None:
-        await self._reach.insist(
-            lambda: self._engine.fail(lease, problem.document()), self._lease_seconds
-        )
-        telemetry.SHARDS.labels(outcome="failed").inc()
-
-    def _report(self, report: Coroutine[Any, Any, None]) -> None:
-        """Tell the engine while the next batch computes."""
-        task = asyncio.create_task(_logged(report))
-        self._reports.add(task)
-        task.add_done_callback(self._reports.discard)
-
-    async def _hand_back(self) -> None:
-        if leases := self._in_hand():
-            await self._release(leases)
-
-    async def _release(self, leases: Sequence[Lease]) -> None:
-        try:
-            await self._reach.insist(lambda: self._engine.release(leases), self._lease_seconds)
-        except EngineAway:
-            logger.warning("%d shards go back only when their leases run out", len(leases))
-        except Exception:
-            logger.exception("%d shards could not be handed back", len(leases))
-        else:
-            telemetry.SHARDS.labels(outcome="released").inc(len(leases))
+    def _keep(self, leases: Sequence[Lease], held: Sequence[Lease]) -> bool:
+        """Let go of those of these leases that are held no more; True where that is none."""
+        kept = self._holdings.keep(leases, held)
+        self._taken.set()
+        return kept
 
 
-def _dead(lease: Lease, error: Exception) -> ShardDead:
-    detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
-    return ShardDead(detail, job=lease.job.id)
-
-
-def _leases(batch: Sequence[Slice]) -> list[Lease]:
-    return list({part.lease.token: part.lease for part in batch}.values())
+def _about(batch: Sequence[Slice]) -> dict[str, Any]:
+    return about(part.lease.job for part in batch)
 
 
 def _rows(part: Slice) -> Rows:
@@ -423,12 +307,3 @@ def _rows(part: Slice) -> Rows:
 def _blank(part: Slice) -> Rows:
     job = part.lease.job
     return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)
-
-
-async def _logged(report: Coroutine[Any, Any, None]) -> None:
-    try:
-        await report
-    except EngineAway:
-        telemetry.SHARDS.labels(outcome="lost").inc()
-    except Exception:
-        logger.exception("the outcome of a shard could not be reported")

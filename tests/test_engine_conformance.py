@@ -23,6 +23,7 @@ from service.engine import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
     Engine,
+    LaneState,
     Lease,
     Worker,
 )
@@ -567,7 +568,12 @@ async def test_innocent_jobs_finish_beside_a_poisonous_one(harness: Harness) -> 
 async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: int) -> None:
     """Deaths, failures, releases, double and late commits in any order never change a vote."""
     chance, engine = random.Random(seed), harness.engine
-    jobs = [make_job(f"job-{number}", owner="ada" if number < 3 else None) for number in range(8)]
+    modes = [Mode.CERTIFY, Mode.CERTIFY, Mode.PREDICT]
+    jobs = [
+        make_job(f"job-{number}", mode=modes[number % 3], owner="ada" if number < 3 else None)
+        for number in range(8)
+    ]
+    lanes = {lane: [job for job in jobs if job.mode.lane == lane] for lane in ("hi", "lo")}
     for job in jobs:
         await engine.submit(job)
     forgotten: list[Lease] = []
@@ -594,12 +600,17 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         capacity = await engine.capacity("ada")
         assert capacity.owner_rows == await open_rows(engine, jobs[:3])
         assert capacity.backlog_rows == await open_rows(engine, jobs)
+        queue = await engine.queue()
+        for lane, its_own in lanes.items():
+            assert queue.lanes[lane].rows == await open_rows(engine, its_own)
         if capacity.backlog_rows == 0:
             break
-    for job in jobs:
-        status = await status_of(engine, job.id)
-        if status.state is not State.FAILED:
+    statuses = [await status_of(engine, job.id) for job in jobs]
+    failed = [status for status in statuses if status.state is State.FAILED]
+    for status in statuses:
+        if status not in failed:
             assert_exact(status)
+    assert (await engine.queue()).dead_letters == len(failed)
 
 
 # The door
@@ -827,6 +838,32 @@ async def test_fast_lane_goes_first(engine: Engine) -> None:
     await engine.submit(one_shard("fast-2"))
     leases = await engine.pull(ALPHA, 100)
     assert [lease.job.id for lease in leases] == ["fast-1", "fast-2", "slow"]
+
+
+async def test_fast_lane_leaves_a_quarter(engine: Engine) -> None:
+    """However much PREDICT comes, every fourth pull of a task begins with its CERTIFY."""
+    await engine.submit(make_job("slow", n0=0, n=3 * SHARD_ROWS))
+    served = []
+    for at in range(12):
+        await engine.submit(one_shard(f"fast-{at}"))
+        (lease,) = await engine.pull(ALPHA, 1)
+        served.append(lease.job.id[:4])
+    assert served == 3 * ["fast", "fast", "fast", "slow"]
+
+
+async def test_slow_lane_saves_no_turns(engine: Engine) -> None:
+    """A CERTIFY job that comes late waits its three pulls; one that was served begins anew."""
+    for at in range(4):
+        await engine.submit(one_shard(f"fast-{at}"))
+    for _ in range(4):
+        await engine.pull(ALPHA, 1)
+    await engine.submit(make_job("slow", n0=0, n=2 * SHARD_ROWS))
+    (lease,) = await engine.pull(ALPHA, 1)
+    assert lease.job.id == "slow"
+    for at in range(4, 8):
+        await engine.submit(one_shard(f"fast-{at}"))
+    pulls = [await engine.pull(ALPHA, 1) for _ in range(5)]
+    assert [lease.job.id for (lease,) in pulls] == ["fast-4", "fast-5", "fast-6", "slow", "fast-7"]
 
 
 async def test_shards_put_back_keep_their_place(engine: Engine) -> None:
@@ -1075,3 +1112,93 @@ async def test_watchers_see_a_death_through_others_pulls(harness: Harness) -> No
     async with asyncio.timeout(30):
         await watching
     assert seen[-1].state is State.FAILED
+
+
+# What operators watch
+
+
+async def test_an_idle_queue_says_so(engine: Engine) -> None:
+    """Without work no lane has rows or an age, and no speed has been measured."""
+    queue = await engine.queue()
+    assert queue.lanes == {"hi": LaneState(0, 0.0), "lo": LaneState(0, 0.0)}
+    assert (queue.rows_per_second, queue.dead_letters) == (0.0, 0)
+
+
+async def test_the_queue_is_told_by_lane(harness: Harness) -> None:
+    """Rows wait or are leased; ages are those of what nobody holds, since it was accepted."""
+    engine, tick = harness.engine, harness.tick
+
+    async def told() -> list[tuple[int, float]]:
+        lanes = (await engine.queue()).lanes
+        return [(lanes[name].rows, lanes[name].oldest_seconds) for name in ("hi", "lo")]
+
+    await engine.submit(make_job("slow"))
+    await harness.wait(3)
+    await engine.submit(make_job("fast", mode=Mode.PREDICT))
+    await harness.wait(2)
+    await engine.submit(make_job("young", task="birds", bundle="bundle-b"))
+    assert await told() == [(30, pytest.approx(2 * tick)), (80, pytest.approx(5 * tick))]
+
+    fast = await engine.pull(ALPHA, 30)
+    assert await told() == [(30, 0.0), (80, pytest.approx(5 * tick))]
+    await engine.release(fast[:1])
+    assert await told() == [(30, pytest.approx(2 * tick)), (80, pytest.approx(5 * tick))]
+    fast += await engine.pull(ALPHA, 10)
+    assert (await compute(engine, fast)).count(True) == 3
+    assert await told() == [(0, 0.0), (80, pytest.approx(5 * tick))]
+
+    slow = await engine.pull(ALPHA, 40)
+    await harness.wait(1)
+    assert await told() == [(0, 0.0), (80, pytest.approx(1 * tick))]
+    await engine.cancel("young")
+    assert await told() == [(0, 0.0), (40, 0.0)]
+    await engine.start(slow)
+    await harness.wait(LEASE + 1)
+    assert await told() == [(0, 0.0), (40, pytest.approx((LEASE + 7) * tick))]
+    await engine.forget("slow")
+    assert await told() == [(0, 0.0), (0, 0.0)]
+
+
+async def test_the_queue_tells_the_speed_that_retry_after_is_made_from(harness: Harness) -> None:
+    """The measured speed is the one that capacity tells."""
+    engine = harness.engine
+    await engine.submit(make_job("a"))
+    leases = await engine.pull(ALPHA, 20)
+    await harness.wait(2)
+    await compute(engine, leases)
+    speed = (await engine.queue()).rows_per_second
+    assert speed == (await engine.capacity()).rows_per_second > 0
+
+
+async def test_workers_are_alive_until_they_fall_silent(harness: Harness) -> None:
+    """A worker is counted while it is heard from, whatever it serves and however many times."""
+    engine = harness.engine
+    for _ in range(2):
+        await engine.pull(BETA, 1)
+    assert (await engine.queue()).workers == 3
+    await harness.wait(WORKER_SILENCE - 5)
+    await engine.pull(BETA, 1)
+    await harness.wait(10)
+    assert (await engine.queue()).workers == 1
+    await harness.wait(WORKER_SILENCE)
+    assert (await engine.queue()).workers == 0
+
+
+async def test_shards_that_end_their_jobs_are_counted(harness: Harness) -> None:
+    """By their failures or the deaths of their workers; what ends otherwise is no dead letter."""
+    engine = harness.engine
+    for name in ("failing", "good", "cancelled"):
+        await engine.submit(one_shard(name))
+        if name == "failing":
+            for told in range(FAILURES_ALLOWED):
+                assert (await engine.queue()).dead_letters == 0, told
+                (lease,) = await engine.pull(ALPHA, 1)
+                await engine.fail(lease, PROBLEM)
+            assert (await engine.queue()).dead_letters == 1
+    await engine.cancel("cancelled")
+    await finish_everything(engine)
+    assert (await engine.queue()).dead_letters == 1
+    await engine.submit(one_shard("deadly"))
+    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+        await die(harness)
+    assert (await engine.queue()).dead_letters == 2

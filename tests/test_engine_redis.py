@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.engine_redis.listener import Listener
 from service.errors import QuotaExceeded
-from service.jobs import Domain, JobStatus, State
+from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.test_traces import VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -170,6 +172,24 @@ async def test_reconciler_queues_again_what_is_missing(fleet: Fleet, lost: str) 
     assert await fleet.keys("lane:") == []
 
 
+async def test_messages_carry_the_trace(fleet: Fleet) -> None:
+    """Each message and each lease names its job's trace, in messages made again too."""
+    engine = fleet.engine
+    await engine.submit(replace(make_job("a"), traceparent=VALID))
+    await engine.submit(make_job("b"))
+    for _ in range(2):
+        (stream,) = await fleet.keys("lane:lo:")
+        messages = [fields for _, fields in await fleet.redis.xrange(stream)]
+        assert {(told[b"job"], told[b"traceparent"]) for told in messages} == {
+            (b"a", VALID.encode()),
+            (b"b", b""),
+        }
+        await fleet.redis.delete(stream)
+        await engine.reconcile()
+    leases = await engine.pull(ALPHA, 80)
+    assert {lease.job.id: lease.job.traceparent for lease in leases} == {"a": VALID, "b": None}
+
+
 async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
     """Where the books of open work are gone, what is left of open jobs is booked again, once."""
     engine = fleet.engine
@@ -185,6 +205,17 @@ async def test_reconciler_books_open_work_again(fleet: Fleet) -> None:
         assert (capacity.owner_rows, capacity.backlog_rows) == (10, 50)
     await finish_everything(engine)
     assert await fleet.redis.hgetall(f"{fleet.prefix}backlog") == {b"all": b"0"}
+
+
+async def test_reconciler_books_lanes_again(fleet: Fleet) -> None:
+    """Where the books got lost, rows are counted in the lane of their job again."""
+    engine = fleet.engine
+    await engine.submit(make_job("fast", mode=Mode.PREDICT))
+    await engine.submit(make_job("slow"))
+    await fleet.redis.delete(f"{fleet.prefix}backlog")
+    await engine.reconcile()
+    lanes = (await engine.queue()).lanes
+    assert (lanes["hi"].rows, lanes["lo"].rows) == (30, 40)
 
 
 async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
@@ -439,9 +470,9 @@ async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fle
 
 
 async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
-    """The operator finds which rows ended a job, and neither its image nor its key."""
+    """The operator finds which rows ended a job, in which trace, and neither image nor key."""
     engine = fleet.engine
-    job = make_job("a")
+    job = replace(make_job("a"), traceparent=VALID)
     await engine.submit(job)
     for _ in range(FAILURES_ALLOWED):
         (lease,) = await engine.pull(ALPHA, 1)
@@ -449,10 +480,35 @@ async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
     ((_, letter),) = await fleet.redis.xrange(f"{fleet.prefix}dead")
     assert (letter[b"job"], letter[b"shard"], letter[b"failures"]) == (b"a", b"0", b"3")
     assert b"as reported" in letter[b"problem"]
+    assert letter[b"traceparent"] == VALID.encode()
     assert not any(job.pixels in value for value in letter.values())
 
 
 # Connections
+
+
+async def test_workers_are_told_of_work_where_none_waited(fleet: Fleet) -> None:
+    """Where work waits already nobody who could take it is idle; what comes back is told again."""
+    async with fleet.redis.pubsub() as pubsub:
+        await pubsub.subscribe(f"{fleet.prefix}arrived")
+
+        async def told() -> int:
+            messages = 0
+            while found := await pubsub.get_message(timeout=0.2):
+                messages += found["type"] == "message"
+            return messages
+
+        await told()
+        for mode in Mode:
+            await fleet.engine.submit(make_job(f"{mode.value}-1", mode=mode, n=20))
+            await fleet.engine.submit(make_job(f"{mode.value}-2", mode=mode, n=20))
+        assert await told() == 1
+        leases = await fleet.engine.pull(ALPHA, 1_000)
+        assert await told() == 0
+        await fleet.engine.submit(make_job("next", n=20))
+        assert await told() == 1
+        await fleet.engine.release(leases)
+        assert await told() == 1
 
 
 async def test_lost_connections_are_made_again(fleet: Fleet) -> None:
@@ -752,8 +808,32 @@ async def test_least_rights_are_enough(own_server: RedisServer) -> None:
     await compute(engine, await worker)
     assert_exact([status async for status in engine.watch("a")][-1])
     assert await engine.forget("a")
+    queue = await engine.queue()
+    assert (queue.workers, queue.persists) == (1, None)  # It has no right to INFO.
     await engine.close()
     await admin.aclose()
+
+
+async def test_trouble_with_the_disk_is_told(own_server: RedisServer, tmp_path: Path) -> None:
+    """What Redis could not write shows in the queue's state until it has written it."""
+    in_the_way = tmp_path / "redis" / "dump.rdb"
+    async with Redis.from_url(own_server.url) as redis:
+
+        async def saved() -> None:
+            await redis.bgsave()
+            async with asyncio.timeout(60):
+                while (await redis.info("persistence"))["rdb_bgsave_in_progress"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+        engine = RedisEngine(connect(own_server.url), shard_rows=SHARD_ROWS)
+        assert (await engine.queue()).persists is True
+        in_the_way.mkdir()
+        await saved()
+        assert (await engine.queue()).persists is False
+        in_the_way.rmdir()
+        await saved()
+        assert (await engine.queue()).persists is True
+        await engine.close()
 
 
 # Growth

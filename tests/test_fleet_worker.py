@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from service.jobs import State
 from service.serving import Serving
 from tests.fleet import assert_counted_exactly, last_status, rows_done
 from tests.test_tasks_catalogue import put
+from tests.test_traces import TRACE, VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -67,7 +69,8 @@ class Workers:
         """A worker that is ready."""
         if self._last is None or self._last.process.poll() is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            starting = worker_process(self._folder, self._url, lease_seconds=LONG)
+            options = {"lease_seconds": LONG, "log_format": "json", "log_level": "debug"}
+            starting = worker_process(self._folder, self._url, **options)  # type: ignore[arg-type]
             self._last = self._stack.enter_context(starting)
         self._last.until(self._last.ready)
         return self._last
@@ -128,13 +131,30 @@ async def test_answers_are_the_embedded_engines(
 
 
 async def test_rows_are_counted_in_its_metrics(worker: WorkerProcess, engine: RedisEngine) -> None:
-    """/metrics counts the rows that this process computed, and the rows that wait."""
+    """/metrics counts the rows that this process computed, and tells how the queue stands."""
     series = 'vouchsafe_rows_total{task="default"}'
     before = worker.metric(series)
     await engine.submit(question("measured", n=50, n0=10))
     assert (await last_status(engine, "measured")).state is State.SUCCEEDED
     assert worker.metric(series) == before + 60
-    assert worker.metric("vouchsafe_queue_rows") == 0
+    for lane in ("hi", "lo"):
+        assert worker.metric(f'vouchsafe_queue_rows{{lane="{lane}"}}') == 0
+        assert worker.metric(f'vouchsafe_queue_oldest_seconds{{lane="{lane}"}}') == 0
+    assert worker.metric("vouchsafe_queue_rows_per_second") > 0
+    assert worker.metric("vouchsafe_workers") >= 1
+    for name in ("vouchsafe_engine_up", "vouchsafe_redis_persistence_up"):
+        assert worker.metric(name) == 1
+
+
+async def test_its_log_names_jobs_and_traces(worker: WorkerProcess, engine: RedisEngine) -> None:
+    """Every line is a JSON object, and batches are found by the trace of the request."""
+    await engine.submit(replace(question("traced"), traceparent=VALID))
+    assert (await last_status(engine, "traced")).state is State.SUCCEEDED
+    records = [json.loads(line) for line in worker.said().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, records))
+    batches = [record for record in records if record.get("trace_id") == TRACE]
+    assert {record["job_id"] for record in batches} == {"traced"}
+    assert {record["level"] for record in batches} == {"DEBUG"}
 
 
 def test_probes_tell_how_it_is(worker: WorkerProcess) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,6 +25,7 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from tests.serving import PNG, problem
+from tests.test_traces import TRACE, VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -135,6 +137,27 @@ async def test_a_process_without_torch_answers(
             assert told["counts"][0]["count"] == 900
         server.terminate()
         assert await asyncio.to_thread(server.wait, 30) == 0
+
+
+async def test_its_log_can_be_json_throughout(
+    voter: Voter, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """From its start to its stop every line is an object, and a job is found by its trace."""
+    voter.open.set()
+    written, json_log = tmp_path / "serve.log", {"log_format": "json"}
+    with written.open("wb") as log:
+        data = tmp_path / "data"
+        with serving_process(data, process, log=log, settings=json_log) as (url, server):
+            async with httpx.AsyncClient(base_url=url, headers={"traceparent": VALID}) as client:
+                await until_served(client)
+                told = (await ask(client)).json()
+            server.terminate()
+            assert await asyncio.to_thread(server.wait, 30) == 0
+    records = [json.loads(line) for line in written.read_text().splitlines()]
+    assert {"vouchsafe.access", "uvicorn.error"} <= {record["logger"] for record in records}
+    assert {"time", "level", "message"} <= set.intersection(*map(set, records))
+    (asked,) = [record for record in records if record.get("job_id") == told["id"]]
+    assert (asked["route"], asked["trace_id"]) == ("/predict", TRACE)
 
 
 async def test_another_process_knows_the_job(

@@ -68,13 +68,20 @@ async def test_silent_engine_is_not_ready(
 ) -> None:
     """An engine that does not answer takes readiness away, and metrics can still be read."""
 
-    async def capacity() -> None:
+    async def silent() -> None:
         raise ConnectionError("no engine")
 
-    monkeypatch.setattr(service.engine, "capacity", capacity)
+    for name in ("capacity", "queue"):
+        monkeypatch.setattr(service.engine, name, silent)
     assert (await service.client.get("/readyz")).json()["detail"] == "the engine does not answer"
     metrics = (await service.client.get("/metrics")).text
-    assert "vouchsafe_queue_rows NaN" in metrics
+    assert "vouchsafe_engine_up 0.0" in metrics
+    for name in ("queue_rows", "queue_oldest_seconds"):
+        assert f'vouchsafe_{name}{{lane="hi"}} NaN' in metrics
+        assert f'vouchsafe_{name}{{lane="lo"}} NaN' in metrics
+    for name in ("workers", "queue_rows_per_second"):
+        assert f"vouchsafe_{name} NaN" in metrics
+    assert "vouchsafe_dead_letters" not in metrics
 
 
 async def test_companions_are_asked_to_stop() -> None:

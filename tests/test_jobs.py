@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from service.jobs import Domain, Job, Mode, State, canonical_json, noise_key
 from tests.fakes import make_job
+from tests.test_traces import VALID
 
 POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
 JOBS = st.builds(
@@ -31,6 +32,7 @@ JOBS = st.builds(
     key=st.binary(min_size=32, max_size=32),
     created=POSITIVE,
     owner=st.none() | st.text(),
+    traceparent=st.none() | st.text(),
 )
 TRIAL: dict[str, Any] = {
     "secret": b"s" * 32,
@@ -59,6 +61,23 @@ def test_decode_refuses_missing_fields(name: str) -> None:
     del fields[name]
     with pytest.raises(TypeError):
         Job.decode(canonical_json(fields), b"")
+
+
+def test_records_of_before_traces_still_decode() -> None:
+    """A record that was written without a trace context is a job that has none."""
+    fields = json.loads(make_job("a").encode())
+    del fields["traceparent"]
+    assert Job.decode(canonical_json(fields), b"").traceparent is None
+
+
+def test_rows_depend_on_no_trace() -> None:
+    """The same question in another trace reads the same rows, and is cut alike."""
+    job = make_job("a")
+    other = replace(job, traceparent=VALID)
+    assert [other.domain_key(domain) for domain in Domain] == [
+        job.domain_key(domain) for domain in Domain
+    ]
+    assert other.shards(7) == job.shards(7)
 
 
 def test_decode_refuses_unknown_fields() -> None:

@@ -21,8 +21,8 @@ from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import ComputeThread, DeviceFailed
 from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
+from service.model import ModelUnavailable
 from service.serving import load_and_warm
-from service.worker import ModelUnavailable
 from tests.fakes import FakeClock, FakeModel
 from tests.serving import TASKS
 

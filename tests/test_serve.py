@@ -45,7 +45,7 @@ async def ask(client: httpx.AsyncClient, index: int, **fields: Any) -> dict[str,
 
 def metric(text: str, name: str) -> dict[str, float]:
     return {
-        str(sample.labels.get("le", "")): sample.value
+        str(sample.labels.get("le", sample.labels.get("lane", ""))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name == name
@@ -132,7 +132,7 @@ def test_told_to_stop_it_lets_waiting_callers_go(tmp_path: Path) -> None:
             )
             for index in range(3)
         ]
-        while metric(httpx.get(f"{url}/metrics").text, "vouchsafe_queue_rows")[""] < 100_000:
+        while metric(httpx.get(f"{url}/metrics").text, "vouchsafe_queue_rows")["lo"] < 100_000:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         answers = [answer.result() for answer in waiting]

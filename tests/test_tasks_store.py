@@ -55,6 +55,20 @@ def test_what_is_published_is_ready(tmp_path: Path) -> None:
     assert store.unfinished() == []
 
 
+def test_open_jobs_are_those_still_to_be_made(tmp_path: Path) -> None:
+    """Queued and running jobs are counted; what is published, over or cannot be read is not."""
+    store = make_store(tmp_path)
+    assert store.open_jobs() == 0
+    tasks = [create(store, seed=seed) for seed in range(5)]
+    publish(store.jobs / tasks[0].id, store.tasks, make_plan())
+    Status("running", progress=0.1).write(store.jobs / tasks[1].id)
+    Status("failed", finished=1.0).write(store.jobs / tasks[2].id)
+    (store.jobs / tasks[3].id / STATUS).write_text("no status")
+    assert store.open_jobs() == 2
+    create(store, seed=2)
+    assert store.open_jobs() == 3
+
+
 def test_a_bundle_without_a_job_is_a_task(tmp_path: Path) -> None:
     """A bundle copied into the folder is a ready task, told from its manifest."""
     store = make_store(tmp_path)

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.worker import ModelUnavailable, work
+from service.model import ModelUnavailable
+from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
+from tests.test_traces import TRACE, VALID
 
 OTHER = Worker("other", {"default": "bundle-a"})
 
@@ -277,6 +280,36 @@ async def test_batches_and_shards_are_measured(engine: MemoryEngine) -> None:
     after = [metric(name, **labels) for name, labels in names.items()]
     grown = [new - old for new, old in zip(after, before, strict=True)]
     assert grown == [40, 1, 40, 1, 1, 24, 4]
+
+
+@pytest.mark.parametrize(("level", "told"), [("DEBUG", 1), ("INFO", 0)])
+async def test_a_batch_is_one_record_for_those_who_want_it(
+    engine: MemoryEngine, caplog: pytest.LogCaptureFixture, level: str, told: int
+) -> None:
+    """A device batch leaves one record with its jobs and their traces at DEBUG, none above."""
+    jobs = [replace(make_job("a"), traceparent=VALID), make_job("b")]
+    await submit(engine, *jobs)
+    with caplog.at_level(level, "vouchsafe.worker"):
+        async with working(engine, {"default": FakeModel(batch_rows=80)}):
+            await asyncio.gather(*(assert_exact(engine, job) for job in jobs))
+    found = [vars(record) for record in caplog.records]
+    names = ("job_id", "task_id", "trace_id")
+    assert [[one[name] for name in names] for one in found] == told * [
+        [["a", "b"], "default", TRACE]
+    ]
+
+
+async def test_a_failure_names_its_job_and_trace(
+    engine: MemoryEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever looks for a job that failed finds each attempt, with its traceback."""
+    job = replace(make_job("a", n0=0, n=10), traceparent=VALID)
+    await submit(engine, job)
+    async with working(engine, {"default": FakeModel(poison=keys(job))}):
+        assert (await final(engine, "a")).state is State.FAILED
+    found = [vars(record) for record in caplog.records if record.exc_info]
+    assert {(one["job_id"], one["trace_id"]) for one in found} == {("a", TRACE)}
+    assert len(found) == FAILURES_ALLOWED
 
 
 # Long batches

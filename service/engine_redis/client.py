@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import (
+    ConnectionError,
+    NoPermissionError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+)
 
 from service.jobs import canonical_json
 
@@ -24,6 +30,7 @@ _SHARED = ("common", "sweep")
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=2.0)
 """Seconds before the next try: longer each time, up to 2, jittered."""
 
+_WRITTEN = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
 _RETRIES = 6
 _MOST_CONNECTIONS = 64
 
@@ -160,6 +167,15 @@ async def answered(reply: Awaitable[T]) -> T:
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
     return told
+
+
+async def persists(redis: Redis) -> bool | None:
+    """Whether all that Redis last wrote to its disk got there; None where it may not be asked."""
+    try:
+        told = await answered(redis.info("persistence"))
+    except NoPermissionError:
+        return None
+    return all(told.get(name, "ok") == "ok" for name in _WRITTEN)
 
 
 def _sha1(text: str) -> str:

@@ -29,12 +29,14 @@ from service.engine import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
     Capacity,
+    LaneState,
     Lease,
+    QueueState,
     Worker,
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, answered, connect
+from service.engine_redis.client import Scripts, answered, connect, persists
 from service.engine_redis.listener import Listener
 from service.engine_redis.reconciling import reconcile
 from service.engine_redis.records import (
@@ -49,7 +51,7 @@ from service.engine_redis.records import (
     served,
 )
 from service.jobs import Job, JobStatus, State, canonical_json
-from service.offers import Offer, next_offer
+from service.offers import FAST_PULLS, Offer, next_offer
 
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
@@ -109,6 +111,7 @@ class RedisEngine:
             "retention_ms": _milliseconds(retention_seconds),
             "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
             "kept_jobs": kept_jobs,
+            "fast_pulls": FAST_PULLS,
             "unserved_ms": _milliseconds(unserved_seconds),
             "failures_allowed": FAILURES_ALLOWED,
             "deaths_allowed": SOLITARY_DEATHS_ALLOWED,
@@ -251,6 +254,20 @@ class RedisEngine:
         speed = rows_per_second(int(rows), float(seconds))
         bundles = most_served(served(announcements))
         return Capacity(int(backlog_rows), speed, bundles, int(owner_rows))
+
+    async def queue(self) -> QueueState:
+        """How things stand in the queue; see Engine."""
+        (fast, slow), (rows, seconds), workers, dead = await self._scripts.run("queue")
+        return QueueState(
+            lanes={
+                name: LaneState(int(lane[0]), float(lane[1]))
+                for name, lane in (("hi", fast), ("lo", slow))
+            },
+            rows_per_second=rows_per_second(int(rows), float(seconds)),
+            workers=int(workers),
+            dead_letters=int(dead),
+            persists=await persists(self._redis),
+        )
 
     async def reconcile(self) -> int:
         """Queue again whatever open jobs miss in the streams; returns how many shards that were.

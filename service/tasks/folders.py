@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from models.adaptation.plan import LOCK, PLAN, REFERENCES
+from models.adaptation.plan import LOCK, PLAN, REFERENCES, Status
 from models.bundle import WRITERS
 from models.files import flush
 from service.config import Settings
 from service.errors import NotFound
-from service.tasks.task import Signature, Task, is_task_id, signature
+from service.tasks.task import MANIFEST, Signature, Task, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
 
@@ -90,6 +90,10 @@ class TaskFolders:
     def unfinished(self) -> list[Task]:
         """The tasks still to be made, the oldest first."""
         return [task for task in self.all() if not task.status.ended]
+
+    def open_jobs(self) -> int:
+        """How many adaptation jobs are queued or running; what cannot be read is left out."""
+        return sum(map(self._is_open, _folders(self.jobs)))
 
     def references(self, task: Task) -> list[str]:
         """File names of at most 20 pictures the task was made from, one of each label first."""
@@ -184,6 +188,13 @@ class TaskFolders:
                 left += self._half_made(self.tasks)
             for path in left:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _is_open(self, job: Path) -> bool:
+        published = self.tasks / job.name / MANIFEST
+        try:
+            return (job / PLAN).is_file() and not published.is_file() and not Status.read(job).ended
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _half_made(self, folder: Path) -> list[Path]:
         before = time.time() - self._spared_seconds

@@ -68,6 +68,42 @@ local function drop(stream, id)
   redis.call('XDEL', stream, id)
 end
 
+-- Everything handed back to the stream, some at a time: f(delivery, fields) until it returns true.
+local function each_free(stream, call)
+  local from, some = '-', nil
+  repeat
+    some = pending(stream, from, '+', 16, FREE)
+    for _, delivery in ipairs(some) do
+      local fields = read(stream, delivery[1])
+      if not fields then
+        drop(stream, delivery[1])
+      elseif call(delivery, fields) then
+        return
+      end
+      from = '(' .. delivery[1]
+    end
+  until #some < 16
+end
+
+-- What is next of the stream, or nil where nobody could take anything.
+local function head(stream)
+  local first
+  each_free(stream, function(_, fields)
+    first = fields
+    return true
+  end)
+  local groups = not first and redis.pcall('XINFO', 'GROUPS', stream)
+  if not groups or groups.err then
+    return first
+  end
+  local last = '0-0'
+  for at = 1, #groups[1], 2 do
+    last = groups[1][at] == 'last-delivered-id' and groups[1][at + 1] or last
+  end
+  local entry = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+  return entry and message(entry)
+end
+
 -- Entries are deleted as they are acknowledged, so an empty stream has nothing outstanding.
 local function tidy(line)
   local gone = 0
@@ -80,6 +116,7 @@ local function tidy(line)
   end
   if gone == 2 then
     redis.call('HDEL', key('lines'), line)
+    redis.call('HDEL', key('passed'), line)
   end
 end
 
@@ -133,10 +170,14 @@ local function run(id, state)
   end
 end
 
--- The books of open work, one hash, so that what they say of jobs, owners and everyone agrees.
-local function open(id, owner, rows)
+-- The books of open work, one hash, so that what they say of jobs, owners, lanes and everyone agrees.
+local function open(id, owner, rows, lane)
   redis.call('HINCRBY', key('backlog'), 'all', rows)
   redis.call('HSET', key('backlog'), 'rows:' .. id, rows)
+  if lane == 'hi' then
+    redis.call('HSET', key('backlog'), 'hi:' .. id, '')
+    redis.call('HINCRBY', key('backlog'), 'hi', rows)
+  end
   if owner then
     redis.call('HSET', key('backlog'), 'owner:' .. id, owner)
     redis.call('HINCRBY', key('backlog'), 'of:' .. owner, rows)
@@ -145,11 +186,15 @@ end
 
 -- Rows of an open job that are done; no number: all that were left of it.
 local function settle(id, rows)
-  local left, owner = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id, 'owner:' .. id))
+  local left, owner, fast = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id,
+    'owner:' .. id, 'hi:' .. id))
   if left then
     local less = 0 - (rows or left)
     redis.call('HINCRBY', key('backlog'), 'all', less)
     redis.call('HINCRBY', key('backlog'), 'rows:' .. id, less)
+    if fast then
+      redis.call('HINCRBY', key('backlog'), 'hi', less)
+    end
     if owner and redis.call('HINCRBY', key('backlog'), 'of:' .. owner, less) <= 0 then
       redis.call('HDEL', key('backlog'), 'of:' .. owner)
     end
@@ -158,7 +203,7 @@ end
 
 local function close(id)
   settle(id)
-  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id)
+  redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id, 'hi:' .. id)
   redis.call('ZREM', key('opened'), id)
 end
 
@@ -196,12 +241,18 @@ local function finish(id, state, problem)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
+-- The trace context of a job as its JSON tells it; '' where it has none.
+local function trace_of(job)
+  return job.traceparent ~= cjson.null and job.traceparent or ''
+end
+
 -- A letter tells the operator which rows ended a job, without its image or key.
 local function bury(id, shard, fields, problem)
   local failures, deaths = unpack(redis.call('HMGET', key('job', id), 'f:' .. shard, 'd:' .. shard))
   redis.call('XADD', key('dead'), 'MAXLEN', '~', TERMS.dead_letters, '*', 'job', id,
     'shard', shard, 'domain', fields.domain, 'start', fields.start, 'stop', fields.stop,
-    'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem)
+    'bundle', fields.bundle, 'failures', failures or 0, 'deaths', deaths or 0, 'problem', problem,
+    'traceparent', fields.traceparent or '')
   stay(TERMS.retention_ms, key('dead'))
   finish(id, 'failed', problem)
 end
@@ -244,6 +295,6 @@ end
 local function enqueue(id, stream, fields, shard, domain, start, stop)
   local entry = redis.call('XADD', stream, '*', 'job', id, 'shard', shard, 'domain', domain,
     'start', start, 'stop', stop, 'bundle', fields.bundle, 'submitted', fields.submitted,
-    'deadline', fields.deadline)
+    'deadline', fields.deadline, 'traceparent', fields.traceparent)
   redis.call('HSET', key('entries', id), shard, entry)
 end

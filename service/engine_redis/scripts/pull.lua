@@ -28,39 +28,12 @@ if redis.call('EXISTS', key('unserved')) == 1 then
   end
 end
 
--- Everything handed back to the stream, some at a time: f(delivery, fields) until it returns true.
-local function each_free(stream, call)
-  local from, some = '-', nil
-  repeat
-    some = pending(stream, from, '+', 16, FREE)
-    for _, delivery in ipairs(some) do
-      local fields = read(stream, delivery[1])
-      if not fields then
-        drop(stream, delivery[1])
-      elseif call(delivery, fields) then
-        return
-      end
-      from = '(' .. delivery[1]
-    end
-  until #some < 16
-end
-
-local function head(stream)
-  local first
-  each_free(stream, function(_, fields)
-    first = fields
-    return true
-  end)
-  local groups = not first and redis.pcall('XINFO', 'GROUPS', stream)
-  if not groups or groups.err then
-    return first
+-- The lanes of a line in the order of service: `hi` first, unless it was so for too many pulls.
+local function lanes(line)
+  if tonumber(redis.call('HGET', key('passed'), line) or 0) < TERMS.fast_pulls then
+    return 'hi', 'lo'
   end
-  local last = '0-0'
-  for at = 1, #groups[1], 2 do
-    last = groups[1][at] == 'last-delivered-id' and groups[1][at + 1] or last
-  end
-  local entry = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
-  return entry and message(entry)
+  return 'lo', 'hi'
 end
 
 local function offers()
@@ -68,8 +41,10 @@ local function offers()
   for at = 8, #ARGV do
     local served = redis.call('HGET', key('lines'), ARGV[at])
     if served then
-      local fast = head(key('lane', 'hi', ARGV[at]))
-      local next_one = fast or head(key('lane', 'lo', ARGV[at]))
+      local first, second = lanes(ARGV[at])
+      local next_one = head(key('lane', first, ARGV[at]))
+      local fast = (next_one and first or second) == 'hi'
+      next_one = next_one or head(key('lane', second, ARGV[at]))
       if next_one then
         local since = math.max(tonumber(served), tonumber(next_one.submitted))
         table.insert(found, {at - 8, fast and 1 or 0, stamp(NOW - since)})
@@ -127,14 +102,27 @@ local function take_new(stream)
   end
 end
 
+-- Counts the pulls in a row that left the `lo` lane waiting; this one took so many of its shards.
+local function pass(line, slow_ones)
+  if slow_ones == 0 and head(key('lane', 'lo', line)) then
+    redis.call('HINCRBY', key('passed'), line, 1)
+    stay(TERMS.open_ms, key('passed'))
+  else
+    redis.call('HDEL', key('passed'), line)
+  end
+end
+
 local function take_from(line)
-  for _, lane in ipairs({'hi', 'lo'}) do
-    local stream = key('lane', lane, line)
+  local slow_ones = 0
+  for _, lane in ipairs({lanes(line)}) do
+    local stream, before = key('lane', lane, line), #taken
     if rows > 0 and redis.call('EXISTS', stream) == 1 then
       take_back(stream)
       take_new(stream)
     end
+    slow_ones = slow_ones + (lane == 'lo' and #taken - before or 0)
   end
+  pass(line, slow_ones)
   if redis.call('HEXISTS', key('lines'), line) == 1 then
     redis.call('HSET', key('lines'), line, stamp(NOW))
   end

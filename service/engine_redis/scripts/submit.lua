@@ -49,10 +49,12 @@ redis.call('SET', key('image', id), image, 'PX', TERMS.open_ms)
 if caller ~= '' then
   redis.call('SET', key('caller', caller), id, 'PX', TERMS.open_ms)
 end
-open(id, owner, rows)
+-- Where something waits already, nobody who could take it is idle, so there is nobody to tell.
+local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
+open(id, owner, rows, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
-local fields = {bundle = job.bundle, submitted = stamp(NOW),
+local fields = {bundle = job.bundle, submitted = stamp(NOW), traceparent = trace_of(job),
   deadline = stamp(NOW + TERMS.retention_ms / 1000)}
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 for at = 9, #ARGV, 4 do
@@ -60,5 +62,7 @@ for at = 9, #ARGV, 4 do
 end
 stay(TERMS.open_ms, key('job', id), key('entries', id), key('backlog'), key('opened'),
   key('lines'), stream)
-tell_workers()
+if awaited then
+  tell_workers()
+end
 return {'queued', id}

@@ -1,0 +1,99 @@
+"""What a worker has in hand: leased shards by task and bundle, and since when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from service.batching import Packer, Slice
+from service.engine import Lease
+from service.model import Model
+
+
+@dataclass(slots=True, eq=False)
+class Lot:
+    """What is in hand of one task and bundle."""
+
+    task: str
+    model: Model
+    packer: Packer
+
+
+class Holdings:
+    """The leases of one worker, those of the batch being computed included.
+
+    To compute some of them anew elsewhere might never end, so that they are `tied`: a shard of
+    several batches once it is begun, and one of a failed batch, which is to be tried alone.
+    """
+
+    def __init__(self) -> None:
+        self._lots: dict[tuple[str, str], Lot] = {}
+        self._since: dict[str, float] = {}  # by token: when the lease began, or was renewed
+        self._tied: set[str] = set()
+
+    @property
+    def rows(self) -> int:
+        """Rows that are in no batch yet."""
+        return sum(lot.packer.rows for lot in self._lots.values())
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Every lease in hand."""
+        return [lease for lot in self._lots.values() for lease in lot.packer.leases]
+
+    def add(self, lease: Lease, model: Model, since: float) -> None:
+        """Take in a lease, held `since` so many seconds of `time.monotonic`."""
+        key = (lease.job.task, lease.job.bundle)
+        lot = self._lots.setdefault(key, Lot(lease.job.task, model, Packer(model.batch_rows)))
+        lot.packer.add(lease)
+        self._since[lease.token] = since
+
+    def next_lot(self) -> Lot | None:
+        """The lot whose turn it is: tasks in hand take turns, however fast one is topped up."""
+        for key, lot in list(self._lots.items()):
+            if not lot.packer.leases:
+                del self._lots[key]
+            elif lot.packer.rows:
+                self._lots[key] = self._lots.pop(key)
+                return lot
+        return None
+
+    def tie(self, leases: Iterable[Lease]) -> None:
+        """These are not to be given away any more."""
+        self._tied |= {lease.token for lease in leases}
+
+    def give_away(self, besides: frozenset[str]) -> list[Lease]:
+        """Let go of everything that is not tied, nor named by its token, and return it."""
+        stay = besides | self._tied
+        spare = [lease for lease in self.leases if lease.token not in stay]
+        for lease in spare:
+            self._drop(lease)
+            del self._since[lease.token]
+        return spare
+
+    def aged(self, seconds: float) -> list[Lease]:
+        """The leases that began, or were renewed, so many seconds ago at least."""
+        since = time.monotonic() - seconds
+        return [lease for lease in self.leases if self._since[lease.token] <= since]
+
+    def keep(self, leases: Sequence[Lease], held: Sequence[Lease]) -> bool:
+        """Of these leases let go of all but those held, renewed now; True where that is none."""
+        now, tokens = time.monotonic(), {lease.token for lease in held}
+        for lease in leases:
+            if lease.token in tokens:
+                self._since[lease.token] = now
+            else:
+                self._drop(lease)
+        self._since = {lease.token: self._since[lease.token] for lease in self.leases}
+        self._tied &= self._since.keys()
+        return len(tokens) == len(leases)
+
+    def _drop(self, lease: Lease) -> None:
+        if lot := self._lots.get((lease.job.task, lease.job.bundle)):
+            lot.packer.drop(lease)
+
+
+def leases_of(batch: Sequence[Slice]) -> list[Lease]:
+    """The leases of a batch, each once."""
+    return list({part.lease.token: part.lease for part in batch}.values())

@@ -1,0 +1,88 @@
+"""The log of a process: lines to read, or one JSON object a line, on the standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+from service.config import Settings
+from service.jobs import Job
+from service.traces import trace_id
+
+IDS = ("request_id", "job_id", "task_id", "trace_id")
+"""What a record may be about, as its `extra`; of several it has a list."""
+
+
+class TextFormatter(logging.Formatter):
+    """Level, logger and message in a line, with the ids that the record is about behind them."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without what is told of an exception."""
+        told = ((name, getattr(record, name, None)) for name in IDS)
+        ids = "".join(f" {name}={_listed(value)}" for name, value in told if value)
+        return super().formatMessage(record) + ids
+
+
+def json_formatter() -> logging.Formatter:
+    """Writes `time` (RFC 3339, UTC), `level`, `logger` and `message`, then all that is `extra`.
+
+    An exception is the field `exception`, its traceback in one string.
+    """
+    return JsonFormatter(
+        ("levelname", "name", "message"),
+        rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+        timestamp="time",
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # Uvicorn's, with terminal codes.
+    )
+
+
+FORMATTERS = {"text": TextFormatter, "json": json_formatter}
+
+
+def set_up(settings: Settings) -> None:
+    """Log everything of this process, its libraries included, in the settings' format and level.
+
+    Below `info` only the service's own records are told.
+    """
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    handler = logging.StreamHandler()
+    handler.setFormatter(FORMATTERS[settings.log_format]())
+    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
+    logging.getLogger("vouchsafe").setLevel(level)
+    logging.captureWarnings(settings.log_format == "json")
+
+
+def in_json() -> bool:
+    """Whether this process logs in JSON."""
+    return any(isinstance(each.formatter, JsonFormatter) for each in logging.root.handlers)
+
+
+def about(jobs: Iterable[Job]) -> dict[str, Any]:
+    """The `extra` of a record about these jobs: the ids of them, of their tasks and traces."""
+    found = list({job.id: job for job in jobs}.values())
+    traces = (trace_id(job.traceparent) for job in found)
+    return ids(
+        job_id=[job.id for job in found],
+        task_id=[job.task for job in found],
+        trace_id=[trace for trace in traces if trace],
+    )
+
+
+def ids(**named: str | Sequence[str] | None) -> dict[str, Any]:
+    """The `extra` of a record about what has these ids: one, or several, or none of a kind."""
+    distinct = {
+        kind: [given] if isinstance(given, str) else list(dict.fromkeys(given or ()))
+        for kind, given in named.items()
+    }
+    return {kind: all_ if len(all_) > 1 else all_[0] for kind, all_ in distinct.items() if all_}
+
+
+def _listed(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ",".join(value)

@@ -1,0 +1,40 @@
+"""What a worker computes with: the networks of one served task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.smoothing import Rows
+
+
+class ModelUnavailable(RuntimeError):
+    """A task's networks cannot be had, whatever the rows; it says nothing of the device."""
+
+
+class Model(Protocol):
+    """A served task: networks that see one fixed shape, so that companions change nothing."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Most rows in a device batch."""
+
+    def padding(self, rows: int) -> int:
+        """Rows computed for nothing in a device batch of so many."""
+
+    @property
+    def classes(self) -> int:
+        """K, the number of labels."""
+
+    @property
+    def digest(self) -> str:
+        """The served digest: the bundle's, together with the numerics."""
+
+    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch; blocks.
+
+        Raises ModelUnavailable where the networks cannot be loaded.
+        """

@@ -1,0 +1,133 @@
+"""service/logs.py: what a line of the log looks like in either format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import uvicorn
+
+from service import logs
+from service.cli_tasks import tell
+from service.config import Settings
+from tests.fakes import make_job
+from tests.test_traces import TRACE, VALID
+
+log = logging.getLogger("vouchsafe.test")
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """The log of the tests themselves is what it was."""
+    root, ours = logging.getLogger(), logging.getLogger("vouchsafe")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+def records(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """What was logged, an object a line."""
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_a_json_line_tells_when_who_and_what(capsys: pytest.CaptureFixture[str]) -> None:
+    """Time in RFC 3339 and UTC, level, logger and message; the ids are fields."""
+    logs.set_up(Settings(log_format="json"))
+    before = datetime.now(UTC)
+    log.info("a %s\nof two lines", "message", extra=logs.about([replace(JOB, traceparent=VALID)]))
+    (record,) = records(capsys)
+    assert before <= datetime.fromisoformat(record.pop("time")) <= datetime.now(UTC)
+    assert record == {
+        "level": "INFO",
+        "logger": "vouchsafe.test",
+        "message": "a message\nof two lines",
+        "job_id": "a",
+        "task_id": "default",
+        "trace_id": TRACE,
+    }
+
+
+def test_times_say_that_they_are_utc(capsys: pytest.CaptureFixture[str]) -> None:
+    """RFC 3339 wants an offset."""
+    logs.set_up(Settings(log_format="json"))
+    log.info("")
+    assert records(capsys)[0]["time"].endswith("+00:00")
+
+
+def test_exceptions_are_within_the_object(capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback is a field, and no line of its own."""
+    logs.set_up(Settings(log_format="json"))
+    try:
+        raise ValueError("that was it")
+    except ValueError:
+        log.exception("it failed")
+    (record,) = records(capsys)
+    assert record["message"] == "it failed"
+    assert record["exception"].startswith("Traceback")
+    assert record["exception"].endswith("ValueError: that was it")
+
+
+def test_libraries_log_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """Uvicorn's records, those of other libraries and Python's warnings are such lines too."""
+    logs.set_up(Settings(log_format="json"))
+    uvicorn.Config("", log_config=None, access_log=False)
+    coloured = {"color_message": "\x1b[1mStarted\x1b[0m"}
+    logging.getLogger("uvicorn.error").info("Started", extra=coloured)
+    logging.getLogger("redis").warning("a %s", "word")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old ways", DeprecationWarning, stacklevel=1)
+    started, word, warning = records(capsys)
+    assert (started["logger"], started["message"]) == ("uvicorn.error", "Started")
+    assert "color_message" not in started
+    assert word["message"] == "a word"
+    assert "old ways" in warning["message"]
+
+
+def test_text_has_the_ids_behind_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line to read, and the ids in it to search for; a traceback comes after."""
+    logs.set_up(Settings())
+    several = logs.about([JOB, replace(JOB, id="b"), JOB])
+    log.info("a %s", "message", extra=several)
+    log.error("failed", exc_info=ValueError("that was it"))
+    logging.getLogger("uvicorn.error").info("Started")
+    assert capsys.readouterr().err.splitlines() == [
+        "INFO vouchsafe.test a message job_id=a,b task_id=default",
+        "ERROR vouchsafe.test failed",
+        "ValueError: that was it",
+        "INFO uvicorn.error Started",
+    ]
+
+
+def test_debug_is_the_services_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """At `debug` libraries say no more than at `info`, and at `warning` they say that alone."""
+    for level, told in (("debug", ["ours"]), ("warning", [])):
+        logs.set_up(Settings.model_validate({"log_level": level, "log_format": "json"}))
+        log.debug("ours")
+        logging.getLogger("asyncio").debug("theirs")
+        assert [record["message"] for record in records(capsys)] == told
+    logging.getLogger("httpx").info("theirs")
+    logging.getLogger("httpx").warning("heard")
+    assert [record["message"] for record in records(capsys)] == ["heard"]
+
+
+def test_why_a_process_ends_is_told_in_the_logs_format(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last words of a command are a record too, where the log is in JSON."""
+    tell("no Redis")
+    assert capsys.readouterr().err == "vouchsafe: no Redis\n"
+    logs.set_up(Settings(log_format="json"))
+    tell("no Redis")
+    (record,) = records(capsys)
+    assert (record["level"], record["message"]) == ("CRITICAL", "no Redis")
+
+
+JOB = make_job("a")
