@@ -134,15 +134,13 @@ def check_rendered(renderer: Sequence[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "kubernetes"
         shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("secrets"))
-        for folder in (*map(copy.joinpath, OVERLAYS), with_secrets(copy), with_everything(copy)):
-            named = str(folder.relative_to(copy))
-            try:
-                documents = render(renderer, folder)
-            except RuntimeError as error:
-                troubles.append(f"{named}: {error}")
-                continue
-            for document in documents:
-                troubles += check_resource(document, f"{named} as rendered")
+        try:
+            folders = [*map(copy.joinpath, OVERLAYS), with_secrets(copy), with_everything(copy)]
+            for folder in folders:
+                for document in render(renderer, folder):
+                    troubles += check_resource(document, f"{folder.relative_to(copy)} as rendered")
+        except RuntimeError as error:
+            troubles.append(str(error))
     return troubles
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deploy.check import (
     find_renderer,
     render,
     with_everything,
+    with_secrets,
 )
 from tests.test_docker import variables
 
@@ -244,3 +246,42 @@ def test_keda_alone_says_how_many_workers(tmp_path: Path) -> None:
     assert [rule["to"] for rule in to_redis] == [
         [{"podSelector": {"matchLabels": {"app.kubernetes.io/component": "redis"}}}]
     ]
+
+
+def test_what_is_referred_to_is_there(tmp_path: Path) -> None:
+    """With all components every Secret, map, claim and account that is named is made as well."""
+    if (renderer := find_renderer()) is None:
+        pytest.skip("neither kubectl nor kustomize is installed")
+    copy = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("secrets"))
+    with_secrets(copy)
+    documents = render(renderer, with_everything(copy))
+    made = {(document["kind"], document["metadata"]["name"]) for document in documents}
+    referred = {found for document in documents for found in references(document)}
+    assert {kind for kind, _ in referred} == {
+        *("Secret", "ConfigMap", "PersistentVolumeClaim", "ServiceAccount", "Deployment")
+    }
+    assert referred <= made
+
+
+def references(node: Any) -> Iterator[tuple[str, str]]:
+    """Kind and name of all that a resource names."""
+    kinds = {
+        "secret": "Secret",
+        "credentials": "Secret",
+        "configMap": "ConfigMap",
+        "configMapRef": "ConfigMap",
+        "scaleTargetRef": "Deployment",
+    }
+    names = {"claimName": "PersistentVolumeClaim", "serviceAccountName": "ServiceAccount"}
+    if isinstance(node, list):
+        for item in node:
+            yield from references(item)
+    if not isinstance(node, dict):
+        return
+    for field, value in node.items():
+        if field in kinds and isinstance(value, dict):
+            yield kinds[field], value.get("name") or value["secretName"]
+        elif field in names:
+            yield names[field], value
+        yield from references(value)
