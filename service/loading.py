@@ -16,6 +16,7 @@ from models.bundle import MODELS, Bundle, BundleError
 from models.memory import TooLittleMemory
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.device import DeviceFailed
+from service.logs import naming
 from service.model import ModelUnavailable
 
 logger = logging.getLogger("vouchsafe")
@@ -154,7 +155,9 @@ class TaskModel:
             raise  # Nothing that such a device computes may be answered.
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
-                logger.exception("task %s cannot be loaded", self.bundle.id)
+                logger.exception(
+                    "task %s cannot be loaded", self.bundle.id, extra=naming(task_id=self.bundle.id)
+                )
             detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
             self._refusal = loading.clock(), detail
             raise ModelUnavailable(detail) from error
@@ -166,7 +169,10 @@ class TaskModel:
         try:
             return load(self.bundle)
         except (MemoryError, torch.OutOfMemoryError):
-            logger.warning("too little memory to load task %s beside others", self.bundle.id)
+            told = naming(task_id=self.bundle.id)
+            logger.warning(
+                "too little memory to load task %s beside others", self.bundle.id, extra=told
+            )
         self._networks.unload_others(self)
         return load(self.bundle)
 

@@ -18,16 +18,16 @@ IDS = ("request_id", "job_id", "task_id", "trace_id")
 
 
 class TextFormatter(logging.Formatter):
-    """Level, logger and message in a line, with the ids that the record is about behind them."""
+    """Level, logger and message in a line; behind it the ids of the record that are not in it."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(name)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without what is told of an exception."""
-        told = ((name, getattr(record, name, None)) for name in IDS)
-        ids = "".join(f" {name}={_listed(value)}" for name, value in told if value)
-        return super().formatMessage(record) + ids
+        told = ((name, _listed(getattr(record, name, ""))) for name in IDS)
+        behind = (f" {name}={value}" for name, value in told if value not in record.message)
+        return super().formatMessage(record) + "".join(behind)
 
 
 def json_formatter() -> logging.Formatter:
@@ -68,14 +68,14 @@ def about(jobs: Iterable[Job]) -> dict[str, Any]:
     """The `extra` of a record about these jobs: the ids of them, of their tasks and traces."""
     found = list({job.id: job for job in jobs}.values())
     traces = (trace_id(job.traceparent) for job in found)
-    return ids(
+    return naming(
         job_id=[job.id for job in found],
         task_id=[job.task for job in found],
         trace_id=[trace for trace in traces if trace],
     )
 
 
-def ids(**named: str | Sequence[str] | None) -> dict[str, Any]:
+def naming(**named: str | Sequence[str] | None) -> dict[str, Any]:
     """The `extra` of a record about what has these ids: one, or several, or none of a kind."""
     distinct = {
         kind: [given] if isinstance(given, str) else list(dict.fromkeys(given or ()))

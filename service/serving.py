@@ -20,6 +20,7 @@ from service.config import Settings
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine
 from service.loading import Loading, Networks
+from service.logs import naming
 from service.outage import Outage
 from service.tasks.catalogue import Catalogue
 from service.worker import work
@@ -130,5 +131,8 @@ def load_and_warm(bundle: Bundle, *, runtime: Runtime, lanes: int) -> SmoothedMo
     first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
-    logger.info("serving task %s as %s; licences: %s", bundle.id, model.digest[:16], bundle.licence)
+    served, told = model.digest[:16], naming(task_id=bundle.id)
+    logger.info(
+        "serving task %s as %s; licences: %s", bundle.id, served, bundle.licence, extra=told
+    )
     return model

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import traces
 from service.engine import QueueState
 from service.jobs import Mode
-from service.logs import ids
+from service.logs import naming
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -188,7 +188,7 @@ def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     REQUEST_SECONDS.labels(route).observe(seconds)
     state = scope["state"]
     told = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
-    named = ids(
+    named = naming(
         request_id=request_id,
         job_id=state.get("job"),
         task_id=state.get("task"),

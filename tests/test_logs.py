@@ -94,14 +94,16 @@ def test_libraries_log_alike(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_text_has_the_ids_behind_the_message(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line to read, and the ids in it to search for; a traceback comes after."""
+    """A line to read, with each id in it once to search for; a traceback comes after."""
     logs.set_up(Settings())
     several = logs.about([JOB, replace(JOB, id="b"), JOB])
     log.info("a %s", "message", extra=several)
+    log.info("task %s is there", "cats", extra=logs.naming(task_id="cats"))
     log.error("failed", exc_info=ValueError("that was it"))
     logging.getLogger("uvicorn.error").info("Started")
     assert capsys.readouterr().err.splitlines() == [
         "INFO vouchsafe.test a message job_id=a,b task_id=default",
+        "INFO vouchsafe.test task cats is there",
         "ERROR vouchsafe.test failed",
         "ValueError: that was it",
         "INFO uvicorn.error Started",

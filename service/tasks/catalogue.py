@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
 from service.health import passed
+from service.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
@@ -102,7 +103,12 @@ class Catalogue(Mapping[str, Bundle]):
                 for base in (bundle.denoiser, bundle.classifier):
                     self._verify(base, states)
                 if self._bundles.get(task) is not bundle:
-                    logger.info("task %s is there to be asked, as %s", task, bundle.digest[:16])
+                    logger.info(
+                        "task %s is there to be asked, as %s",
+                        task,
+                        bundle.digest[:16],
+                        extra=naming(task_id=task),
+                    )
                 found.served[task] = bundle
             except Exception as error:
                 self._leave_out(found, task, seen, error)
@@ -121,7 +127,7 @@ class Catalogue(Mapping[str, Bundle]):
             found.refused[task] = Refusal(reason, _is_replaceable(self._folder / task), seen)
         before = self.refused.get(task)
         if reason not in (self.unread.get(task), before and before.reason):
-            logger.error("task %s is not served: %s", task, error)
+            logger.error("task %s is not served: %s", task, error, extra=naming(task_id=task))
 
     def _look(self) -> dict[str, Signature]:
         """The signature of every bundle in the folder."""

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from models.adaptation.plan import Status
 from service.engine_redis.adaptations import Adaptations, AnotherVolume
 from service.health import Companion
+from service.logs import naming
 from service.tasks.folders import TaskFolders
 from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
 from service.tasks.runs import JOB, Patience
@@ -159,7 +160,11 @@ class LeasedJobs:
             except Away:
                 continue
             except Exception:
-                logger.exception("the lease of job %s could not be renewed", task_id)
+                logger.exception(
+                    "the lease of job %s could not be renewed",
+                    task_id,
+                    extra=naming(task_id=task_id),
+                )
 
     def _progress(self, task_id: str) -> float:
         try:
@@ -179,9 +184,10 @@ class LeasedJobs:
         try:
             failed.changed(problem={"kind": "died", "detail": detail}).write(job)
         except OSError as error:
-            logger.error("job %s: its failure cannot be written: %s", task_id, error)
+            told = naming(task_id=task_id)
+            logger.error("job %s: its failure cannot be written: %s", task_id, error, extra=told)
             return
-        logger.error("job %s: %s", task_id, detail)
+        logger.error("job %s: %s", task_id, detail, extra=naming(task_id=task_id))
         count_end(self._store.find(task_id))
 
 

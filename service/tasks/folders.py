@@ -22,6 +22,7 @@ from models.bundle import WRITERS
 from models.files import flush
 from service.config import Settings
 from service.errors import NotFound
+from service.logs import naming
 from service.tasks.task import MANIFEST, Signature, Task, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
@@ -72,7 +73,9 @@ class TaskFolders:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            logger.error("task %s cannot be read: %s", task_id, error)
+            logger.error(
+                "task %s cannot be read: %s", task_id, error, extra=naming(task_id=task_id)
+            )
             return None
 
     def get(self, task_id: str) -> Task:
@@ -244,7 +247,8 @@ def _wait_until_free(job: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while is_running(job):
         if time.monotonic() > deadline:
-            logger.error("the process of job %s has not ended", job.name)
+            told = naming(task_id=job.name)
+            logger.error("the process of job %s has not ended", job.name, extra=told)
             return
         time.sleep(0.02)
 

@@ -65,6 +65,7 @@ async def create_task(request: Request, desk: Desk, owner: Caller) -> Response:
     """
     asked = await read_document(request, TaskRequest, MOST_BYTES)
     task = await desk.create(asked, owner)
+    request.state.task = task.id
     status = 200 if task.state == "ready" else 202
     headers = {"Location": f"/tasks/{task.id}"}
     return JSONResponse(task.model_dump(mode="json"), status, headers)

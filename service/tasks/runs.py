@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.adaptation.plan import STATUS, UNATTENDED, Status
+from service.logs import naming
 from service.tasks.folders import is_running
 
 logger = logging.getLogger("vouchsafe.tasks")
@@ -108,7 +109,7 @@ class Run:
             if self._child is not None:
                 self._end(self._child)
         except OSError as error:
-            logger.error("job %s: its status cannot be written: %s", self.job.name, error)
+            self._tell(logging.ERROR, "its status cannot be written: %s", error)
         finally:
             self._let_go()
 
@@ -116,6 +117,10 @@ class Run:
         """Kill the process, if there is one, and leave the folder to whoever has it now."""
         self._kill()
         self._let_go()
+
+    def _tell(self, level: int, message: str, *told: object) -> None:
+        name = self.job.name
+        logger.log(level, f"job %s: {message}", name, *told, extra=naming(task_id=name))
 
     def _let_go(self) -> None:
         if self._claim is not None:
@@ -184,7 +189,7 @@ class Run:
         if written != self._news[0]:
             self._news = (written, self._clock())
         elif self._clock() - self._news[1] > self._patience.news:
-            logger.error("job %s: no news for %g s; ended", self.job.name, self._patience.news)
+            self._tell(logging.ERROR, "no news for %g s; ended", self._patience.news)
             child.kill()
 
     def _trim_log(self) -> None:
@@ -195,11 +200,11 @@ class Run:
 
     def _died(self, code: int) -> bool:
         if code == UNATTENDED:
-            logger.warning("job %s: its process was not attended to, and ended", self.job.name)
+            self._tell(logging.WARNING, "its process was not attended to, and ended")
             self._start_at = self._clock() + self._patience.restart
             return False
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
-        logger.error("job %s: its process %s; see its %s", self.job.name, how, LOG)
+        self._tell(logging.ERROR, "its process %s; see its %s", how, LOG)
         progress = Status.read(self.job).progress
         if progress > self._furthest:
             self._furthest, self._deaths = progress, 0

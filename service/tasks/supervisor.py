@@ -12,6 +12,7 @@ from typing import Protocol
 from models.adaptation.plan import Status
 from service import telemetry
 from service.health import passed
+from service.logs import naming
 from service.tasks.folders import TaskFolders
 from service.tasks.runs import JOB, Patience, Run
 from service.tasks.task import Task
@@ -130,7 +131,10 @@ class Supervisor:
                 telemetry.ADAPTATION_PROGRESS.set(Status.read(job).progress)
                 await passed(stop, self._patience.look)
             if not self._jobs.held:
-                logger.warning("job %s: is not ours any more; its process is ended", task.id)
+                told = naming(task_id=task.id)
+                logger.warning(
+                    "job %s: is not ours any more; its process is ended", task.id, extra=told
+                )
                 run.abandon()
                 return False
             if run.is_mine:
@@ -141,7 +145,8 @@ class Supervisor:
                 count_end(self._store.find(task.id))
                 await asyncio.to_thread(self._store.sweep)
         except Exception:
-            logger.exception("job %s is put aside for %g s", task.id, self._patience.aside)
+            told, seconds = naming(task_id=task.id), self._patience.aside
+            logger.exception("job %s is put aside for %g s", task.id, seconds, extra=told)
             self._aside[task.id] = time.monotonic() + self._patience.aside, run
             return False
         finally:
@@ -168,7 +173,8 @@ def count_end(task: Task | None) -> None:
     status = task.status if task else Status("cancelled")
     if not status.ended:
         return
-    logger.info("adaptation of task %s: %s", task.id if task else "(removed)", status.state)
+    name, named = (task.id, naming(task_id=task.id)) if task else ("(removed)", None)
+    logger.info("adaptation of task %s: %s", name, status.state, extra=named)
     telemetry.ADAPTATIONS.labels(outcome=status.state).inc()
     if status.started is not None and status.finished is not None:
         telemetry.ADAPTATION_SECONDS.observe(max(0.0, status.finished - status.started))
