@@ -32,14 +32,12 @@ from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk
 from service.tasks.fleet import LOSSES_ALLOWED, LeasedJobs, adapting
 from service.tasks.folders import TaskFolders
-from service.tasks.notices import OTHER_NOISE, FleetNotices, Line, reconcile_if_due
+from service.tasks.notices import FleetNotices, Line, reconcile_if_due
 from service.tasks.runs import Run
 from service.tasks.schemas import TaskRequest
-from service.tasks.store import Store
 from service.tasks.task import Task
 from tests.adapting import FAKE, FAST, PETS, create, make_plan, make_store, starts, until
 from tests.fake_adaptation import GO, OVERLAPS, publish, works
-from tests.serving import SECRET
 from tests.test_telemetry import counted
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
@@ -691,22 +689,6 @@ async def test_api_with_another_directory(fleet: Fleet, tmp_path: Path) -> None:
     async with fleet.running("a"):
         await fleet.until_ready(task)
     await stranger.close()
-
-
-async def test_api_with_another_secret(fleet: Fleet, tmp_path: Path) -> None:
-    """An API process that shares the directory and not the noise secret is told to end; Redis knows
-    a mark of each secret, from which nobody can tell it."""
-    other = Store(Settings(data_dir=fleet.data_dir), bytes(32))
-    told: list[str] = []
-    await fleet.queue.agree(fleet.store.secret_mark)
-    await FleetNotices(other, fleet.adaptations(), told.append).run(asyncio.Event())
-    assert told == [OTHER_NOISE]
-    async with fleet.noticing():
-        await fleet.queue.agree(fleet.store.secret_mark)
-    known = await fleet.redis.get(f"{fleet.prefix}secret")
-    assert known is not None
-    assert SECRET.hex().encode() not in known
-    assert SECRET not in known
 
 
 async def test_api_process_with_another_directory_ends(

@@ -25,10 +25,6 @@ class AnotherVolume(RuntimeError):
         self.known = known
 
 
-class AnotherSecret(RuntimeError):
-    """The noise secret is not the fleet's."""
-
-
 class Adaptations:
     """The stream `adapt`: one entry a job, which is leased to the worker that runs it.
 
@@ -63,14 +59,6 @@ class Adaptations:
     async def claim(self, volume: str) -> None:
         """Make these folders the fleet's where it has none; raises AnotherVolume where it has."""
         _checked(await self._scripts.run("adapt_jobs", "claim", volume))
-
-    async def agree(self, mark: str) -> None:
-        """Make this mark of a noise secret the fleet's where it has none, else keep it known.
-
-        Raises AnotherSecret where the fleet has another.
-        """
-        if not await self._scripts.run("adapt_jobs", "agree", mark):
-            raise AnotherSecret("the noise secret is not the fleet's")
 
     async def announce(self, task_id: str) -> None:
         """A job is to be run; nothing changes where that is known."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from service.engine_redis.adaptations import Adaptations, AnotherSecret, AnotherVolume
+from service.engine_redis.adaptations import Adaptations, AnotherVolume
 from service.health import passed
 from service.tasks.folders import TaskFolders
 from service.tasks.store import Store
@@ -28,13 +28,7 @@ STRANGER = (
     "VOUCHSAFE_DATA_DIR, or this one a Redis of its own; if the other directory was given up, "
     "wait for ten leases (5 minutes)"
 )
-"""Why an API process must not go on where its data directory is another's."""
-OTHER_NOISE = (
-    "other API processes of this Redis have another noise secret: the same image would be another "
-    "trial with each. Give all of them the same file, or this one a Redis of its own; if the other "
-    "secret was given up, stop every API process for ten leases (5 minutes)"
-)
-"""Why it must not where its data directory is the fleet's and its noise secret is not."""
+"""Why an API process must not go on."""
 
 
 class Away(Exception):
@@ -69,8 +63,8 @@ class FleetNotices:
     """Tells workers at once which jobs the API makes and removes; `store` is the API's own.
 
     Where Redis is out of reach, the reconciler does it later: run `run` as a companion. Where the
-    fleet has another data directory or noise secret already, `on_stranger` is called with why this
-    process must end.
+    fleet has another data directory already, `on_stranger` is called with why this process must
+    end.
     """
 
     def __init__(
@@ -95,20 +89,16 @@ class FleetNotices:
     async def run(self, stop: asyncio.Event) -> None:
         """Reconcile Redis with the folders once a lease's time, until `stop`.
 
-        Returns before where the fleet has another data directory or noise secret.
+        Returns before where the fleet has another data directory.
         """
         try:
             while not stop.is_set():
                 try:
                     volume = await asyncio.to_thread(self._store.made_volume)
                     await self._line.ask(self._adaptations.claim(volume))
-                    await self._line.ask(self._adaptations.agree(self._store.secret_mark))
                     await reconcile_if_due(self._store, volume, self._adaptations, self._line)
                 except AnotherVolume:
                     self._on_stranger(STRANGER.format(self._store.jobs.parent))
-                    return
-                except AnotherSecret:
-                    self._on_stranger(OTHER_NOISE)
                     return
                 except Away:
                     pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hmac
 import secrets
 import shutil
 import tempfile
@@ -52,11 +51,6 @@ class Store(TaskFolders):
         if not (volume := self.volume()):
             raise OSError(f"{path}: cannot be read, or holds no id; delete it, and start again")
         return volume
-
-    @property
-    def secret_mark(self) -> str:
-        """Tells one noise secret from another, and nothing else of it."""
-        return hmac.digest(self._secret, b"the secret of a fleet", "sha256").hex()
 
     def create(self, plan: Plan, name: str, owner: str | None) -> Task:
         """The plan's task, queued where there is none and again where it failed.

@@ -2,7 +2,7 @@
 -- An entry is pending from the moment it is added: with the worker who runs the job, with FREE for
 -- anyone to take, or with HELD until a lease has passed, for somebody may still run the job.
 local STREAM, RECORD, TURN = key('adapt'), key('adapt', 'record'), key('adapt', 'reconciled')
-local VOLUME, SECRET = key('adapt', 'volume'), key('secret')
+local VOLUME = key('adapt', 'volume')
 local HELD = '(held)'
 local WORKERLESS = {[FREE] = true, [HELD] = true}
 
@@ -64,17 +64,6 @@ local verbs = {}
 function verbs.claim(volume)
   redis.call('SET', VOLUME, volume, 'NX', 'PX', TERMS.volume_ms)
   return elsewhere(volume)
-end
-
--- Whether API processes with this mark of a noise secret may answer: the fleet's from now on, unless
--- it has one.
-function verbs.agree(mark)
-  redis.call('SET', SECRET, mark, 'NX', 'PX', TERMS.volume_ms)
-  if redis.call('GET', SECRET) ~= mark then
-    return 0
-  end
-  redis.call('PEXPIRE', SECRET, TERMS.volume_ms)
-  return 1
 end
 
 -- A job to be run, unless it is known; one whose namesake was just removed has to wait.
