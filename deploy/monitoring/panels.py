@@ -1,0 +1,275 @@
+"""What the dashboard shows: its rows, their panels, and the queries of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+WINDOW = "[$__rate_interval]"
+OF_TASK = '{task=~"$task"}'
+PROBES = 'route!~"/livez|/readyz|/startupz|/metrics"'
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A panel of `width` columns: `queries` maps a legend (Grafana's format) to PromQL.
+
+    `steps` colour it: (from this value on, colour), the first of them from below everything.
+    """
+
+    title: str
+    queries: dict[str, str]
+    unit: str
+    about: str = ""
+    kind: str = "timeseries"
+    width: int = 6
+    stacked: bool = False
+    steps: Sequence[tuple[float | None, str]] = field(default=((None, "green"),))
+    most: float | None = None
+
+
+def quantiles(metric: str, *shares: float, where: str = "") -> dict[str, str]:
+    """Quantiles of a histogram over all processes, by legend."""
+    buckets = f"sum by (le) (rate({metric}_bucket{where}{WINDOW}))"
+    return {f"p{share * 100:g}": f"histogram_quantile({share:g}, {buckets})" for share in shares}
+
+
+def mean(metric: str) -> str:
+    """The mean of a histogram's observations over all processes."""
+    return f"sum(rate({metric}_sum{WINDOW})) / sum(rate({metric}_count{WINDOW}))"
+
+
+RED_AT_0 = ((None, "red"), (1.0, "green"))
+RED_AT_1 = ((None, "green"), (1.0, "red"))
+ROWS: dict[str, list[Panel]] = {
+    "Traffic": [
+        Panel(
+            "Requests by status",
+            {"{{status}}": f"sum by (status) (rate(vouchsafe_requests_total{{{PROBES}}}{WINDOW}))"},
+            "reqps",
+            "Without the probes. 503 is a refusal at the door, 504 an answer that came too late.",
+            stacked=True,
+        ),
+        Panel(
+            "Time to answer a prediction",
+            quantiles("vouchsafe_request_seconds", 0.5, 0.95, 0.99, where='{route="/predict"}'),
+            "s",
+            "Refusals and respond-async included, which are quick.",
+        ),
+        Panel(
+            "Answers by task and mode",
+            {
+                "{{task}}, {{mode}}": "sum by (task, mode) "
+                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))"
+            },
+            "ops",
+        ),
+        Panel(
+            "Problems by type",
+            {"{{reason}}": f"sum by (reason) (rate(vouchsafe_rejections_total{WINDOW}))"},
+            "ops",
+            "The last part of the problem document's `type`.",
+            stacked=True,
+        ),
+    ],
+    "Queue": [
+        Panel(
+            "Workers alive",
+            {"workers": "max(vouchsafe_workers)"},
+            "short",
+            kind="stat",
+            width=3,
+            steps=RED_AT_0,
+        ),
+        Panel(
+            "Rows waiting or leased",
+            {"{{lane}}": "max by (lane) (vouchsafe_queue_rows)"},
+            "short",
+            "hi is PREDICT, lo is CERTIFY. No line: the engine is silent.",
+            width=7,
+            stacked=True,
+        ),
+        Panel(
+            "Oldest shard that waits",
+            {"{{lane}}": "max by (lane) (vouchsafe_queue_oldest_seconds)"},
+            "s",
+            "Since its job was accepted.",
+            width=7,
+        ),
+        Panel(
+            "From acceptance to the first row",
+            quantiles("vouchsafe_queue_seconds", 0.5, 0.99),
+            "s",
+            width=7,
+        ),
+    ],
+    "Device": [
+        Panel(
+            "Rows computed a second",
+            {
+                "{{instance}}": f"sum by (instance) (rate(vouchsafe_rows_total{OF_TASK}{WINDOW}))",
+                "as the engine measures": "max(vouchsafe_queue_rows_per_second)",
+            },
+            "short",
+            "Retry-After is made from the engine's figure.",
+        ),
+        Panel(
+            "Time to compute a batch",
+            quantiles("vouchsafe_batch_seconds", 0.5, 0.99),
+            "s",
+        ),
+        Panel(
+            "In a batch",
+            {"rows": mean("vouchsafe_batch_rows"), "jobs": mean("vouchsafe_batch_jobs")},
+            "short",
+            "Means. Few rows a batch: there is little work, or it is of many tasks.",
+        ),
+        Panel(
+            "Padding",
+            {
+                "share of the rows computed": f"sum(rate(vouchsafe_padding_rows_total{WINDOW})) / "
+                f"(sum(rate(vouchsafe_padding_rows_total{WINDOW}))"
+                f" + sum(rate(vouchsafe_rows_total{WINDOW})))"
+            },
+            "percentunit",
+            most=1,
+        ),
+        Panel(
+            "Batches by task",
+            {"{{task}}": f"sum by (task) (rate(vouchsafe_batches_total{OF_TASK}{WINDOW}))"},
+            "ops",
+        ),
+        Panel(
+            "Shards by outcome",
+            {"{{outcome}}": f"sum by (outcome) (rate(vouchsafe_shards_total{WINDOW}))"},
+            "ops",
+            "refused: counted before, or of a job that is over. released: handed back uncomputed.",
+        ),
+        Panel(
+            "Memory by process",
+            {"{{instance}}": 'process_resident_memory_bytes{job=~"vouchsafe-.+"}'},
+            "bytes",
+            "Of the machine, without the device's own.",
+        ),
+        Panel(
+            "Cores by process",
+            {"{{instance}}": f'rate(process_cpu_seconds_total{{job=~"vouchsafe-.+"}}{WINDOW})'},
+            "short",
+            "Without the processes of adaptation jobs.",
+        ),
+    ],
+    "Certificates": [
+        Panel(
+            "Abstentions",
+            {
+                "{{task}}, {{mode}}": "(sum by (task, mode) "
+                f"(rate(vouchsafe_abstentions_total{OF_TASK}{WINDOW})) or 0 * sum by (task, mode) "
+                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))) / sum by (task, mode) "
+                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))"
+            },
+            "percentunit",
+            "Share of the answers without a label.",
+            width=8,
+            most=1,
+        ),
+        Panel(
+            "Certified radius",
+            quantiles("vouchsafe_certified_radius", 0.1, 0.5, 0.9),
+            "none",
+            "l2, for pixels in [0, 1]; of all tasks together, between the histogram's bounds.",
+            width=8,
+        ),
+        Panel(
+            "Abstentions, this hour and this day",
+            {
+                "{{task}}, {{mode}}, hour": "task_mode:vouchsafe_abstentions:ratio1h" + OF_TASK,
+                "{{task}}, {{mode}}, day": "task_mode:vouchsafe_abstentions:ratio1d" + OF_TASK,
+            },
+            "percentunit",
+            "What the alert of a shift compares.",
+            width=8,
+            most=1,
+        ),
+    ],
+    "Adaptation": [
+        Panel(
+            "Jobs queued or running",
+            {"jobs": "max(vouchsafe_adaptations_open)"},
+            "short",
+            kind="stat",
+            width=4,
+        ),
+        Panel(
+            "Progress of the running job",
+            {"{{instance}}": "vouchsafe_adaptation_progress"},
+            "percentunit",
+            "No line: none runs there.",
+            width=7,
+            most=1,
+        ),
+        Panel(
+            "Jobs that ended, by the hour",
+            {"{{outcome}}": "sum by (outcome) (increase(vouchsafe_adaptations_total[1h]))"},
+            "short",
+            width=6,
+        ),
+        Panel(
+            "Mean time from a job's first start to its end",
+            {
+                "mean of a day": "sum(increase(vouchsafe_adaptation_seconds_sum[1d])) / "
+                "sum(increase(vouchsafe_adaptation_seconds_count[1d]))"
+            },
+            "s",
+            width=7,
+        ),
+    ],
+    "Redis and health": [
+        Panel(
+            "Redis answers",
+            {"{{instance}}": "vouchsafe_engine_up"},
+            "bool_yes_no",
+            kind="stat",
+            width=5,
+            steps=RED_AT_0,
+        ),
+        Panel(
+            "Redis writes its files",
+            {"written": "max(vouchsafe_redis_persistence_up)"},
+            "bool_yes_no",
+            kind="stat",
+            width=3,
+            steps=RED_AT_0,
+        ),
+        Panel(
+            "Shards given up in a day",
+            {"shards": "max(increase(vouchsafe_dead_letters_total[1d]))"},
+            "short",
+            kind="stat",
+            width=3,
+            steps=RED_AT_1,
+        ),
+        Panel(
+            "Processes that answer Prometheus",
+            {"{{job}} {{instance}}": 'up{job=~"vouchsafe-.+"}'},
+            "bool_yes_no",
+            kind="stat",
+            width=6,
+            steps=RED_AT_0,
+        ),
+        Panel(
+            "Processes by release",
+            {"{{version}}": "count by (version) (vouchsafe_build_info)"},
+            "short",
+            kind="stat",
+            width=3,
+        ),
+        Panel(
+            "Alerts",
+            {"{{alertname}} ({{alertstate}})": 'ALERTS{alertname=~"Vouchsafe.+"}'},
+            "none",
+            "Nothing here: none pends or fires.",
+            width=4,
+            most=1,
+        ),
+    ],
+}
