@@ -1,0 +1,249 @@
+"""The fleet of the compose file as processes of one machine, with its settings, and Prometheus.
+
+The environment files, redis.conf, the secrets, prometheus.yml and alerts.yml are the deployed ones.
+What one machine forces to be otherwise is told, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from benchmarks.fleet import VOUCHSAFE, WorkerProcess, worker_process
+from benchmarks.redis_server import RedisServer
+from benchmarks.server import free_port
+
+ROOT = Path(__file__).parents[1]
+MONITORING = ROOT / "deploy" / "monitoring"
+SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+SCRAPE_SECONDS = 2
+PROGRAMS = ("redis-server", "prometheus")
+SERVICES = {
+    "api": ("vouchsafe-api", ("common", "api"), (VOUCHSAFE[0], "serve")),
+    "worker": ("vouchsafe-worker", ("common", "worker"), VOUCHSAFE),
+    "adaptation": ("vouchsafe-worker", ("common", "adaptation"), VOUCHSAFE),
+}
+"""Each service's job in Prometheus, its environment files, and its command."""
+
+Say = Callable[[str], None]
+
+
+class OneHost:
+    """What containers find at /run/secrets, /var/lib/vouchsafe and /data lies in `folder`."""
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.secrets = folder / "secrets"
+        self.data = folder / "data"
+        self._folder, self._say = folder, say
+        self._places = {"/run/secrets": self.secrets, "/var/lib/vouchsafe": self.data}
+
+    def here(self, value: str, named: str) -> str:
+        """A setting as it must be here; told where it is another."""
+        found = value
+        for place, folder in self._places.items():
+            found = re.sub(rf"^{place}(?=/|$)", str(folder), found)
+        if found != value:
+            self.otherwise(named, value, found)
+        return found
+
+    def otherwise(self, named: str, value: object, here: object) -> None:
+        """Tell what is not as it is deployed."""
+        self._say(f"otherwise  {named}: {value} -> {here}")
+
+    def settings(self, service: str) -> dict[str, str]:
+        """The service's settings by name, from its environment files."""
+        told = {}
+        for name in SERVICES[service][1]:
+            path = ROOT / "docker" / "env" / f"{name}.env"
+            for variable, value in _variables(path.read_text()).items():
+                setting = variable.removeprefix("VOUCHSAFE_").lower()
+                told[setting] = self.here(value, f"{service}, {path.name}, {variable}")
+        return told
+
+    def make_secrets(self, redis: str) -> None:
+        """The secrets, as the operator makes them; here one user reads them all."""
+        program = ROOT / "docker" / "make_secrets.py"
+        command = [sys.executable, str(program), str(self.secrets), "--redis", redis]
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        if os.geteuid() == 0:
+            for path in self.secrets.iterdir():
+                os.chown(path, 0, 0)
+            self.otherwise("owners of the secrets", "a user each", "one user, who runs everything")
+
+    @contextmanager
+    def redis(self) -> Iterator[str]:
+        """redis-server with redis.conf and the ACL file, and its secrets made; yields its URL."""
+        place = self._folder / "redis"
+        place.mkdir()
+        server = RedisServer(place)
+        self.make_secrets(f"127.0.0.1:{server.port}")
+        server.url = (self.secrets / "vouchsafe_redis_url").read_text().strip()
+        options = _options((ROOT / "docker" / "redis.conf").read_text())
+        for name, value in options.items():
+            options[name] = self.here(value, f"redis.conf, {name}")
+        self.otherwise("redis.conf, port", options["port"], server.port)
+        options["port"] = str(server.port)
+        try:
+            server.start(**options)
+            yield server.url
+        finally:
+            server.kill()
+
+    @contextmanager
+    def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
+        """A process of the service, just started; killed at the end. Its log is at `name`."""
+        folder, command = self._folder / name, SERVICES[service][2]
+        with worker_process(folder, None, command, **self.settings(service)) as process:  # type: ignore[arg-type]
+            yield process
+
+
+def _variables(text: str) -> dict[str, str]:
+    lines = (line.strip() for line in text.splitlines())
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def _options(text: str) -> dict[str, str]:
+    lines = (line.strip() for line in text.splitlines())
+    pairs = (line.split(None, 1) for line in lines if line and not line.startswith("#"))
+    return {name: value.strip('"') for name, value in pairs}
+
+
+class Prometheus:
+    """A Prometheus with prometheus.yml and alerts.yml, which looks each two seconds.
+
+    How long a condition must hold before its alert fires is multiplied by `scale`. Raises
+    httpx.HTTPStatusError for a query that it refuses.
+    """
+
+    def __init__(self, folder: Path, host: OneHost, scale: float) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._targets: dict[str, set[str]] = {}
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._write_rules(host, scale)
+        self._write_settings(host)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ready within; killed at the end. Raises RuntimeError where it ends before it is ready."""
+        program = shutil.which("prometheus") or "prometheus"
+        command = [program, f"--config.file={self._folder / 'prometheus.yml'}"]
+        command += [f"--storage.tsdb.path={self._folder / 'data'}"]
+        command += [f"--web.listen-address={self.url.removeprefix('http://')}"]
+        log = self._folder / "prometheus.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream)  # noqa: S603
+        try:
+            while not self._is_ready():
+                if process.poll() is not None:
+                    raise RuntimeError(f"prometheus has ended: {log.read_text()}")
+                time.sleep(0.1)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def follow(self, service: str, process: WorkerProcess) -> str:
+        """Scrape a process of the service from now on; returns its `instance`."""
+        job, instance = SERVICES[service][0], process.url.removeprefix("http://")
+        self._targets.setdefault(job, set()).add(instance)
+        self._write_targets()
+        return instance
+
+    def leave(self, instance: str) -> None:
+        """Scrape a process no more, as where its container is gone."""
+        for instances in self._targets.values():
+            instances.discard(instance)
+        self._write_targets()
+
+    def samples(self, query: str) -> list[dict[str, Any]]:
+        """What the query has now: `metric` and `value` of each series."""
+        told = self._get("/api/v1/query", query=query)["result"]
+        return [{"metric": one["metric"], "value": float(one["value"][1])} for one in told]
+
+    def value(self, query: str) -> float:
+        """The one value that the query has now; 0 where it has none."""
+        return sum(float(one["value"]) for one in self.samples(query))
+
+    def alerts(self, state: str = "firing") -> dict[str, dict[str, Any]]:
+        """The alerts in that state, by name and instance."""
+        told = [one for one in self._get("/api/v1/alerts")["alerts"] if one["state"] == state]
+        named = [
+            " ".join((o["labels"]["alertname"], o["labels"].get("instance", ""))) for o in told
+        ]
+        return {name.strip(): one for name, one in zip(named, told, strict=True)}
+
+    def rules(self) -> list[dict[str, Any]]:
+        """The rules as Prometheus has them, with their health."""
+        return [rule for group in self._get("/api/v1/rules")["groups"] for rule in group["rules"]]
+
+    def _get(self, path: str, **parameters: str) -> dict[str, Any]:
+        answer = httpx.get(self.url + path, params=parameters, timeout=30).raise_for_status()
+        told: dict[str, Any] = answer.json()["data"]
+        return told
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/-/ready", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _write_rules(self, host: OneHost, scale: float) -> None:
+        rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
+        for group in rules["groups"]:
+            for rule in group["rules"]:
+                if "for" in rule:
+                    rule["for"] = f"{round(1000 * scale * duration(rule['for']))}ms"
+        host.otherwise("alerts.yml, every `for`", "as it is", f"times {scale:g}")
+        (self._folder / "alerts.yml").write_text(yaml.safe_dump(rules))
+
+    def _write_settings(self, host: OneHost) -> None:
+        settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+        for name, value in settings["global"].items():
+            settings["global"][name] = f"{SCRAPE_SECONDS}s"
+            host.otherwise(f"prometheus.yml, {name}", value, f"{SCRAPE_SECONDS}s")
+        for job in settings["scrape_configs"]:
+            name, found = job["job_name"], job.pop("dns_sd_configs")
+            job["file_sd_configs"] = [{"files": [str(self._folder / f"{name}.json")]}]
+            names = ", ".join(f"{each}:{one['port']}" for one in found for each in one["names"])
+            host.otherwise(f"prometheus.yml, {name}", names, "ports of 127.0.0.1")
+            if key := job.get("authorization"):
+                key["credentials_file"] = host.here(
+                    key["credentials_file"], f"prometheus.yml, {name}"
+                )
+            self._targets[name] = set()
+        (self._folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+        self._write_targets()
+
+    def _write_targets(self) -> None:
+        for job, instances in self._targets.items():
+            path = self._folder / f"{job}.json"
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps([{"targets": sorted(instances)}]))
+            partial.replace(path)
+
+
+def _named(labels: Mapping[str, str]) -> str:
+    return f"{labels['alertname']} {labels.get('instance', '')}".strip()
+
+
+def duration(text: str) -> float:
+    """The seconds of a duration as Prometheus writes it, such as `1h30m`."""
+    return sum(float(n) * SECONDS[unit] for n, unit in re.findall(r"(\d+)(ms|s|m|h|d)", text))
+
+
+def missing() -> list[str]:
+    """The programs that are needed and not installed."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]

@@ -1,0 +1,312 @@
+"""A rehearsal of the deployment on this machine: `python -m deploy.rehearse`.
+
+Starts the processes of the compose file (redis-server, the API, a worker, one that runs adaptation
+jobs too) and Prometheus, with the deployed settings (deploy/one_host.py). Asks questions and makes
+a task through the API, looks whether Prometheus has seen it and every query of the dashboard finds
+something, kills the workers, and waits for the alerts that must fire, no others, and for their end.
+Prints what it sees; exits with 1 where something is not so. Needs redis-server and prometheus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from benchmarks.fleet import WorkerProcess, picture
+from deploy.monitoring.panels import ROWS
+from deploy.one_host import OneHost, Prometheus, Say, missing
+
+T = TypeVar("T")
+LIMIT_SECONDS = 300.0
+TASK = {"labels": ["cat", "dog"], "shots": 1, "steps": 1, "epochs": 0, "name": "rehearsed"}
+"""The least that is adapted: half a minute of one core."""
+EMPTY = {"Alerts"}
+"""Panels that have nothing to show while all is well."""
+COUNTED = {
+    "requests": 'sum(vouchsafe_requests_total{route="/predict",status="200"})',
+    "timed requests": 'sum(vouchsafe_request_seconds_count{route="/predict"})',
+    "problems": 'sum(vouchsafe_rejections_total{reason="unauthorized"})',
+    "answers": "sum(vouchsafe_answers_total)",
+    "waits in the queue": "sum(vouchsafe_queue_seconds_count)",
+    "certified radii and abstentions": "sum(vouchsafe_certified_radius_count) + "
+    "(sum(vouchsafe_abstentions_total) or vector(0))",
+    "rows": "sum(vouchsafe_rows_total)",
+    "batches": "sum(vouchsafe_batches_total)",
+    "timed batches": "sum(vouchsafe_batch_seconds_count)",
+    "rows in batches": "sum(vouchsafe_batch_rows_sum)",
+    "shards committed": 'sum(vouchsafe_shards_total{outcome="committed"})',
+    "tasks made": 'sum(vouchsafe_adaptations_total{outcome="ready"})',
+    "seconds of adaptation": "sum(vouchsafe_adaptation_seconds_sum)",
+    "most rows queued": "max(max_over_time(vouchsafe_queue_rows[10m]))",
+    "most adaptations open": "max(max_over_time(vouchsafe_adaptations_open[10m]))",
+    "most progress": "max(max_over_time(vouchsafe_adaptation_progress[10m]) >= 0)",
+}
+"""What is 0 in the beginning, and must not be once questions were answered and a task was made."""
+STEADY = {
+    "workers": ("max(vouchsafe_workers)", 2.0),
+    "processes that reach Redis": ("sum(vouchsafe_engine_up)", 3.0),
+    "Redis writes its files": ("min(vouchsafe_redis_persistence_up)", 1.0),
+    "processes of this release": ("count(vouchsafe_build_info)", 3.0),
+    "rows queued": ("sum(max by (lane) (vouchsafe_queue_rows))", 0.0),
+    "age of the oldest": ("max(vouchsafe_queue_oldest_seconds)", 0.0),
+    "shards given up": ("max(vouchsafe_dead_letters_total)", 0.0),
+}
+"""What must be so when all has been answered."""
+
+
+class NotSo(Exception):
+    """Something is not as it must be; the message says what, and what it was instead."""
+
+
+def until(say: Say, what: str, look: Callable[[], T], holds: Callable[[T], object] = bool) -> T:
+    """What `look` returns once that `holds`; raises NotSo where it does not in five minutes."""
+    began = time.monotonic()
+    while not holds(seen := look()):
+        if time.monotonic() - began > LIMIT_SECONDS:
+            raise NotSo(f"{what}: {seen} after {LIMIT_SECONDS:g} s")
+        time.sleep(0.2)
+    say(f"so         {what}: {seen} ({time.monotonic() - began:.1f} s)")
+    return seen
+
+
+class Rehearsal:
+    """One run, in order: `begin`, `work`, `lose_workers`, `recover`, `end`."""
+
+    def __init__(self, folder: Path, scale: float, say: Say, stack: ExitStack) -> None:
+        self._say, self._stack = say, stack
+        self._host = OneHost(folder, say)
+        self._until = partial(until, say)
+        self._started: dict[str, tuple[WorkerProcess, str]] = {}
+        self.logs: list[Path] = []
+        self._stack.enter_context(self._host.redis())
+        self._prometheus = Prometheus(folder / "prometheus", self._host, scale)
+
+    def begin(self) -> None:
+        """Start everything, and see it scraped and every rule read."""
+        for service in ("api", "worker", "adaptation"):
+            self._start(service)
+        for service in self._started:
+            self._ready(service)
+        key = (self._host.secrets / "api_keys").read_text().split(":")[1].split()[0]
+        self._client = httpx.Client(
+            base_url=self._started["api"][0].url,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=LIMIT_SECONDS,
+        )
+        self._stack.enter_context(self._client)
+        self._stack.enter_context(self._prometheus.running())
+        self._until(
+            "processes scraped", lambda: self._prometheus.value("sum(up)"), lambda n: n == 3
+        )
+        self._until("rules that are well", self._sound_rules)
+        self._before = self._counted()
+
+    def work(self) -> None:
+        """Questions and a task; Prometheus has seen them, the dashboard too, and nothing fires."""
+        made = self._client.post("/tasks", json=TASK).raise_for_status()
+        refused = self._ask(headers={"Authorization": "Bearer wrong"}).status_code
+        self._must("a question with a wrong key", refused, 401)
+        queued = [self._ask(n="400", headers={"Prefer": "respond-async"}) for _ in range(3)]
+        self._must("questions queued", [one.status_code for one in queued], [202] * 3)
+        answers = [self._ask(index=at, mode="predict").json() for at in range(3)]
+        self._say(f"seen       answers: {[told['label'] for told in answers]}")
+        for one in queued:
+            job = partial(self._told, f"/jobs/{one.json()['id']}")
+            state = self._until("a queued question", lambda: job()["state"], _has_ended)  # noqa: B023
+            self._must("its end", state, "succeeded")
+        task = partial(self._told, made.headers["Location"])
+        self._must("the task", self._until("task", lambda: task()["state"], _has_ended), "ready")
+        self._task = task()["id"]
+        answer = self._ask(task=self._task)
+        self._must("a question to the task", answer.status_code, 200)
+        self._say(f"seen       it answers: {answer.json()['label']}")
+        self._moved()
+        for what, (query, value) in STEADY.items():
+            self._is(query, value, what)
+        self._shown()
+        self._must("alerts that fire", sorted(self._prometheus.alerts()), [])
+
+    def lose_workers(self) -> None:
+        """kill -9 of a worker, then of the other; the right alerts pend, then fire."""
+        lost = [self._kill("worker")]
+        self._fires([f"VouchsafeNotScraped {lost[0]}"])
+        self._must("a question to the other worker", self._ask(mode="predict").status_code, 200)
+        lost.append(self._kill("adaptation"))
+        self._fires([*(f"VouchsafeNotScraped {one}" for one in lost), "VouchsafeNoWorker"])
+        answer = self._ask(mode="predict")
+        self._must("a question without workers", answer.status_code, 503)
+        self._say(
+            f"seen       {answer.json()['type']}, Retry-After: {answer.headers['Retry-After']}"
+        )
+        for instance in lost:
+            self._prometheus.leave(instance)
+
+    def recover(self) -> None:
+        """Start workers again; no alert is left, and both tasks answer."""
+        for service in ("worker", "adaptation"):
+            self._start(service)
+        for service in ("worker", "adaptation"):
+            self._ready(service)
+        self._until(
+            "workers", lambda: self._prometheus.value("max(vouchsafe_workers)"), lambda n: n == 2
+        )
+        self._fires([])
+        for task in ("default", self._task):
+            status = self._ask(mode="predict", task=task).status_code
+            self._must(f"a question to task {task}", status, 200)
+
+    def end(self) -> None:
+        """SIGTERM ends each process with 0."""
+        for service in ("api", "adaptation", "worker"):
+            process = self._started[service][0]
+            process.process.send_signal(signal.SIGTERM)
+            self._must(f"{service}, told to stop, exits with", process.ends(), 0)
+
+    def _start(self, service: str) -> None:
+        name = f"{service}-{len(self.logs)}"
+        process = self._stack.enter_context(self._host.running(service, name))
+        self.logs.append(process.log)
+        self._started[service] = process, self._prometheus.follow(service, process)
+        self._say(f"started    {name}: {process.url}, process {process.process.pid}")
+
+    def _ready(self, service: str) -> None:
+        process, began = self._started[service][0], time.monotonic()
+        process.until(process.ready, LIMIT_SECONDS)
+        self._say(f"so         {service} is ready ({time.monotonic() - began:.1f} s)")
+
+    def _kill(self, service: str) -> str:
+        process, instance = self._started[service]
+        process.process.kill()
+        process.ends()
+        self._say(f"killed     {service}, {instance}")
+        return instance
+
+    def _fires(self, names: list[str]) -> None:
+        """These alerts fire, and no others; each is seen to pend before."""
+        wanted, pending = set(names) - set(self._prometheus.alerts()), set[str]()
+
+        def firing() -> list[str]:
+            pending.update(self._prometheus.alerts("pending"))
+            found = self._prometheus.alerts()
+            if strange := set(found) - set(names) if names else set():
+                raise NotSo(f"alerts that must not fire: {sorted(strange)}")
+            return sorted(found)
+
+        self._until("alerts that fire", firing, lambda found: found == sorted(names))
+        if not wanted <= pending:
+            raise NotSo(f"fired without pending: {sorted(wanted - pending)}")
+        for name, alert in self._prometheus.alerts().items():
+            told = alert["annotations"]
+            self._say(f"seen       {name}: {told['summary']}. {told['description']}")
+
+    def _sound_rules(self) -> int:
+        """How many rules there are, once all were evaluated; raises NotSo where one fails."""
+        rules = self._prometheus.rules()
+        if bad := [rule["name"] for rule in rules if rule["health"] == "err"]:
+            raise NotSo(f"rules that Prometheus cannot evaluate: {bad}")
+        return len(rules) if all(rule["health"] == "ok" for rule in rules) else 0
+
+    def _counted(self) -> dict[str, float]:
+        return {what: self._prometheus.value(query) for what, query in COUNTED.items()}
+
+    def _moved(self) -> None:
+        """Every count is more than before."""
+
+        def unmoved() -> list[str]:
+            now = self._counted()
+            return [what for what in COUNTED if not now[what] > self._before[what]]
+
+        self._until("counts that have not moved", unmoved, lambda left: not left)
+        for what, value in self._counted().items():
+            self._say(f"seen       {what}: {self._before[what]:g} -> {value:g}")
+
+    def _shown(self) -> None:
+        """Every query of the dashboard has something to show."""
+        panels = [panel for row in ROWS.values() for panel in row if panel.title not in EMPTY]
+
+        def blank() -> list[str]:
+            return [
+                panel.title
+                for panel in panels
+                for query in panel.queries.values()
+                if not self._prometheus.samples(filled_in(query))
+            ]
+
+        self._until("panels with nothing to show", blank, lambda found: not found)
+
+    def _ask(
+        self, *, index: int = 0, headers: Mapping[str, str] | None = None, **fields: str
+    ) -> httpx.Response:
+        rows = {"n": "60"} if fields.get("mode") == "predict" else {"n0": "20", "n": "60"}
+        files = {"image": picture(index)}
+        return self._client.post("/predict", files=files, data={**rows, **fields}, headers=headers)
+
+    def _told(self, path: str) -> dict[str, Any]:
+        told: dict[str, Any] = self._client.get(path).raise_for_status().json()
+        return told
+
+    def _is(self, query: str, wanted: float, what: str) -> None:
+        """The query has that value in the end."""
+        self._until(what, partial(self._prometheus.value, query), lambda seen: seen == wanted)
+
+    def _must(self, what: str, seen: object, wanted: object) -> None:
+        if seen != wanted:
+            raise NotSo(f"{what}: {seen}, where {wanted} is right")
+        self._say(f"so         {what}: {seen}")
+
+
+def filled_in(query: str) -> str:
+    """A query of the dashboard with its variables replaced."""
+    return query.replace("$__rate_interval", "5m").replace("$task", ".*")
+
+
+def _has_ended(state: str) -> bool:
+    return state not in ("queued", "running")
+
+
+def rehearse(folder: Path, scale: float, say: Say) -> None:
+    """All of it; raises NotSo, and RuntimeError where a process ends by itself."""
+    with ExitStack() as stack:
+        rehearsal = Rehearsal(folder, scale, say, stack)
+        try:
+            for act in ("begin", "work", "lose_workers", "recover", "end"):
+                getattr(rehearsal, act)()
+        except Exception:
+            for log in rehearsal.logs:
+                say(f"log        {log.parent.name}: {log.read_text()[-2_000:]}")
+            raise
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=0.1, help="of every `for` (%(default)s)")
+    arguments = parser.parse_args()
+    if absent := missing():
+        raise SystemExit(f"not installed: {', '.join(absent)}")
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:6.1f}  {line}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            rehearse(Path(folder), arguments.scale, say)
+        except (NotSo, RuntimeError, TimeoutError, httpx.HTTPError) as error:
+            print(f"NOT SO: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+    say("all is as it must be")
+
+
+if __name__ == "__main__":
+    main()
