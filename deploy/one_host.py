@@ -30,12 +30,13 @@ MONITORING = ROOT / "deploy" / "monitoring"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 SCRAPE_SECONDS = 2
 PROGRAMS = ("redis-server", "prometheus")
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = {
-    "api": ("vouchsafe-api", ("common", "api"), (VOUCHSAFE[0], "serve")),
-    "worker": ("vouchsafe-worker", ("common", "worker"), VOUCHSAFE),
-    "adaptation": ("vouchsafe-worker", ("common", "adaptation"), VOUCHSAFE),
+    "api": ("vouchsafe-api", (VOUCHSAFE[0], "serve"), 8000),
+    "worker-cpu": ("vouchsafe-worker", VOUCHSAFE, 9000),
+    "adaptation-cpu": ("vouchsafe-worker", VOUCHSAFE, 9000),
 }
-"""Each service's job in Prometheus, its environment files, and its command."""
+"""Services of the compose file: their job in Prometheus, command, and port in the container."""
 
 Say = Callable[[str], None]
 
@@ -65,11 +66,10 @@ class OneHost:
     def settings(self, service: str) -> dict[str, str]:
         """The service's settings by name, from its environment files."""
         told = {}
-        for name in SERVICES[service][1]:
-            path = ROOT / "docker" / "env" / f"{name}.env"
-            for variable, value in _variables(path.read_text()).items():
+        for name in COMPOSE["services"][service]["env_file"]:
+            for variable, value in _variables((ROOT / name).read_text()).items():
                 setting = variable.removeprefix("VOUCHSAFE_").lower()
-                told[setting] = self.here(value, f"{service}, {path.name}, {variable}")
+                told[setting] = self.here(value, f"{service}, {Path(name).name}, {variable}")
         return told
 
     def make_secrets(self, redis: str) -> None:
@@ -104,8 +104,11 @@ class OneHost:
     @contextmanager
     def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
         """A process of the service, just started; killed at the end. Its log is at `name`."""
-        folder, command = self._folder / name, SERVICES[service][2]
-        with worker_process(folder, None, command, **self.settings(service)) as process:  # type: ignore[arg-type]
+        folder, (_, command, port) = self._folder / name, SERVICES[service]
+        settings = self.settings(service)
+        with worker_process(folder, None, command, **settings) as process:  # type: ignore[arg-type]
+            address = process.url.removeprefix("http://")
+            self.otherwise(f"{service}, address", f"0.0.0.0:{port}", address)
             yield process
 
 
