@@ -21,6 +21,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+MONITORING = ROOT / "deploy" / "monitoring"
 RELEASES = ("1.29", "1.37")
 """The oldest and the newest Kubernetes that the resources are checked against."""
 FOREIGN = ("keda.sh/", "monitoring.coreos.com/")
@@ -49,6 +50,11 @@ def main() -> int:
     else:
         troubles += check_rendered(renderer)
         checked += f", overlays rendered by {Path(renderer[0]).name}"
+    if (promtool := shutil.which("promtool")) is None:
+        print("promtool is not here: the alerts and their tests are left out")
+    else:
+        troubles += check_monitoring(promtool)
+        checked += ", alerts and their tests"
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     print(f"{len(troubles)} troubles" if troubles else f"all is well: {checked}")
@@ -61,6 +67,16 @@ def _told_by(command: Sequence[str | Path]) -> list[str]:
         list(map(str, command)), capture_output=True, text=True, timeout=SECONDS, check=False
     )
     return [] if ended.returncode == 0 else [(ended.stdout + ended.stderr).strip()]
+
+
+def check_monitoring(promtool: str) -> list[str]:
+    """What promtool has to say of Prometheus's settings and rules, and of the rules' tests."""
+    settings, tests = MONITORING / "prometheus.yml", sorted((MONITORING / "tests").glob("*.yml"))
+    return [
+        *_told_by([promtool, "check", "config", "--syntax-only", settings]),
+        *_told_by([promtool, "check", "rules", MONITORING / "alerts.yml"]),
+        *_told_by([promtool, "test", "rules", *tests]),
+    ]
 
 
 def check_files(folder: Path) -> list[str]:

@@ -34,10 +34,14 @@ async def service() -> AsyncIterator[Service]:
 @pytest.fixture(scope="session")
 def redis_program() -> None:
     """Skips where there is no redis-server; in CI there must be one."""
-    if shutil.which("redis-server") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI needs redis-server")
-        pytest.skip("redis-server is not installed")
+    _need("redis-server")
+
+
+@pytest.fixture(scope="session")
+def prometheus_programs() -> None:
+    """Skips where there is no prometheus or promtool; in CI there must be both."""
+    _need("prometheus")
+    _need("promtool")
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +63,10 @@ def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.kill()
+
+
+def _need(program: str) -> None:
+    if shutil.which(program) is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs {program}")
+        pytest.skip(f"{program} is not installed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -41,18 +40,9 @@ RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 QUERIES = [query for row in ROWS.values() for panel in row for query in panel.queries.values()]
 
 
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    """Skips where there is no promtool; in CI there must be one."""
-    if (program := shutil.which("promtool")) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI needs promtool")
-        pytest.skip("promtool is not installed")
-    return program
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)  # noqa: S603
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["promtool", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
 
 
 def names_of(query: str) -> set[str]:
@@ -112,23 +102,23 @@ def test_page_explains_no_other() -> None:
     assert sorted(sections) == sorted(rule["alert"] for rule in ALERTS)
 
 
-def test_rules_are_sound(promtool: str) -> None:
+def test_rules_are_sound(prometheus_programs: None) -> None:
     """promtool reads the rules and the settings of Prometheus."""
     for checked in (
-        run(promtool, "check", "rules", RULES),
-        run(promtool, "check", "config", "--syntax-only", MONITORING / "prometheus.yml"),
+        promtool("check", "rules", RULES),
+        promtool("check", "config", "--syntax-only", MONITORING / "prometheus.yml"),
     ):
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_rules_fire_when_they_must(promtool: str) -> None:
+def test_rules_fire_when_they_must(prometheus_programs: None) -> None:
     """Each alert fires on what it is for, and not on less, on nothing or on NaN."""
-    tested = run(promtool, "test", "rules", *RULE_TESTS)
+    tested = promtool("test", "rules", *RULE_TESTS)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 @pytest.mark.parametrize("expression", ["vector(1) < 0", "vector(1)"], ids=["never", "always"])
-def test_rule_tests_notice(expression: str, promtool: str, tmp_path: Path) -> None:
+def test_rule_tests_notice(expression: str, prometheus_programs: None, tmp_path: Path) -> None:
     """The tests of the rules tell of each alert that never fires, and of each that always does."""
     changed = yaml.safe_load(RULES.read_text())
     for group in changed["groups"]:
@@ -137,7 +127,7 @@ def test_rule_tests_notice(expression: str, promtool: str, tmp_path: Path) -> No
                 rule["expr"] = expression
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump(changed))
     copies = shutil.copytree(MONITORING / "tests", tmp_path / "tests")
-    tested = run(promtool, "test", "rules", *copies.glob("*.yml"))
+    tested = promtool("test", "rules", *copies.glob("*.yml"))
     assert tested.returncode == 1
     told = set(re.findall(r'alertname(?:="|: )(\w+)', tested.stdout + tested.stderr))
     assert told == {rule["alert"] for rule in ALERTS}
@@ -195,12 +185,12 @@ def test_dashboard_is_whole() -> None:
     assert used == variables
 
 
-def test_queries_of_the_dashboard_are_sound(promtool: str, tmp_path: Path) -> None:
+def test_queries_of_the_dashboard_are_sound(prometheus_programs: None, tmp_path: Path) -> None:
     """promtool reads every query of the dashboard."""
     recorded = [
         {"record": f"query:{at}", "expr": filled_in(query)} for at, query in enumerate(QUERIES)
     ]
     rules = tmp_path / "queries.yml"
     rules.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
-    checked = run(promtool, "check", "rules", rules)
+    checked = promtool("check", "rules", rules)
     assert checked.returncode == 0, checked.stdout + checked.stderr
