@@ -152,6 +152,23 @@ def test_prometheus_finds_the_fleet() -> None:
     assert secret.name in services["prometheus"]["secrets"]
 
 
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    """What provisions Grafana names the compose file's Prometheus, and where the dashboard is."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    places = {Path(v["source"]).name: v["target"] for v in services["grafana"]["volumes"]}
+    assert places["grafana"] == "/etc/grafana/provisioning"
+    provisioning = MONITORING / "grafana"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "vouchsafe.yml").read_text())[
+        "providers"
+    ]
+    assert Path(places[PATH.name]).parent == Path(provider["options"]["path"])
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())[
+        "datasources"
+    ]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert any(published.endswith(f":{port}") for published in services[host]["ports"])
+
+
 def _aliases(networks: Any) -> list[str]:
     if isinstance(networks, list):
         return []

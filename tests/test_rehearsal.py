@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_deployment_is_as_rehearsed(redis_program: None, prometheus_programs: None) -> None:
     """Questions and a task move the metrics, no alert fires, and killed workers raise theirs."""
-    command = [sys.executable, "-m", "deploy.rehearse", "--scale", "0.05"]
+    command = [sys.executable, "-m", "deploy.rehearse"]
     ended = subprocess.run(  # noqa: S603
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1_500
     )
