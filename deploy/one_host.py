@@ -28,7 +28,8 @@ from benchmarks.server import free_port
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "deploy" / "monitoring"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
-SCRAPE_SECONDS = 2
+INTERVALS = {"scrape_interval": "4s", "evaluation_interval": "1s"}
+"""How often Prometheus looks here. A scrape may take as long, and takes 2 s where Redis is away."""
 PROGRAMS = ("redis-server", "prometheus")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = {
@@ -48,6 +49,9 @@ class OneHost:
         self.secrets = folder / "secrets"
         self.data = folder / "data"
         self._folder, self._say = folder, say
+        self._options: dict[str, str] = {}
+        self._otherwise: set[str] = set()
+        self._server: RedisServer
         self._places = {"/run/secrets": self.secrets, "/var/lib/vouchsafe": self.data}
 
     def here(self, value: str, named: str) -> str:
@@ -60,8 +64,10 @@ class OneHost:
         return found
 
     def otherwise(self, named: str, value: object, here: object) -> None:
-        """Tell what is not as it is deployed."""
-        self._say(f"otherwise  {named}: {value} -> {here}")
+        """Tell, once, what is not as it is deployed."""
+        if (line := f"otherwise  {named}: {value} -> {here}") not in self._otherwise:
+            self._otherwise.add(line)
+            self._say(line)
 
     def settings(self, service: str) -> dict[str, str]:
         """The service's settings by name, from its environment files."""
@@ -83,29 +89,40 @@ class OneHost:
             self.otherwise("owners of the secrets", "a user each", "one user, who runs everything")
 
     @contextmanager
-    def redis(self) -> Iterator[str]:
-        """redis-server with redis.conf and the ACL file, and its secrets made; yields its URL."""
+    def redis(self) -> Iterator[None]:
+        """redis-server with redis.conf and the ACL file, answering, and its secrets made."""
         place = self._folder / "redis"
         place.mkdir()
-        server = RedisServer(place)
+        server = self._server = RedisServer(place)
         self.make_secrets(f"127.0.0.1:{server.port}")
         server.url = (self.secrets / "vouchsafe_redis_url").read_text().strip()
-        options = _options((ROOT / "docker" / "redis.conf").read_text())
-        for name, value in options.items():
-            options[name] = self.here(value, f"redis.conf, {name}")
-        self.otherwise("redis.conf, port", options["port"], server.port)
-        options["port"] = str(server.port)
+        for name, value in _options((ROOT / "docker" / "redis.conf").read_text()).items():
+            self._options[name] = self.here(value, f"redis.conf, {name}")
+        self.otherwise("redis.conf, port", self._options["port"], server.port)
+        self._options["port"] = str(server.port)
         try:
-            server.start(**options)
-            yield server.url
+            self.start_redis()
+            yield
         finally:
             server.kill()
+
+    def start_redis(self) -> None:
+        """Start it, for the first time or again on its files."""
+        self._server.start(**self._options)
+
+    def kill_redis(self) -> None:
+        """kill -9."""
+        self._server.kill()
 
     @contextmanager
     def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
         """A process of the service, just started; killed at the end. Its log is at `name`."""
         folder, (_, command, port) = self._folder / name, SERVICES[service]
-        settings = self.settings(service)
+        settings, described = self.settings(service), COMPOSE["services"][service]
+        if threads := described.get("environment", {}).get("OMP_NUM_THREADS"):
+            half = max(1, (os.cpu_count() or 2) // 2)  # There are two workers.
+            self.otherwise(f"{service}, OMP_NUM_THREADS", threads, half)
+            command = ("env", f"OMP_NUM_THREADS={half}", *command)
         with worker_process(folder, None, command, **settings) as process:  # type: ignore[arg-type]
             address = process.url.removeprefix("http://")
             self.otherwise(f"{service}, address", f"0.0.0.0:{port}", address)
@@ -124,7 +141,7 @@ def _options(text: str) -> dict[str, str]:
 
 
 class Prometheus:
-    """A Prometheus with prometheus.yml and alerts.yml, which looks each two seconds.
+    """A Prometheus with prometheus.yml and alerts.yml, which looks often.
 
     How long a condition must hold before its alert fires is multiplied by `scale`. Raises
     httpx.HTTPStatusError for a query that it refuses.
@@ -215,8 +232,8 @@ class Prometheus:
     def _write_settings(self, host: OneHost) -> None:
         settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
         for name, value in settings["global"].items():
-            settings["global"][name] = f"{SCRAPE_SECONDS}s"
-            host.otherwise(f"prometheus.yml, {name}", value, f"{SCRAPE_SECONDS}s")
+            settings["global"][name] = INTERVALS[name]
+            host.otherwise(f"prometheus.yml, {name}", value, INTERVALS[name])
         for job in settings["scrape_configs"]:
             name, found = job["job_name"], job.pop("dns_sd_configs")
             job["file_sd_configs"] = [{"files": [str(self._folder / f"{name}.json")]}]

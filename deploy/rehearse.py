@@ -3,8 +3,9 @@
 Starts the processes of the compose file (redis-server, the API, a worker, one that runs adaptation
 jobs too) and Prometheus, with the deployed settings (deploy/one_host.py). Asks questions and makes
 a task through the API, looks whether Prometheus has seen it and every query of the dashboard finds
-something, kills the workers, and waits for the alerts that must fire, no others, and for their end.
-Prints what it sees; exits with 1 where something is not so. Needs redis-server and prometheus.
+something, kills the workers, then Redis, and waits for the alerts that must fire, no others, and
+for their end. Prints what it sees; exits with 1 where something is not so. Needs redis-server and
+prometheus.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def until(say: Say, what: str, look: Callable[[], T], holds: Callable[[T], objec
 
 
 class Rehearsal:
-    """One run, in order: `begin`, `work`, `lose_workers`, `recover`, `end`."""
+    """One run, in order: `begin`, `work`, `lose_workers`, `recover`, `lose_redis`, `end`."""
 
     def __init__(self, folder: Path, scale: float, say: Say, stack: ExitStack) -> None:
         self._say, self._stack = say, stack
@@ -160,6 +161,19 @@ class Rehearsal:
         for task in ("default", self._task):
             status = self._ask(mode="predict", task=task).status_code
             self._must(f"a question to task {task}", status, 200)
+
+    def lose_redis(self) -> None:
+        """kill -9 of Redis; the alert of that fires, and none of those on what is not known now."""
+        self._host.kill_redis()
+        self._say("killed     redis")
+        self._fires(["VouchsafeEngineAway"])
+        answer = self._ask(mode="predict")
+        self._must("a question without Redis", answer.status_code, 503)
+        self._say(f"seen       {answer.json()['type']}")
+        self._host.start_redis()
+        self._say("started    redis")
+        self._fires([])
+        self._must("a question", self._ask(mode="predict").status_code, 200)
 
     def end(self) -> None:
         """SIGTERM ends each process with 0."""
@@ -266,7 +280,7 @@ def rehearse(folder: Path, scale: float, say: Say) -> None:
     with ExitStack() as stack:
         rehearsal = Rehearsal(folder, scale, say, stack)
         try:
-            for act in ("begin", "work", "lose_workers", "recover", "end"):
+            for act in ("begin", "work", "lose_workers", "recover", "lose_redis", "end"):
                 getattr(rehearsal, act)()
         except Exception:
             for log in rehearsal.logs:
