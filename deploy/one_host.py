@@ -117,7 +117,8 @@ class OneHost:
     @contextmanager
     def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
         """A process of the service, just started; killed at the end. Its log is at `name`."""
-        folder, (_, command, port) = self._folder / name, SERVICES[service]
+        folder, (_, program, port) = self._folder / name, SERVICES[service]
+        command: tuple[str, ...] = program
         settings, described = self.settings(service), COMPOSE["services"][service]
         if threads := described.get("environment", {}).get("OMP_NUM_THREADS"):
             half = max(1, (os.cpu_count() or 2) // 2)  # There are two workers.
