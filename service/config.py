@@ -23,6 +23,7 @@ from pydantic_settings import (
 from models.files import written_once
 
 SECRET_BYTES = 32
+_MARK = "noise.sha256"
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -235,6 +236,11 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
             f"{own}: a secret lies there, where whoever shares the folder may read it; move it to "
             f"{file}, which VOUCHSAFE_NOISE_SECRET_FILE names"
         )
+    if not file.exists() and (data_dir / _MARK).exists():
+        raise SecretError(
+            f"{file}: is not there, and {data_dir} was used with a secret: restore it, or delete "
+            f"{data_dir / _MARK} and accept that every image is a new trial"
+        )
     try:
         secret = _made_secret(file, mounted=True)
     except OSError as error:
@@ -252,7 +258,7 @@ def _made_secret(path: Path, *, mounted: bool) -> bytes:
 
 def _check_is_the_folders(data_dir: Path, file: Path, secret: bytes) -> None:
     """Raises SecretError for another secret than the one that the data directory was used with."""
-    path, told = data_dir / "noise.sha256", hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
+    path, told = data_dir / _MARK, hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
     if not path.exists():
         written_once(path, told.encode())
     if path.read_text("ascii").strip() != told:

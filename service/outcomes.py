@@ -56,6 +56,7 @@ class Outcomes:
             await self._reach.insist(lambda: self._engine.release(leases), self._seconds)
         except EngineAway:
             logger.warning("%d shards go back only when their leases run out", len(leases))
+            telemetry.SHARDS.labels(outcome="lost").inc(len(leases))
         except Exception:
             logger.exception("%d shards could not be handed back", len(leases))
         else:
@@ -95,7 +96,7 @@ def _problem(lease: Lease, error: Exception) -> Problem:
 async def _logged(report: Coroutine[Any, Any, None]) -> None:
     try:
         await report
-    except EngineAway:
+    except (EngineAway, asyncio.CancelledError):
         telemetry.SHARDS.labels(outcome="lost").inc()
     except Exception:
         logger.exception("the outcome of a shard could not be reported")

@@ -172,10 +172,15 @@ def test_processes_with_other_secrets_do_not_share_a_directory(
 ) -> None:
     """The directory knows which secret it was used with, without telling it."""
     load_secret(tmp_path / "data", mounted)
+    other = tmp_path / "other.secret"
+    with pytest.raises(SecretError, match=f"{other}: is not there, and {tmp_path}/data was used"):
+        load_secret(tmp_path / "data", other)
+    assert not other.exists()
+    load_secret(tmp_path / "elsewhere", other)
     with pytest.raises(SecretError, match="another secret than the one"):
-        load_secret(tmp_path / "data", tmp_path / "other.secret")
+        load_secret(tmp_path / "data", other)
     (tmp_path / "data" / "noise.sha256").unlink()
-    load_secret(tmp_path / "data", tmp_path / "other.secret")
+    load_secret(tmp_path / "data", other)
 
 
 def test_secret_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:

@@ -218,6 +218,15 @@ async def test_reconciler_books_lanes_again(fleet: Fleet) -> None:
     assert (lanes["hi"].rows, lanes["lo"].rows) == (30, 40)
 
 
+async def test_books_begin_anew_where_nothing_is_open(fleet: Fleet) -> None:
+    """What another release left in the books of a lane goes with the first job of an idle queue."""
+    engine = fleet.engine
+    await fleet.redis.hset(f"{fleet.prefix}backlog", mapping={"all": 0, "hi": 32, "hi:gone": ""})
+    await engine.submit(make_job("slow"))
+    lanes = (await engine.queue()).lanes
+    assert (lanes["hi"].rows, lanes["lo"].rows) == (0, 40)
+
+
 async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet) -> None:
     """Nobody has to ask: once a lease's time a pull looks for what is missing."""
     engine = fleet.engine

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.model import ModelUnavailable
+from service.outcomes import Outcomes
+from service.reach import Reach
 from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 from tests.test_traces import TRACE, VALID
@@ -673,6 +675,21 @@ async def test_worker_waits_for_an_engine_that_is_away(engine: MemoryEngine) -> 
         assert 2 <= len(spy.calls) <= 12
         spy.trouble = lambda: False
         await assert_exact(engine, job)
+
+
+async def test_what_an_outage_kept_from_the_engine_is_counted(engine: MemoryEngine) -> None:
+    """Shards whose votes, or whose hand-back, the engine never heard of are told as lost."""
+    spy, reach = EngineSpy(engine), Reach()
+    await submit(engine, make_job("a"))
+    leases = await engine.pull(Worker("alpha", {"default": "bundle-a"}), 1_000)
+    before = metric("vouchsafe_shards_total", outcome="lost")
+    spy.trouble = lambda: True
+    reach.leave()
+    outcomes = Outcomes(cast(Engine, spy), reach, 1.0)
+    outcomes.committed(leases[0], np.array([leases[0].shard.rows]))
+    outcomes.released(leases[1:])
+    await outcomes.told(5.0, asyncio.create_task(asyncio.sleep(0)))
+    assert metric("vouchsafe_shards_total", outcome="lost") == before + len(leases)
 
 
 # Bad devices

@@ -37,6 +37,7 @@ if waiting + rows > TERMS.backlog_rows then
 end
 
 if waiting == 0 then
+  redis.call('DEL', key('backlog')) -- An older release may have left what it did not know of.
   redis.call('HSET', key('speed'), 'since', stamp(NOW))
   stay(TERMS.retention_ms, key('speed'))
 end
