@@ -24,14 +24,16 @@ log = logging.getLogger("vouchsafe.test")
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """The log of the tests themselves is what it was."""
-    root, ours = logging.getLogger(), logging.getLogger("vouchsafe")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
+    """The log of the tests themselves is what it was; a server of an earlier one quiets none."""
+    loggers = [logging.getLogger(name) for name in ("", "vouchsafe", "uvicorn", "uvicorn.error")]
+    handlers, levels = list(loggers[0].handlers), [each.level for each in loggers]
+    for theirs in loggers[2:]:
+        theirs.setLevel(logging.NOTSET)
     yield
     logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
+    loggers[0].handlers[:] = handlers
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 def records(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
