@@ -192,8 +192,8 @@ local function settle(id, rows)
     local less = 0 - (rows or left)
     redis.call('HINCRBY', key('backlog'), 'all', less)
     redis.call('HINCRBY', key('backlog'), 'rows:' .. id, less)
-    if fast then
-      redis.call('HINCRBY', key('backlog'), 'hi', less)
+    if fast and redis.call('HINCRBY', key('backlog'), 'hi', less) <= 0 then
+      redis.call('HDEL', key('backlog'), 'hi')
     end
     if owner and redis.call('HINCRBY', key('backlog'), 'of:' .. owner, less) <= 0 then
       redis.call('HDEL', key('backlog'), 'of:' .. owner)
