@@ -11,16 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.admission import (
-    Served,
-    another_request,
-    full,
-    most_rows,
-    most_served,
-    over_quota,
-    too_large,
-    unserved,
-)
+from service.admission import Served, another_request, most_served
 from service.engine import (
     Capacity,
     LaneState,
@@ -31,8 +22,8 @@ from service.engine import (
     died_over,
 )
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.ledger import Bell, CallerKey, Line, Record, Speedometer
-from service.offers import next_offer
+from service.ledger import Bell, Books, CallerKey, Record, Speedometer
+from service.lines import Lines
 
 
 @dataclass(slots=True, eq=False)
@@ -80,8 +71,6 @@ class MemoryEngine:
     ) -> None:
         self._shard_rows = shard_rows
         self._lease_seconds = lease_seconds
-        self._backlog_bound = backlog_rows
-        self._owner_bound = owner_rows
         self._retention_seconds = retention_seconds
         self._kept_jobs = kept_jobs
         self._starvation_seconds = starvation_seconds
@@ -90,12 +79,11 @@ class MemoryEngine:
         self._clock = clock
         self._open: dict[str, Record] = {}  # by submission
         self._ended: dict[str, Record] = {}  # by end
-        self._lines: dict[tuple[str, str], Line] = {}
+        self._lines = Lines()
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, Record] = {}
-        self._backlog_rows = 0
-        self._owner_rows: Counter[str] = Counter()
+        self._books = Books(backlog_rows, owner_rows)
         self._dead_letters = 0
         self._speed = Speedometer()
         self._arrived = Bell()
@@ -111,7 +99,7 @@ class MemoryEngine:
                 raise another_request()
             return earlier.job.id
         if self._find(job.id) is None:
-            self._admit(job)
+            self._books.admit(job, self._served(), self._speed.rows_per_second)
             self._enqueue(job, caller_key, fingerprint)
         return job.id
 
@@ -204,8 +192,8 @@ class MemoryEngine:
         """Backlog, that of one owner, measured speed, and what live workers serve."""
         self._sweep()
         bundles = most_served(self._served())
-        owner_rows = 0 if owner is None else self._owner_rows[owner]
-        return Capacity(self._backlog_rows, self._speed.rows_per_second, bundles, owner_rows)
+        speed = self._speed.rows_per_second
+        return Capacity(self._books.rows, speed, bundles, self._books.of(owner))
 
     async def queue(self) -> QueueState:
         """How things stand in the queue; see Engine."""
@@ -219,7 +207,7 @@ class MemoryEngine:
 
     def _lane(self, lane: str) -> LaneState:
         now = self._clock()
-        records = [record for line in self._lines.values() for record in line.lanes[lane].values()]
+        records = self._lines.lane(lane)
         waiting = (now - record.submitted for record in records if record.waiting)
         rows = sum(record.job.rows - record.rows_done for record in records)
         return LaneState(rows, max(waiting, default=0.0))
@@ -238,20 +226,6 @@ class MemoryEngine:
                 found.append(delivery)
         return found
 
-    def _admit(self, job: Job) -> None:
-        bound = most_rows(job.owner, self._backlog_bound, self._owner_bound)
-        if job.rows > bound:
-            raise too_large(job, bound)
-        if (job.task, job.bundle) not in self._served():
-            raise unserved(job.task)
-        speed = self._speed.rows_per_second
-        if job.owner is not None and self._owner_bound is not None:
-            owner_rows = self._owner_rows[job.owner]
-            if owner_rows + job.rows > self._owner_bound:
-                raise over_quota(job.rows, owner_rows, self._owner_bound, speed)
-        if self._backlog_rows + job.rows > self._backlog_bound:
-            raise full(job.rows, self._backlog_rows, speed)
-
     def _served(self) -> Served:
         return Counter(
             item for worker, _ in self._workers.values() for item in worker.bundles.items()
@@ -268,39 +242,24 @@ class MemoryEngine:
             waiting=list(range(len(shards))),
             votes={domain: [0] * job.classes for domain in Domain},
         )
-        if self._backlog_rows == 0:
+        if self._books.rows == 0:
             self._speed.work_begins(record.submitted)
-        self._book(job, job.rows)
+        self._books.book(job, job.rows)
         self._open[job.id] = record
         if caller_key is not None:
             self._caller_keys[caller_key] = record
-        line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
-        line.lanes[job.mode.lane][job.id] = record
+        self._lines.add(record)
         self._arrived.ring()
-
-    def _book(self, job: Job, rows: int) -> None:
-        """So many rows more are open, of everyone and of the job's owner."""
-        self._backlog_rows += rows
-        if job.owner is not None:
-            self._owner_rows[job.owner] += rows
-            if not self._owner_rows[job.owner]:
-                del self._owner_rows[job.owner]
 
     def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
         self._sweep()
         now = self._clock()
         self._workers[worker.id] = (worker, now)
-        line = self._next_line(worker, prefer_task, now)
+        line = self._lines.next_for(worker, prefer_task, self._starvation_seconds, now)
         if line is None:
             return []
         line.served = now
         return [self._lease(record, index, worker) for record, index in line.take(rows)]
-
-    def _next_line(self, worker: Worker, prefer_task: str | None, now: float) -> Line | None:
-        lines = [self._lines[item] for item in worker.bundles.items() if item in self._lines]
-        offers = [line.offer(now) for line in lines if any(line.waiting())]
-        offer = next_offer(offers, prefer_task, self._starvation_seconds)
-        return None if offer is None else self._lines[offer.task, worker.bundles[offer.task]]
 
     def _lease(self, record: Record, index: int, worker: Worker) -> Lease:
         lease = Lease(
@@ -318,7 +277,7 @@ class MemoryEngine:
     def _count(self, record: Record, index: int, votes: list[int]) -> None:
         record.count(index, votes)
         self._held.pop((record.job.id, index), None)
-        self._book(record.job, -record.shards[index].rows)
+        self._books.book(record.job, -record.shards[index].rows)
         self._speed.count(record.shards[index].rows, self._clock())
         if record.complete:
             self._end(record, State.SUCCEEDED)
@@ -347,12 +306,9 @@ class MemoryEngine:
         for shard in record.shards:
             self._held.pop((job.id, shard.index), None)
         record.shards, record.counted = (), set()
-        self._book(job, record.rows_done - job.rows)
+        self._books.book(job, record.rows_done - job.rows)
         self._ended[job.id] = self._open.pop(job.id)
-        line = self._lines[job.task, job.bundle]
-        del line.lanes[job.mode.lane][job.id]
-        if not any(line.lanes.values()):
-            del self._lines[job.task, job.bundle]
+        self._lines.remove(record)
         record.changed.ring()
 
     def _erase(self, record: Record) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
+from service.admission import Served, full, most_rows, over_quota, too_large, unserved
 from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
 from service.jobs import Domain, Job, JobStatus, Shard, State
-from service.offers import FAST_PULLS, Offer
 
 CallerKey = tuple[str | None, str]
 """An owner and the Idempotency-Key that came from it."""
@@ -120,48 +118,35 @@ class Record:
         )
 
 
-@dataclass(slots=True, eq=False)
-class Line:
-    """The open jobs of one task and bundle, by lane, oldest first.
+class Books:
+    """The rows that wait or are leased, of everyone and of each owner, and their bounds."""
 
-    `served` is the last pull; the last `passed` pulls left the `lo` lane waiting.
-    """
+    def __init__(self, backlog_rows: int, owner_rows: int | None) -> None:
+        self.rows = 0
+        self._bound, self._owner_bound = backlog_rows, owner_rows
+        self._owner_rows: Counter[str] = Counter()
 
-    task: str
-    served: float = 0.0
-    passed: int = 0
-    lanes: dict[str, dict[str, Record]] = field(default_factory=lambda: {"hi": {}, "lo": {}})
+    def of(self, owner: str | None) -> int:
+        """The rows of one owner; those of nobody are not told apart."""
+        return 0 if owner is None else self._owner_rows[owner]
 
-    def waiting(self) -> Iterator[Record]:
-        """The jobs with waiting shards, in the order of service."""
-        lanes = ("hi", "lo") if self.passed < FAST_PULLS else ("lo", "hi")
-        records = chain.from_iterable(self.lanes[lane].values() for lane in lanes)
-        return (record for record in records if record.waiting)
+    def admit(self, job: Job, served: Served, speed: float) -> None:
+        """Raises what Engine.submit does for a job that may not come in; `speed` in rows/s."""
+        bound = most_rows(job.owner, self._bound, self._owner_bound)
+        if job.rows > bound:
+            raise too_large(job, bound)
+        if (job.task, job.bundle) not in served:
+            raise unserved(job.task)
+        of_owner, quota = self.of(job.owner), None if job.owner is None else self._owner_bound
+        if quota is not None and of_owner + job.rows > quota:
+            raise over_quota(job.rows, of_owner, quota, speed)
+        if self.rows + job.rows > self._bound:
+            raise full(job.rows, self.rows, speed)
 
-    def offer(self, now: float) -> Offer:
-        """What is next of the line, and for how many seconds it has gone unserved."""
-        record = next(self.waiting())
-        since = max(self.served, record.submitted)
-        return Offer(self.task, record.job.mode.lane == "hi", now - since)
-
-    def take(self, rows: int) -> list[tuple[Record, int]]:
-        """Take waiting shards until `rows` are reached; a solitary one only by itself."""
-        taken = self._taken(rows)
-        served = any(record.job.mode.lane == "lo" for record, _ in taken)
-        waits = any(record.waiting for record in self.lanes["lo"].values())
-        self.passed = self.passed + 1 if waits and not served else 0
-        return taken
-
-    def _taken(self, rows: int) -> list[tuple[Record, int]]:
-        taken: list[tuple[Record, int]] = []
-        for record in list(self.waiting()):
-            for index in list(record.waiting):
-                if rows <= 0:
-                    return taken
-                solitary = record.solitary(index)
-                if solitary and taken:
-                    continue
-                record.waiting.remove(index)
-                taken.append((record, index))
-                rows = 0 if solitary else rows - record.shards[index].rows
-        return taken
+    def book(self, job: Job, rows: int) -> None:
+        """So many rows more are open, of everyone and of the job's owner."""
+        self.rows += rows
+        if job.owner is not None:
+            self._owner_rows[job.owner] += rows
+            if not self._owner_rows[job.owner]:
+                del self._owner_rows[job.owner]

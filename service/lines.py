@@ -1,0 +1,92 @@
+"""The in-process engine's lines: whose shards wait, and which are next. Without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+from service.engine import Worker
+from service.ledger import Record
+from service.offers import FAST_PULLS, Offer, next_offer
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """The open jobs of one task and bundle, by lane, oldest first.
+
+    `served` is the last pull; the last `passed` pulls left the `lo` lane waiting.
+    """
+
+    task: str
+    served: float = 0.0
+    passed: int = 0
+    lanes: dict[str, dict[str, Record]] = field(default_factory=lambda: {"hi": {}, "lo": {}})
+
+    def waiting(self) -> Iterator[Record]:
+        """The jobs with waiting shards, in the order of service."""
+        lanes = ("hi", "lo") if self.passed < FAST_PULLS else ("lo", "hi")
+        records = chain.from_iterable(self.lanes[lane].values() for lane in lanes)
+        return (record for record in records if record.waiting)
+
+    def offer(self, now: float) -> Offer:
+        """What is next of the line, and for how many seconds it has gone unserved."""
+        record = next(self.waiting())
+        since = max(self.served, record.submitted)
+        return Offer(self.task, record.job.mode.lane == "hi", now - since)
+
+    def take(self, rows: int) -> list[tuple[Record, int]]:
+        """Take waiting shards until `rows` are reached; a solitary one only by itself."""
+        taken = self._taken(rows)
+        served = any(record.job.mode.lane == "lo" for record, _ in taken)
+        waits = any(record.waiting for record in self.lanes["lo"].values())
+        self.passed = self.passed + 1 if waits and not served else 0
+        return taken
+
+    def _taken(self, rows: int) -> list[tuple[Record, int]]:
+        taken: list[tuple[Record, int]] = []
+        for record in list(self.waiting()):
+            for index in list(record.waiting):
+                if rows <= 0:
+                    return taken
+                solitary = record.solitary(index)
+                if solitary and taken:
+                    continue
+                record.waiting.remove(index)
+                taken.append((record, index))
+                rows = 0 if solitary else rows - record.shards[index].rows
+        return taken
+
+
+class Lines:
+    """Every line with open jobs, by task and bundle."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str], Line] = {}
+
+    def add(self, record: Record) -> None:
+        """Put a job at the end of its line."""
+        job = record.job
+        line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
+        line.lanes[job.mode.lane][job.id] = record
+
+    def remove(self, record: Record) -> None:
+        """Take a job out of its line."""
+        job = record.job
+        line = self._lines[job.task, job.bundle]
+        del line.lanes[job.mode.lane][job.id]
+        if not any(line.lanes.values()):
+            del self._lines[job.task, job.bundle]
+
+    def lane(self, lane: str) -> list[Record]:
+        """The open jobs of one lane, whatever their line."""
+        return [record for line in self._lines.values() for record in line.lanes[lane].values()]
+
+    def next_for(
+        self, worker: Worker, prefer_task: str | None, starvation_seconds: float, now: float
+    ) -> Line | None:
+        """The line of which the worker is to take, or None where nothing waits that it serves."""
+        lines = [self._lines[item] for item in worker.bundles.items() if item in self._lines]
+        offers = [line.offer(now) for line in lines if any(line.waiting())]
+        offer = next_offer(offers, prefer_task, starvation_seconds)
+        return None if offer is None else self._lines[offer.task, worker.bundles[offer.task]]
