@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
-from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -36,14 +34,14 @@ from service.engine import (
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, answered, connect, persists
+from service.engine_redis.client import Scripts, connect, persists
 from service.engine_redis.listener import Listener
+from service.engine_redis.pulling import Puller
 from service.engine_redis.reconciling import reconcile
 from service.engine_redis.records import (
     caller_digest,
     flat,
     job_status,
-    lease_of,
     line_of,
     lost,
     named,
@@ -51,7 +49,7 @@ from service.engine_redis.records import (
     served,
 )
 from service.jobs import Job, JobStatus, State, canonical_json
-from service.offers import FAST_PULLS, Offer, next_offer
+from service.offers import FAST_PULLS
 
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
@@ -99,7 +97,6 @@ class RedisEngine:
         self._lease_seconds = lease_seconds
         self._backlog_bound = backlog_rows
         self._owner_bound = owner_rows
-        self._starvation_seconds = starvation_seconds
         self._poll_seconds = poll_seconds
         terms = {
             "shard_rows": shard_rows,
@@ -119,7 +116,7 @@ class RedisEngine:
         }
         self._scripts = Scripts(redis, prefix, terms, clock)
         self._listener = Listener(redis, f"{prefix}arrived")
-        self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
+        self._puller = Puller(redis, self._scripts, prefix, starvation_seconds)
         self._reconciled = float("-inf")
         self._reconciling: asyncio.Task[None] | None = None
 
@@ -175,7 +172,7 @@ class RedisEngine:
         self._reconcile_if_due()
         while True:
             arrival = self._listener.always.next_ring
-            if leases := await self._take(worker, rows, prefer_task):
+            if leases := await self._puller.take(worker, rows, prefer_task):
                 return leases
             if not await _rings_by(arrival, deadline):
                 return []
@@ -308,41 +305,6 @@ class RedisEngine:
             return []
         held = await self._scripts.run("renew", how, *named(leases))
         return [leases[place] for place in held]
-
-    async def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
-        tasks = list(worker.bundles)
-        lines = [line_of(*item) for item in worker.bundles.items()]
-        known = (worker.id, canonical_json(dict(worker.bundles)))
-        chosen = ""
-        while True:
-            call = secrets.token_hex(8)
-            answer = await self._scripts.run("pull", *known, call, rows, chosen, *lines)
-            taken, waiting = answer
-            jobs = {name: await self._job(name.decode()) for name, *_ in taken}
-            if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
-                return leases
-            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
-            offer = next_offer(offers, prefer_task, self._starvation_seconds)
-            if offer is None and not (taken or chosen):
-                return []
-            chosen = "" if offer is None else lines[tasks.index(offer.task)]
-
-    async def _job(self, job_id: str) -> Job | None:
-        """The job, read once for as long as anyone here holds it; None where it is gone."""
-        if job := self._jobs.get(job_id):
-            return job
-        async with self._redis.pipeline(transaction=True) as both:
-            both.hget(f"{self._prefix}job:{job_id}", "job")
-            both.get(f"{self._prefix}image:{job_id}")
-            text, pixels = await answered(both.execute())
-        if text is None:
-            return None
-        if pixels is None:
-            problem = canonical_json(lost("image", job_id))
-            await self._scripts.run("end", job_id, State.FAILED.value, problem)
-            return None
-        job = self._jobs[job_id] = Job.decode(text, pixels)
-        return job
 
 
 async def _rings_by(ring: asyncio.Event, deadline: float) -> bool:
