@@ -19,6 +19,14 @@ def most_served(served: Served) -> Mapping[str, str]:
     return {task: bundle for (task, bundle), _ in by_workers}
 
 
+def every_digest(served: Served) -> Mapping[str, frozenset[str]]:
+    """Every served task with all digests that workers have of it."""
+    found: dict[str, set[str]] = {}
+    for task, bundle in served:
+        found.setdefault(task, set()).add(bundle)
+    return {task: frozenset(bundles) for task, bundles in found.items()}
+
+
 def another_request() -> IdempotencyMismatch:
     """The refusal of a key that came before with another fingerprint."""
     return IdempotencyMismatch("This Idempotency-Key came before with another request.")

@@ -51,14 +51,15 @@ class Capacity:
 
     `backlog_rows` wait or are leased; `rows_per_second` is measured over the last minute of work
     (0.0 before the first commit); `bundles` maps every task of a live worker to its served digest,
-    the one that most workers serve where they differ. Of the backlog, `owner_rows` belong to the
-    owner asked about.
+    the one that most workers serve where they differ, and `digests` to all that any of them serves.
+    Of the backlog, `owner_rows` belong to the owner asked about.
     """
 
     backlog_rows: int
     rows_per_second: float
     bundles: Mapping[str, str] = field(default_factory=dict)
     owner_rows: int = 0
+    digests: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ class Engine(Protocol):
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
         """Add a shard's votes (K,) once; False where the shard was counted or the job is over.
 
-        Whoever commits a shard first is counted, even on a lease lost to another. Raises
+        Whoever commits a shard first is counted, even on a lease lost to another, but never on one
+        from under a digest or noise key that the job no longer has: those are other rows. Raises
         ValueError for counts that cannot be the votes of the shard's rows.
         """
 
@@ -137,6 +139,14 @@ class Engine(Protocol):
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted, as a draining worker does."""
+
+    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
+        """Begin an open job anew, as queued, under another digest and its noise key (32 bytes).
+
+        All that was counted is thrown away, failures and deaths are forgotten, leases on its shards
+        are void, and all its rows wait again, whether or not anyone serves the digest; nothing else
+        of the job changes. False, and no change, where it is unknown, has ended or has that digest.
+        """
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""

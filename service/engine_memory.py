@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.admission import Served, another_request, most_served
+from service.admission import Served, another_request, every_digest, most_served
 from service.engine import (
     Capacity,
     LaneState,
@@ -135,7 +135,8 @@ class MemoryEngine:
         votes = checked_counts(lease, counts)
         self._deliveries([lease])  # The worker is alive.
         record = self._open.get(lease.job.id)
-        if record is None or lease.shard.index in record.counted:
+        known = record is not None and record.holds(lease.job)
+        if record is None or not known or lease.shard.index in record.counted:
             return False
         self._run(record)
         self._count(record, lease.shard.index, votes)
@@ -151,6 +152,21 @@ class MemoryEngine:
         """Hand shards back uncomputed and uncounted."""
         for delivery in self._deliveries(leases):
             self._put_back(delivery)
+
+    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
+        """Begin an open job anew under another digest; see Engine."""
+        self._sweep()
+        record = self._open.get(job_id)
+        if record is None or record.job.bundle == bundle:
+            return False
+        self._lines.remove(record)
+        self._void(record)
+        self._books.book(record.job, record.rows_done)
+        record.restart(bundle, key)
+        self._lines.add(record)
+        record.changed.ring()
+        self._arrived.ring()
+        return True
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
@@ -191,9 +207,14 @@ class MemoryEngine:
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, that of one owner, measured speed, and what live workers serve."""
         self._sweep()
-        bundles = most_served(self._served())
-        speed = self._speed.rows_per_second
-        return Capacity(self._books.rows, speed, bundles, self._books.of(owner))
+        served = self._served()
+        return Capacity(
+            backlog_rows=self._books.rows,
+            rows_per_second=self._speed.rows_per_second,
+            bundles=most_served(served),
+            owner_rows=self._books.of(owner),
+            digests=every_digest(served),
+        )
 
     async def queue(self) -> QueueState:
         """How things stand in the queue; see Engine."""
@@ -303,13 +324,17 @@ class MemoryEngine:
         record.state, record.finished, record.problem = state, self._clock(), problem
         record.job = replace(job, pixels=b"")  # Answers need no image, and it is the most by far.
         record.waiting.clear()
-        for shard in record.shards:
-            self._held.pop((job.id, shard.index), None)
+        self._void(record)
         record.shards, record.counted = (), set()
         self._books.book(job, record.rows_done - job.rows)
         self._ended[job.id] = self._open.pop(job.id)
         self._lines.remove(record)
         record.changed.ring()
+
+    def _void(self, record: Record) -> None:
+        """Whoever holds shards of the job holds them no more."""
+        for shard in record.shards:
+            self._held.pop((record.job.id, shard.index), None)
 
     def _erase(self, record: Record) -> None:
         if record.job.id in self._open:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.admission import Served, full, most_rows, over_quota, too_large, unserved
@@ -81,6 +81,10 @@ class Record:
         """Whether every shard is counted."""
         return len(self.counted) == len(self.shards)
 
+    def holds(self, job: Job) -> bool:
+        """Whether votes of that job's rows are votes of this one's, as it is now."""
+        return (self.job.bundle, self.job.key) == (job.bundle, job.key)
+
     def solitary(self, index: int) -> bool:
         """Whether a worker died over the shard, so that it must be computed alone."""
         return self.deaths[index] > 0
@@ -103,6 +107,14 @@ class Record:
         self.rows_done += shard.rows
         if index in self.waiting:
             self.waiting.remove(index)
+
+    def restart(self, bundle: str, key: bytes) -> None:
+        """Begin anew under another digest: nothing was counted, and nothing went wrong."""
+        self.job = replace(self.job, bundle=bundle, key=key)
+        self.waiting = list(range(len(self.shards)))
+        self.votes = {domain: [0] * self.job.classes for domain in Domain}
+        self.state, self.rows_done, self.started = State.QUEUED, 0, None
+        self.counted, self.failures, self.deaths = set(), Counter(), Counter()
 
     def status(self) -> JobStatus:
         """The job as the outside sees it."""

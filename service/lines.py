@@ -65,10 +65,15 @@ class Lines:
         self._lines: dict[tuple[str, str], Line] = {}
 
     def add(self, record: Record) -> None:
-        """Put a job at the end of its line."""
+        """Put a job in its line, at its place by submission."""
         job = record.job
         line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
-        line.lanes[job.mode.lane][job.id] = record
+        lane = line.lanes[job.mode.lane]
+        last = next(reversed(lane.values()), record)
+        lane[job.id] = record
+        if record.submitted < last.submitted:  # It came from another line.
+            by_submission = sorted(lane.values(), key=lambda other: other.submitted)
+            line.lanes[job.mode.lane] = {other.job.id: other for other in by_submission}
 
     def remove(self, record: Record) -> None:
         """Take a job out of its line."""

@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from service.admission import (
     another_request,
+    every_digest,
     full,
     most_rows,
     most_served,
@@ -47,6 +48,7 @@ from service.engine_redis.records import (
     named,
     pairs,
     served,
+    shards_of,
 )
 from service.jobs import Job, JobStatus, State, canonical_json
 from service.offers import FAST_PULLS
@@ -209,6 +211,15 @@ class RedisEngine:
         if leases:
             await self._scripts.run("release", *named(leases))
 
+    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
+        """Begin an open job anew under another digest, last in its line; see Engine."""
+        fields = pairs(await self._scripts.run("status", job_id))
+        if not fields:
+            return False
+        anew = replace(Job.decode(fields[b"job"], b""), bundle=bundle, key=key)
+        known = (job_id, anew.encode(), line_of(anew.task, bundle))
+        return bool(await self._scripts.run("restart", *known, *flat(shards_of(fields))))
+
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
         return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
@@ -248,9 +259,14 @@ class RedisEngine:
         asked = () if owner is None else (owner,)
         answer = await self._scripts.run("capacity", *asked)
         backlog_rows, (rows, seconds), announcements, owner_rows = answer
-        speed = rows_per_second(int(rows), float(seconds))
-        bundles = most_served(served(announcements))
-        return Capacity(int(backlog_rows), speed, bundles, int(owner_rows))
+        workers = served(announcements)
+        return Capacity(
+            backlog_rows=int(backlog_rows),
+            rows_per_second=rows_per_second(int(rows), float(seconds)),
+            bundles=most_served(workers),
+            owner_rows=int(owner_rows),
+            digests=every_digest(workers),
+        )
 
     async def queue(self) -> QueueState:
         """How things stand in the queue; see Engine."""

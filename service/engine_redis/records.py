@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,12 @@ Fields = Mapping[bytes, bytes]
 def line_of(task: str, bundle: str) -> str:
     """The name of the streams that hold the shards of a task under a digest."""
     return f"{quote(task, safe='')}@{quote(bundle, safe='')}"
+
+
+def trial_of(job: Job) -> str:
+    """What names a job's rows, which are others under another digest or key; see common.lua."""
+    text = job.bundle.encode() + b64encode(job.key)
+    return hashlib.sha1(text, usedforsecurity=False).hexdigest()
 
 
 def caller_digest(owner: str | None, idempotency_key: str) -> str:
@@ -50,8 +57,12 @@ def flat(shards: Iterable[Shard]) -> list[str | int]:
 
 
 def named(leases: Iterable[Lease]) -> list[str | int]:
-    """What the scripts know leases by: job, shard, token of each."""
-    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]
+    """What the scripts know leases by: job, shard, token, trial of each."""
+    return [
+        part
+        for held in leases
+        for part in (held.job.id, held.shard.index, held.token, trial_of(held.job))
+    ]
 
 
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
@@ -64,8 +75,8 @@ def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
 
 
 def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
-    """The lease of `job` that take.lua returned."""
-    _, index, domain, start, stop, solitary, token = taken
+    """The lease of `job` that pull.lua returned."""
+    _, index, domain, start, stop, solitary, token, _ = taken
     shard = Shard(int(index), Domain(domain.decode()), int(start), int(stop))
     return Lease(job, shard, token.decode(), bool(solitary))
 

@@ -121,9 +121,22 @@ local function tidy(line)
 end
 
 -- A token names one delivery: entry, how often it was delivered, of which job, and to whom. The
--- entries of two streams may have the same id, but not within a job.
+-- entries of two streams may have the same id, but not within a job as long as its digest is one.
 local function token_of(id, deliveries, job, worker)
   return table.concat({id, deliveries, job, worker}, '/')
+end
+
+local trials = {}
+
+-- Names the rows of a job as it is now: under another digest or noise key they are others. nil where
+-- there is no such job.
+local function trial_of(id)
+  local text = not trials[id] and redis.call('HGET', key('job', id), 'job')
+  if text then
+    local job = cjson.decode(text)
+    trials[id] = redis.sha1hex(job.bundle .. job.key)
+  end
+  return trials[id]
 end
 
 local function held(stream, token)
@@ -135,14 +148,15 @@ local function held(stream, token)
   end
 end
 
--- The leases of ARGV[3..] (job, shard, token) that are still held: f(place, job, shard, token, ...).
+-- The leases of ARGV[3..] (job, shard, token, trial) that are still held: f(place, job, shard, token,
+-- ...). Those from before the job began anew are not.
 local function each_held(call)
-  for at = 3, #ARGV, 3 do
-    local id, shard, token = ARGV[at], ARGV[at + 1], ARGV[at + 2]
-    local stream = redis.call('HGET', key('job', id), 'stream')
+  for at = 3, #ARGV, 4 do
+    local id, shard, token, trial = unpack(ARGV, at, at + 3)
+    local stream = trial == trial_of(id) and redis.call('HGET', key('job', id), 'stream')
     local entry, worker = held(stream, token)
     if entry then
-      call((at - 3) / 3, id, shard, token, stream, entry, worker)
+      call((at - 3) / 4, id, shard, token, stream, entry, worker)
     end
   end
 end
@@ -217,17 +231,25 @@ local function erase(id)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
--- The image goes at once: answers do not need it, and it is the bulk of what a job takes.
-local function finish(id, state, problem)
-  local job, entries = key('job', id), key('entries', id)
-  local line, stream, caller = unpack(redis.call('HMGET', job, 'line', 'stream', 'caller'))
+-- Takes the shards of a job off its line, and forgets which of them were counted.
+local function withdraw(id)
+  local entries = key('entries', id)
+  local line, stream = unpack(redis.call('HMGET', key('job', id), 'line', 'stream'))
   in_lots(redis.call('HVALS', entries), function(...)
     redis.call('XACK', stream, GROUP, ...)
     redis.call('XDEL', stream, ...)
   end)
   tidy(line)
+  redis.call('DEL', entries, key('done', id))
+end
+
+-- The image goes at once: answers do not need it, and it is the bulk of what a job takes.
+local function finish(id, state, problem)
+  local job = key('job', id)
+  local caller = redis.call('HGET', job, 'caller')
+  withdraw(id)
   close(id)
-  redis.call('DEL', entries, key('done', id), key('image', id))
+  redis.call('DEL', key('image', id))
   redis.call('HSET', job, 'state', state, 'finished', stamp(NOW), 'problem', problem or '')
   stay(TERMS.retention_ms, job, caller ~= '' and key('caller', caller) or nil)
   redis.call('ZADD', key('ended'), stamp(NOW), id)
@@ -241,9 +263,16 @@ local function finish(id, state, problem)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
--- The trace context of a job as its JSON tells it; '' where it has none.
-local function trace_of(job)
-  return job.traceparent ~= cjson.null and job.traceparent or ''
+-- The lane of a job, which is read from its JSON as in the next function.
+local function lane_of(job)
+  return job.mode == 'predict' and 'hi' or 'lo'
+end
+
+-- What the messages of all shards of a job say of it.
+local function labels(job, submitted)
+  return {bundle = job.bundle, submitted = submitted,
+    traceparent = job.traceparent ~= cjson.null and job.traceparent or '',
+    deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
 end
 
 -- A letter tells the operator which rows ended a job, without its image or key.

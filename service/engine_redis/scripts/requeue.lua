@@ -11,7 +11,7 @@ end
 local asked = cjson.decode(text)
 if redis.call('HEXISTS', key('backlog'), 'rows:' .. id) == 0 then
   open(id, asked.owner ~= cjson.null and asked.owner or nil, asked.n0 + asked.n - done,
-    asked.mode == 'predict' and 'hi' or 'lo')
+    lane_of(asked))
 end
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 redis.call('HSETNX', key('lines'), line, 0)
@@ -37,8 +37,7 @@ local function findable(entry)
     and (follows(entry, last) or #pending(stream, entry, entry, 1) == 1)
 end
 
-local fields = {bundle = asked.bundle, submitted = submitted, traceparent = trace_of(asked),
-  deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
+local fields = labels(asked, submitted)
 local requeued = 0
 for at = 4, #ARGV, 4 do
   local shard = ARGV[at]

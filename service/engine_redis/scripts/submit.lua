@@ -41,7 +41,7 @@ if waiting == 0 then
   redis.call('HSET', key('speed'), 'since', stamp(NOW))
   stay(TERMS.retention_ms, key('speed'))
 end
-local lane = job.mode == 'predict' and 'hi' or 'lo'
+local lane = lane_of(job)
 local stream = key('lane', lane, line)
 redis.call('HSET', key('job', id), 'job', text, 'state', 'queued', 'submitted', stamp(NOW),
   'rows_done', 0, 'counted', 0, 'shards', (#ARGV - 8) / 4, 'line', line, 'stream', stream,
@@ -55,8 +55,7 @@ local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', lin
 open(id, owner, rows, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
-local fields = {bundle = job.bundle, submitted = stamp(NOW), traceparent = trace_of(job),
-  deadline = stamp(NOW + TERMS.retention_ms / 1000)}
+local fields = labels(job, stamp(NOW))
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 for at = 9, #ARGV, 4 do
   enqueue(id, stream, fields, unpack(ARGV, at, at + 3))
