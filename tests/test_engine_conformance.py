@@ -46,6 +46,7 @@ PROBLEM = {"type": "urn:vouchsafe:problem:shard-dead", "status": 500, "detail": 
 ALPHA = Worker("alpha", {"default": "bundle-a"})
 BETA = Worker("beta", {"default": "bundle-a"})
 BOTH = Worker("both", {"default": "bundle-a", "birds": "bundle-b"})
+NEWER = Worker("newer", {"default": "bundle-n"})
 
 
 class Harness(Protocol):
@@ -566,7 +567,10 @@ async def test_innocent_jobs_finish_beside_a_poisonous_one(harness: Harness) -> 
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: int) -> None:
-    """Deaths, failures, releases, double and late commits in any order never change a vote."""
+    """Deaths, failures, releases, double and late commits in any order never change a vote.
+
+    Nor do jobs that begin anew under either of two digests, each of which has a key of its own.
+    """
     chance, engine = random.Random(seed), harness.engine
     modes = [Mode.CERTIFY, Mode.CERTIFY, Mode.PREDICT]
     jobs = [
@@ -577,8 +581,12 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
     for job in jobs:
         await engine.submit(job)
     forgotten: list[Lease] = []
-    for _ in range(400):
-        leases = await engine.pull(chance.choice([ALPHA, BETA]), chance.randrange(1, 40))
+    for step in range(800):
+        if step < 150 and chance.random() < 0.1:
+            job = chance.choice(jobs)
+            bundle, key = chance.choice([(job.bundle, job.key), ("bundle-n", job.key[::-1])])
+            await engine.restart(job.id, bundle, key)
+        leases = await engine.pull(chance.choice([ALPHA, BETA, NEWER]), chance.randrange(1, 40))
         await engine.start([lease for lease in leases if chance.random() < 0.3])
         for lease in leases:
             match chance.choices(["commit", "twice", "late", "fail", "release"], [6, 2, 2, 0.2, 1]):
