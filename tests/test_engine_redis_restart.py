@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, written
+from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, age, written
 from service.engine import FAILURES_ALLOWED, Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import RedisEngine
@@ -17,6 +17,7 @@ from tests.fakes import make_job
 from tests.test_engine_redis import (
     ALPHA,
     BETA,
+    LEASE_MS,
     SHARD_ROWS,
     Fleet,
     Rollout,
@@ -136,6 +137,22 @@ async def test_stray_messages_of_the_old_line_are_dropped(fleet: Fleet, delivere
     assert await fleet.lengths() == []
 
 
+async def test_a_stray_delivery_hides_no_death(fleet: Fleet) -> None:
+    """One of the old line that runs out leaves alone what is known of the shard's new lease."""
+    engine = fleet.engine
+    await engine.submit(make_job("a", n0=0, n=SHARD_ROWS))
+    (fields,) = await messages(fleet, OLD_LINE)
+    await fleet.redis.xadd(fleet.prefix + OLD_LINE, fields)
+    await engine.start(await engine.pull(ALPHA, 20))
+    await engine.restart("a", NEW, KEY)
+    await age(fleet.redis, fleet.prefix, LEASE_MS - 10_000)
+    await engine.start(await engine.pull(NEWER, 10))
+    await age(fleet.redis, fleet.prefix, LEASE_MS - 10_000)
+    assert await engine.pull(ALPHA, 10) == []
+    await fleet.lease_runs_out()
+    assert [lease.solitary for lease in await engine.pull(NEWER, 10)] == [True]
+
+
 async def test_streams_with_the_same_ids_are_told_apart(fleet: Fleet) -> None:
     """A lease of the old line is void though one of the new line has the very same token."""
     engine, line = fleet.engine, fleet.prefix + NEW_LINE
@@ -248,6 +265,18 @@ async def test_a_kill_of_redis_leaves_it_whole(own_server: RedisServer) -> None:
         assert status.job.key == KEY
     assert await fleet.lengths() == []
     await fleet.close()
+
+
+async def test_watchers_are_told_at_once(fleet: Fleet) -> None:
+    """Other processes hear that the job changed; they need not look again to see it."""
+    await fleet.engine.submit(make_job("a"))
+    async with fleet.redis.pubsub() as channel:
+        await channel.subscribe(f"{fleet.prefix}changed:a")
+        await channel.get_message(timeout=30)
+        await fleet.engine.restart("a", NEW, KEY)
+        told = await channel.get_message(ignore_subscribe_messages=True, timeout=30)
+    assert told is not None
+    assert told["type"] == "message"
 
 
 # What ends and what is left
