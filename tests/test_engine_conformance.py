@@ -582,11 +582,11 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         await engine.submit(job)
     forgotten: list[Lease] = []
     for step in range(800):
-        if step < 150 and chance.random() < 0.1:
-            job = chance.choice(jobs)
-            bundle, key = chance.choice([(job.bundle, job.key), ("bundle-n", job.key[::-1])])
-            await engine.restart(job.id, bundle, key)
         leases = await engine.pull(chance.choice([ALPHA, BETA, NEWER]), chance.randrange(1, 40))
+        if step < 150 and chance.random() < 0.2:
+            job = chance.choice([lease.job for lease in leases] or jobs)
+            other = "bundle-n" if job.bundle == "bundle-a" else "bundle-a"
+            await engine.restart(job.id, other, job.key[::-1])
         await engine.start([lease for lease in leases if chance.random() < 0.3])
         for lease in leases:
             match chance.choices(["commit", "twice", "late", "fail", "release"], [6, 2, 2, 0.2, 1]):
