@@ -1,7 +1,9 @@
-"""Room for a network, looked for before it is loaded."""
+"""Room for a network, looked for before it is loaded, and what to do once there is none."""
 
 from __future__ import annotations
 
+import errno
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,36 @@ if TYPE_CHECKING:
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_RAN_OUT = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 class TooLittleMemory(MemoryError):
     """Loading would not fit; the message names what, where, how much it takes and what is free."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device ran out."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+
+
+def let_go() -> None:
+    """Give the memory of what nothing refers to any more back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_on_host() -> int | None:

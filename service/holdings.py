@@ -13,11 +13,17 @@ from service.model import Model
 
 @dataclass(slots=True, eq=False)
 class Lot:
-    """What is in hand of one task and bundle."""
+    """What is in hand of one task; `bundle` is the digest that its jobs are keyed with."""
 
     task: str
+    bundle: str
     model: Model
     packer: Packer
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the model still has the digest."""
+        return self.model.digest == self.bundle
 
 
 class Holdings:
@@ -45,7 +51,7 @@ class Holdings:
     def add(self, lease: Lease, model: Model, since: float) -> None:
         """Take in a lease, held `since` so many seconds of `time.monotonic`."""
         key = (lease.job.task, lease.job.bundle)
-        lot = self._lots.setdefault(key, Lot(lease.job.task, model, Packer(model.batch_rows)))
+        lot = self._lots.setdefault(key, Lot(*key, model, Packer(model.batch_rows)))
         lot.packer.add(lease)
         self._since[lease.token] = since
 
@@ -66,11 +72,11 @@ class Holdings:
     def give_away(self, besides: frozenset[str]) -> list[Lease]:
         """Let go of everything that is not tied, nor named by its token, and return it."""
         stay = besides | self._tied
-        spare = [lease for lease in self.leases if lease.token not in stay]
-        for lease in spare:
-            self._drop(lease)
-            del self._since[lease.token]
-        return spare
+        return self._let_go([lease for lease in self.leases if lease.token not in stay])
+
+    def give_up(self, lot: Lot) -> list[Lease]:
+        """Let go of all of a lot, tied or not, and return it."""
+        return self._let_go(lot.packer.leases)
 
     def aged(self, seconds: float) -> list[Lease]:
         """The leases that began, or were renewed, so many seconds ago at least."""
@@ -88,6 +94,13 @@ class Holdings:
         self._since = {lease.token: self._since[lease.token] for lease in self.leases}
         self._tied &= self._since.keys()
         return len(tokens) == len(leases)
+
+    def _let_go(self, leases: list[Lease]) -> list[Lease]:
+        for lease in leases:
+            self._drop(lease)
+            del self._since[lease.token]
+            self._tied.discard(lease.token)
+        return leases
 
     def _drop(self, lease: Lease) -> None:
         if lot := self._lots.get((lease.job.task, lease.job.bundle)):

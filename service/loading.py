@@ -6,18 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from models.bundle import MODELS, Bundle, BundleError
-from models.memory import TooLittleMemory
+from models.memory import TooLittleMemory, let_go, ran_out
 from models.smoothing import Numerics, Rows, SmoothedModel
+from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
-from service.model import ModelUnavailable
+from service.model import ModelUnavailable, ShapeLowered
 
 logger = logging.getLogger("vouchsafe")
 
@@ -25,14 +25,17 @@ LOAD_SECONDS = 1_800.0
 """How long a task's networks may take to load before the device counts as hung."""
 REFUSAL_SECONDS = 30.0
 """How long a task that could not be loaded is refused before it is tried again."""
+SMALLEST_BATCH = 2
+"""Fewest rows of the networks' batches to which a device that runs out of memory is lowered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How networks are had: `load` makes them under `numerics` in so many `lanes`, `most` of them
-    stay loaded besides the default task's, and `patient` is the compute thread's own."""
+    """How networks are had: `load` makes them for batches of so many rows, under `numerics` unless
+    memory ran out, in so many `lanes`; `most` of them stay loaded besides the default task's, and
+    `patient` is the compute thread's own."""
 
-    load: Callable[[Bundle], SmoothedModel]
+    load: Callable[[Bundle, int], SmoothedModel]
     numerics: Numerics
     lanes: int
     most: int
@@ -92,17 +95,20 @@ class Networks(Mapping[str, "TaskModel"]):
 class TaskModel:
     """A task as the worker serves it: all that admits its jobs is known before its networks are.
 
-    A model that is `kept` is never let go.
+    A model that is `kept` is never let go. Where the device runs out of memory even without the
+    other tasks' networks, the model's batches are halved, for good and under another digest.
     """
+
+    numerics: Numerics
+    batch_rows: int
+    digest: str
 
     def __init__(self, bundle: Bundle, networks: Networks, *, kept: bool) -> None:
         loading = networks.loading
         self.bundle = bundle
         self.kept = kept
-        self.numerics = loading.numerics
         self.lanes = loading.lanes
-        self.digest = bundle.served_digest(loading.numerics.described())
-        self.batch_rows = loading.numerics.device_rows(loading.lanes)
+        self._serve_under(loading.numerics)
         self.classes = len(bundle.labels)
         self._networks = networks
         self._loaded: SmoothedModel | None = None
@@ -120,9 +126,25 @@ class TaskModel:
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch, loading the networks if need be.
 
-        Raises ModelUnavailable where they cannot be loaded, and what `SmoothedModel.votes` raises.
+        Raises ModelUnavailable where they cannot be loaded, ShapeLowered, what
+        `SmoothedModel.votes` raises, and MemoryError where the smallest batch is too large.
         """
-        return self.loaded().votes(parts)
+        promised = self.digest
+        for room_is_made in (False, True):
+            if room_is_made:
+                self._make_room()
+            model = self.loaded()
+            if self.digest != promised:  # Memory ran out as the networks were loaded.
+                break
+            votes = _votes_unless_short(model, parts)
+            if votes is not None:
+                return votes
+        else:
+            if not self._may_lower():
+                rows = self.numerics.batch_rows
+                raise MemoryError(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
+            self._lower()
+        raise ShapeLowered(f"task {self.bundle.id!r} is served under another digest from now on")
 
     def loaded(self) -> SmoothedModel:
         """The networks, loaded now where they were not; for the compute thread alone.
@@ -164,17 +186,62 @@ class TaskModel:
         return model
 
     def _load_with_room(self) -> SmoothedModel:
-        """Where memory is short, once more without the other tasks' networks."""
-        load = self._networks.loading.load
-        try:
-            return load(self.bundle)
-        except (MemoryError, torch.OutOfMemoryError):
-            told = naming(task_id=self.bundle.id)
-            logger.warning(
-                "too little memory to load task %s beside others", self.bundle.id, extra=told
-            )
+        """Where memory is short, once more without the other tasks' networks, and then in smaller
+        batches, for as long as it is not the weights that do not fit."""
+        served, load = self.numerics, self._networks.loading.load
+        room_is_made = False
+        while True:
+            try:
+                return load(self.bundle, self.numerics.batch_rows)
+            except Exception as error:
+                if not ran_out(error) or (room_is_made and not self._may_lower(error)):
+                    self._serve_under(served)
+                    raise
+            if room_is_made:
+                self._lower()
+            else:
+                self._make_room()
+                room_is_made = True
+
+    def _make_room(self) -> None:
+        told = naming(task_id=self.bundle.id)
+        logger.warning("too little memory for task %s beside others", self.bundle.id, extra=told)
         self._networks.unload_others(self)
-        return load(self.bundle)
+        let_go()
+
+    def _may_lower(self, error: Exception | None = None) -> bool:
+        return self.numerics.batch_rows > SMALLEST_BATCH and not isinstance(error, TooLittleMemory)
+
+    def _lower(self) -> None:
+        """Halve the batches; the networks are loaded anew, for some are made for one shape."""
+        rows = max(SMALLEST_BATCH, self.numerics.batch_rows // 2)
+        self.unload()
+        self._serve_under(replace(self.numerics, batch_rows=rows))
+        let_go()
+        told = naming(task_id=self.bundle.id)
+        logger.warning(
+            "memory ran out: task %s is served in batches of %d rows from now on, under digest %s",
+            self.bundle.id,
+            rows,
+            self.digest[:16],
+            extra=told,
+        )
+        telemetry.SHAPES_LOWERED.inc()
+
+    def _serve_under(self, numerics: Numerics) -> None:
+        self.numerics = numerics
+        self.batch_rows = numerics.device_rows(self.lanes)
+        self.digest = self.bundle.served_digest(numerics.described())
+
+
+def _votes_unless_short(model: SmoothedModel, parts: Sequence[Rows]) -> NDArray[np.int64] | None:
+    """The votes; None, and nothing kept of the error, whose frames hold the batch."""
+    try:
+        return model.votes(parts)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    return None
 
 
 def _reason(error: Exception, bundle: Bundle) -> str:
@@ -183,6 +250,6 @@ def _reason(error: Exception, bundle: Bundle) -> str:
         return str(error).replace(f"{bundle.folder.parent}/", "").replace(f"{MODELS}/", "")
     if isinstance(error, TooLittleMemory):
         return f"there is too little memory: {error}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if ran_out(error):
         return "there is too little memory for its networks"
     return type(error).__name__

@@ -15,6 +15,11 @@ class ModelUnavailable(RuntimeError):
     """A task's networks cannot be had, whatever the rows; it says nothing of the device."""
 
 
+class ShapeLowered(RuntimeError):
+    """The device ran out of memory: the task has another digest from now on, its batches fewer
+    rows, and nothing was counted of what was asked."""
+
+
 class Model(Protocol):
     """A served task: networks that see one fixed shape, so that companions change nothing."""
 
@@ -36,5 +41,5 @@ class Model(Protocol):
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch; blocks.
 
-        Raises ModelUnavailable where the networks cannot be loaded.
+        Raises ModelUnavailable where the networks cannot be loaded, and ShapeLowered.
         """

@@ -30,6 +30,7 @@ from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
 from service.outage import AWAY
+from service.restarts import Restarts
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 
 logger = logging.getLogger("vouchsafe")
@@ -64,6 +65,7 @@ class Predictions:
             settings.decode_threads,
         )
         self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
+        self._restarts = Restarts(engine, tasks, secret)
         self._draining = asyncio.Event()
 
     async def submit(
@@ -167,6 +169,7 @@ class Predictions:
     async def close(self) -> None:
         """Drop the image threads and stop watching jobs."""
         self._reader.close()
+        await self._restarts.close()
         watching = [watching for _, watching in self._watched.values()]
         for task in watching:
             task.cancel()
@@ -244,6 +247,7 @@ class Predictions:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(self._watch_on(job.id))
         self._watched[job.id] = job.task, watching
+        self._restarts.begin(job)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
     async def _watch_on(self, job_id: str) -> JobStatus:
@@ -262,6 +266,7 @@ class Predictions:
 
     def _count_outcome(self, job_id: str, watching: asyncio.Task[JobStatus]) -> None:
         del self._watched[job_id]
+        self._restarts.end(job_id)
         if watching.cancelled() or watching.exception() is not None:
             return
         status = watching.result()

@@ -116,7 +116,9 @@ def leave_if_hung(serving: Serving) -> None:
         leave(1 if serving.failed else 0)
 
 
-def load_and_warm(bundle: Bundle, *, runtime: Runtime, lanes: int) -> SmoothedModel:
+def load_and_warm(
+    bundle: Bundle, batch_rows: int, *, runtime: Runtime, lanes: int
+) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything. Raises
@@ -124,7 +126,7 @@ def load_and_warm(bundle: Bundle, *, runtime: Runtime, lanes: int) -> SmoothedMo
     """
     if read_bundle(bundle.folder).digest != bundle.digest:
         raise BundleError(f"{bundle.folder}: has changed since it was found")
-    model = load(bundle, runtime=runtime, lanes=lanes)
+    model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes)
     shape, half = (3, bundle.resolution, bundle.resolution), model.batch_rows // 2
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
     one, two, three = (Rows(image, bytes(32), 0, half, 0.25) for image in images)

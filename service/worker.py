@@ -18,7 +18,7 @@ from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
 from service.holdings import Holdings, Lot, leases_of
 from service.logs import about
-from service.model import Model, ModelUnavailable
+from service.model import Model, ModelUnavailable, ShapeLowered
 from service.outage import Outage
 from service.outcomes import Outcomes
 from service.reach import LEAVING_SECONDS, EngineAway, Reach
@@ -42,8 +42,10 @@ async def work(
     a lease, as where its networks are loading, is all that is held: the rest goes back, for other
     workers may be idle, and no more is taken until it ends. On `stop` the batch in hand is
     finished and committed and the rest handed back, for which an engine that does not answer has
-    some seconds. Errors of the engine are waited out and told to `outage`; raises DeviceFailed
-    where the device hangs or is broken, having handed back what it did not compute.
+    some seconds. What is held of a task whose shape was lowered goes back too, and the task is
+    announced under its new digest from then on. Errors of the engine are waited out and told to
+    `outage`; raises DeviceFailed where the device hangs or is broken, having handed back what it
+    did not compute.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -144,6 +146,11 @@ class _Loop:
         """Hand back all that can wait elsewhere while a batch runs long."""
         self._outcomes.released(self._holdings.give_away(self._long))
 
+    def _give_up(self, lot: Lot) -> None:
+        """Hand back what has a digest that is served here no more: others may, or it restarts."""
+        self._outcomes.released(self._holdings.give_up(lot))
+        self._taken.set()
+
     async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
         if model is None or model.digest != lease.job.bundle:
@@ -157,6 +164,9 @@ class _Loop:
         if lot is None:
             self._arrived.clear()
             await self._arrived.wait()
+            return
+        if not lot.is_served:
+            self._give_up(lot)
             return
         await self._renew(older_than=self._lease_seconds / 3)
         while batch := lot.packer.next_batch():
@@ -187,6 +197,8 @@ class _Loop:
             for lease in leases_of(batch):
                 lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
             raise
+        except ShapeLowered:
+            self._give_up(lot)
         except ModelUnavailable as error:
             logger.error("task %s: %s", lot.task, error, extra=_about(batch))
             for lease in leases_of(batch):
@@ -262,7 +274,7 @@ class _Loop:
                 await self._votes(model, [proven], batch)
         except DeviceFailed:
             raise
-        except ModelUnavailable:
+        except (ModelUnavailable, ShapeLowered):
             return True
         except Exception:
             logger.exception("the self-test failed")

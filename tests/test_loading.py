@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
+from models.memory import TooLittleMemory, ran_out
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
+from service import telemetry
 from service.device import ComputeThread, DeviceFailed
-from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
-from service.model import ModelUnavailable
+from service.loading import REFUSAL_SECONDS, SMALLEST_BATCH, Loading, Networks, TaskModel
+from service.model import ModelUnavailable, ShapeLowered
 from service.serving import load_and_warm
 from tests.fakes import FakeClock, FakeModel
 from tests.serving import TASKS
@@ -34,12 +38,30 @@ def bundles(*names: str) -> dict[str, Bundle]:
     return {name: replace(TASKS["default"], id=name) for name in names}
 
 
+class Narrow(FakeModel):
+    """A model whose batches must fit the shelf's room."""
+
+    def __init__(self, shelf: Shelf, **options: Any) -> None:
+        super().__init__(**options)
+        self.shelf = shelf
+
+    def votes(self, parts: Iterable[Rows]) -> NDArray[np.int64]:
+        if self.batch_rows > self.shelf.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().votes(parts)
+
+
 class Shelf:
-    """Networks of some tasks whose loading is written down, and fails as a test wants."""
+    """Networks of some tasks whose loading is written down, and fails as a test wants.
+
+    Batches of more than `room` rows run out of memory.
+    """
 
     def __init__(self, tasks: dict[str, Bundle], most: int = 2, **options: Any) -> None:
         self.loads: list[str] = []
+        self.shapes: list[int] = []
         self.failures: list[Exception] = []
+        self.room = 99
         self.clock = FakeClock()
         loading: Loading = Loading(
             self.load,  # type: ignore[arg-type]
@@ -51,12 +73,13 @@ class Shelf:
         )
         self.networks = Networks(tasks, loading)
 
-    def load(self, bundle: Bundle) -> FakeModel:
+    def load(self, bundle: Bundle, batch_rows: int) -> FakeModel:
         self.loads.append(bundle.id)
+        self.shapes.append(batch_rows)
         if self.failures:
             raise self.failures.pop()
-        digest = bundle.served_digest(NUMERICS.described())
-        return FakeModel(batch_rows=4, classes=4, digest=digest)
+        digest = bundle.served_digest(replace(NUMERICS, batch_rows=batch_rows).described())
+        return Narrow(self, batch_rows=batch_rows, classes=4, digest=digest)
 
     def use(self, *tasks: str) -> None:
         for task in tasks:
@@ -137,11 +160,11 @@ def test_a_task_that_goes_while_it_loads_leaves_no_networks() -> None:
     gone, old = shelf.networks["a"], shelf.networks["b"]
     load = shelf.networks.loading.load
 
-    def slow(bundle: Bundle) -> SmoothedModel:
+    def slow(bundle: Bundle, batch_rows: int) -> SmoothedModel:
         tasks.pop("a", None)
         tasks["b"] = replace(TASKS["default"], id="b", k=2.0)
         dict(shelf.networks)
-        return load(bundle)
+        return load(bundle, batch_rows)
 
     shelf.networks.loading = replace(shelf.networks.loading, load=slow)
     for model in (gone, old):
@@ -199,10 +222,102 @@ def test_short_memory_makes_room_once(error: Exception) -> None:
     shelf.failures = [error]
     shelf.use("b")
     assert shelf.loaded == {"default", "b"}
-    shelf.failures = [error, error]
+    shelf.failures = [error, error, error]
     with pytest.raises(ModelUnavailable, match="too little memory"):
         shelf.use("a")
     assert shelf.loaded == {"default"}
+
+
+def digest_in(rows: int, task: str = "a") -> str:
+    return bundles(task)[task].served_digest(replace(NUMERICS, batch_rows=rows).described())
+
+
+def test_a_batch_without_memory_is_tried_again_in_more_room() -> None:
+    """The other tasks' networks go first: with room for the batch, the digest stays."""
+    shelf = Shelf(bundles("default", "a", "b"))
+    shelf.use("default", "a", "b")
+    model, tried = shelf.networks["a"], shelf.networks.unload_others
+    shelf.room = 0
+
+    def making_room(of: TaskModel) -> None:
+        shelf.room = 99
+        tried(of)
+
+    shelf.networks.unload_others = making_room  # type: ignore[method-assign]
+    assert model.votes([ROWS]).sum() == 3
+    assert model.digest == digest_in(4)
+    assert shelf.loaded == {"default", "a"}
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_memory_that_runs_out_lowers_the_shape_for_good(room: int) -> None:
+    """Nothing is counted of the batch, the digest is another from then on, the networks are loaded
+    for the smaller shape, and other tasks keep theirs; below the smallest it is an error."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("default", "a")
+    model, told = shelf.networks["a"], telemetry.SHAPES_LOWERED._value.get()
+    shelf.room = room
+    with pytest.raises(ShapeLowered, match="'a' is served under another digest"):
+        model.votes([ROWS])
+    assert (model.digest, model.batch_rows, model.padding(3)) == (digest_in(2), 2, 1)
+    assert telemetry.SHAPES_LOWERED._value.get() == told + 1
+    assert shelf.loaded == {"default"}
+    assert shelf.networks["default"].digest == digest_in(4, "default")
+    two = replace(ROWS, stop=2)
+    if room < SMALLEST_BATCH:
+        with pytest.raises(MemoryError, match="no memory for a batch of 2 rows"):
+            model.votes([two])
+    else:
+        assert model.votes([two]).sum() == 2
+    assert model.digest == digest_in(2)
+    assert shelf.shapes[-1] == 2
+
+
+def test_networks_too_large_for_the_shape_are_loaded_for_a_smaller_one() -> None:
+    """Where loading itself runs out of memory the shape is lowered before anything is answered:
+    rows asked for under the digest that was promised are not counted under the new one."""
+    short = torch.OutOfMemoryError("CUDA out of memory.")
+    shelf = Shelf(bundles("default", "a"))
+    shelf.failures = [short, short]
+    model = shelf.networks["a"]
+    with pytest.raises(ShapeLowered):
+        model.votes([ROWS])
+    assert shelf.shapes == [4, 4, 2]
+    assert (model.digest, model.is_loaded) == (digest_in(2), True)
+    shelf.failures = [short, short]
+    shelf.networks["default"].loaded()
+    assert shelf.networks["default"].digest == digest_in(2, "default")
+
+
+@pytest.mark.parametrize("failures", [[TooLittleMemory("stage II")] * 2, [MemoryError()] * 3])
+def test_weights_that_do_not_fit_leave_the_shape(failures: list[Exception]) -> None:
+    """A smaller shape is no help where the weights alone are too much: the digest stays."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.failures = list(failures)
+    with pytest.raises(ModelUnavailable, match="too little memory"):
+        shelf.use("a")
+    assert shelf.failures == []
+    assert shelf.networks["a"].digest == digest_in(4)
+    shelf.clock.advance(REFUSAL_SECONDS)
+    shelf.use("a")
+
+
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+        (RuntimeError("an illegal memory access was encountered"), False),
+    ],
+)
+def test_errors_of_memory_are_known(error: Exception, out: bool) -> None:
+    """Host's, device's and libraries' ways to say that memory ran out, and nothing else."""
+    assert ran_out(error) is out
 
 
 def test_an_error_tells_callers_only_its_kind() -> None:
@@ -219,7 +334,7 @@ async def test_loading_is_no_hung_device() -> None:
     shelf = Shelf(bundles("default", "a"), patient=thread.patient)
     gate = threading.Event()
     load = shelf.load
-    slow: Callable[[Bundle], FakeModel] = lambda bundle: (gate.wait(), load(bundle))[1]  # noqa: E731
+    slow: Callable[[Bundle, int], FakeModel] = lambda *asked: (gate.wait(), load(*asked))[1]  # noqa: E731
     shelf.networks.loading = replace(shelf.networks.loading, load=slow)  # type: ignore[arg-type]
     model = shelf.networks["a"]
     computing = asyncio.ensure_future(thread.run(model.votes, [ROWS]))

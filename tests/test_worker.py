@@ -20,7 +20,7 @@ from service.device import ComputeThread, DeviceFailed
 from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.model import ModelUnavailable
+from service.model import ModelUnavailable, ShapeLowered
 from service.outcomes import Outcomes
 from service.reach import Reach
 from service.worker import work
@@ -245,6 +245,62 @@ async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> No
         await soon(lambda: len(spy.asked("release")) == 2)
         assert len(await engine.pull(OTHER, 1000)) == 4
     assert models["default"].batches == []
+
+
+class Lowering(FakeModel):
+    """A model that runs out of memory at its `last` batch of the first shape."""
+
+    last = 1
+
+    def votes(self, parts: Iterable[Any]) -> NDArray[np.int64]:
+        if self.digest == "bundle-a" and len(self.batches) + 1 == self.last:
+            self.digest, self.batch_rows = "bundle-lower", 4
+            raise ShapeLowered("memory ran out")
+        return super().votes(parts)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+async def test_a_lowered_shape_takes_no_more_of_its_old_jobs(
+    engine: MemoryEngine, last: int
+) -> None:
+    """What is held under the old digest goes back uncounted and unblamed, for other workers; jobs
+    under the new one are answered, in its smaller batches."""
+    model = Lowering()
+    model.last = last
+    old, new = make_job("old", n0=7, n=93), make_job("new", bundle="bundle-lower")
+    await submit(engine, old)
+    async with working(engine, {"default": model}) as hall:
+        await soon(lambda: model.batch_rows == 4)
+        await served(engine, "bundle-lower")
+        await submit(engine, new)
+        await assert_exact(engine, new)
+        assert hall.thread.healthy
+    assert all(rows_in(b) <= 4 for b in model.batches[last - 1 :])
+    assert {key for b in model.batches[last - 1 :] for key, *_ in b} == keys(new)
+    async with working(engine, {"default": FakeModel()}):
+        await assert_exact(engine, old)
+
+
+async def test_memory_that_runs_out_in_the_self_test_blames_nobody(engine: MemoryEngine) -> None:
+    """Where the batch after which the device is tested is what lowers the shape, the job that
+    failed goes back as the others do."""
+    poison = make_job("poison", mode=Mode.PREDICT, n=5)
+    model = Lowering(poison=keys(poison))
+    model.last = 3
+    await submit(engine, make_job("fine", mode=Mode.PREDICT, n=5))
+    async with working(engine, {"default": model}) as hall:
+        await final(engine, "fine")
+        await submit(engine, poison)
+        await served(engine, "bundle-lower")
+        assert hall.thread.healthy
+        assert [lease.job.id for lease in await engine.pull(OTHER, 100)] == ["poison"]
+
+
+async def served(engine: Engine, digest: str) -> None:
+    """Wait until a live worker serves the default task under this digest."""
+    async with asyncio.timeout(5):
+        while (await engine.capacity()).bundles["default"] != digest:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 async def test_leases_are_renewed_while_a_batch_computes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.adaptation.plan import Plan, PlanError, Status
 from models.bundle import BundleError
+from models.memory import ran_out
 from models.training import Diverged
 
 SHARES = {"synthesizing": 0.25, "personalizing": 0.6, "finetuning": 0.1, "evaluating": 0.05}
@@ -70,8 +71,7 @@ def problem_of(error: BaseException) -> dict[str, str]:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in text or "quota exceeded" in text:
         return _problem("disk-full", f"The disk is full: delete tasks or make room ({text})")
-    memory = ("out of memory", "can't allocate memory", "not enough memory")
-    if isinstance(error, MemoryError) or any(words in text for words in memory):
+    if ran_out(error):
         return _problem(
             "out-of-memory",
             f"Memory ran out: stop other work on the device, or take a larger one ({text})",

@@ -1,0 +1,211 @@
+"""service/restarts.py: jobs whose digest is served no more, and the shape that memory lowers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.smoothing import Rows, SmoothedModel, load, votes
+from service import telemetry
+from service.config import Settings
+from service.embedded import Embedded
+from service.engine import Worker
+from service.engine_memory import MemoryEngine
+from service.jobs import Domain, Job, JobStatus, State, noise_key
+from service.predictions import Predictions
+from service.restarts import Restarts
+from service.schemas import PredictRequest
+from tests.fakes import EngineSpy, fake_votes, make_job, true_votes
+from tests.serving import DIGEST, SECRET, TASKS, Service, png
+from tests.test_worker import soon
+
+OLD, NEW = "bundle-a", "bundle-b"
+TASK = {"default": replace(TASKS["default"], labels=("ant", "bee", "cat"))}
+
+
+@pytest.fixture
+async def engine() -> MemoryEngine:
+    """An engine of one worker that serves the old digest."""
+    built = MemoryEngine(shard_rows=10, poll_seconds=0.01)
+    await serves(built, "w", OLD)
+    return built
+
+
+async def serves(engine: MemoryEngine, worker: str, digest: str) -> None:
+    """Announce a worker of this digest; what it leases goes back at once."""
+    await engine.release(await engine.pull(Worker(worker, {"default": digest}), 1))
+
+
+def restarts(engine: Any, tasks: Any = TASK) -> Restarts:
+    return Restarts(engine, tasks, SECRET, seconds=0.005)
+
+
+async def under(engine: MemoryEngine, job: Job, digest: str) -> JobStatus:
+    """The job's status once it is under this digest."""
+    async with asyncio.timeout(5):
+        async for status in engine.watch(job.id):
+            if status.job.bundle == digest:
+                return status
+    raise AssertionError(f"{job.id} ended under another digest")
+
+
+async def looks(spy: EngineSpy, times: int) -> None:
+    """Wait until the engine has been looked at so many times more."""
+    wanted = len(spy.asked("capacity")) + times
+    await soon(lambda: len(spy.asked("capacity")) >= wanted)
+
+
+async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_served(
+    engine: MemoryEngine,
+) -> None:
+    """Its votes are thrown away, its key is the new digest's own, and its answer is exact."""
+    job, told = make_job("a"), telemetry.RESTARTS._value.get()
+    await engine.submit(job)
+    counted, late = await engine.pull(Worker("w", {"default": OLD}), 20)
+    await engine.commit(counted, [10, 0, 0])
+    looking = restarts(engine)
+    looking.begin(job)
+    await serves(engine, "w", NEW)
+    status = await under(engine, job, NEW)
+    assert (status.state, status.rows_done, sum(status.selection)) == (State.QUEUED, 0, 0)
+    assert status.job.key == noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
+    assert replace(status.job, key=job.key, bundle=OLD) == job
+    assert telemetry.RESTARTS._value.get() == told + 1
+    assert not await engine.commit(late, [0, 10, 0])
+    for lease in await engine.pull(Worker("w", {"default": NEW}), 1_000):
+        key, shard = lease.job.domain_key(lease.shard.domain), lease.shard
+        await engine.commit(lease, fake_votes(key, range(shard.start, shard.stop), 3))
+    last = await engine.status(job.id)
+    assert last is not None
+    assert last.state is State.SUCCEEDED
+    assert last.selection == true_votes(last.job, Domain.SELECTION)
+    assert last.estimation == true_votes(last.job, Domain.ESTIMATION)
+    await looking.close()
+
+
+async def test_jobs_stay_while_anybody_serves_them(engine: MemoryEngine) -> None:
+    """One worker of the old digest is enough; so is none at all, for it may come back."""
+    spy, jobs = EngineSpy(engine), [make_job("a"), make_job("b", task="birds", bundle=OLD)]
+    await engine.pull(Worker("bird", {"birds": OLD}), 1)
+    for job in jobs:
+        await engine.submit(job)
+    for worker in ("x", "y"):
+        await serves(engine, worker, NEW)
+    await engine.pull(Worker("bird", {"default": NEW}), 1)
+    looking = restarts(spy)
+    for job in jobs:
+        looking.begin(job)
+    await looks(spy, 3)
+    assert spy.asked("restart") == []
+    await looking.close()
+
+
+async def test_another_question_is_not_restarted(engine: MemoryEngine) -> None:
+    """Where the task has other labels now, or is gone, its jobs are not asked of it."""
+    for tasks in ({}, TASKS):
+        spy, job = EngineSpy(engine), make_job(f"job-{len(tasks)}")
+        await serves(engine, "w", OLD)
+        await engine.submit(job)
+        await serves(engine, "w", NEW)
+        looking = restarts(spy, tasks)
+        looking.begin(job)
+        await looks(spy, 3)
+        assert spy.asked("restart") == []
+        await looking.close()
+
+
+async def test_an_engine_that_is_away_is_asked_again(engine: MemoryEngine) -> None:
+    """An outage, or an answer that was lost in one, ends nothing."""
+    troubles = iter([True, True, False, False, True, False, True])
+    spy, job = EngineSpy(engine, lambda: next(troubles, False)), make_job("a")
+    await engine.submit(job)
+    await serves(engine, "w", NEW)
+    looking = restarts(spy)
+    looking.begin(job)
+    await under(engine, job, NEW)
+    await looks(spy, 3)
+    assert (await engine.status(job.id)).job.bundle == NEW  # type: ignore[union-attr]
+    await looking.close()
+
+
+async def test_nobody_looks_after_jobs_that_are_over(engine: MemoryEngine) -> None:
+    """The engine is asked only while a job of this process is open."""
+    spy, first, second = EngineSpy(engine), make_job("a"), make_job("b")
+    looking = restarts(spy)
+    looking.begin(first)
+    await looks(spy, 1)
+    looking.end("a")
+    await soon(lambda: looking._looking is not None and looking._looking.done())
+    asked = len(spy.asked("capacity"))
+    await asyncio.sleep(0.05)
+    assert len(spy.asked("capacity")) == asked
+    looking.begin(second)
+    await looks(spy, 1)
+    await looking.close()
+
+
+async def test_a_caller_gets_the_answer_of_the_new_digest(service: Service) -> None:
+    """Who waits for a job that restarts waits on, and its certificate names the new digest."""
+    service.voter.open.clear()
+    waiting = asyncio.create_task(service.ask(n="1000"))
+    await service.voter.busy.wait()
+    service.voter.bundles = {"default": NEW}
+    service.voter.open.set()
+    answered = (await waiting).json()
+    assert answered["bundle"] == NEW
+    assert DIGEST in {lease.job.bundle for lease in service.voter.leases}
+    assert sum(count["count"] for count in answered["counts"]) == 1000
+    first = {lease.job.key for lease in service.voter.leases if lease.job.bundle == DIGEST}
+    assert first.isdisjoint(
+        {lease.job.key for lease in service.voter.leases if lease.job.bundle == NEW}
+    )
+
+
+async def test_a_job_in_flight_outlives_a_device_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nano's device runs out of memory at its usual shape in the middle of a job: the job ends with
+    the votes of networks that were loaded for the smaller shape, every one under its own key."""
+    embedded, stop = Embedded(Settings(data_dir=tmp_path)), asyncio.Event()
+    usual, counted = embedded.models["default"].numerics.batch_rows, SmoothedModel.votes
+    batches: list[int] = []
+
+    def short(model: SmoothedModel, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        batches.append(model.numerics.batch_rows)
+        if model.numerics.batch_rows == usual and len(batches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return counted(model, parts)
+
+    monkeypatch.setattr(SmoothedModel, "votes", short)
+    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
+    desk = Predictions(embedded.settings, embedded.engine, embedded.tasks, embedded.secret)
+    await embedded.ready()
+    first_digest = embedded.models["default"].digest
+    pixels = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
+    asked = PredictRequest.model_validate({"image": png(pixels), "n": 300, "n0": 20})
+    job_id = await desk.submit(asked, None, None)
+    status = await desk.ended(job_id, 60)
+    stop.set()
+    await asyncio.gather(working, desk.close())
+    monkeypatch.undo()
+    assert status is not None
+    assert status.state is State.SUCCEEDED
+    bundle = embedded.tasks["default"]
+    numerics = replace(embedded.models.loading.numerics, batch_rows=usual // 2)
+    lowered = bundle.served_digest(numerics.described())
+    assert batches[:3] == [usual] * 3  # Counted, short, and short again in more room.
+    assert set(batches[3:]) == {usual // 2}
+    assert desk.answer(status).bundle == lowered != first_digest
+    model = load(bundle, batch_rows=usual // 2, lanes=embedded.models.loading.lanes)
+    image = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    assert status.job.key == noise_key(embedded.secret, image.tobytes(), (3, 32, 32), lowered, 0.25)
+    rows = Rows(image, status.job.domain_key(Domain.ESTIMATION), 0, 300, 0.25)
+    assert status.estimation == tuple(votes(model, rows).tolist())
