@@ -29,7 +29,8 @@ from models.adaptation.finetune import TUNABLES, finetune
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
-from models.adaptation.synthesize import Cascade, References, encode, read_references, synthesize
+from models.adaptation.references import References, read_references
+from models.adaptation.synthesize import Cascade, encode, synthesize
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser

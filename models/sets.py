@@ -23,9 +23,9 @@ class DenoiserSet:
     `stage1` and `stage2` are absolute, relative to this package, or of SOURCES and then relative to
     the models directory; `resolution` is in pixels, `largest_sigma` in [0,1] pixel units. `tokens`
     counts a prompt's, of which the text encoder reads `prompt_tokens` at most. `classifier` names
-    the set it is used with by default, `shots`, `steps` and `epochs` are its adaptation's defaults;
-    `identifier` stands in the personalized prompt (Ruiz et al. 2023). `words` are all that it was
-    trained on, or None for any.
+    the set it is used with by default, `shots` (fewer for very many labels), `steps` and `epochs`
+    are its adaptation's defaults; `identifier` stands in the personalized prompt (Ruiz et al.
+    2023). `words` are all that it was trained on, or None for any.
     """
 
     stage1: str
@@ -143,7 +143,7 @@ DENOISER_SETS = {
         prompt_tokens=77,
         tokens=_bytes_and_end,
         classifier="nano",
-        shots=4,
+        shots=32,
         steps=300,
         epochs=10,
         identifier=BLANK,

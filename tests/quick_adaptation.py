@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.adaptation import profiles, stages
+from models.adaptation import profiles, references
 from models.adaptation.job import main
 from models.adaptation.profiles import Adaptation
 from models.adaptation.synthesize import Sampling
@@ -27,5 +27,5 @@ def quick(ways: Adaptation) -> Adaptation:
 
 if __name__ == "__main__":
     profiles.ADAPTATIONS.update({name: quick(w) for name, w in profiles.ADAPTATIONS.items()})
-    stages.EVALUATED_ROWS = EVALUATED_ROWS
+    references.EVALUATED_ROWS = EVALUATED_ROWS
     main()

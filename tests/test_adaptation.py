@@ -19,15 +19,8 @@ from torch import Tensor
 from models.adaptation.finetune import TUNABLES, Finetuning, finetune
 from models.adaptation.personalize import Personalization, personalize
 from models.adaptation.plan import Plan
-from models.adaptation.synthesize import (
-    Cascade,
-    Drawn,
-    References,
-    Sampling,
-    encode,
-    read_references,
-    synthesize,
-)
+from models.adaptation.references import References, read_references
+from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode, synthesize
 from models.classifier import CLASSIFIERS, load_open_clip
 from models.denoiser import NoDenoiser, SuperResolutionDenoiser, load_super_resolution
 from models.runtime import Torch

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from models import memory
-from models.adaptation import stages
+from models.adaptation import references, stages
 from models.adaptation.plan import PLAN, Plan, PlanError, Status, write_json
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode
@@ -181,7 +181,7 @@ def test_a_task_at_224_pixels_is_made_and_asked(
     """Words become references, adapter, tuned classifier and a bundle that names networks, revision
     and licence; it votes, without the text encoder or stage I; and stops where stage II changes."""
     monkeypatch.setitem(ADAPTATIONS, "if-ii-l", quick(ADAPTATIONS["if-ii-l"]))
-    monkeypatch.setattr(stages, "EVALUATED_ROWS", EVALUATED_ROWS)
+    monkeypatch.setattr(references, "EVALUATED_ROWS", EVALUATED_ROWS)
     told = {"repository": "DeepFloyd/IF-II-L-v1.0", "commit": "c" * 40, "files": {}}
     (copied / "if-ii-l" / "stage2" / "source.json").write_text(json.dumps(told))
     plan = Plan.checked(LABELS, denoiser="if-ii-l", steps=2, epochs=1, models_dir=copied)

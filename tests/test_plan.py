@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from models.adaptation.plan import Plan, PlanError, Status, locked, write_json
+from models.adaptation.plan import (
+    MOST_REFERENCES,
+    Plan,
+    PlanError,
+    Status,
+    locked,
+    write_json,
+)
 
 SECRET = b"s" * 32
 
@@ -42,6 +49,14 @@ def test_any_other_setting_is_another_task(changes: dict[str, Any]) -> None:
     assert plan.identity(SECRET) != other.identity(SECRET)
     assert plan.identity(SECRET) != Plan.checked(["dog", "cat"]).identity(SECRET)
     assert plan.identity(SECRET) != plan.identity(b"t" * 32)
+
+
+def test_very_many_labels_have_fewer_references_each() -> None:
+    """The default number of references never makes more of them than there may be."""
+    words = [f"thing {number}" for number in range(1_000)]
+    few = Plan.checked(["cat", "dog"]).shots
+    assert Plan.checked(words[:10], allow_unknown_labels=True).shots == few > 10
+    assert Plan.checked(words, allow_unknown_labels=True).shots == MOST_REFERENCES // 1_000 == 10
 
 
 def test_every_reference_has_a_seed_of_its_own() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.adaptation.synthesize import References
+from models.adaptation.references import References
 from models.bundle import TUNED
 from models.classifier import Preprocess, read_open_clip, read_timm
 from models.denoiser import Denoiser

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.adaptation.synthesize import References
+from models.adaptation.references import References
 from models.bundle import ADAPTER
 from models.denoiser import NOISE_LEVELS, read_unet
 from models.files import written_whole

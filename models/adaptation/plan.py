@@ -89,12 +89,14 @@ class Plan:
         cascade: DenoiserSet = usable("denoiser", DENOISER_SETS, denoiser, models_dir)
         classifier = classifier or cascade.classifier
         head: ClassifierSet = usable("classifier", CLASSIFIER_SETS, classifier, models_dir)
-        _check_between("shots", shots := cascade.shots if shots is None else shots, SHOTS)
+        words = _checked_labels(labels)
+        if shots is None:
+            shots = min(cascade.shots, MOST_REFERENCES // len(words))
+        _check_between("shots", shots, SHOTS)
         _check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
         _check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
         _check_between("seed", seed, (0, 2**31 - 1))
         template = _checked_template(cascade.template if template is None else template)
-        words = _checked_labels(labels)
         _check_work(len(words), shots, epochs)
         _check_prompts(words, template, cascade, head)
         if cascade.words is not None and not allow_unknown_labels:

@@ -51,7 +51,7 @@ ADAPTATIONS = {
             guided_below=600,
         ),
         Finetuning(
-            Profile(steps=0, batch=0, learning_rate=3e-6, log_every=5, checkpoint_every=10),
+            Profile(steps=0, batch=0, learning_rate=1e-5, log_every=5, checkpoint_every=10),
             sigmas=(0.12, 0.75),
         ),
     ),

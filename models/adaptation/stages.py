@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,8 @@ from models.adaptation.plan import (
 from models.adaptation.profiles import ADAPTATIONS, Adaptation
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.prompts import check_distinct, check_head
-from models.adaptation.synthesize import Cascade, References, encode, read_references, synthesize
+from models.adaptation.references import References, read_references, share_recognised
+from models.adaptation.synthesize import Cascade, encode, synthesize
 from models.bundle import (
     ADAPTER,
     MODELS,
@@ -53,7 +53,6 @@ from models.runtime import Torch
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
 from models.sources import origin
 
-EVALUATED_ROWS = 256
 EVALUATED_SIGMAS = (0.25, 0.5)
 
 BASES = "bases.json"
@@ -228,7 +227,7 @@ class Job:
             def moved(done: int, whole: int) -> None:
                 self.progress.moved(place * whole + done, passes * whole)
 
-            return _recognised(references, denoiser, head, s, self._device, moved)
+            return share_recognised(references, denoiser, head, s, self._device, moved)
 
         figures: dict[str, Any] = {
             "references": len(references.labels),
@@ -286,31 +285,6 @@ class Job:
         if fetched := {name: where for name, where in found.items() if where is not None}:
             settings["networks"] = fetched
         return settings
-
-
-@torch.no_grad()
-def _recognised(
-    references: References,
-    denoiser: Denoiser | None,
-    classifier: Classifier,
-    sigma: float,
-    device: torch.device,
-    moved: Callable[[int, int], None],
-) -> float:
-    generator = torch.Generator().manual_seed(2**40)
-    repeats = 1 if denoiser is None else max(1, EVALUATED_ROWS // len(references.labels))
-    batches = torch.arange(len(references.labels)).repeat(repeats).split(32)
-    right = 0
-    for place, rows in enumerate(batches):
-        moved(place, len(batches))
-        x = references.images[rows].float() / 255
-        if denoiser is not None:
-            x_hat = x + sigma * torch.randn(x.shape, generator=generator)
-            each = torch.full((len(x),), sigma, dtype=torch.float64)
-            x = denoiser(x_hat.to(device), each)
-        named = classifier(x.to(device)).argmax(1).cpu()
-        right += int((named == references.labels[rows]).sum())
-    return round(right / (repeats * len(references.labels)), 4)
 
 
 def run(folder: Path, tasks: Path, device: torch.device, models_dir: Path | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +19,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from models.adaptation.plan import Plan, write_json
+from models.adaptation.references import name_of_image
 from models.denoiser import encode_prompts, fitting_prompts, read_unet
 from models.files import written_whole
 from models.inventory import hold
-from models.memory import bytes_of, check_room
+from models.memory import bytes_of, check_room, let_go
 from models.sources import TEXT_ENCODER, Network
 
 DRAWN = "drawn"
@@ -184,21 +184,6 @@ _ABSENT: dict[str, None] = dict.fromkeys(
 )
 
 
-def let_go() -> None:
-    """Give the memory of networks that nothing refers to any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True, slots=True)
-class References:
-    """Made images (N,3,H,W) uint8 and their label indices (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-
 def synthesize(
     plan: Plan,
     folder: Path,
@@ -219,7 +204,7 @@ def synthesize(
         start: chunk
         for start in range(0, len(wanted), sampling.chunk)
         for chunk in [wanted[start : start + sampling.chunk]]
-        if not all(_is_kept(folder, _name(*each)) for each in chunk)
+        if not all(_is_kept(folder, name_of_image(*each)) for each in chunk)
     }
     whole = 2 * len(wanted)
     done = whole - 2 * sum(len(chunk) for chunk in chunks.values())
@@ -236,7 +221,7 @@ def synthesize(
             drawn = folder / DRAWN / f"{start}.safetensors"
             images = made.enlarge(Drawn.read(drawn), _states(states, chunk), states[-1], sampling)
             for each, image in zip(chunk, images, strict=True):
-                _keep(folder, _name(*each), image, _described(plan, each, sampling))
+                _keep(folder, name_of_image(*each), image, _described(plan, each, sampling))
             drawn.unlink()
             on_image(done := done + len(chunk), whole)
     shutil.rmtree(folder / DRAWN)
@@ -256,31 +241,6 @@ def _described(plan: Plan, each: tuple[int, int], sampling: Sampling) -> dict[st
         "seed": plan.seed_of(label, shot),
         "sampling": asdict(sampling),
     }
-
-
-def read_references(plan: Plan, folder: Path, resolution: int) -> References:
-    """The plan's images, shorter side to `resolution` pixels and the centre cut out of each."""
-    images, labels = [], []
-    for label in range(len(plan.labels)):
-        for shot in range(plan.shots):
-            with Image.open(folder / f"{_name(label, shot)}.png") as stored:
-                image = _fitted(stored.convert("RGB"), resolution)
-            images.append(np.asarray(image).transpose(2, 0, 1))
-            labels.append(label)
-    return References(torch.from_numpy(np.stack(images).copy()), torch.tensor(labels))
-
-
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    shorter = min(image.size)
-    if shorter != side:
-        scaled = (round(image.width * side / shorter), round(image.height * side / shorter))
-        image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def _name(label: int, shot: int) -> str:
-    return f"{label}-{shot}"
 
 
 def _is_kept(folder: Path, name: str) -> bool:
