@@ -68,7 +68,8 @@ class Way:
         """The row's name in the table."""
         if not self.steps and not self.epochs:
             return f"nothing; {self.word!r} in the prompt"
-        what = f"{self.steps} steps" if self.steps else f"{self.epochs} epochs"
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        what = f"{self.steps} steps" if self.steps else epochs
         prompt = f", lambda {self.weight:g}, {self.word!r} in the prompt" if self.steps else ""
         return f"{what} at {self.rate:g}{prompt}; {self.source}, {self.each} a label"
 
@@ -92,7 +93,13 @@ EVERY = (
     replace(_TUNED, rate=1e-4),
     replace(_TUNED, rate=1e-5, source=PHOTOGRAPHS),
     replace(_TUNED, rate=1e-4, source=PHOTOGRAPHS),
+    replace(_TUNED, rate=1e-5, source=PHOTOGRAPHS, each=100, epochs=3),
+    replace(_TUNED, rate=3e-5, source=PHOTOGRAPHS, each=100, epochs=3),
+    replace(_TUNED, rate=1e-4, source=PHOTOGRAPHS, each=100, epochs=3),
+    replace(_TUNED, rate=3e-5, source=PHOTOGRAPHS, each=100),
+    replace(_TUNED, rate=3e-5, source=PHOTOGRAPHS, each=1_000, epochs=3),
     replace(_TUNED, rate=1e-4, source=PHOTOGRAPHS, each=1_000, epochs=3),
+    replace(_TUNED, rate=1e-4, source=PHOTOGRAPHS, each=4_800, epochs=1),
 )
 
 
