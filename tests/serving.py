@@ -7,6 +7,8 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -148,15 +150,17 @@ class Service:
 
 @asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[Service]:
-    """A running service, ready where it has a worker; options as for Service."""
-    service = Service(**options)
-    async with service.app.router.lifespan_context(service.app), service.client:
-        if options.get("companions") is None:
-            await service.until("/readyz", lambda found: found.status_code == 200)
-        try:
-            yield service
-        finally:
-            service.voter.open.set()
+    """A running service, ready where it has a worker; options as for Service, a data directory of
+    its own unless given."""
+    with TemporaryDirectory() as folder:
+        service = Service(**{"data_dir": Path(folder), **options})
+        async with service.app.router.lifespan_context(service.app), service.client:
+            if options.get("companions") is None:
+                await service.until("/readyz", lambda found: found.status_code == 200)
+            try:
+                yield service
+            finally:
+                service.voter.open.set()
 
 
 def problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
