@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,11 @@ _MEMINFO = Path("/proc/meminfo")
 _RAN_OUT = (
     "out of memory",
     "can't allocate memory",
+    "Cannot allocate memory",
     "not enough memory",
     "STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "bad_alloc",
 )
 
 
@@ -33,9 +35,7 @@ def ran_out(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+    return any(words in str(error) for words in _RAN_OUT)
 
 
 def let_go() -> None:

@@ -160,9 +160,16 @@ def noise_key(
 
     n, n0, alpha and mode are left out on purpose: a longer question extends the same rows.
     """
+    return key_of_trial(secret, hashlib.sha256(pixels).hexdigest(), shape, bundle, sigma)
+
+
+def key_of_trial(
+    secret: bytes, pixels_sha256: str, shape: tuple[int, int, int], bundle: str, sigma: float
+) -> bytes:
+    """The noise key of pixels that are not at hand, by their SHA-256 in hexadecimal."""
     trial = {
         "noise": NOISE_FORMAT,
-        "pixels": hashlib.sha256(pixels).hexdigest(),
+        "pixels": pixels_sha256,
         "shape": list(shape),
         "bundle": bundle,
         "sigma": float(sigma),

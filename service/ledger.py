@@ -109,12 +109,12 @@ class Record:
             self.waiting.remove(index)
 
     def restart(self, bundle: str, key: bytes) -> None:
-        """Begin anew under another digest: nothing was counted, and nothing went wrong."""
+        """Begin anew under another digest; only deaths are remembered, for the rows' sake."""
         self.job = replace(self.job, bundle=bundle, key=key)
         self.waiting = list(range(len(self.shards)))
         self.votes = {domain: [0] * self.job.classes for domain in Domain}
         self.state, self.rows_done, self.started = State.QUEUED, 0, None
-        self.counted, self.failures, self.deaths = set(), Counter(), Counter()
+        self.counted, self.failures = set(), Counter()
 
     def status(self) -> JobStatus:
         """The job as the outside sees it."""

@@ -108,9 +108,9 @@ class TaskModel:
         self.bundle = bundle
         self.kept = kept
         self.lanes = loading.lanes
-        self._serve_under(loading.numerics)
         self.classes = len(bundle.labels)
         self._networks = networks
+        self._serve_under(loading.numerics)
         self._loaded: SmoothedModel | None = None
         self._refusal: tuple[float, str] | None = None
 
@@ -130,21 +130,30 @@ class TaskModel:
         `SmoothedModel.votes` raises, and MemoryError where the smallest batch is too large.
         """
         promised = self.digest
-        for room_is_made in (False, True):
-            if room_is_made:
-                self._make_room()
-            model = self.loaded()
-            if self.digest != promised:  # Memory ran out as the networks were loaded.
-                break
-            votes = _votes_unless_short(model, parts)
-            if votes is not None:
-                return votes
-        else:
-            if not self._may_lower():
-                rows = self.numerics.batch_rows
-                raise MemoryError(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
+        votes = self._counted(parts, promised)
+        if votes is None and self.digest == promised:
+            self._make_room()
+            votes = self._counted(parts, promised)
+        if votes is None and self.digest == promised:
             self._lower()
-        raise ShapeLowered(f"task {self.bundle.id!r} is served under another digest from now on")
+        if votes is None:
+            raise ShapeLowered(
+                f"task {self.bundle.id!r} is served under another digest from now on"
+            )
+        return votes
+
+    def _counted(self, parts: Sequence[Rows], promised: str) -> NDArray[np.int64] | None:
+        """The votes under the digest that was promised; None where memory runs out, or did as the
+        networks were loaded. Nothing is kept of that error, whose frames hold the batch."""
+        model = self.loaded()
+        if self.digest != promised:
+            return None
+        try:
+            return model.votes(parts)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        return None
 
     def loaded(self) -> SmoothedModel:
         """The networks, loaded now where they were not; for the compute thread alone.
@@ -153,24 +162,22 @@ class TaskModel:
         """
         if not self.kept:
             self._networks.used(self)
-        model = self._loaded
-        if model is None:
-            model = self._loaded = self._load()
-            if not self._networks.holds(self):
-                self.unload()  # The task went while its networks were loaded.
-        return model
+        return self._loaded or self._load(self.numerics.batch_rows)
 
     def unload(self) -> None:
         """Let the networks go; the next use loads them again."""
         self._loaded = None
 
-    def _load(self) -> SmoothedModel:
+    def _load(self, rows: int) -> SmoothedModel:
+        """Load the networks for batches of so many rows, or of fewer where memory runs out."""
         loading = self._networks.loading
         if self._refusal and loading.clock() - self._refusal[0] < REFUSAL_SECONDS:
             raise ModelUnavailable(self._refusal[1])
         try:
             with loading.patient(LOAD_SECONDS):
-                model = self._load_with_room()
+                model, rows = self._loaded_with_room(rows)
+            if rows != self.numerics.batch_rows:
+                self._serve_under(replace(self.numerics, batch_rows=rows))
             if model.digest != self.digest:
                 raise BundleError(f"loads as {model.digest[:16]}, not as {self.digest[:16]}")
         except DeviceFailed:
@@ -183,22 +190,23 @@ class TaskModel:
             detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
             self._refusal = loading.clock(), detail
             raise ModelUnavailable(detail) from error
+        if self._networks.holds(self):  # The task may have gone while its networks were loaded.
+            self._loaded = model
         return model
 
-    def _load_with_room(self) -> SmoothedModel:
-        """Where memory is short, once more without the other tasks' networks, and then in smaller
-        batches, for as long as it is not the weights that do not fit."""
-        served, load = self.numerics, self._networks.loading.load
+    def _loaded_with_room(self, rows: int) -> tuple[SmoothedModel, int]:
+        """The networks and the rows of their batches: where memory is short, once more without the
+        other tasks' networks, then halved for as long as it is not the weights that do not fit."""
         room_is_made = False
         while True:
             try:
-                return load(self.bundle, self.numerics.batch_rows)
+                return self._networks.loading.load(self.bundle, rows), rows
             except Exception as error:
-                if not ran_out(error) or (room_is_made and not self._may_lower(error)):
-                    self._serve_under(served)
+                last = isinstance(error, TooLittleMemory) or rows <= SMALLEST_BATCH
+                if not ran_out(error) or (room_is_made and last):
                     raise
             if room_is_made:
-                self._lower()
+                rows = _halved(rows)
             else:
                 self._make_room()
                 room_is_made = True
@@ -209,39 +217,33 @@ class TaskModel:
         self._networks.unload_others(self)
         let_go()
 
-    def _may_lower(self, error: Exception | None = None) -> bool:
-        return self.numerics.batch_rows > SMALLEST_BATCH and not isinstance(error, TooLittleMemory)
-
     def _lower(self) -> None:
-        """Halve the batches; the networks are loaded anew, for some are made for one shape."""
-        rows = max(SMALLEST_BATCH, self.numerics.batch_rows // 2)
+        """Load the networks for batches of half the rows."""
+        rows = self.numerics.batch_rows
+        if rows <= SMALLEST_BATCH:
+            raise MemoryError(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
         self.unload()
-        self._serve_under(replace(self.numerics, batch_rows=rows))
         let_go()
-        told = naming(task_id=self.bundle.id)
-        logger.warning(
-            "memory ran out: task %s is served in batches of %d rows from now on, under digest %s",
-            self.bundle.id,
-            rows,
-            self.digest[:16],
-            extra=told,
-        )
-        telemetry.SHAPES_LOWERED.inc()
+        self._load(_halved(rows))
 
     def _serve_under(self, numerics: Numerics) -> None:
+        usual = self._networks.loading.numerics
         self.numerics = numerics
         self.batch_rows = numerics.device_rows(self.lanes)
         self.digest = self.bundle.served_digest(numerics.described())
+        if numerics != usual:
+            logger.warning(
+                "memory ran out: task %s is served in batches of %d rows from now on, under %s",
+                self.bundle.id,
+                numerics.batch_rows,
+                self.digest[:16],
+                extra=naming(task_id=self.bundle.id),
+            )
+            telemetry.SHAPES_LOWERED.inc()
 
 
-def _votes_unless_short(model: SmoothedModel, parts: Sequence[Rows]) -> NDArray[np.int64] | None:
-    """The votes; None, and nothing kept of the error, whose frames hold the batch."""
-    try:
-        return model.votes(parts)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-    return None
+def _halved(rows: int) -> int:
+    return max(SMALLEST_BATCH, rows // 2)
 
 
 def _reason(error: Exception, bundle: Bundle) -> str:

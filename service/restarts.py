@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from models.bundle import Bundle
 from service import telemetry
-from service.engine import Engine
-from service.jobs import Job, noise_key
+from service.engine import Capacity, Engine
+from service.jobs import Job, key_of_trial
 from service.logs import about
 from service.outage import AWAY
 
 logger = logging.getLogger("vouchsafe")
+
+LOOK_SECONDS = 1.0
+PATIENCE = 8
+"""Looks in a row that must miss a digest: after an outage workers come back one by one."""
+MOST_RESTARTS = 8
+"""Of one job. A shape of 64 rows is halved five times before it is the smallest."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """An open job: its served digest, that of the bundle it was asked of, and what befell it."""
+
+    task: str
+    bundle: str
+    asked_of: str | None
+    pixels_sha256: str
+    missing: int = 0
+    restarts: int = 0
 
 
 class Restarts:
@@ -25,21 +45,26 @@ class Restarts:
     """
 
     def __init__(
-        self, engine: Engine, tasks: Mapping[str, Bundle], secret: bytes, seconds: float = 1.0
+        self,
+        engine: Engine,
+        tasks: Mapping[str, Bundle],
+        secret: bytes,
+        seconds: float = LOOK_SECONDS,
     ) -> None:
         self._engine, self._tasks, self._secret, self._seconds = engine, tasks, secret, seconds
-        self._bundles: dict[str, tuple[str, str]] = {}  # by job: its task and digest
+        self._open: dict[str, _Open] = {}  # by job
         self._looking: asyncio.Task[None] | None = None
 
     def begin(self, job: Job) -> None:
-        """The job is open from now on."""
-        self._bundles[job.id] = job.task, job.bundle
+        """The job, with its pixels, is open from now on."""
+        sha256 = hashlib.sha256(job.pixels).hexdigest()
+        self._open[job.id] = _Open(job.task, job.bundle, self._asked_of(job.task), sha256)
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_on())
 
     def end(self, job_id: str) -> None:
         """The job is over."""
-        self._bundles.pop(job_id, None)
+        self._open.pop(job_id, None)
 
     async def close(self) -> None:
         """Look no more."""
@@ -47,37 +72,46 @@ class Restarts:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
 
+    def _asked_of(self, task: str) -> str | None:
+        bundle = self._tasks.get(task)
+        return None if bundle is None else bundle.digest
+
     async def _look_on(self) -> None:
-        while self._bundles:
+        while self._open:
             await asyncio.sleep(self._seconds)
             try:
-                await self._look()
+                capacity = await self._engine.capacity()
             except AWAY:
                 continue  # Who asks is told; here it is looked at again.
-            except Exception:
-                logger.exception("open jobs could not be looked after")
+            for job_id, known in list(self._open.items()):
+                try:
+                    await self._look_at(job_id, known, capacity)
+                except AWAY:
+                    break
+                except Exception:
+                    logger.exception("the open job %s could not be looked after", job_id)
 
-    async def _look(self) -> None:
-        capacity = await self._engine.capacity()
-        for job_id, (task, bundle) in list(self._bundles.items()):
-            digests = capacity.digests.get(task, frozenset())
-            if digests and bundle not in digests:
-                await self._restart(job_id, capacity.bundles[task])
-
-    async def _restart(self, job_id: str, bundle: str) -> None:
-        status = await self._engine.status(job_id)
-        if status is None or status.state.ended or job_id not in self._bundles:
-            return
-        job, described = status.job, self._tasks.get(status.job.task)
-        if described is None or len(described.labels) != job.classes:
+    async def _look_at(self, job_id: str, known: _Open, capacity: Capacity) -> None:
+        digests = capacity.digests.get(known.task, frozenset())
+        known.missing = known.missing + 1 if digests and known.bundle not in digests else 0
+        if known.missing < PATIENCE or known.restarts >= MOST_RESTARTS:
+            return  # At the end of its patience the engine fails what nobody serves.
+        if known.asked_of is None or self._asked_of(known.task) != known.asked_of:
             return  # Not the same question: it is withdrawn, or fails unserved.
-        key = noise_key(self._secret, job.pixels, job.shape, bundle, job.sigma)
-        if await self._engine.restart(job_id, bundle, key):
+        status = await self._engine.status(job_id)
+        if status is None or status.state.ended:
+            return
+        job, served, known.missing = status.job, capacity.bundles[known.task], 0
+        if job.bundle != known.bundle:  # It has begun anew, and nobody here was told.
+            known.bundle = job.bundle
+            return
+        key = key_of_trial(self._secret, known.pixels_sha256, job.shape, served, job.sigma)
+        if await self._engine.restart(job_id, served, key):
+            known.bundle, known.restarts = served, known.restarts + 1
             telemetry.RESTARTS.inc()
             logger.warning(
                 "a job begins anew under digest %s: no live worker serves %s any more",
-                bundle[:16],
+                served[:16],
                 job.bundle[:16],
                 extra=about([job]),
             )
-        self._bundles[job_id] = job.task, bundle

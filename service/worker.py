@@ -248,7 +248,10 @@ class _Loop:
             self._long = frozenset()
             self._taken.set()
             computing.cancel()
-        votes = computing.result()
+        try:
+            votes = computing.result()
+        finally:
+            del computing  # An error's frames hold the batch, and this one would hold the error.
         if votes.shape != (len(parts), model.classes):
             raise ValueError(f"votes of shape {votes.shape}")
         return votes

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine import FAILURES_ALLOWED, Engine, Worker
+from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Worker
 from service.errors import Backlog, IdempotencyMismatch, QuotaExceeded
 from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import make_job, true_votes
@@ -198,8 +198,11 @@ async def test_a_death_over_an_old_lease_does_not_count(harness: Harness) -> Non
     assert await engine.renew(leases) == leases
 
 
-async def test_attempts_under_the_old_digest_are_forgotten(harness: Harness) -> None:
-    """Failures and deaths were of another shape: the new one has all its attempts."""
+async def test_failures_under_the_old_digest_are_forgotten_and_deaths_are_not(
+    harness: Harness,
+) -> None:
+    """Failures may be the shape's, and the new one has all its attempts; over whose rows a worker
+    died stays alone."""
     engine = harness.engine
     await engine.submit(make_job("a", n0=0, n=20))
     await die(harness)
@@ -209,13 +212,26 @@ async def test_attempts_under_the_old_digest_are_forgotten(harness: Harness) -> 
         await engine.fail(lease, PROBLEM)
     await engine.restart("a", NEW, KEY)
     for _ in range(FAILURES_ALLOWED - 1):
-        first, other = await engine.pull(NEWER, 20)
-        assert not first.solitary
-        await engine.fail(first, PROBLEM)
-        await engine.release([other])
+        (lease,) = await engine.pull(NEWER, 20)
+        assert lease.solitary
+        await engine.fail(lease, PROBLEM)
     await finish_everything(engine, NEWER)
     assert_exact(await status_of(engine, "a"))
     assert (await engine.queue()).dead_letters == 0
+
+
+async def test_a_poison_job_ends_however_often_it_begins_anew(harness: Harness) -> None:
+    """Deaths are counted across digests: a job that kills every worker does not live on by them."""
+    engine, turns = harness.engine, [(ALPHA, "bundle-a"), (NEWER, NEW)]
+    await engine.submit(one_shard("a"))
+    for death in range(SOLITARY_DEATHS_ALLOWED + 1):
+        worker, _ = turns[death % 2]
+        _, bundle = turns[(death + 1) % 2]
+        await engine.start(await engine.pull(worker, 1))
+        await harness.wait(LEASE + 1)
+        await engine.pull(Worker("birds", {"birds": "bundle-b"}), 1)  # Whoever pulls sweeps.
+        assert await engine.restart("a", bundle, KEY) is (death < SOLITARY_DEATHS_ALLOWED)
+    assert (await status_of(engine, "a")).state is State.FAILED
 
 
 async def test_a_digest_may_come_back(engine: Engine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,32 @@ from models.smoothing import Rows, SmoothedModel, load, votes
 from service import telemetry
 from service.config import Settings
 from service.embedded import Embedded
-from service.engine import Worker
-from service.engine_memory import MemoryEngine
+from service.engine import Capacity, Engine, Worker
 from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.predictions import Predictions
-from service.restarts import Restarts
+from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.schemas import PredictRequest
 from tests.fakes import EngineSpy, fake_votes, make_job, true_votes
 from tests.serving import DIGEST, SECRET, TASKS, Service, png
+from tests.test_engine_conformance import HARNESSES
 from tests.test_worker import soon
 
 OLD, NEW = "bundle-a", "bundle-b"
 TASK = {"default": replace(TASKS["default"], labels=("ant", "bee", "cat"))}
+LONG = PATIENCE + 3
+"""Looks after which a job would have begun anew."""
 
 
-@pytest.fixture
-async def engine() -> MemoryEngine:
+@pytest.fixture(params=HARNESSES)
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     """An engine of one worker that serves the old digest."""
-    built = MemoryEngine(shard_rows=10, poll_seconds=0.01)
-    await serves(built, "w", OLD)
-    return built
+    harness = HARNESSES[request.param](request)
+    await serves(harness.engine, "w", OLD)
+    yield harness.engine
+    await harness.close()
 
 
-async def serves(engine: MemoryEngine, worker: str, digest: str) -> None:
+async def serves(engine: Engine, worker: str, digest: str) -> None:
     """Announce a worker of this digest; what it leases goes back at once."""
     await engine.release(await engine.pull(Worker(worker, {"default": digest}), 1))
 
@@ -48,7 +51,7 @@ def restarts(engine: Any, tasks: Any = TASK) -> Restarts:
     return Restarts(engine, tasks, SECRET, seconds=0.005)
 
 
-async def under(engine: MemoryEngine, job: Job, digest: str) -> JobStatus:
+async def under(engine: Engine, job: Job, digest: str) -> JobStatus:
     """The job's status once it is under this digest."""
     async with asyncio.timeout(5):
         async for status in engine.watch(job.id):
@@ -64,7 +67,7 @@ async def looks(spy: EngineSpy, times: int) -> None:
 
 
 async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_served(
-    engine: MemoryEngine,
+    engine: Engine,
 ) -> None:
     """Its votes are thrown away, its key is the new digest's own, and its answer is exact."""
     job, told = make_job("a"), telemetry.RESTARTS._value.get()
@@ -77,7 +80,7 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     status = await under(engine, job, NEW)
     assert (status.state, status.rows_done, sum(status.selection)) == (State.QUEUED, 0, 0)
     assert status.job.key == noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
-    assert replace(status.job, key=job.key, bundle=OLD) == job
+    assert replace(status.job, key=job.key, bundle=OLD, pixels=job.pixels) == job
     assert telemetry.RESTARTS._value.get() == told + 1
     assert not await engine.commit(late, [0, 10, 0])
     for lease in await engine.pull(Worker("w", {"default": NEW}), 1_000):
@@ -91,7 +94,7 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     await looking.close()
 
 
-async def test_jobs_stay_while_anybody_serves_them(engine: MemoryEngine) -> None:
+async def test_jobs_stay_while_anybody_serves_them(engine: Engine) -> None:
     """One worker of the old digest is enough; so is none at all, for it may come back."""
     spy, jobs = EngineSpy(engine), [make_job("a"), make_job("b", task="birds", bundle=OLD)]
     await engine.pull(Worker("bird", {"birds": OLD}), 1)
@@ -103,40 +106,123 @@ async def test_jobs_stay_while_anybody_serves_them(engine: MemoryEngine) -> None
     looking = restarts(spy)
     for job in jobs:
         looking.begin(job)
-    await looks(spy, 3)
+    await looks(spy, LONG)
     assert spy.asked("restart") == []
     await looking.close()
 
 
-async def test_another_question_is_not_restarted(engine: MemoryEngine) -> None:
-    """Where the task has other labels now, or is gone, its jobs are not asked of it."""
-    for tasks in ({}, TASKS):
-        spy, job = EngineSpy(engine), make_job(f"job-{len(tasks)}")
+async def test_another_question_is_not_restarted(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the task is gone, or another bundle, its jobs are not asked of it."""
+    changed = {"default": replace(TASK["default"], k=2.0)}
+    for later in ({}, changed):
+        tasks, spy, job = dict(TASK), EngineSpy(engine), make_job(f"job-{len(later)}")
         await serves(engine, "w", OLD)
         await engine.submit(job)
         await serves(engine, "w", NEW)
         looking = restarts(spy, tasks)
         looking.begin(job)
-        await looks(spy, 3)
+        tasks.clear()
+        tasks.update(later)
+        await looks(spy, LONG)
         assert spy.asked("restart") == []
         await looking.close()
+    assert caplog.records == []
 
 
-async def test_an_engine_that_is_away_is_asked_again(engine: MemoryEngine) -> None:
+class Returning(EngineSpy):
+    """Every so many looks the old digest is there, and else the new one alone."""
+
+    async def capacity(self) -> Capacity:
+        self.calls.append(("capacity", ()))
+        digest = OLD if len(self.asked("capacity")) % PATIENCE == 0 else NEW
+        digests = {"default": frozenset({digest})}
+        return Capacity(0, 0.0, {"default": digest}, digests=digests)
+
+
+async def test_a_worker_that_is_missed_for_a_moment_keeps_its_jobs(engine: Engine) -> None:
+    """After an outage workers come back one by one: a few looks decide nothing."""
+    spy, job = Returning(engine), make_job("a")
+    await engine.submit(job)
+    looking = restarts(spy)
+    looking.begin(job)
+    await looks(spy, 3 * PATIENCE)
+    assert spy.asked("restart") == []
+    await looking.close()
+
+
+async def test_keys_are_of_the_pixels_though_the_engine_tells_none(engine: Engine) -> None:
+    """Two images of one shape that begin anew have the keys that they would be given now."""
+    jobs = [replace(make_job("a"), pixels=bytes([shade] * 12)) for shade in (1, 2)]
+    jobs[1] = replace(jobs[1], id="b")
+    looking = restarts(engine)
+    for job in jobs:
+        await engine.submit(job)
+        looking.begin(job)
+    await serves(engine, "w", NEW)
+    for job in jobs:
+        wanted = noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
+        assert (await under(engine, job, NEW)).job.key == wanted
+    await looking.close()
+
+
+async def test_a_job_begins_anew_a_bounded_number_of_times(engine: Engine) -> None:
+    """Workers that lose their shape again and again do not keep a job for ever."""
+    spy, job = EngineSpy(engine), make_job("a")
+    await engine.submit(job)
+    looking = restarts(spy)
+    looking.begin(job)
+    for turn in range(MOST_RESTARTS):
+        digest = f"bundle-{turn}"
+        await serves(engine, "w", digest)
+        await under(engine, job, digest)
+    await serves(engine, "w", "bundle-last")
+    await looks(spy, LONG)
+    assert len(spy.asked("restart")) == MOST_RESTARTS
+    await looking.close()
+
+
+async def test_a_job_that_ends_as_it_begins_anew_is_over(engine: Engine) -> None:
+    """Nobody looks after it any more, and one that raises keeps nobody from the others."""
+    jobs = [make_job("bad"), make_job("ends"), make_job("good")]
+
+    class Ending(EngineSpy):
+        async def status(self, job_id: str) -> JobStatus | None:
+            if job_id == "bad":
+                raise ZeroDivisionError
+            return await self.engine.status(job_id)
+
+        async def restart(self, job_id: str, *asked: Any) -> bool:
+            if job_id == "ends":
+                looking.end(job_id)
+            return await self.engine.restart(job_id, *asked)
+
+    looking = restarts(Ending(engine))
+    for job in jobs:
+        await engine.submit(job)
+        looking.begin(job)
+    await serves(engine, "w", NEW)
+    await under(engine, jobs[2], NEW)
+    assert looking._open.keys() == {"bad", "good"}
+    await looking.close()
+
+
+async def test_an_engine_that_is_away_is_asked_again(engine: Engine) -> None:
     """An outage, or an answer that was lost in one, ends nothing."""
-    troubles = iter([True, True, False, False, True, False, True])
+    troubles = iter([True, True, *[False] * 2 * PATIENCE, True, False, True, *[False] * 20, True])
     spy, job = EngineSpy(engine, lambda: next(troubles, False)), make_job("a")
     await engine.submit(job)
     await serves(engine, "w", NEW)
     looking = restarts(spy)
     looking.begin(job)
     await under(engine, job, NEW)
-    await looks(spy, 3)
+    await looks(spy, LONG)
     assert (await engine.status(job.id)).job.bundle == NEW  # type: ignore[union-attr]
     await looking.close()
 
 
-async def test_nobody_looks_after_jobs_that_are_over(engine: MemoryEngine) -> None:
+async def test_nobody_looks_after_jobs_that_are_over(engine: Engine) -> None:
     """The engine is asked only while a job of this process is open."""
     spy, first, second = EngineSpy(engine), make_job("a"), make_job("b")
     looking = restarts(spy)

@@ -13,7 +13,8 @@ withdraw(id)
 settle(id, -tonumber(done))
 local outdated = {'started'}
 for _, field in ipairs(redis.call('HKEYS', job)) do
-  if string.find(field, ':', 1, true) then -- Votes of a class; attempts of a shard.
+  -- Votes of a class; a shard's start and failures. Deaths stay: they speak of the rows.
+  if string.find(field, ':', 1, true) and not string.find(field, '^d:') then
     table.insert(outdated, field)
   end
 end
