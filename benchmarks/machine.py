@@ -59,7 +59,7 @@ def copy_gigabytes(mebibytes: int, device: torch.device) -> float:
 
 def ceilings(sides: Sequence[int], mebibytes: int, device: torch.device) -> dict[str, Any]:
     """Both of the above, the product at several sizes."""
-    products = {str(side): round(matmul_teraflops(side, device), 3) for side in sides}
+    products = {str(side): round(matmul_teraflops(side, device), 6) for side in sides}
     copying = round(copy_gigabytes(mebibytes, device), 1)
     return {"bf16 matmul, TFLOP/s": products, "copy, GB/s read and written": copying}
 
