@@ -44,6 +44,8 @@ SET, HEAD, WAYS = DENOISER_SETS["nano"], CLASSIFIER_SETS["nano"], ADAPTATIONS["n
 CPU = torch.device("cpu")
 SIGMAS = (0.25, 0.5)
 DRAWS, ROWS = 2, 16
+MOST_MADE = 64
+"""The most references a label that any way asks for."""
 MADE, PHOTOGRAPHS = "made", "photographs"
 
 Outcomes = NDArray[np.float64]
@@ -53,7 +55,9 @@ Outcomes = NDArray[np.float64]
 @dataclass(frozen=True)
 class Way:
     """One adaptation: `each` references a label, `steps` of personalization with the word in the
-    template, or `epochs` of fine-tuning; `rate` is the learning rate of whichever there is."""
+    template, or `epochs` of fine-tuning; `rate` is the learning rate of whichever there is, `k` the
+    ratio of noise levels of both stage II's personalization and its use. The last three are those
+    of `Finetuning`."""
 
     source: str = MADE
     each: int = 32
@@ -62,16 +66,21 @@ class Way:
     weight: float = WAYS.personalization.weight
     epochs: int = 0
     rate: float = 0.0
+    k: float = SET.k
+    draws: int = 1
+    own_answers: bool = False
+    consistency: float = 0.0
 
     @property
     def told(self) -> str:
         """The row's name in the table."""
+        ratio = "" if self.k == SET.k else f", k {self.k:g}"
         if not self.steps and not self.epochs:
-            return f"nothing; {self.word!r} in the prompt"
+            return f"nothing{ratio}; {self.word!r} in the prompt"
         epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
         what = f"{self.steps} steps" if self.steps else epochs
         prompt = f", lambda {self.weight:g}, {self.word!r} in the prompt" if self.steps else ""
-        return f"{what} at {self.rate:g}{prompt}; {self.source}, {self.each} a label"
+        return f"{what} at {self.rate:g}{ratio}{prompt}; {self.source}, {self.each} a label"
 
 
 _PERSONALIZED = Way(steps=300, rate=1e-4)
@@ -81,6 +90,12 @@ EVERY = (
     Way(word="sks"),
     _PERSONALIZED,
     replace(_PERSONALIZED, each=4),
+    replace(_PERSONALIZED, steps=100),
+    replace(_PERSONALIZED, steps=1_000),
+    Way(k=1.6),
+    replace(_PERSONALIZED, k=1.6),
+    Way(k=2.0),
+    replace(_PERSONALIZED, k=2.0),
     replace(_PERSONALIZED, word="sks"),
     replace(_PERSONALIZED, rate=1e-3),
     replace(_PERSONALIZED, rate=1e-3, weight=0.0),
@@ -111,14 +126,11 @@ class Bench:
         self.held_back = cifar10(data, "held-back")
         bundle = read_bundle(DEFAULT_TASK).digest
         self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, asdict(WAYS.sampling)]
-        self._plan = Plan.checked(
-            CIFAR10_LABELS, shots=max(way.each for way in EVERY if _made(way))
-        )
+        self._plan = Plan.checked(CIFAR10_LABELS, shots=MOST_MADE)
 
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
         """Each sigma's outcomes of the networks adapted this way; kept in the folder."""
-        told = json.dumps([asdict(way), *self._measured_with])
-        name = hashlib.sha256(told.encode()).hexdigest()[:12]
+        name = self.name_of(way)
         kept = self._work / f"{name}.json"
         if not kept.exists():
             found = {str(sigma): shares.tolist() for sigma, shares in self._run(way, name).items()}
@@ -126,35 +138,60 @@ class Bench:
                 partial_file.write_text(json.dumps(found))
         return {float(sigma): np.array(f) for sigma, f in json.loads(kept.read_text()).items()}
 
+    def name_of(self, way: Way) -> str:
+        """Of what is kept of a way."""
+        told = json.dumps([asdict(way), *self._measured_with])
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
     def _run(self, way: Way, name: str) -> dict[float, Outcomes]:
         out = self._work / name
         out.mkdir(exist_ok=True)
         (states,) = self._states([SET.template.format(way.word)])
-        adapter = tuned = None
+        adapter = None
         if way.steps:
             base = WAYS.personalization
             profile = replace(base.profile, steps=way.steps, learning_rate=way.rate)
             ways = replace(base, profile=profile, weight=way.weight)
             head = self._classifier(Torch(), None)
             references = self._references(way)
-            adapter = personalize(SET.folders[1], references, states, SET.k, head, ways, out, CPU)
-        if way.epochs:
-            profile = replace(WAYS.finetuning.profile, learning_rate=way.rate)
-            learner = TUNABLES[HEAD.kind](MODELS / HEAD.folder, CIFAR10_LABELS, SET.template, CPU)
-            tuned = finetune(
-                learner,
-                self._denoiser(Torch(), states, None),
-                self._references(way),
-                replace(WAYS.finetuning, profile=profile),
-                way.epochs,
-                out,
-                CPU,
-            )
+            adapter = personalize(SET.folders[1], references, states, way.k, head, ways, out, CPU)
         denoiser, classifier = (
-            self._denoiser(self._runtime, states, adapter),
-            self._classifier(self._runtime, tuned),
+            self._denoiser(self._runtime, states, adapter, way.k),
+            self.classifier(self.tuned(way, out)),
         )
         return {s: rows_named_right(denoiser, classifier, self.held_back, s) for s in SIGMAS}
+
+    def tuned(self, way: Way, out: Path) -> Path | None:
+        """The classifier fine-tuned this way behind the denoiser at rest, in a folder."""
+        if not way.epochs:
+            return None
+        (states,) = self._states([SET.template.format(way.word)])
+        base = WAYS.finetuning
+        settings = replace(
+            base,
+            profile=replace(base.profile, learning_rate=way.rate),
+            draws=way.draws,
+            own_answers=way.own_answers,
+            consistency=way.consistency,
+        )
+        return finetune(
+            TUNABLES[HEAD.kind](MODELS / HEAD.folder, CIFAR10_LABELS, SET.template, CPU),
+            self._denoiser(Torch(), states, None, way.k),
+            self._references(way),
+            settings,
+            way.epochs,
+            out,
+            CPU,
+        )
+
+    def denoiser(self) -> Denoiser:
+        """The denoiser at rest."""
+        (states,) = self._states([SET.template.format(SET.identifier)])
+        return self._denoiser(self._runtime, states, None, SET.k)
+
+    def classifier(self, tuned: Path | None) -> Classifier:
+        """The classifier, of the weights given or at rest."""
+        return self._classifier(self._runtime, tuned)
 
     def _states(self, prompts: list[str]) -> Tensor:
         return encode(SET.folders[0], prompts, CPU, torch.float32)
@@ -172,18 +209,16 @@ class Bench:
         chosen = first_of_each(whole.labels.numpy(), way.each)
         return References(whole.images[chosen], whole.labels[chosen])
 
-    def _denoiser(self, runtime: Runtime, states: Tensor, adapter: Path | None) -> Denoiser:
+    def _denoiser(
+        self, runtime: Runtime, states: Tensor, adapter: Path | None, k: float
+    ) -> Denoiser:
         load = DENOISERS["super-resolution"]
-        return load(SET.folders[1], states, SET.k, CPU, torch.float32, runtime, adapter)
+        return load(SET.folders[1], states, k, CPU, torch.float32, runtime, adapter)
 
     def _classifier(self, runtime: Runtime, tuned: Path | None) -> Classifier:
         load = CLASSIFIERS[HEAD.kind]
         folder = MODELS / HEAD.folder
         return load(folder, CIFAR10_LABELS, SET.template, CPU, torch.float32, runtime, tuned)
-
-
-def _made(way: Way) -> bool:
-    return way.source == MADE
 
 
 def first_of_each(labels: NDArray[np.int64], each: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Synthesis, personalization and fine-tuning: seeded, resumable, and served as they were made."""
+"""Synthesis and personalization: seeded, resumable, and served as they were made."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.adaptation.finetune import TUNABLES, Finetuning, finetune
 from models.adaptation.personalize import Personalization, personalize
 from models.adaptation.plan import Plan
 from models.adaptation.references import References, read_references
 from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode, synthesize
-from models.classifier import CLASSIFIERS, load_open_clip
-from models.denoiser import NoDenoiser, SuperResolutionDenoiser, load_super_resolution
+from models.classifier import load_open_clip
+from models.denoiser import SuperResolutionDenoiser, load_super_resolution
 from models.runtime import Torch
 from models.training import Profile
 from tests import miniatures
@@ -35,12 +34,6 @@ PERSONALIZATION = Personalization(
     weight=0.1,
     micro_batch=3,
     validation_rows=6,
-)
-FINETUNING = Finetuning(
-    Profile(steps=0, batch=0, learning_rate=1e-2, log_every=1, checkpoint_every=1),
-    sigmas=(0.1, 0.5),
-    largest_batch=4,
-    micro_batch=3,
 )
 
 
@@ -238,60 +231,3 @@ def test_an_adapter_is_served_as_it_was_trained(
         plain, within = (denoise(x_hat, sigma) for denoise in denoisers)
         assert torch.allclose(within, beside(x_hat, sigma), atol=1e-5)
         assert not torch.allclose(within, plain, atol=1e-3)
-
-
-@pytest.fixture(params=["open-clip", "timm"])
-def head(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    return request.param, miniatures.CLASSIFIER_FOLDERS[request.param](tmp_path / "head")
-
-
-def finetuned(
-    head: tuple[str, Path], references: References, out: Path, stop: int | None
-) -> Path | None:
-    kind, folder = head
-    out.mkdir(exist_ok=True)
-    tunable = TUNABLES[kind](folder, miniatures.LABELS, TEMPLATE, CPU)
-    try:
-        return finetune(
-            tunable, NoDenoiser(), references, FINETUNING, 3, out, CPU, on_step=stopping(stop)
-        )
-    except Stopped:
-        return None
-
-
-def test_a_fine_tuning_goes_on_exactly_and_is_served_as_it_was_made(
-    head: tuple[str, Path], references: References, tmp_path: Path
-) -> None:
-    """Same losses and weights as an uninterrupted run; the weights, in float32, load into the
-    served classifier, whose logits they change."""
-    whole = finetuned(head, references, tmp_path / "whole", None)
-    assert finetuned(head, references, tmp_path / "broken", 4) is None
-    broken = finetuned(head, references, tmp_path / "broken", None)
-    assert whole is not None
-    assert broken is not None
-    assert [step for step, _ in losses(tmp_path / "whole", "finetune")] == [1, 2, 3, 4, 5, 6]
-    assert losses(tmp_path / "whole", "finetune") == losses(tmp_path / "broken", "finetune")
-    assert whole.read_bytes() == broken.read_bytes()
-    stored = load_file(whole)
-    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float32}
-    kind, folder = head
-    x = references.images.float() / 255
-    before, after = (
-        CLASSIFIERS[kind](folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch(), tuned)(
-            x
-        )
-        for tuned in (None, whole)
-    )
-    assert not torch.allclose(before, after, atol=1e-2)
-
-
-def test_both_towers_of_a_clip_learn(clip: Path, references: References, tmp_path: Path) -> None:
-    """Image and text encoder change; the scale of the logits, which neither owns, rests."""
-    tuned = finetuned(("open-clip", clip), references, tmp_path, None)
-    assert tuned is not None
-    before, after = load_file(clip / "open_clip_model.safetensors"), load_file(tuned)
-    changed = {name for name in after if not torch.equal(before[name].float(), after[name].float())}
-    assert any(name.startswith("visual.") for name in changed)
-    assert "token_embedding.weight" in changed
-    assert "logit_scale" not in changed
-    assert not any("running_mean" in name for name in changed)

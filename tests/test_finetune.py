@@ -1,0 +1,185 @@
+"""Fine-tuning: resumable, learning what it says it learns, and served as it was made."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.adaptation.finetune import TUNABLES, Finetuning, disagreement, finetune
+from models.adaptation.references import References
+from models.classifier import CLASSIFIERS, Classifier
+from models.denoiser import NoDenoiser
+from models.runtime import Torch
+from models.training import Profile
+from tests import miniatures
+
+CPU = torch.device("cpu")
+TEMPLATE = "a {}."
+PAPERS = Finetuning(
+    Profile(steps=0, batch=0, learning_rate=1e-2, log_every=1, checkpoint_every=1),
+    sigmas=(0.1, 0.5),
+    largest_batch=4,
+    micro_batch=3,
+)
+CONSISTENT = replace(PAPERS, draws=3, own_answers=True, consistency=2.0)
+
+
+class Stopped(Exception):
+    """The run is cut short here."""
+
+
+@pytest.fixture
+def references() -> References:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return References(images, torch.tensor([0, 0, 1, 1, 2, 2]))
+
+
+@pytest.fixture(params=["open-clip", "timm"])
+def head(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    return request.param, miniatures.CLASSIFIER_FOLDERS[request.param](tmp_path / "head")
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return miniatures.save_open_clip(tmp_path / "clip")
+
+
+def finetuned(
+    head: tuple[str, Path],
+    references: References,
+    out: Path,
+    settings: Finetuning = PAPERS,
+    epochs: int = 3,
+) -> Path:
+    out.mkdir(exist_ok=True)
+    kind, folder = head
+    tunable = TUNABLES[kind](folder, miniatures.LABELS, TEMPLATE, CPU)
+    return finetune(tunable, NoDenoiser(), references, settings, epochs, out, CPU)
+
+
+def cut_short(
+    head: tuple[str, Path], references: References, out: Path, settings: Finetuning, stop: int
+) -> None:
+    """The same run, that ends before step `stop` is checkpointed."""
+
+    def on_step(done: int, whole: int, loss: float) -> None:
+        if done == stop:
+            raise Stopped
+
+    out.mkdir(exist_ok=True)
+    tunable = TUNABLES[head[0]](head[1], miniatures.LABELS, TEMPLATE, CPU)
+    with suppress(Stopped):
+        finetune(tunable, NoDenoiser(), references, settings, 3, out, CPU, on_step=on_step)
+    assert not (out / "classifier.safetensors").exists()
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = (out / "finetune.loss.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+
+
+def served(head: tuple[str, Path], tuned: Path | None) -> Classifier:
+    kind, folder = head
+    load = CLASSIFIERS[kind]
+    return load(folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch(), tuned)
+
+
+@pytest.mark.parametrize("settings", [PAPERS, CONSISTENT], ids=["the paper's", "consistent"])
+def test_a_fine_tuning_goes_on_exactly_and_is_served_as_it_was_made(
+    head: tuple[str, Path], references: References, tmp_path: Path, settings: Finetuning
+) -> None:
+    """Same losses and weights as an uninterrupted run; the weights, in float32, load into the
+    served classifier, whose logits they change."""
+    whole = finetuned(head, references, tmp_path / "whole", settings)
+    cut_short(head, references, tmp_path / "broken", settings, stop=4)
+    broken = finetuned(head, references, tmp_path / "broken", settings)
+    assert [step for step, _ in losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    assert whole.read_bytes() == broken.read_bytes()
+    stored = load_file(whole)
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float32}
+    x = references.images.float() / 255
+    assert not torch.allclose(served(head, None)(x), served(head, whole)(x), atol=1e-2)
+
+
+def test_both_towers_of_a_clip_learn(clip: Path, references: References, tmp_path: Path) -> None:
+    """Image and text encoder change; the scale of the logits, which neither owns, rests."""
+    tuned = finetuned(("open-clip", clip), references, tmp_path / "tuned")
+    before, after = load_file(clip / "open_clip_model.safetensors"), load_file(tuned)
+    changed = {name for name in after if not torch.equal(before[name].float(), after[name].float())}
+    assert any(name.startswith("visual.") for name in changed)
+    assert "token_embedding.weight" in changed
+    assert "logit_scale" not in changed
+    assert not any("running_mean" in name for name in changed)
+
+
+def test_the_papers_loss_is_the_cross_entropy_of_the_labels(
+    head: tuple[str, Path], references: References, tmp_path: Path
+) -> None:
+    """Without noise, the first step's loss is that of the resting classifier, up to bfloat16."""
+    settings = replace(PAPERS, sigmas=(0.0, 0.0), largest_batch=6)
+    finetuned(head, references, tmp_path / "out", settings, epochs=1)
+    logits = served(head, None)(references.images.float() / 255)
+    wanted = torch.nn.functional.cross_entropy(logits, references.labels)
+    assert losses(tmp_path / "out")[0][1] == pytest.approx(float(wanted), rel=5e-3)
+
+
+def test_own_answers_are_what_the_resting_classifier_says(
+    head: tuple[str, Path], references: References, tmp_path: Path
+) -> None:
+    """Labels play no part; without noise, the first step's loss is the answers' entropy."""
+    settings = replace(PAPERS, own_answers=True, sigmas=(0.0, 0.0), largest_batch=6)
+    others = replace(references, labels=references.labels.flip(0))
+    told = [
+        finetuned(head, these, tmp_path / str(place), settings, epochs=1).read_bytes()
+        for place, these in enumerate((references, others))
+    ]
+    assert told[0] == told[1]
+    shares = served(head, None)(references.images.float() / 255).softmax(-1)
+    wanted = -(shares * shares.log()).sum(-1).mean()
+    assert losses(tmp_path / "0")[0][1] == pytest.approx(float(wanted), rel=5e-3)
+
+
+def test_disagreement_is_the_draws_mean_divergence_from_their_mean() -> None:
+    """None where all say the same, without end for two that are sure of other labels; by hand."""
+    shares = torch.tensor(
+        [[[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]], [[0.5, 0.5], [0.0, 1.0], [0.3, 0.7]]],
+        dtype=torch.float64,
+    )
+    by_hand = 0.5 * (0.6 * math.log(0.6 / 0.9) + 0.4 * math.log(0.4 / 0.1)) + 0.5 * (
+        0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.7)
+    )
+    found = disagreement(shares.clamp_min(1e-300).log())
+    assert found[0] == pytest.approx(0.0, abs=1e-12)
+    assert found[1] > 300
+    assert found[2] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_consistency_makes_draws_agree(
+    head: tuple[str, Path], references: References, tmp_path: Path
+) -> None:
+    """With a weight of it, answers to one image under fresh noise lie closer together."""
+    slow = Profile(steps=0, batch=0, learning_rate=1e-3, log_every=1, checkpoint_every=10)
+    base = replace(CONSISTENT, profile=slow, largest_batch=6, consistency=0.0)
+    noise = torch.randn(8, 6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = (references.images.float() / 255 + 0.5 * noise).flatten(0, 1)
+
+    @torch.no_grad()
+    def apart(tuned: Path | None) -> float:
+        said: Tensor = served(head, tuned)(x).log_softmax(-1)
+        return float(disagreement(said.unflatten(0, (8, 6))).mean())
+
+    without, weighed = (
+        apart(finetuned(head, references, tmp_path / f"{c}", replace(base, consistency=c), 20))
+        for c in (0.0, 50.0)
+    )
+    assert weighed < 0.9 * without
