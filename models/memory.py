@@ -38,6 +38,16 @@ def ran_out(error: BaseException) -> bool:
     return any(words in str(error) for words in _RAN_OUT)
 
 
+def times_short() -> int:
+    """How often an allocation on the device has failed since the process began; 0 without a GPU.
+
+    Not every such error is seen here: cuDNN's convolutions catch it and take another kernel.
+    """
+    import torch
+
+    return int(torch.cuda.memory_stats().get("num_ooms", 0))
+
+
 def let_go() -> None:
     """Give the memory of what nothing refers to any more back to the device."""
     import torch

@@ -17,7 +17,7 @@ class DeviceFailed(RuntimeError):
 
 
 class ComputeThread:
-    """The one thread that models run in; its health is a by-product of its work.
+    """The one thread at a time that models run in; its health is a by-product of its work.
 
     A hung call cannot be ended, and the interpreter waits for it at its exit: leave a process
     whose thread is not healthy through `os._exit`.
@@ -25,7 +25,8 @@ class ComputeThread:
 
     def __init__(self, *, batch_seconds_limit: float = 120.0) -> None:
         self._limit = batch_seconds_limit
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._executor = _one_thread()
+        self._is_stale = False
         self._since: float | None = None
         self._patience = batch_seconds_limit
         self._broken = False
@@ -58,9 +59,19 @@ class ComputeThread:
         """Expect nothing of the device any more."""
         self._broken = True
 
+    def afresh(self) -> None:
+        """Within a call: make the calls after it in a new thread.
+
+        cuDNN's convolutions remember by thread which kernel they took when memory was short.
+        """
+        self._is_stale = True
+
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """What the function returns or raises; calls run one at a time, in order."""
         loop = asyncio.get_running_loop()
+        if self._is_stale and not self.busy:
+            self._executor.shutdown(wait=False)
+            self._executor, self._is_stale = _one_thread(), False
         return await loop.run_in_executor(self._executor, self._timed, function, *arguments)
 
     def close(self) -> None:
@@ -73,3 +84,7 @@ class ComputeThread:
             return function(*arguments)
         finally:
             self._since = None
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="compute")

@@ -22,8 +22,8 @@ class Lot:
 
     @property
     def is_served(self) -> bool:
-        """Whether the model still has the digest."""
-        return self.model.digest == self.bundle
+        """Whether the model still has the digest, and its networks can be had."""
+        return self.model.digest == self.bundle and not self.model.is_refused
 
 
 class Holdings:

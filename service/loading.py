@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import MODELS, Bundle, BundleError
-from models.memory import TooLittleMemory, let_go, ran_out
+from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
 from service.model import ModelUnavailable, ShapeLowered
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vouchsafe")
 
@@ -33,13 +37,16 @@ SMALLEST_BATCH = 2
 class Loading:
     """How networks are had: `load` makes them for batches of so many rows, under `numerics` unless
     memory ran out, in so many `lanes`; `most` of them stay loaded besides the default task's, and
-    `patient` is the compute thread's own."""
+    `patient` and `afresh` are the compute thread's own. `times_short` counts the allocations that
+    failed."""
 
     load: Callable[[Bundle, int], SmoothedModel]
     numerics: Numerics
     lanes: int
     most: int
     patient: Callable[[float], AbstractContextManager[None]]
+    afresh: Callable[[], None] = lambda: None
+    times_short: Callable[[], int] = times_short
     clock: Callable[[], float] = time.monotonic
 
 
@@ -95,8 +102,8 @@ class Networks(Mapping[str, "TaskModel"]):
 class TaskModel:
     """A task as the worker serves it: all that admits its jobs is known before its networks are.
 
-    A model that is `kept` is never let go. Where the device runs out of memory even without the
-    other tasks' networks, the model's batches are halved, for good and under another digest.
+    A model that is `kept` is never let go. Where memory runs out in a batch, or as its networks are
+    loaded, the task's batches are halved, for good and under another digest.
     """
 
     numerics: Numerics
@@ -109,6 +116,7 @@ class TaskModel:
         self.kept = kept
         self.lanes = loading.lanes
         self.classes = len(bundle.labels)
+        self.is_lowering = False
         self._networks = networks
         self._serve_under(loading.numerics)
         self._loaded: SmoothedModel | None = None
@@ -119,41 +127,38 @@ class TaskModel:
         """Whether the networks are in memory."""
         return self._loaded is not None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the networks could not be loaded a moment ago, and are not tried again yet."""
+        refusal, clock = self._refusal, self._networks.loading.clock
+        return refusal is not None and clock() - refusal[0] < REFUSAL_SECONDS
+
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
         return self.numerics.padding(rows)
 
-    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """Votes by class (len(parts), K) of one device batch, loading the networks if need be.
+    def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch under this served digest, loading the
+        networks if need be.
 
-        Raises ModelUnavailable where they cannot be loaded, ShapeLowered, what
-        `SmoothedModel.votes` raises, and MemoryError where the smallest batch is too large.
+        Raises ModelUnavailable where they cannot be loaded, ShapeLowered where the digest is
+        another, by now or all along, DeviceFailed where memory ran out and no smaller batch can be
+        had, and what `SmoothedModel.votes` raises.
         """
-        promised = self.digest
-        votes = self._counted(parts, promised)
-        if votes is None and self.digest == promised:
-            self._make_room()
-            votes = self._counted(parts, promised)
-        if votes is None and self.digest == promised:
+        votes = self._counted(parts, digest)
+        if votes is None and self.digest == digest:
             self._lower()
         if votes is None:
-            raise ShapeLowered(
-                f"task {self.bundle.id!r} is served under another digest from now on"
-            )
+            raise ShapeLowered(f"task {self.bundle.id!r} is served under another digest")
         return votes
 
-    def _counted(self, parts: Sequence[Rows], promised: str) -> NDArray[np.int64] | None:
-        """The votes under the digest that was promised; None where memory runs out, or did as the
-        networks were loaded. Nothing is kept of that error, whose frames hold the batch."""
-        model = self.loaded()
-        if self.digest != promised:
+    def _counted(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64] | None:
+        """The votes; None under another digest, to which loading may have led, and where memory
+        ran out. Holds on to the networks only until it returns."""
+        model = self.loaded() if self.digest == digest else None
+        if model is None or self.digest != digest:
             return None
-        try:
-            return model.votes(parts)
-        except Exception as error:
-            if not ran_out(error):
-                raise
-        return None
+        return self._spared(partial(model.votes, parts))
 
     def loaded(self) -> SmoothedModel:
         """The networks, loaded now where they were not; for the compute thread alone.
@@ -171,7 +176,7 @@ class TaskModel:
     def _load(self, rows: int) -> SmoothedModel:
         """Load the networks for batches of so many rows, or of fewer where memory runs out."""
         loading = self._networks.loading
-        if self._refusal and loading.clock() - self._refusal[0] < REFUSAL_SECONDS:
+        if self._refusal and self.is_refused:
             raise ModelUnavailable(self._refusal[1])
         try:
             with loading.patient(LOAD_SECONDS):
@@ -184,9 +189,7 @@ class TaskModel:
             raise  # Nothing that such a device computes may be answered.
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
-                logger.exception(
-                    "task %s cannot be loaded", self.bundle.id, extra=naming(task_id=self.bundle.id)
-                )
+                logger.exception("task %s cannot be loaded", self.bundle.id, extra=self._named)
             detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
             self._refusal = loading.clock(), detail
             raise ModelUnavailable(detail) from error
@@ -195,36 +198,71 @@ class TaskModel:
         return model
 
     def _loaded_with_room(self, rows: int) -> tuple[SmoothedModel, int]:
-        """The networks and the rows of their batches: where memory is short, once more without the
-        other tasks' networks, then halved for as long as it is not the weights that do not fit."""
+        """The networks and the rows of their batches: where the weights find too little room, once
+        more without the other tasks' networks; where memory ran out, halved besides."""
         room_is_made = False
         while True:
             try:
-                return self._networks.loading.load(self.bundle, rows), rows
-            except Exception as error:
-                last = isinstance(error, TooLittleMemory) or rows <= SMALLEST_BATCH
-                if not ran_out(error) or (room_is_made and last):
-                    raise
-            if room_is_made:
+                load = partial(self._networks.loading.load, self.bundle, rows)
+                if model := self._spared(load):
+                    return model, rows
+                if rows <= SMALLEST_BATCH:
+                    raise MemoryError(f"no memory for batches of {rows} rows")
                 rows = _halved(rows)
-            else:
-                self._make_room()
-                room_is_made = True
+            except TooLittleMemory as error:
+                if room_is_made:
+                    raise
+                logger.warning("task %s: %s", self.bundle.id, error, extra=self._named)
+            self._make_room()
+            room_is_made = True
+
+    def _spared(self, compute: Callable[[], T]) -> T | None:
+        """What is computed; None where memory ran out meanwhile, whether or not an error says so:
+        kernels that were chosen then are not those that the digest stands for, nor is this thread
+        used again. Nothing is kept of an error, whose frames hold the batch."""
+        loading = self._networks.loading
+        before, result, said = loading.times_short(), None, "caught by a library"
+        try:
+            result = compute()
+        except TooLittleMemory:
+            raise  # Nothing was tried.
+        except Exception as error:
+            if not ran_out(error) and loading.times_short() == before:
+                raise
+            said = f"{type(error).__name__}: {error}"
+        else:
+            if loading.times_short() == before:
+                return result
+        loading.afresh()
+        logger.warning("memory ran out for task %s: %s", self.bundle.id, said, extra=self._named)
+        return None
 
     def _make_room(self) -> None:
-        told = naming(task_id=self.bundle.id)
-        logger.warning("too little memory for task %s beside others", self.bundle.id, extra=told)
         self._networks.unload_others(self)
         let_go()
 
     def _lower(self) -> None:
-        """Load the networks for batches of half the rows."""
+        """Load the networks for batches of half the rows, or of fewer.
+
+        Raises DeviceFailed where they cannot be had: what was computed before may not be computed
+        on with, and another process, here or elsewhere, may have the memory.
+        """
         rows = self.numerics.batch_rows
         if rows <= SMALLEST_BATCH:
-            raise MemoryError(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
-        self.unload()
-        let_go()
-        self._load(_halved(rows))
+            raise DeviceFailed(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
+        self.is_lowering = True
+        try:
+            self.unload()
+            self._make_room()
+            self._load(_halved(rows))
+        except ModelUnavailable as error:
+            raise DeviceFailed(f"memory ran out for a batch, and then: {error}") from error
+        finally:
+            self.is_lowering = False
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return naming(task_id=self.bundle.id)
 
     def _serve_under(self, numerics: Numerics) -> None:
         usual = self._networks.loading.numerics
@@ -237,7 +275,7 @@ class TaskModel:
                 self.bundle.id,
                 numerics.batch_rows,
                 self.digest[:16],
-                extra=naming(task_id=self.bundle.id),
+                extra=self._named,
             )
             telemetry.SHAPES_LOWERED.inc()
 

@@ -16,8 +16,8 @@ class ModelUnavailable(RuntimeError):
 
 
 class ShapeLowered(RuntimeError):
-    """The device ran out of memory: the task has another digest from now on, its batches fewer
-    rows, and nothing was counted of what was asked."""
+    """The device ran out of memory: the task has another digest by now, its batches fewer rows, and
+    nothing was counted of what was asked."""
 
 
 class Model(Protocol):
@@ -38,8 +38,13 @@ class Model(Protocol):
     def digest(self) -> str:
         """The served digest: the bundle's, together with the numerics."""
 
-    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """Votes by class (len(parts), K) of one device batch; blocks.
+    @property
+    def is_refused(self) -> bool:
+        """Whether it could not be loaded a moment ago, and is not tried again yet."""
 
-        Raises ModelUnavailable where the networks cannot be loaded, and ShapeLowered.
+    def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
+        """Votes by class (len(parts), K) of one device batch under this served digest; blocks.
+
+        Raises ModelUnavailable where the networks cannot be loaded, ShapeLowered where the digest
+        is another, and DeviceFailed where no answer can be had in this process any more.
         """

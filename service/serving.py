@@ -48,7 +48,14 @@ class Serving:
         load_one = partial(load_and_warm, runtime=runtime, lanes=lanes)
         self.models = Networks(
             self.tasks,
-            Loading(load_one, chosen, lanes, settings.loaded_tasks, self.thread.patient),
+            Loading(
+                load_one,
+                chosen,
+                lanes,
+                settings.loaded_tasks,
+                self.thread.patient,
+                self.thread.afresh,
+            ),
         )
         self.failed = False
 
@@ -56,6 +63,8 @@ class Serving:
         """What keeps this machine from answering; empty when nothing does."""
         if not self.thread.healthy:
             return "the device hangs or is broken"
+        if self.models["default"].is_lowering:
+            return "memory ran out: the default task's networks are loading for smaller batches"
         if not self.models["default"].is_loaded:
             return "the default task's networks are not loaded yet"
         return ""

@@ -118,7 +118,8 @@ class _Loop:
 
     async def _prefetch(self) -> None:
         """Hold the rows of one batch besides the one being computed, none while that runs long."""
-        bundles = {task: model.digest for task, model in self._models.items()}
+        models = self._models.items()
+        bundles = {task: model.digest for task, model in models if not model.is_refused}
         most = max((model.batch_rows for model in self._models.values()), default=1)
         missing = most - self._holdings.rows
         if self._long:
@@ -147,13 +148,13 @@ class _Loop:
         self._outcomes.released(self._holdings.give_away(self._long))
 
     def _give_up(self, lot: Lot) -> None:
-        """Hand back what has a digest that is served here no more: others may, or it restarts."""
+        """Hand back what is not served here, for now or any more: others may, or it restarts."""
         self._outcomes.released(self._holdings.give_up(lot))
         self._taken.set()
 
     async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
-        if model is None or model.digest != lease.job.bundle:
+        if model is None or model.digest != lease.job.bundle or model.is_refused:
             await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
             return
         self._holdings.add(lease, model, began)
@@ -191,11 +192,12 @@ class _Loop:
         self._last_task = lot.task
         began = time.monotonic()
         try:
-            votes = await self._votes(lot.model, [_rows(part) for part in batch], batch)
+            votes = await self._votes(lot, [_rows(part) for part in batch], batch)
             finished = lot.packer.absorb(batch, votes)
         except DeviceFailed:
-            for lease in leases_of(batch):
-                lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
+            if not self._thread.healthy:
+                for lease in leases_of(batch):
+                    lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
             raise
         except ShapeLowered:
             self._give_up(lot)
@@ -209,7 +211,7 @@ class _Loop:
             await self._blame(lot, batch, error)
         else:
             self._measure(lot, batch, time.monotonic() - began)
-            self._proven.setdefault(lot.model.digest, _blank(batch[0]))
+            self._proven.setdefault(lot.bundle, _blank(batch[0]))
             for lease, counts in finished:
                 self._outcomes.committed(lease, counts)
 
@@ -226,14 +228,14 @@ class _Loop:
             logger.debug("%d rows in %.4f s", rows, seconds, extra=_about(batch))
 
     async def _votes(
-        self, model: Model, parts: Sequence[Rows], batch: Sequence[Slice]
+        self, lot: Lot, parts: Sequence[Rows], batch: Sequence[Slice]
     ) -> NDArray[np.int64]:
         """One device batch, renewing the leases meanwhile; raises what the model raises.
 
         It runs long after a third of a lease (10 s by default). Time alone decides, for nobody here
         knows who else is idle; where nobody is, what went back comes again after the batch.
         """
-        computing = asyncio.ensure_future(self._thread.run(model.votes, parts))
+        computing = asyncio.ensure_future(self._thread.run(lot.model.votes, parts, lot.bundle))
         try:
             while not computing.done():
                 await asyncio.wait({computing}, timeout=self._lease_seconds / 3)
@@ -252,13 +254,18 @@ class _Loop:
             votes = computing.result()
         finally:
             del computing  # An error's frames hold the batch, and this one would hold the error.
-        if votes.shape != (len(parts), model.classes):
+        if votes.shape != (len(parts), lot.model.classes):
             raise ValueError(f"votes of shape {votes.shape}")
         return votes
 
     async def _blame(self, lot: Lot, batch: Sequence[Slice], error: Exception) -> None:
         """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
-        if not await self._device_works(lot.model, batch):
+        try:
+            works = await self._device_works(lot, batch)
+        except ShapeLowered:
+            self._give_up(lot)
+            return
+        if not works:
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
         suspects = leases_of(batch)
@@ -269,15 +276,15 @@ class _Loop:
             lot.packer.drop(suspects[0])
             self._outcomes.failed(suspects[0], error)
 
-    async def _device_works(self, model: Model, batch: Sequence[Slice]) -> bool:
+    async def _device_works(self, lot: Lot, batch: Sequence[Slice]) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""
-        proven = self._proven.get(model.digest)
+        proven = self._proven.get(lot.bundle)
         try:
             if proven is not None:
-                await self._votes(model, [proven], batch)
-        except DeviceFailed:
+                await self._votes(lot, [proven], batch)
+        except (DeviceFailed, ShapeLowered):
             raise
-        except (ModelUnavailable, ShapeLowered):
+        except ModelUnavailable:
             return True
         except Exception:
             logger.exception("the self-test failed")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from service.engine import Engine
 from service.jobs import Domain, Job, Mode
+from service.model import ShapeLowered
 
 
 class Rows(Protocol):
@@ -67,6 +68,7 @@ class FakeModel:
     batch_rows: int = 16
     classes: int = 3
     digest: str = "bundle-a"
+    is_refused: bool = False
     delay: float = 0.0
     poison: Collection[bytes] = ()
     broken: bool = False
@@ -79,7 +81,9 @@ class FakeModel:
     def padding(self, rows: int) -> int:
         return self.batch_rows - rows
 
-    def votes(self, parts: Iterable[Rows]) -> NDArray[np.int64]:
+    def votes(self, parts: Iterable[Rows], digest: str) -> NDArray[np.int64]:
+        if digest != self.digest:
+            raise ShapeLowered(f"{digest} is asked for and {self.digest} served")
         asked = [(part.key, part.start, part.stop) for part in parts]
         self.batches.append(asked)
         self.gate.wait()

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,7 @@ from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import ComputeThread, DeviceFailed
-from service.loading import REFUSAL_SECONDS, SMALLEST_BATCH, Loading, Networks, TaskModel
+from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
 from service.model import ModelUnavailable, ShapeLowered
 from service.serving import load_and_warm
 from tests.fakes import FakeClock, FakeModel
@@ -39,29 +40,37 @@ def bundles(*names: str) -> dict[str, Bundle]:
 
 
 class Narrow(FakeModel):
-    """A model whose batches must fit the shelf's room."""
+    """A model whose batches must fit the shelf's room; where they do not, it says so or, like a
+    library that goes on in another way, only counts it."""
 
     def __init__(self, shelf: Shelf, **options: Any) -> None:
         super().__init__(**options)
         self.shelf = shelf
 
-    def votes(self, parts: Iterable[Rows]) -> NDArray[np.int64]:
+    def votes(self, parts: Iterable[Rows], digest: str = "") -> NDArray[np.int64]:
         if self.batch_rows > self.shelf.room:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().votes(parts)
+            self.shelf.short += self.shelf.counts
+            if (error := self.shelf.error) is not None:
+                raise type(error)(*error.args)  # Its own, for it holds on to its frames.
+        return super().votes(parts, self.digest)
 
 
 class Shelf:
     """Networks of some tasks whose loading is written down, and fails as a test wants.
 
-    Batches of more than `room` rows run out of memory.
+    Batches of more than `room` rows run out of memory: with the `error`, and the device `counts` it
+    or not.
     """
 
     def __init__(self, tasks: dict[str, Bundle], most: int = 2, **options: Any) -> None:
         self.loads: list[str] = []
         self.shapes: list[int] = []
         self.failures: list[Exception] = []
-        self.room = 99
+        self.announced: list[tuple[str, bool]] = []  # during each load: the digest, and lowering
+        self.alive: list[int] = []  # during each load: networks of that task still in memory
+        self.room, self.counts, self.short, self.fresh = 99, True, 0, 0
+        self.error: Exception | None = torch.OutOfMemoryError("CUDA out of memory.")
+        self._made: list[tuple[str, weakref.ref[Narrow]]] = []
         self.clock = FakeClock()
         loading: Loading = Loading(
             self.load,  # type: ignore[arg-type]
@@ -69,6 +78,8 @@ class Shelf:
             lanes=0,
             most=most,
             clock=self.clock,
+            afresh=self.afresh,
+            times_short=lambda: self.short,
             **{"patient": lambda _: nullcontext(), **options},
         )
         self.networks = Networks(tasks, loading)
@@ -76,18 +87,31 @@ class Shelf:
     def load(self, bundle: Bundle, batch_rows: int) -> FakeModel:
         self.loads.append(bundle.id)
         self.shapes.append(batch_rows)
+        if known := self.networks._models.get(bundle.id):
+            self.announced.append((known.digest, known.is_lowering))
+        self.alive.append(sum(of == bundle.id and made() is not None for of, made in self._made))
         if self.failures:
             raise self.failures.pop()
         digest = bundle.served_digest(replace(NUMERICS, batch_rows=batch_rows).described())
-        return Narrow(self, batch_rows=batch_rows, classes=4, digest=digest)
+        made = Narrow(self, batch_rows=batch_rows, classes=4, digest=digest)
+        self._made.append((bundle.id, weakref.ref(made)))
+        return made
+
+    def afresh(self) -> None:
+        self.fresh += 1
 
     def use(self, *tasks: str) -> None:
         for task in tasks:
-            self.networks[task].votes([ROWS])
+            ask(self.networks[task])
 
     @property
     def loaded(self) -> set[str]:
         return {task for task, model in self.networks.items() if model.is_loaded}
+
+
+def ask(model: TaskModel, rows: Rows = ROWS) -> NDArray[np.int64]:
+    """The votes of these rows under the digest that the task has."""
+    return model.votes([rows], model.digest)
 
 
 def test_everything_but_the_votes_is_known_without_loading() -> None:
@@ -98,8 +122,8 @@ def test_everything_but_the_votes_is_known_without_loading() -> None:
     assert (model.batch_rows, model.classes) == (4, 4)
     assert [model.padding(rows) for rows in (1, 4, 5)] == [3, 0, 3]
     assert shelf.loads == []
-    assert model.votes([ROWS]).sum() == 3
-    model.votes([ROWS])
+    assert ask(model).sum() == 3
+    ask(model)
     assert shelf.loads == ["pets"]
     assert shelf.networks["pets"] is model
 
@@ -148,7 +172,7 @@ def test_another_model_than_was_promised_is_refused() -> None:
     model = shelf.networks["a"]
     model.digest = "promised otherwise"
     with pytest.raises(ModelUnavailable, match="not as promised otherwi"):
-        model.votes([ROWS])
+        ask(model)
     assert not model.is_loaded
 
 
@@ -168,7 +192,7 @@ def test_a_task_that_goes_while_it_loads_leaves_no_networks() -> None:
 
     shelf.networks.loading = replace(shelf.networks.loading, load=slow)
     for model in (gone, old):
-        assert model.votes([ROWS]).sum() == 3
+        assert ask(model).sum() == 3
         assert not model.is_loaded
 
 
@@ -214,17 +238,21 @@ def test_a_device_of_two_minds_is_no_refusal() -> None:
         shelf.use("a")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
-def test_short_memory_makes_room_once(error: Exception) -> None:
-    """Where memory runs out the other tasks' networks go, the default's stay, and it is retried."""
+def test_too_little_room_is_made_once() -> None:
+    """Where weights do not fit the other tasks' networks go, the default's stay, and it is retried
+    at the same shape: nothing has been computed yet."""
+    error = TooLittleMemory("stage II")
     shelf = Shelf(bundles("default", "a", "b"), most=4)
     shelf.use("default", "a")
     shelf.failures = [error]
     shelf.use("b")
     assert shelf.loaded == {"default", "b"}
+    assert shelf.networks["b"].digest == digest_in(4, "b")
+    assert shelf.fresh == 0
     shelf.failures = [error, error, error]
     with pytest.raises(ModelUnavailable, match="too little memory"):
         shelf.use("a")
+    assert len(shelf.failures) == 1
     assert shelf.loaded == {"default"}
 
 
@@ -232,73 +260,138 @@ def digest_in(rows: int, task: str = "a") -> str:
     return bundles(task)[task].served_digest(replace(NUMERICS, batch_rows=rows).described())
 
 
-def test_a_batch_without_memory_is_tried_again_in_more_room() -> None:
-    """The other tasks' networks go first: with room for the batch, the digest stays."""
-    shelf = Shelf(bundles("default", "a", "b"))
+SHORT = {
+    "said": (torch.OutOfMemoryError("CUDA out of memory."), True),
+    "on the host": (MemoryError(), False),
+    "in other words": (RuntimeError("GET was unable to find an engine to execute this"), True),
+    "unsaid": (None, True),
+}
+
+
+@pytest.mark.parametrize("how", SHORT)
+def test_memory_that_runs_out_lowers_the_shape_for_good(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is counted of the batch, nor is it tried again at that shape, whether or not an error
+    says so; the networks are loaded for the smaller one, those from before gone, before its digest
+    is announced; the calls after it have another thread; and the log has the cause."""
+    shelf = Shelf(bundles("default", "a", "b"), most=4)
     shelf.use("default", "a", "b")
-    model, tried = shelf.networks["a"], shelf.networks.unload_others
-    shelf.room = 0
-
-    def making_room(of: TaskModel) -> None:
-        shelf.room = 99
-        tried(of)
-
-    shelf.networks.unload_others = making_room  # type: ignore[method-assign]
-    assert model.votes([ROWS]).sum() == 3
-    assert model.digest == digest_in(4)
-    assert shelf.loaded == {"default", "a"}
-
-
-@pytest.mark.parametrize("room", [1, 3])
-def test_memory_that_runs_out_lowers_the_shape_for_good(room: int) -> None:
-    """Nothing is counted of the batch, the digest is another from then on, the networks are loaded
-    for the smaller shape, and other tasks keep theirs; below the smallest it is an error."""
-    shelf = Shelf(bundles("default", "a"))
-    shelf.use("default", "a")
     model, told = shelf.networks["a"], telemetry.SHAPES_LOWERED._value.get()
-    shelf.room = room
+    (shelf.error, shelf.counts), shelf.room = SHORT[how], 3
     with pytest.raises(ShapeLowered, match="'a' is served under another digest"):
-        model.votes([ROWS])
+        ask(model)
     assert (model.digest, model.batch_rows, model.padding(3)) == (digest_in(2), 2, 1)
     assert telemetry.SHAPES_LOWERED._value.get() == told + 1
+    assert shelf.shapes == [4, 4, 4, 2]
+    assert shelf.announced[-1] == (digest_in(4), True)
+    assert shelf.alive[-1] == 0
+    assert shelf.fresh == 1
+    assert not model.is_lowering
     assert shelf.loaded == {"default", "a"}
     assert shelf.networks["default"].digest == digest_in(4, "default")
-    two = replace(ROWS, stop=2)
-    if room < SMALLEST_BATCH:
-        with pytest.raises(MemoryError, match="no memory for a batch of 2 rows"):
-            model.votes([two])
-    else:
-        assert model.votes([two]).sum() == 2
+    assert ask(model, replace(ROWS, stop=2)).sum() == 2
     assert model.digest == digest_in(2)
-    assert shelf.shapes[-1] == 2
+    assert str(shelf.error or "caught by a library") in caplog.text
+
+
+def test_an_error_beside_memory_is_no_want_of_it() -> None:
+    """What a library says of itself is taken for short memory only where memory was short."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("a")
+    shelf.error, shelf.counts, shelf.room = (
+        RuntimeError("GET was unable to find an engine"),
+        False,
+        3,
+    )
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        shelf.use("a")
+    assert shelf.networks["a"].digest == digest_in(4)
+
+
+def test_below_the_smallest_batch_the_process_ends() -> None:
+    """No digest is left under which this process may answer."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("a")
+    shelf.room = 1
+    with pytest.raises(ShapeLowered):
+        shelf.use("a")
+    with pytest.raises(DeviceFailed, match="no memory for a batch of 2 rows"):
+        ask(shelf.networks["a"], replace(ROWS, stop=2))
+
+
+@pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the volume is gone")])
+def test_a_lowering_that_cannot_load_ends_the_process(error: Exception) -> None:
+    """What was computed before may not be gone on with: no job is to blame, and the default task's
+    networks are never left unloaded."""
+    shelf = Shelf(bundles("default"))
+    shelf.use("default")
+    shelf.room, shelf.failures = 3, [error, error]
+    with pytest.raises(DeviceFailed, match=f"memory ran out for a batch, and then: .*{error}"):
+        shelf.use("default")
+    assert not shelf.networks["default"].is_lowering
+
+
+def test_rows_of_another_digest_are_not_computed() -> None:
+    """A batch that was cut before the shape was lowered is not counted under the new digest."""
+    shelf = Shelf(bundles("default", "a"))
+    with pytest.raises(ShapeLowered):
+        shelf.networks["a"].votes([ROWS], digest_in(2))
+    assert shelf.loads == []
 
 
 def test_networks_too_large_for_the_shape_are_loaded_for_a_smaller_one() -> None:
     """Where loading itself runs out of memory the shape is lowered before anything is answered:
     rows asked for under the digest that was promised are not counted under the new one."""
     short = torch.OutOfMemoryError("CUDA out of memory.")
-    shelf = Shelf(bundles("default", "a"))
-    shelf.failures = [short, short]
+    shelf = Shelf(bundles("default", "a", "b"))
+    shelf.use("b")
+    shelf.failures = [short]
     model = shelf.networks["a"]
     with pytest.raises(ShapeLowered):
-        model.votes([ROWS])
+        ask(model)
     assert shelf.shapes == [4, 4, 2]
-    assert (model.digest, model.is_loaded) == (digest_in(2), True)
-    shelf.failures = [short, short]
+    assert shelf.announced[1:] == [(digest_in(4), False)] * 2
+    assert (model.digest, model.is_loaded, shelf.loaded) == (digest_in(2), True, {"a"})
+    shelf.failures = [short]
     shelf.networks["default"].loaded()
     assert shelf.networks["default"].digest == digest_in(2, "default")
 
 
-@pytest.mark.parametrize("failures", [[TooLittleMemory("stage II")] * 2, [MemoryError()] * 3])
+def test_memory_that_runs_out_unsaid_in_loading_lowers_too() -> None:
+    """Networks that were warmed while a library went another way, or that then had two minds, are
+    not those of the digest."""
+    shelf = Shelf(bundles("default", "a"))
+    load, errors = shelf.load, [DeviceFailed("the same rows got two answers"), None]
+
+    def short(bundle: Bundle, rows: int) -> FakeModel:
+        made = load(bundle, rows)
+        if rows == 4:
+            shelf.short += 1
+            if error := errors.pop():
+                raise error
+        return made
+
+    shelf.networks.loading = replace(shelf.networks.loading, load=short)  # type: ignore[arg-type]
+    for task in ("a", "default"):
+        with pytest.raises(ShapeLowered):
+            shelf.use(task)
+        assert shelf.networks[task].digest == digest_in(2, task)
+
+
+@pytest.mark.parametrize("failures", [[TooLittleMemory("stage II")] * 2, [MemoryError()] * 2])
 def test_weights_that_do_not_fit_leave_the_shape(failures: list[Exception]) -> None:
-    """A smaller shape is no help where the weights alone are too much: the digest stays."""
+    """A smaller shape is no help where the weights alone are too much: the digest stays, and the
+    task is refused for a while."""
     shelf = Shelf(bundles("default", "a"))
     shelf.failures = list(failures)
     with pytest.raises(ModelUnavailable, match="too little memory"):
         shelf.use("a")
     assert shelf.failures == []
     assert shelf.networks["a"].digest == digest_in(4)
+    assert shelf.networks["a"].is_refused
     shelf.clock.advance(REFUSAL_SECONDS)
+    assert not shelf.networks["a"].is_refused
     shelf.use("a")
 
 
@@ -339,7 +432,7 @@ async def test_loading_is_no_hung_device() -> None:
     slow: Callable[[Bundle, int], FakeModel] = lambda *asked: (gate.wait(), load(*asked))[1]  # noqa: E731
     shelf.networks.loading = replace(shelf.networks.loading, load=slow)  # type: ignore[arg-type]
     model = shelf.networks["a"]
-    computing = asyncio.ensure_future(thread.run(model.votes, [ROWS]))
+    computing = asyncio.ensure_future(thread.run(ask, model))
     await asyncio.sleep(0.2)
     assert thread.busy
     assert thread.healthy
@@ -364,4 +457,4 @@ def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None
     load = partial(load_and_warm, runtime=Torch(), lanes=1)
     networks = Networks({"pets": bundle}, Loading(load, NUMERICS, 1, 1, lambda _: nullcontext()))
     with pytest.raises(ModelUnavailable, match=r"'unet/config.json' does not have the hash"):
-        networks["pets"].votes([ROWS])
+        ask(networks["pets"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -146,9 +146,9 @@ async def test_models_run_in_one_thread(engine: MemoryEngine) -> None:
     """All device batches run in the same thread, which is not the event loop's."""
 
     class Watched(FakeModel):
-        def votes(self, parts: Any) -> NDArray[np.int64]:
+        def votes(self, parts: Any, digest: str) -> NDArray[np.int64]:
             threads.add(threading.current_thread().name)
-            return super().votes(parts)
+            return super().votes(parts, digest)
 
     threads: set[str] = set()
     job = make_job("a", n=200)
@@ -252,11 +252,11 @@ class Lowering(FakeModel):
 
     last = 1
 
-    def votes(self, parts: Iterable[Any]) -> NDArray[np.int64]:
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
         if self.digest == "bundle-a" and len(self.batches) + 1 == self.last:
             self.digest, self.batch_rows = "bundle-lower", 4
             raise ShapeLowered("memory ran out")
-        return super().votes(parts)
+        return super().votes(parts, digest)
 
 
 @pytest.mark.parametrize("last", [1, 3])
@@ -281,9 +281,37 @@ async def test_a_lowered_shape_takes_no_more_of_its_old_jobs(
         await assert_exact(engine, old)
 
 
+async def test_a_lowered_shape_hands_back_what_was_begun(engine: MemoryEngine) -> None:
+    """Also a shard of several batches of which some are counted: nobody here can go on with it."""
+    model = Lowering(batch_rows=4)
+    model.last = 2
+    await submit(engine, make_job("old"))
+    async with working(engine, {"default": model}):
+        await served(engine, "bundle-lower")
+        assert len(await others_hold(engine, 4)) == 4
+
+
+async def test_a_shape_that_is_lowered_as_a_batch_starts_is_not_computed_under(
+    engine: MemoryEngine,
+) -> None:
+    """The votes are asked for under the digest that the job is keyed with, whatever it is then."""
+    model = FakeModel()
+
+    class Late(EngineSpy):
+        async def start(self, leases: Sequence[Lease]) -> list[Lease]:
+            model.digest = "bundle-lower"
+            return await self.engine.start(leases)
+
+    await submit(engine, make_job("old"))
+    async with working(Late(engine), {"default": model}):
+        await served(engine, "bundle-lower")
+        await others_hold(engine, 4)
+    assert model.batches == []
+
+
 async def test_memory_that_runs_out_in_the_self_test_blames_nobody(engine: MemoryEngine) -> None:
     """Where the batch after which the device is tested is what lowers the shape, the job that
-    failed goes back as the others do."""
+    failed goes back as the others do, and no attempt is counted."""
     poison = make_job("poison", mode=Mode.PREDICT, n=5)
     model = Lowering(poison=keys(poison))
     model.last = 3
@@ -293,7 +321,23 @@ async def test_memory_that_runs_out_in_the_self_test_blames_nobody(engine: Memor
         await submit(engine, poison)
         await served(engine, "bundle-lower")
         assert hall.thread.healthy
-        assert [lease.job.id for lease in await engine.pull(OTHER, 100)] == ["poison"]
+        for _ in range(FAILURES_ALLOWED - 1):
+            [lease] = await others_hold(engine, 1)
+            assert lease.job.id == "poison"
+            await engine.fail(lease, {})
+        status = await engine.status("poison")
+        assert status is not None
+        assert not status.state.ended
+    assert len(model.batches) == 2
+
+
+async def others_hold(engine: Engine, shards: int) -> list[Lease]:
+    """Another worker pulls until it has so many shards."""
+    leases: list[Lease] = []
+    async with asyncio.timeout(5):
+        while len(leases) < shards:
+            leases += await engine.pull(OTHER, 1000)
+    return leases
 
 
 async def served(engine: Engine, digest: str) -> None:
@@ -656,8 +700,8 @@ async def test_impossible_votes_are_failures(engine: MemoryEngine, wrong: list[l
     """A model whose votes cannot be right fails the shard; the worker and the others go on."""
 
     class Wrong(FakeModel):
-        def votes(self, parts: Any) -> NDArray[np.int64]:
-            right = super().votes(parts)
+        def votes(self, parts: Any, digest: str) -> NDArray[np.int64]:
+            right = super().votes(parts, digest)
             return np.array(wrong) if {part.key for part in parts} & keys(bad) else right
 
     bad, good = make_job("bad", mode=Mode.PREDICT, n=6), make_job("good")
@@ -785,10 +829,10 @@ class Vanishing(FakeModel):
 
     gone = False
 
-    def votes(self, parts: Iterable[Any]) -> NDArray[np.int64]:
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
         if self.gone:
             raise ModelUnavailable("Task 'birds' cannot be loaded: a file is missing")
-        return super().votes(parts)
+        return super().votes(parts, digest)
 
 
 async def test_networks_that_cannot_be_loaded_fail_their_jobs_alone(engine: MemoryEngine) -> None:
@@ -809,6 +853,83 @@ async def test_networks_that_cannot_be_loaded_fail_their_jobs_alone(engine: Memo
     assert status.problem is not None
     assert status.problem["type"] == "urn:vouchsafe:problem:task-unusable"
     assert "a file is missing" in status.problem["detail"]
+
+
+class Refused(FakeModel):
+    """A model whose networks cannot be loaded, and which is not tried again soon."""
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.is_refused = True
+        raise ModelUnavailable("Task 'default' cannot be loaded: a file is missing")
+
+
+async def test_networks_that_are_refused_count_one_attempt(engine: MemoryEngine) -> None:
+    """Only what was in hand as they were tried fails; the rest goes back, and nothing of the task
+    is taken until they are tried again: workers that can load them finish the job."""
+    spy, model, job = EngineSpy(engine), Refused(batch_rows=20), make_job("a", n0=20, n=60)
+    await submit(engine, job)
+    async with working(spy, {"default": model}) as hall:
+        await soon(lambda: len(spy.asked("fail")) == 2)
+        await soon(lambda: spy.asked("pull")[-1][0].bundles == {})
+        assert len(await others_hold(engine, 8)) == 8
+        assert len(spy.asked("fail")) == 2
+        model.is_refused = False
+        await soon(lambda: spy.asked("pull")[-1][0].bundles != {})
+        assert hall.thread.healthy
+
+
+async def test_a_task_that_is_refused_during_a_pull_goes_back(engine: MemoryEngine) -> None:
+    """What comes for it then is handed back uncounted."""
+    model = Refused()
+
+    class Refusing(EngineSpy):
+        async def pull(self, *arguments: Any) -> list[Lease]:
+            leases = await self.engine.pull(*arguments)
+            model.is_refused = True
+            return leases
+
+    spy = Refusing(engine)
+    await submit(engine, make_job("a"))
+    async with working(spy, {"default": model}):
+        assert len(await others_hold(engine, 4)) == 4
+    assert spy.asked("fail") == []
+
+
+async def test_a_device_without_memory_leaves_its_jobs_to_others(engine: MemoryEngine) -> None:
+    """A worker whose networks cannot be had any more ends, and another finishes every job: no
+    attempt is counted, and nothing waits for a lease to run out."""
+
+    class Out(FakeModel):
+        def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+            raise DeviceFailed("memory ran out for a batch, and then: a file is missing")
+
+    spy, jobs = EngineSpy(engine), [make_job(f"job-{number}") for number in range(20)]
+    await submit(engine, *jobs)
+    async with working(spy, {"default": Out()}) as hall:
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+    leases = await engine.pull(OTHER, 10_000)
+    assert len(leases) == 80
+    assert not any(lease.solitary for lease in leases)
+    await engine.release(leases)
+    async with working(engine, {"default": FakeModel()}):
+        for job in jobs:
+            await assert_exact(engine, job)
+    assert spy.asked("fail") == []
+
+
+async def test_a_stale_thread_is_replaced() -> None:
+    """Calls after one that said so have a thread of their own, one at a time as before."""
+    thread = ComputeThread()
+    first = await thread.run(threading.get_ident)
+    assert await thread.run(threading.get_ident) == first
+    alive = await thread.run(threading.current_thread)
+    await thread.run(thread.afresh)
+    second = await thread.run(threading.current_thread)
+    assert second is not alive
+    assert await thread.run(threading.current_thread) is second
+    await soon(lambda: not alive.is_alive())
+    thread.close()
 
 
 async def test_thread_is_healthy_between_calls() -> None:
