@@ -103,8 +103,12 @@ class Packer:
     ) -> list[tuple[Lease, NDArray[np.int64]]]:
         """Count a batch's votes (len(batch), K); returns the leases it finished with their counts.
 
-        Slices of dropped leases are passed over.
+        Slices of dropped leases are passed over. Raises ValueError, and counts nothing, for votes
+        of another shape than the batch's and its jobs'.
         """
+        for part in batch:
+            if votes.shape != (len(batch), classes := part.lease.job.classes):
+                raise ValueError(f"votes of shape {votes.shape}, not {(len(batch), classes)}")
         finished = []
         for part, counts in zip(batch, votes, strict=True):
             entry = self._entries.get(part.lease.token)

@@ -143,9 +143,10 @@ class Engine(Protocol):
     async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
         """Begin an open job anew, as queued, under another digest and its noise key (32 bytes).
 
-        All that was counted is thrown away, failures and deaths are forgotten, leases on its shards
-        are void, and all its rows wait again, whether or not anyone serves the digest; nothing else
-        of the job changes. False, and no change, where it is unknown, has ended or has that digest.
+        All that was counted is thrown away and failures are forgotten, deaths are not, leases on
+        its shards are void, and all its rows wait again, whether or not anyone serves the digest;
+        nothing else of the job changes. False, and no change, where it is unknown, has ended or
+        has that digest.
         """
 
     async def cancel(self, job_id: str) -> bool:

@@ -30,7 +30,7 @@ from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
 from service.outage import AWAY
-from service.restarts import Restarts
+from service.restarts import LOOK_SECONDS, Restarts
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 
 logger = logging.getLogger("vouchsafe")
@@ -44,6 +44,7 @@ class Predictions:
     """Turns questions into jobs and jobs into answers; knows nothing of HTTP.
 
     `expect` is told of a task that is not in `tasks`: it returns once it may be, or raises why not.
+    Every `look_seconds` open jobs are looked after (`Restarts`).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Predictions:
         tasks: Mapping[str, Bundle],
         secret: bytes,
         expect: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self.engine = engine
         self.tasks = tasks
@@ -65,7 +67,7 @@ class Predictions:
             settings.decode_threads,
         )
         self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
-        self._restarts = Restarts(engine, tasks, secret)
+        self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
 
     async def submit(
@@ -93,7 +95,9 @@ class Predictions:
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
         if job_id == job.id:
-            self._watch(job)
+            self._watch(job, bundle.digest)
+            if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
+                await self.engine.cancel(job_id)
         return job_id
 
     def bundle(self, task: str) -> Bundle:
@@ -243,11 +247,11 @@ class Predictions:
             raise NotFound("There is no such job, or no longer")
         return last
 
-    def _watch(self, job: Job) -> None:
+    def _watch(self, job: Job, asked_of: str) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(self._watch_on(job.id))
         self._watched[job.id] = job.task, watching
-        self._restarts.begin(job)
+        self._restarts.begin(job, asked_of)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
     async def _watch_on(self, job_id: str) -> JobStatus:

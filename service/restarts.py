@@ -30,7 +30,7 @@ class _Open:
 
     task: str
     bundle: str
-    asked_of: str | None
+    asked_of: str
     pixels_sha256: str
     missing: int = 0
     restarts: int = 0
@@ -54,12 +54,13 @@ class Restarts:
         self._engine, self._tasks, self._secret, self._seconds = engine, tasks, secret, seconds
         self._open: dict[str, _Open] = {}  # by job
         self._looking: asyncio.Task[None] | None = None
+        self._is_closed = False
 
-    def begin(self, job: Job) -> None:
-        """The job, with its pixels, is open from now on."""
+    def begin(self, job: Job, asked_of: str) -> None:
+        """The job, with its pixels and asked of the bundle of this digest, is open from now on."""
         sha256 = hashlib.sha256(job.pixels).hexdigest()
-        self._open[job.id] = _Open(job.task, job.bundle, self._asked_of(job.task), sha256)
-        if self._looking is None or self._looking.done():
+        self._open[job.id] = _Open(job.task, job.bundle, asked_of, sha256)
+        if not self._is_closed and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(self._look_on())
 
     def end(self, job_id: str) -> None:
@@ -67,14 +68,15 @@ class Restarts:
         self._open.pop(job_id, None)
 
     async def close(self) -> None:
-        """Look no more."""
+        """Look no more, whatever begins."""
+        self._is_closed = True
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
 
-    def _asked_of(self, task: str) -> str | None:
-        bundle = self._tasks.get(task)
-        return None if bundle is None else bundle.digest
+    def _is_still_asked(self, known: _Open) -> bool:
+        bundle = self._tasks.get(known.task)
+        return bundle is not None and bundle.digest == known.asked_of
 
     async def _look_on(self) -> None:
         while self._open:
@@ -83,6 +85,9 @@ class Restarts:
                 capacity = await self._engine.capacity()
             except AWAY:
                 continue  # Who asks is told; here it is looked at again.
+            except Exception:
+                logger.exception("the open jobs could not be looked after")
+                continue
             for job_id, known in list(self._open.items()):
                 try:
                     await self._look_at(job_id, known, capacity)
@@ -95,9 +100,9 @@ class Restarts:
         digests = capacity.digests.get(known.task, frozenset())
         known.missing = known.missing + 1 if digests and known.bundle not in digests else 0
         if known.missing < PATIENCE or known.restarts >= MOST_RESTARTS:
-            return  # At the end of its patience the engine fails what nobody serves.
-        if known.asked_of is None or self._asked_of(known.task) != known.asked_of:
-            return  # Not the same question: it is withdrawn, or fails unserved.
+            return  # Redis fails it once nobody has served it for long; in memory it waits.
+        if not self._is_still_asked(known):
+            return  # Not the same question: it is withdrawn.
         status = await self._engine.status(job_id)
         if status is None or status.state.ended:
             return

@@ -157,6 +157,10 @@ class _Loop:
         if model is None or model.digest != lease.job.bundle or model.is_refused:
             await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
             return
+        if lease.job.classes != model.classes:  # No worker of the digest can compute it.
+            what = f"a job of {lease.job.classes} classes for a task of {model.classes}"
+            self._outcomes.failed(lease, ValueError(what))
+            return
         self._holdings.add(lease, model, began)
         self._arrived.set()
 

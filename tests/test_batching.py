@@ -146,3 +146,27 @@ def test_a_lease_is_taken_in_once() -> None:
     with pytest.raises(ValueError, match="in hand already"):
         packer.add(lease("same", rows=20))
     assert [part.lease.shard.rows for part in packer.next_batch()] == [10]
+
+
+@pytest.mark.parametrize("votes", [[[5, 0, 0]], [[5, 0], [5, 0]]], ids=str)
+def test_votes_of_another_shape_count_nothing(votes: list[list[int]]) -> None:
+    """A batch of which some could be counted is not, so that it can be put back whole."""
+    first, second = lease("first", rows=5), lease("second", rows=5)
+    packer = packed(10, [first, second])
+    batch = packer.next_batch()
+    with pytest.raises(ValueError, match="votes of shape"):
+        packer.absorb(batch, np.array(votes))
+    packer.put_back(batch)
+    assert packer.next_batch() == batch
+    finished = packer.absorb(batch, votes_of(batch))
+    assert [(one.token, counts.sum()) for one, counts in finished] == [("first", 5), ("second", 5)]
+
+
+def test_one_job_of_other_classes_keeps_all_from_being_counted() -> None:
+    """Its votes cannot be told from the others', whose leases stay in hand."""
+    jobs = [make_job("first", n=5), make_job("second", n=5, classes=4)]
+    leases = [Lease(job, Shard(0, Domain.ESTIMATION, 0, 5), job.id) for job in jobs]
+    packer = packed(10, leases)
+    with pytest.raises(ValueError, match="votes of shape"):
+        packer.absorb(packer.next_batch(), np.array([[5, 0, 0]] * 2))
+    assert packer.leases == leases

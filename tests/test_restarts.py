@@ -29,6 +29,7 @@ from tests.test_worker import soon
 
 OLD, NEW = "bundle-a", "bundle-b"
 TASK = {"default": replace(TASKS["default"], labels=("ant", "bee", "cat"))}
+ASKED = TASK["default"].digest
 LONG = PATIENCE + 3
 """Looks after which a job would have begun anew."""
 
@@ -75,7 +76,7 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     counted, late = await engine.pull(Worker("w", {"default": OLD}), 20)
     await engine.commit(counted, [10, 0, 0])
     looking = restarts(engine)
-    looking.begin(job)
+    looking.begin(job, ASKED)
     await serves(engine, "w", NEW)
     status = await under(engine, job, NEW)
     assert (status.state, status.rows_done, sum(status.selection)) == (State.QUEUED, 0, 0)
@@ -105,7 +106,7 @@ async def test_jobs_stay_while_anybody_serves_them(engine: Engine) -> None:
     await engine.pull(Worker("bird", {"default": NEW}), 1)
     looking = restarts(spy)
     for job in jobs:
-        looking.begin(job)
+        looking.begin(job, ASKED)
     await looks(spy, LONG)
     assert spy.asked("restart") == []
     await looking.close()
@@ -114,15 +115,20 @@ async def test_jobs_stay_while_anybody_serves_them(engine: Engine) -> None:
 async def test_another_question_is_not_restarted(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the task is gone, or another bundle, its jobs are not asked of it."""
+    """Where the task is gone, or another bundle by now or from the beginning, jobs are not asked of
+    it."""
     changed = {"default": replace(TASK["default"], k=2.0)}
-    for later in ({}, changed):
-        tasks, spy, job = dict(TASK), EngineSpy(engine), make_job(f"job-{len(later)}")
+    for name, first, later in (
+        ("gone", TASK, {}),
+        ("changed", TASK, changed),
+        ("changed before", changed, changed),
+    ):
+        tasks, spy, job = dict(first), EngineSpy(engine), make_job(name)
         await serves(engine, "w", OLD)
         await engine.submit(job)
         await serves(engine, "w", NEW)
         looking = restarts(spy, tasks)
-        looking.begin(job)
+        looking.begin(job, ASKED)
         tasks.clear()
         tasks.update(later)
         await looks(spy, LONG)
@@ -146,7 +152,7 @@ async def test_a_worker_that_is_missed_for_a_moment_keeps_its_jobs(engine: Engin
     spy, job = Returning(engine), make_job("a")
     await engine.submit(job)
     looking = restarts(spy)
-    looking.begin(job)
+    looking.begin(job, ASKED)
     await looks(spy, 3 * PATIENCE)
     assert spy.asked("restart") == []
     await looking.close()
@@ -159,7 +165,7 @@ async def test_keys_are_of_the_pixels_though_the_engine_tells_none(engine: Engin
     looking = restarts(engine)
     for job in jobs:
         await engine.submit(job)
-        looking.begin(job)
+        looking.begin(job, ASKED)
     await serves(engine, "w", NEW)
     for job in jobs:
         wanted = noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
@@ -172,7 +178,7 @@ async def test_a_job_begins_anew_a_bounded_number_of_times(engine: Engine) -> No
     spy, job = EngineSpy(engine), make_job("a")
     await engine.submit(job)
     looking = restarts(spy)
-    looking.begin(job)
+    looking.begin(job, ASKED)
     for turn in range(MOST_RESTARTS):
         digest = f"bundle-{turn}"
         await serves(engine, "w", digest)
@@ -201,7 +207,7 @@ async def test_a_job_that_ends_as_it_begins_anew_is_over(engine: Engine) -> None
     looking = restarts(Ending(engine))
     for job in jobs:
         await engine.submit(job)
-        looking.begin(job)
+        looking.begin(job, ASKED)
     await serves(engine, "w", NEW)
     await under(engine, jobs[2], NEW)
     assert looking._open.keys() == {"bad", "good"}
@@ -215,28 +221,120 @@ async def test_an_engine_that_is_away_is_asked_again(engine: Engine) -> None:
     await engine.submit(job)
     await serves(engine, "w", NEW)
     looking = restarts(spy)
-    looking.begin(job)
+    looking.begin(job, ASKED)
     await under(engine, job, NEW)
     await looks(spy, LONG)
     assert (await engine.status(job.id)).job.bundle == NEW  # type: ignore[union-attr]
     await looking.close()
 
 
+async def test_an_engine_that_errs_is_asked_again(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that was not foreseen is logged, and the looking goes on."""
+    troubles = iter([True])
+
+    class Erring(EngineSpy):
+        async def capacity(self) -> Capacity:
+            if next(troubles, False):
+                raise ZeroDivisionError
+            return await self.engine.capacity()
+
+    job = make_job("a")
+    await engine.submit(job)
+    await serves(engine, "w", NEW)
+    looking = restarts(Erring(engine))
+    looking.begin(job, ASKED)
+    await under(engine, job, NEW)
+    await looking.close()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "the open jobs could not be looked after"
+    ]
+
+
+async def test_a_job_that_others_began_anew_is_not_begun_again(engine: Engine) -> None:
+    """Where its record has another digest than was known here, that one is missed from then on."""
+    spy, job = EngineSpy(engine), make_job("a")
+    await engine.submit(job)
+    assert await engine.restart(job.id, "bundle-middle", bytes(32))
+    await serves(engine, "w", NEW)
+    await serves(engine, "x", "bundle-middle")
+    looking = restarts(spy)
+    looking.begin(job, ASKED)
+    await looks(spy, 2 * LONG)
+    assert spy.asked("restart") == []
+    assert len(spy.asked("status")) == 1
+    await looking.close()
+
+
+async def test_a_job_that_has_ended_is_not_begun_again(engine: Engine) -> None:
+    """Nor is the engine asked to."""
+    spy, job = EngineSpy(engine), make_job("a")
+    await engine.submit(job)
+    await engine.cancel(job.id)
+    await serves(engine, "w", NEW)
+    looking = restarts(spy)
+    looking.begin(job, ASKED)
+    await soon(lambda: len(spy.asked("status")) > 1)
+    assert spy.asked("restart") == []
+    await looking.close()
+
+
+async def test_nobody_looks_once_closed(engine: Engine) -> None:
+    """Neither after what was open, nor after what begins then."""
+    spy, job = EngineSpy(engine), make_job("a")
+    looking = restarts(spy)
+    looking.begin(job, ASKED)
+    await looks(spy, 1)
+    looked = looking._looking
+    await looking.close()
+    assert looked is not None
+    assert looked.done()
+    looking.begin(make_job("b"), ASKED)
+    assert looking._looking is looked
+
+
+async def test_a_task_that_changes_as_it_is_asked_is_another_question(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose bundle is replaced while the question is on its way is cancelled like those that
+    were open by then, and never begins anew under the other."""
+    tasks, begun = dict(TASKS), []
+
+    class Replacing(EngineSpy):
+        def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+            return self.engine.watch(job_id)
+
+        async def submit(self, *asked: Any, **more: Any) -> str:
+            job_id = await self.engine.submit(*asked, **more)
+            tasks["default"] = replace(TASKS["default"], k=2.0)
+            return job_id
+
+    desk = Predictions(Settings(data_dir=tmp_path), Replacing(engine), tasks, SECRET)
+    monkeypatch.setattr(desk._restarts, "begin", lambda job, asked_of: begun.append(asked_of))
+    asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
+    job_id = await desk.submit(asked, None, None)
+    assert begun == [TASKS["default"].digest]
+    assert (await desk.status(job_id, None)).state is State.CANCELLED
+    await desk.close()
+
+
 async def test_nobody_looks_after_jobs_that_are_over(engine: Engine) -> None:
     """The engine is asked only while a job of this process is open."""
     spy, first, second = EngineSpy(engine), make_job("a"), make_job("b")
     looking = restarts(spy)
-    looking.begin(first)
+    looking.begin(first, ASKED)
     await looks(spy, 1)
     looking.end("a")
     await soon(lambda: looking._looking is not None and looking._looking.done())
-    looking.begin(second)
+    looking.begin(second, ASKED)
     await looks(spy, 1)
     await looking.close()
 
 
 async def test_a_caller_gets_the_answer_of_the_new_digest(service: Service) -> None:
     """Who waits for a job that restarts waits on, and its certificate names the new digest."""
+    service.app.state.predictions._restarts._seconds = 0.005
     service.voter.open.clear()
     waiting = asyncio.create_task(service.ask(n="1000"))
     await service.voter.busy.wait()
@@ -269,7 +367,9 @@ async def test_a_job_in_flight_outlives_a_device_without_memory(
 
     monkeypatch.setattr(SmoothedModel, "votes", short)
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
-    desk = Predictions(embedded.settings, embedded.engine, embedded.tasks, embedded.secret)
+    desk = Predictions(
+        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, look_seconds=0.05
+    )
     await embedded.ready()
     first_digest = embedded.models["default"].digest
     pixels = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)

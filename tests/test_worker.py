@@ -895,6 +895,16 @@ async def test_a_task_that_is_refused_during_a_pull_goes_back(engine: MemoryEngi
     assert spy.asked("fail") == []
 
 
+async def test_a_job_of_other_classes_is_refused(engine: MemoryEngine) -> None:
+    """It fails by itself, computed nowhere, and what is in hand beside it is counted."""
+    model, good, odd = FakeModel(), make_job("good"), make_job("odd", classes=4)
+    await submit(engine, odd, good)
+    async with working(engine, {"default": model}):
+        await assert_exact(engine, good)
+        assert (await final(engine, "odd")).state is State.FAILED
+    assert not any({key for key, *_ in batch} & keys(odd) for batch in model.batches)
+
+
 async def test_a_device_without_memory_leaves_its_jobs_to_others(engine: MemoryEngine) -> None:
     """A worker whose networks cannot be had any more ends, and another finishes every job: no
     attempt is counted, and nothing waits for a lease to run out."""
