@@ -43,9 +43,9 @@ async def work(
     workers may be idle, and no more is taken until it ends. On `stop` the batch in hand is
     finished and committed and the rest handed back, for which an engine that does not answer has
     some seconds. What is held of a task whose shape was lowered goes back too, and the task is
-    announced under its new digest from then on. Errors of the engine are waited out and told to
-    `outage`; raises DeviceFailed where the device hangs or is broken, having handed back what it
-    did not compute.
+    announced under its new digest from then on; one that cannot be loaded, when it is tried again.
+    Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
+    hangs, is broken, or has too little memory, having handed back all but what hangs it.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -154,7 +154,7 @@ class _Loop:
 
     async def _accept(self, lease: Lease, began: float) -> None:
         model = self._models.get(lease.job.task)
-        if model is None or model.digest != lease.job.bundle or model.is_refused:
+        if model is None or model.digest != lease.job.bundle:
             await self._reach.ask(self._engine.release([lease]))  # It changed during the pull.
             return
         if lease.job.classes != model.classes:  # No worker of the digest can compute it.

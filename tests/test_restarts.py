@@ -13,9 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
 from service import telemetry
 from service.config import Settings
+from service.device import DeviceFailed
 from service.embedded import Embedded
 from service.engine import Capacity, Engine, Worker
 from service.jobs import Domain, Job, JobStatus, State, noise_key
@@ -392,3 +394,35 @@ async def test_a_job_in_flight_outlives_a_device_without_memory(
     assert status.job.key == noise_key(embedded.secret, image.tobytes(), (3, 32, 32), lowered, 0.25)
     rows = Rows(image, status.job.domain_key(Domain.ESTIMATION), 0, 300, 0.25)
     assert status.estimation == tuple(votes(model, rows).tolist())
+
+
+async def test_a_server_that_cannot_be_lowered_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the default task's networks are gone and cannot be had in a smaller shape, the process
+    is told to end, as at its start: nobody would ask one that is not ready, and load them."""
+    embedded, ending, stop = Embedded(Settings(data_dir=tmp_path)), asyncio.Event(), asyncio.Event()
+    usual, loading = embedded.models["default"].numerics.batch_rows, embedded.models.loading
+
+    def gone(bundle: Bundle, rows: int) -> SmoothedModel:
+        if rows < usual:
+            raise BundleError("the volume is gone")
+        return loading.load(bundle, rows)
+
+    def short(*_: Any) -> NDArray[np.int64]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    embedded.models.loading = replace(loading, load=gone)
+    monkeypatch.setattr(SmoothedModel, "votes", short)
+    working = asyncio.create_task(embedded.worker(on_failure=ending.set)(stop))
+    await embedded.ready()
+    digest = embedded.models["default"].digest
+    job = make_job("a", bundle=digest, classes=embedded.models["default"].classes)
+    await embedded.engine.submit(job)
+    with pytest.raises(DeviceFailed, match=r"memory ran out for a batch, .* the volume is gone"):
+        await working
+    assert embedded.failed
+    assert ending.is_set()
+    held = await embedded.engine.pull(Worker("other", {"default": digest}), 1_000)
+    assert sum(lease.shard.rows for lease in held) == 40
+    assert not any(lease.solitary for lease in held)
