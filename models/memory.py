@@ -41,7 +41,7 @@ def ran_out(error: BaseException) -> bool:
 def times_short() -> int:
     """How often an allocation on the device has failed since the process began; 0 without a GPU.
 
-    Not every such error is seen here: cuDNN's convolutions catch it and take another kernel.
+    Not each of them is raised: PyTorch's cuDNN convolutions catch it and take another kernel.
     """
     import torch
 

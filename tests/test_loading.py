@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
-from models.memory import TooLittleMemory, ran_out
+from models.memory import TooLittleMemory, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
@@ -377,6 +377,7 @@ def test_memory_that_runs_out_unsaid_in_loading_lowers_too() -> None:
         with pytest.raises(ShapeLowered):
             shelf.use(task)
         assert shelf.networks[task].digest == digest_in(2, task)
+    assert (shelf.fresh, shelf.alive) == (2, [0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("failures", [[TooLittleMemory("stage II")] * 2, [MemoryError()] * 2])
@@ -413,6 +414,14 @@ def test_weights_that_do_not_fit_leave_the_shape(failures: list[Exception]) -> N
 def test_errors_of_memory_are_known(error: Exception, out: bool) -> None:
     """Host's, device's and libraries' ways to say that memory ran out, and nothing else."""
     assert ran_out(error) is out
+
+
+def test_short_memory_is_counted_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of PyTorch's allocator, seen by anybody or not; none without a GPU."""
+    if not torch.cuda.is_available():
+        assert times_short() == 0
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 3})
+    assert times_short() == 3
 
 
 def test_an_error_tells_callers_only_its_kind() -> None:
