@@ -25,11 +25,14 @@ from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import ComputeThread, DeviceFailed
+from service.engine import Worker
+from service.engine_memory import MemoryEngine
 from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
 from service.model import ModelUnavailable, ShapeLowered
 from service.serving import load_and_warm
-from tests.fakes import FakeClock, FakeModel
+from tests.fakes import FakeClock, FakeModel, make_job
 from tests.serving import TASKS
+from tests.test_worker import assert_exact, working
 
 NUMERICS = Numerics("a CPU", "float32", 4, 1, "torch", "2.9")
 ROWS = Rows(np.zeros((3, 8, 8), np.uint8), b"k" * 32, 0, 3, 0.25)
@@ -330,6 +333,30 @@ def test_a_lowering_that_cannot_load_ends_the_process(error: Exception) -> None:
     with pytest.raises(DeviceFailed, match=f"memory ran out for a batch, and then: .*{error}"):
         shelf.use("default")
     assert not shelf.networks["default"].is_lowering
+
+
+async def test_another_worker_finishes_what_one_cannot_go_on_with() -> None:
+    """Of two workers of one digest, one runs out of memory and cannot be lowered: it ends, and the
+    other answers every job."""
+    shelf, digest = Shelf(bundles("default")), digest_in(4, "default")
+    engine = MemoryEngine(shard_rows=10, lease_seconds=60, poll_seconds=0.01)
+    healthy = FakeModel(batch_rows=4, classes=4, digest=digest)
+    healthy.gate.clear()
+    jobs = [make_job(f"job-{number}", bundle=digest, classes=4) for number in range(20)]
+    await engine.pull(Worker("someone", {"default": digest}), 1)
+    for job in jobs:
+        await engine.submit(job)
+    shelf.use("default")
+    shelf.room, shelf.failures = 3, [BundleError("the volume is gone")]
+    async with (
+        working(engine, {"default": healthy}, worker_id="healthy"),
+        working(engine, shelf.networks, worker_id="ill") as ill,
+    ):
+        with pytest.raises(DeviceFailed, match="the volume is gone"):
+            await ill.ends()
+        healthy.gate.set()
+        for job in jobs:
+            await assert_exact(engine, job)
 
 
 def test_rows_of_another_digest_are_not_computed() -> None:

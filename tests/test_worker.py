@@ -53,15 +53,23 @@ class Hall:
 @asynccontextmanager
 async def working(
     engine: Any,
-    models: Mapping[str, FakeModel],
+    models: Mapping[str, Any],
     *,
+    worker_id: str = "w",
     lease_seconds: float = 5.0,
     limit: float = 60.0,
 ) -> AsyncIterator[Hall]:
     """A worker that is stopped on leaving, if it still runs."""
     stop, thread = asyncio.Event(), ComputeThread(batch_seconds_limit=limit)
     task = asyncio.create_task(
-        work(engine, models, worker_id="w", stop=stop, thread=thread, lease_seconds=lease_seconds)
+        work(
+            engine,
+            models,
+            worker_id=worker_id,
+            stop=stop,
+            thread=thread,
+            lease_seconds=lease_seconds,
+        )
     )
     hall = Hall(stop, task, thread)
     try:
@@ -69,7 +77,8 @@ async def working(
     finally:
         stop.set()
         for model in models.values():
-            model.gate.set()
+            if isinstance(model, FakeModel):
+                model.gate.set()
         await asyncio.wait({task}, timeout=5)
         thread.close()
 
