@@ -56,8 +56,8 @@ Outcomes = NDArray[np.float64]
 class Way:
     """One adaptation: `each` references a label, `steps` of personalization with the word in the
     template, or `epochs` of fine-tuning; `rate` is the learning rate of whichever there is, `k` the
-    ratio of noise levels of both stage II's personalization and its use. The last three are those
-    of `Finetuning`."""
+    ratio of noise levels of both stage II's personalization and its use, `own_answers` that of
+    `Finetuning`."""
 
     source: str = MADE
     each: int = 32
@@ -67,9 +67,7 @@ class Way:
     epochs: int = 0
     rate: float = 0.0
     k: float = SET.k
-    draws: int = 1
     own_answers: bool = False
-    consistency: float = 0.0
 
     @property
     def told(self) -> str:
@@ -170,9 +168,7 @@ class Bench:
         settings = replace(
             base,
             profile=replace(base.profile, learning_rate=way.rate),
-            draws=way.draws,
             own_answers=way.own_answers,
-            consistency=way.consistency,
         )
         return finetune(
             TUNABLES[HEAD.kind](MODELS / HEAD.folder, CIFAR10_LABELS, SET.template, CPU),

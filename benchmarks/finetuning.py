@@ -24,7 +24,7 @@ from rich.progress import track
 from scipy.special import ndtri
 from torch import Tensor
 
-from benchmarks.adaptation_ablations import MADE, PHOTOGRAPHS, Bench, Way
+from benchmarks.adaptation_ablations import PHOTOGRAPHS, Bench, Way
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import paired_bootstrap
 from models.files import written_whole
@@ -32,19 +32,19 @@ from models.runtime import RUNTIMES
 
 BATCH = 20
 _LABELS = Way(epochs=10, rate=1e-5)
-_ANSWERS = replace(_LABELS, draws=2, own_answers=True, rate=5e-5)
-_CONSISTENT = replace(_ANSWERS, consistency=3.0)
+_ANSWERS = replace(_LABELS, each=64, rate=5e-5, own_answers=True)
 EVERY = (
     Way(),
     _LABELS,
     replace(_LABELS, each=64),
     replace(_LABELS, each=64, rate=5e-5),
-    replace(_ANSWERS, each=64),
-    _CONSISTENT,
-    replace(_CONSISTENT, each=64),
-    replace(_CONSISTENT, each=64, rate=2e-5),
-    replace(_CONSISTENT, each=64, own_answers=False),
-    replace(_CONSISTENT, each=64, source=PHOTOGRAPHS),
+    replace(_ANSWERS, each=4),
+    replace(_ANSWERS, each=32),
+    _ANSWERS,
+    replace(_ANSWERS, rate=2e-5),
+    replace(_ANSWERS, rate=1e-4),
+    replace(_ANSWERS, source=PHOTOGRAPHS),
+    replace(_ANSWERS, source=PHOTOGRAPHS, each=1_000, epochs=3),
 )
 
 
@@ -101,9 +101,8 @@ def told_of(way: Way) -> str:
     if not way.epochs:
         return "nothing adapted"
     wanted = "own answers" if way.own_answers else "labels"
-    drawn = f", consistency {way.consistency:g}" if way.consistency else ""
-    source = "" if way.source == MADE else f" ({way.source})"
-    return f"{way.each} a label{source}, {wanted}{drawn}, at {way.rate:g}"
+    epochs = f"{way.epochs} epochs at {way.rate:g}"
+    return f"{wanted}, {epochs}; {way.source}, {way.each} a label"
 
 
 def main() -> None:

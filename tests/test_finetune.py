@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from models.adaptation.finetune import TUNABLES, Finetuning, disagreement, finetune
+from models.adaptation.finetune import TUNABLES, Finetuning, finetune
 from models.adaptation.references import References
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import NoDenoiser
@@ -29,7 +27,7 @@ PAPERS = Finetuning(
     largest_batch=4,
     micro_batch=3,
 )
-CONSISTENT = replace(PAPERS, draws=3, own_answers=True, consistency=2.0)
+OWN_ANSWERS = replace(PAPERS, own_answers=True)
 
 
 class Stopped(Exception):
@@ -93,7 +91,7 @@ def served(head: tuple[str, Path], tuned: Path | None) -> Classifier:
     return load(folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch(), tuned)
 
 
-@pytest.mark.parametrize("settings", [PAPERS, CONSISTENT], ids=["the paper's", "consistent"])
+@pytest.mark.parametrize("settings", [PAPERS, OWN_ANSWERS], ids=["labels", "own answers"])
 def test_a_fine_tuning_goes_on_exactly_and_is_served_as_it_was_made(
     head: tuple[str, Path], references: References, tmp_path: Path, settings: Finetuning
 ) -> None:
@@ -137,7 +135,7 @@ def test_own_answers_are_what_the_resting_classifier_says(
     head: tuple[str, Path], references: References, tmp_path: Path
 ) -> None:
     """Labels play no part; without noise, the first step's loss is the answers' entropy."""
-    settings = replace(PAPERS, own_answers=True, sigmas=(0.0, 0.0), largest_batch=6)
+    settings = replace(OWN_ANSWERS, sigmas=(0.0, 0.0), largest_batch=6)
     others = replace(references, labels=references.labels.flip(0))
     told = [
         finetuned(head, these, tmp_path / str(place), settings, epochs=1).read_bytes()
@@ -147,39 +145,3 @@ def test_own_answers_are_what_the_resting_classifier_says(
     shares = served(head, None)(references.images.float() / 255).softmax(-1)
     wanted = -(shares * shares.log()).sum(-1).mean()
     assert losses(tmp_path / "0")[0][1] == pytest.approx(float(wanted), rel=5e-3)
-
-
-def test_disagreement_is_the_draws_mean_divergence_from_their_mean() -> None:
-    """None where all say the same, without end for two that are sure of other labels; by hand."""
-    shares = torch.tensor(
-        [[[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]], [[0.5, 0.5], [0.0, 1.0], [0.3, 0.7]]],
-        dtype=torch.float64,
-    )
-    by_hand = 0.5 * (0.6 * math.log(0.6 / 0.9) + 0.4 * math.log(0.4 / 0.1)) + 0.5 * (
-        0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.7)
-    )
-    found = disagreement(shares.clamp_min(1e-300).log())
-    assert found[0] == pytest.approx(0.0, abs=1e-12)
-    assert found[1] > 300
-    assert found[2] == pytest.approx(by_hand, abs=1e-12)
-
-
-def test_consistency_makes_draws_agree(
-    head: tuple[str, Path], references: References, tmp_path: Path
-) -> None:
-    """With a weight of it, answers to one image under fresh noise lie closer together."""
-    slow = Profile(steps=0, batch=0, learning_rate=1e-3, log_every=1, checkpoint_every=10)
-    base = replace(CONSISTENT, profile=slow, largest_batch=6, consistency=0.0)
-    noise = torch.randn(8, 6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    x = (references.images.float() / 255 + 0.5 * noise).flatten(0, 1)
-
-    @torch.no_grad()
-    def apart(tuned: Path | None) -> float:
-        said: Tensor = served(head, tuned)(x).log_softmax(-1)
-        return float(disagreement(said.unflatten(0, (8, 6))).mean())
-
-    without, weighed = (
-        apart(finetuned(head, references, tmp_path / f"{c}", replace(base, consistency=c), 20))
-        for c in (0.0, 50.0)
-    )
-    assert weighed < 0.9 * without

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,21 +24,16 @@ from models.training import OnStep, Profile, fit, unheard
 class Finetuning:
     """How the classifier is adapted; `profile.steps` and `batch` follow from the references.
 
-    Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units. A step sees
-    each of its references under `draws` draws of the noise at one sigma. Wanted of each is the
-    reference's label or, with `own_answers`, what the resting classifier says of the reference as
-    it is, in shares (as STAB of Salman et al., arXiv 2003.01908). `consistency` weighs how far the
-    draws' answers lie from their mean (Jeong & Shin, arXiv 2006.04062, without their entropy term).
-    The defaults of the last three are the paper's.
+    Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units. Wanted of them
+    is the reference's label, as in the paper, or, with `own_answers`, what the resting classifier
+    says of the reference as it is, in shares (as STAB of Salman et al., arXiv 2003.01908).
     """
 
     profile: Profile
     sigmas: tuple[float, float]
     largest_batch: int = 256
     micro_batch: int = 64
-    draws: int = 1
     own_answers: bool = False
-    consistency: float = 0.0
 
 
 class Tunable(Protocol):
@@ -117,9 +111,8 @@ def finetune(
     """Fine-tune a classifier on denoised references; returns its safetensors file in `out`.
 
     Minimises the cross-entropy of the classifier behind the resting `denoiser` (Choi et al. 2024,
-    Eq. 13), and what `settings` adds. Weights are kept in float32: at this learning rate a step is
-    lost in fewer bits. Checkpoints and losses lie in `out`; another call goes on from there, to the
-    same losses.
+    Eq. 13). Weights are kept in float32: at this learning rate a step is lost in fewer bits.
+    Checkpoints and losses lie in `out`; another call goes on from there, to the same losses.
     """
     whole = len(references.labels)
     network = _AtRest(classifier.network).train()
@@ -133,12 +126,11 @@ def finetune(
         order = torch.randperm(whole, generator=_generator(seed, epoch, 0))
         chosen = order[place * batch : (place + 1) * batch]
         generator = _generator(seed, step, 1)
-        for rows in chosen.split(max(1, settings.micro_batch // settings.draws)):
-            images = references.images[rows]
-            x_0 = _denoised(denoiser, images, settings, generator, device)
-            said = classifier(x_0).log_softmax(-1).unflatten(0, (settings.draws, len(rows)))
-            missed = -(wanted[rows] * said).sum(-1).mean(0)
-            yield (missed + settings.consistency * disagreement(said)).sum() / len(chosen)
+        for rows in chosen.split(settings.micro_batch):
+            logits = classifier(
+                _denoised(denoiser, references.images[rows], settings, generator, device)
+            )
+            yield F.cross_entropy(logits, wanted[rows], reduction="sum") / len(chosen)
 
     fit("finetune", network, losses, out, profile, device, on_step=on_step)
     weights = {
@@ -156,20 +148,11 @@ def finetune(
 def _wanted(
     classifier: Tunable, references: References, settings: Finetuning, device: torch.device
 ) -> Tensor:
-    """What is to be said of each reference, in shares of the labels (N,K)."""
-    parts = []
-    for rows in torch.arange(len(references.labels)).split(settings.micro_batch):
-        logits = classifier((references.images[rows].float() / 255).to(device))
-        labels = references.labels[rows].to(device)
-        own, given = logits.softmax(-1), F.one_hot(labels, logits.shape[1]).float()
-        parts.append(own if settings.own_answers else given)
-    return torch.cat(parts)
-
-
-def disagreement(said: Tensor) -> Tensor:
-    """How far log-shares (draws,B,K) lie from the draws' mean: mean KL(mean || draw), (B,)."""
-    mean = said.logsumexp(0) - math.log(len(said))
-    return (mean.exp() * (mean - said)).sum(-1).mean(0)
+    """What is to be said of each reference: its label (N,), or shares of the labels (N,K)."""
+    if not settings.own_answers:
+        return references.labels.to(device)
+    batches = references.images.split(settings.micro_batch)
+    return torch.cat([classifier(x.to(device).float() / 255).softmax(-1) for x in batches])
 
 
 def _generator(seed: int, step: int, stream: int) -> torch.Generator:
@@ -184,10 +167,8 @@ def _denoised(
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
-    """The images' draws, one after the other (draws * B,3,H,W)."""
     low, high = settings.sigmas
     sigma = low + (high - low) * torch.rand(len(images), generator=generator, dtype=torch.float64)
-    sigma, images = sigma.repeat(settings.draws), images.repeat(settings.draws, 1, 1, 1)
     noise = torch.randn(images.shape, generator=generator)
     x_hat = images.float() / 255 + sigma.float()[:, None, None, None] * noise
     with torch.autocast(device.type, enabled=False):

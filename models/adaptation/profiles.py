@@ -53,9 +53,7 @@ ADAPTATIONS = {
         Finetuning(
             Profile(steps=0, batch=0, learning_rate=5e-5, log_every=5, checkpoint_every=10),
             sigmas=(0.12, 0.75),
-            draws=2,
             own_answers=True,
-            consistency=3.0,
         ),
     ),
     "if-ii-l": _IF_II_L,
