@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -25,6 +25,8 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from benchmarks.adaptation_ablations import PHOTOGRAPHS, Bench, Way
+from models.classifier import Classifier
+from models.denoiser import Denoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import paired_bootstrap
 from models.files import written_whole
@@ -48,38 +50,29 @@ EVERY = (
 )
 
 
-class Held:
-    """Held-back images' noisy rows behind the denoiser, and who names them right."""
+@torch.inference_mode()
+def denoised(denoise: Denoiser, data: LabelledImages, sigma: float, rows: int) -> Tensor:
+    """So many noisy rows of every image behind the denoiser (N,rows,3,H,W) float16."""
+    height, width, channels = data.images.shape[1:]
+    found = torch.empty(len(data), rows, channels, height, width, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    sigmas = torch.full((BATCH,), sigma, dtype=torch.float64)
+    for image, into in zip(track(data.images, "denoising"), found, strict=True):
+        x = torch.from_numpy(image).permute(2, 0, 1) / 255
+        for start in range(0, rows, BATCH):
+            noise = torch.randn(BATCH, *x.shape, generator=generator)
+            into[start : start + BATCH] = denoise(x + sigma * noise, sigmas)
+    return found
 
-    def __init__(self, bench: Bench, data: LabelledImages, sigma: float, rows: int) -> None:
-        self._bench, self._data, self._sigma, self._rows = bench, data, sigma, rows
 
-    @cached_property
-    @torch.inference_mode()
-    def _denoised(self) -> Tensor:
-        """The rows (N,rows,3,H,W) float16."""
-        denoise, images = self._bench.denoiser(), self._data.images
-        generator = torch.Generator().manual_seed(1)
-        height, width, channels = images.shape[1:]
-        denoised = torch.empty(
-            len(images), self._rows, channels, height, width, dtype=torch.float16
-        )
-        sigmas = torch.full((BATCH,), self._sigma, dtype=torch.float64)
-        for image, into in zip(track(images, "denoising"), denoised, strict=True):
-            x = torch.from_numpy(image).permute(2, 0, 1) / 255
-            for start in range(0, self._rows, BATCH):
-                noise = torch.randn(BATCH, *x.shape, generator=generator)
-                into[start : start + BATCH] = denoise(x + self._sigma * noise, sigmas)
-        return denoised
-
-    @torch.inference_mode()
-    def shares(self, tuned: Path | None) -> NDArray[np.float64]:
-        """The share of each image's rows that the classifier names right (N,)."""
-        classify, right = self._bench.classifier(tuned), np.zeros(len(self._data))
-        for place, rows in enumerate(self._denoised):
-            named = torch.cat([classify(part.float()).argmax(1) for part in rows.split(BATCH)])
-            right[place] = float((named == int(self._data.labels[place])).double().mean())
-        return right
+@torch.inference_mode()
+def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share of each image's rows (N,rows,3,H,W) that the classifier names right (N,)."""
+    named = np.array(
+        [[classify(part.float()).argmax(1).numpy() for part in each.split(BATCH)] for each in rows]
+    )
+    found: NDArray[np.float64] = (named.reshape(len(rows), -1) == labels[:, None]).mean(1)
+    return found
 
 
 def radii(shares: NDArray[np.float64], sigma: float, rows: int) -> NDArray[np.float64]:
@@ -125,32 +118,26 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(arguments.data, work, RUNTIMES[arguments.runtime]())
         data = bench.held_back[arguments.first :][: arguments.count]
-        held = Held(bench, data, arguments.sigma, arguments.rows)
+        rows = cache(lambda: denoised(bench.denoiser(), data, arguments.sigma, arguments.rows))
         asked = [arguments.sigma, arguments.first, len(data), arguments.rows]
         print("| fine-tuned on | rows right | images right | ACR, estimated | | difference |")
         print("|---" * 6 + "|")
         base = None
         for way in EVERY:
-            shares = _kept(bench, held, way, work, asked)
+            out = work / bench.name_of(way)
+            out.mkdir(exist_ok=True)
+            kept = out / f"shares-{'-'.join(f'{each:g}' for each in asked)}.json"
+            if not kept.exists():
+                classify = bench.classifier(bench.tuned(way, out))
+                found = shares_of(classify, rows(), data.labels)
+                with written_whole(kept) as partial:
+                    partial.write_text(json.dumps(found.tolist()))
+            shares = np.array(json.loads(kept.read_text()))
             radius = radii(shares, arguments.sigma, arguments.rows)
             base = radius if base is None else base
             by, low, high = paired_bootstrap(base, radius)
             line = row(told_of(way), shares, radius, float(base.mean()))
             print(f"{line} | {by:+.4f} ({low:+.4f} to {high:+.4f}) |", flush=True)
-
-
-def _kept(
-    bench: Bench, held: Held, way: Way, work: Path, asked: list[float]
-) -> NDArray[np.float64]:
-    """A way's shares, from the folder or into it."""
-    out = work / bench.name_of(way)
-    out.mkdir(exist_ok=True)
-    kept = out / f"shares-{'-'.join(f'{each:g}' for each in asked)}.json"
-    if not kept.exists():
-        found = held.shares(bench.tuned(way, out))
-        with written_whole(kept) as partial:
-            partial.write_text(json.dumps(found.tolist()))
-    return np.array(json.loads(kept.read_text()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import adaptation_ablations as ablations
+from benchmarks import finetuning
 from benchmarks.adaptation import Together, apart, certified
 from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages
@@ -110,3 +111,28 @@ def test_ablations_are_told_as_differences_to_the_first() -> None:
     assert lines[2].endswith("| 50.0 % | +0.0 (+0.0 to +0.0) | 50.0 % | +0.0 (+0.0 to +0.0) |")
     assert lines[3].startswith("| all | 100.0 % | +50.0 (+4")
     assert len({way.told for way in ablations.EVERY}) == len(ablations.EVERY)
+
+
+def test_classifiers_are_compared_on_the_same_rows() -> None:
+    """Shares of an image's noisy rows that each names right; the same again."""
+    rows = finetuning.denoised(NoDenoiser(), DATA, 0.25, 200)
+    assert torch.equal(rows, finetuning.denoised(NoDenoiser(), DATA, 0.25, 200))
+    assert rows[1].float().mean() == pytest.approx(128 / 255, abs=0.02)
+    one, two = (finetuning.shares_of(head, rows, DATA.labels) for head in HEADS)
+    assert one[0] == pytest.approx(1.0, abs=0.25)
+    assert two[1] > one[1]
+    assert two[2] < one[2]
+
+
+def test_radii_are_estimated_from_shares() -> None:
+    """Sigma times the quantile, none below a majority, and finite where every row is right."""
+    found = finetuning.radii(np.array([0.3, 0.5, 0.8413447460685429, 1.0]), 0.5, 60)
+    assert found.tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5 * 2.394], abs=1e-3)
+
+
+def test_ways_of_fine_tuning_are_told_apart() -> None:
+    """No two lines of the table have one name, and each says what it gains."""
+    told = [finetuning.told_of(way) for way in finetuning.EVERY]
+    assert len(set(told)) == len(told)
+    line = finetuning.row("all", np.array([0.4, 0.8]), np.array([0.0, 0.42]), 0.2)
+    assert line == "| all | 60.0 % | 50.0 % | 0.210 | +5.0 %"
