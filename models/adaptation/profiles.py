@@ -51,9 +51,8 @@ ADAPTATIONS = {
             guided_below=600,
         ),
         Finetuning(
-            Profile(steps=0, batch=0, learning_rate=5e-5, log_every=5, checkpoint_every=10),
+            Profile(steps=0, batch=0, learning_rate=1e-5, log_every=5, checkpoint_every=10),
             sigmas=(0.12, 0.75),
-            own_answers=True,
         ),
     ),
     "if-ii-l": _IF_II_L,
