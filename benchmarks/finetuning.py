@@ -34,19 +34,20 @@ from models.runtime import RUNTIMES
 
 BATCH = 20
 _LABELS = Way(epochs=10, rate=1e-5)
-_ANSWERS = replace(_LABELS, each=64, rate=5e-5, own_answers=True)
+_ANSWERS = Way(each=64, epochs=20, rate=2e-5, own_answers=True)
 EVERY = (
     Way(),
     _LABELS,
     replace(_LABELS, each=64),
-    replace(_LABELS, each=64, rate=5e-5),
+    replace(_ANSWERS, own_answers=False),
     replace(_ANSWERS, each=4),
     replace(_ANSWERS, each=32),
     _ANSWERS,
-    replace(_ANSWERS, rate=2e-5),
-    replace(_ANSWERS, rate=1e-4),
+    replace(_ANSWERS, epochs=10),
+    replace(_ANSWERS, epochs=10, rate=3e-5),
+    replace(_ANSWERS, rate=4e-5),
     replace(_ANSWERS, source=PHOTOGRAPHS),
-    replace(_ANSWERS, source=PHOTOGRAPHS, each=1_000, epochs=3),
+    replace(_ANSWERS, source=PHOTOGRAPHS, each=1_000, epochs=2),
 )
 
 
