@@ -44,8 +44,6 @@ SET, HEAD, WAYS = DENOISER_SETS["nano"], CLASSIFIER_SETS["nano"], ADAPTATIONS["n
 CPU = torch.device("cpu")
 SIGMAS = (0.25, 0.5)
 DRAWS, ROWS = 2, 16
-MOST_MADE = 64
-"""The most references a label that any way asks for."""
 MADE, PHOTOGRAPHS = "made", "photographs"
 
 Outcomes = NDArray[np.float64]
@@ -56,8 +54,8 @@ Outcomes = NDArray[np.float64]
 class Way:
     """One adaptation: `each` references a label, `steps` of personalization with the word in the
     template, or `epochs` of fine-tuning; `rate` is the learning rate of whichever there is, `k` the
-    ratio of noise levels of both stage II's personalization and its use, `own_answers` that of
-    `Finetuning`."""
+    ratio of noise levels of both stage II's personalization and its use, `soft_targets` and
+    `mixing` those of `Finetuning`."""
 
     source: str = MADE
     each: int = 32
@@ -67,7 +65,8 @@ class Way:
     epochs: int = 0
     rate: float = 0.0
     k: float = SET.k
-    own_answers: bool = False
+    soft_targets: bool = False
+    mixing: float = 1.0
 
     @property
     def told(self) -> str:
@@ -124,7 +123,6 @@ class Bench:
         self.held_back = cifar10(data, "held-back")
         bundle = read_bundle(DEFAULT_TASK).digest
         self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, asdict(WAYS.sampling)]
-        self._plan = Plan.checked(CIFAR10_LABELS, shots=MOST_MADE)
 
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
         """Each sigma's outcomes of the networks adapted this way; kept in the folder."""
@@ -168,7 +166,8 @@ class Bench:
         settings = replace(
             base,
             profile=replace(base.profile, learning_rate=way.rate),
-            own_answers=way.own_answers,
+            soft_targets=way.soft_targets,
+            mixing=way.mixing,
         )
         return finetune(
             TUNABLES[HEAD.kind](MODELS / HEAD.folder, CIFAR10_LABELS, SET.template, CPU),
@@ -197,13 +196,11 @@ class Bench:
             chosen = first_of_each(self._photographs.labels, way.each)
             images = torch.from_numpy(self._photographs.images[chosen]).permute(0, 3, 1, 2)
             return References(images.contiguous(), torch.tensor(self._photographs.labels[chosen]))
-        folder = self._work / "references"
-        states = self._states([*self._plan.prompts(), ""])
+        plan = Plan.checked(CIFAR10_LABELS, shots=way.each)
+        folder = self._work / f"references-{way.each}"
         cascade = partial(Cascade, *SET.folders, CPU)
-        synthesize(self._plan, folder, cascade, states, WAYS.sampling)
-        whole = read_references(self._plan, folder, SET.resolution)
-        chosen = first_of_each(whole.labels.numpy(), way.each)
-        return References(whole.images[chosen], whole.labels[chosen])
+        synthesize(plan, folder, cascade, self._states([*plan.prompts(), ""]), WAYS.sampling)
+        return read_references(plan, folder, SET.resolution)
 
     def _denoiser(
         self, runtime: Runtime, states: Tensor, adapter: Path | None, k: float

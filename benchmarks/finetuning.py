@@ -24,7 +24,7 @@ from rich.progress import track
 from scipy.special import ndtri
 from torch import Tensor
 
-from benchmarks.adaptation_ablations import PHOTOGRAPHS, Bench, Way
+from benchmarks.adaptation_ablations import Bench, Way
 from models.classifier import Classifier
 from models.denoiser import Denoiser
 from models.evaluation.datasets import LabelledImages
@@ -33,21 +33,19 @@ from models.files import written_whole
 from models.runtime import RUNTIMES
 
 BATCH = 20
-_LABELS = Way(epochs=10, rate=1e-5)
-_ANSWERS = Way(each=64, epochs=20, rate=2e-5, own_answers=True)
+_LABELS = Way(each=64, epochs=20, rate=4e-5)
+_SOFT = replace(_LABELS, soft_targets=True)
 EVERY = (
     Way(),
+    Way(epochs=10, rate=1e-5),
     _LABELS,
-    replace(_LABELS, each=64),
-    replace(_ANSWERS, own_answers=False),
-    replace(_ANSWERS, each=4),
-    replace(_ANSWERS, each=32),
-    _ANSWERS,
-    replace(_ANSWERS, epochs=10),
-    replace(_ANSWERS, epochs=10, rate=3e-5),
-    replace(_ANSWERS, rate=4e-5),
-    replace(_ANSWERS, source=PHOTOGRAPHS),
-    replace(_ANSWERS, source=PHOTOGRAPHS, each=1_000, epochs=2),
+    replace(_LABELS, mixing=0.5),
+    replace(_SOFT, rate=2e-5),
+    _SOFT,
+    replace(_SOFT, mixing=0.5),
+    replace(_SOFT, rate=1e-4),
+    replace(_SOFT, rate=1e-4, mixing=0.5),
+    replace(_SOFT, rate=1e-4, mixing=0.35),
 )
 
 
@@ -94,9 +92,10 @@ def told_of(way: Way) -> str:
     """The way in words."""
     if not way.epochs:
         return "nothing adapted"
-    wanted = "own answers" if way.own_answers else "labels"
+    targets = "soft targets" if way.soft_targets else "labels"
     epochs = f"{way.epochs} epochs at {way.rate:g}"
-    return f"{wanted}, {epochs}; {way.source}, {way.each} a label"
+    mixing = f", mixed in by {way.mixing:g}" if way.mixing != 1.0 else ""
+    return f"{targets}, {epochs}{mixing}; {way.source}, {way.each} a label"
 
 
 def main() -> None:

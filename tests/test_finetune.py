@@ -27,7 +27,7 @@ PAPERS = Finetuning(
     largest_batch=4,
     micro_batch=3,
 )
-OWN_ANSWERS = replace(PAPERS, own_answers=True)
+DISTILLED = replace(PAPERS, soft_targets=True, mixing=0.5)
 
 
 class Stopped(Exception):
@@ -91,7 +91,7 @@ def served(head: tuple[str, Path], tuned: Path | None) -> Classifier:
     return load(folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch(), tuned)
 
 
-@pytest.mark.parametrize("settings", [PAPERS, OWN_ANSWERS], ids=["labels", "own answers"])
+@pytest.mark.parametrize("settings", [PAPERS, DISTILLED], ids=["labels", "soft targets"])
 def test_a_fine_tuning_goes_on_exactly_and_is_served_as_it_was_made(
     head: tuple[str, Path], references: References, tmp_path: Path, settings: Finetuning
 ) -> None:
@@ -131,11 +131,11 @@ def test_the_papers_loss_is_the_cross_entropy_of_the_labels(
     assert losses(tmp_path / "out")[0][1] == pytest.approx(float(wanted), rel=5e-3)
 
 
-def test_own_answers_are_what_the_resting_classifier_says(
+def test_soft_targets_are_what_the_resting_classifier_says(
     head: tuple[str, Path], references: References, tmp_path: Path
 ) -> None:
-    """Labels play no part; without noise, the first step's loss is the answers' entropy."""
-    settings = replace(OWN_ANSWERS, sigmas=(0.0, 0.0), largest_batch=6)
+    """Labels play no part; without noise, the first step's loss is the targets' entropy."""
+    settings = replace(DISTILLED, sigmas=(0.0, 0.0), largest_batch=6)
     others = replace(references, labels=references.labels.flip(0))
     told = [
         finetuned(head, these, tmp_path / str(place), settings, epochs=1).read_bytes()
@@ -145,3 +145,20 @@ def test_own_answers_are_what_the_resting_classifier_says(
     shares = served(head, None)(references.images.float() / 255).softmax(-1)
     wanted = -(shares * shares.log()).sum(-1).mean()
     assert losses(tmp_path / "0")[0][1] == pytest.approx(float(wanted), rel=5e-3)
+
+
+def test_stored_is_the_mean_of_resting_and_tuned_weights(
+    head: tuple[str, Path], references: References, tmp_path: Path
+) -> None:
+    """With a quarter of the tuned ones; a run that was cut mixes in the same resting weights."""
+    tuned = load_file(finetuned(head, references, tmp_path / "tuned"))
+    settings = replace(PAPERS, mixing=0.25)
+    cut_short(head, references, tmp_path / "mixed", settings, stop=4)
+    mixed = load_file(finetuned(head, references, tmp_path / "mixed", settings))
+    network = TUNABLES[head[0]](head[1], miniatures.LABELS, TEMPLATE, CPU).network
+    resting = {name: tensor.float() for name, tensor in network.state_dict().items()}
+    assert any(not torch.equal(tuned[name].float(), tensor) for name, tensor in resting.items())
+    for name, tensor in resting.items():
+        expected = 0.75 * tensor + 0.25 * tuned[name]
+        assert torch.allclose(mixed[name].float(), expected, atol=1e-6), name
+    assert losses(tmp_path / "mixed") == losses(tmp_path / "tuned")

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from models.adaptation.plan import PLAN, STAGES, UNATTENDED, Plan, Status, write_json
+from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, read_bundle
@@ -139,31 +141,36 @@ def test_a_job_ends_where_its_input_falls_silent(tmp_path: Path) -> None:
     assert Status.read(folder).state == "running"
 
 
-def test_a_job_begun_with_other_networks_starts_anew(tmp_path: Path) -> None:
-    """What was made with networks that a release has changed since is thrown away, and so is what
-    a killed publication left; the bundle names the networks it was made with."""
+def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
+    """What was made with networks or settings that a release has changed since is thrown away, and
+    so is what a killed publication left; the bundle says what it was made with."""
     folder, tasks = job(tmp_path / "task", steps=0, epochs=0), tmp_path / "tasks"
     assert ended(folder).state == "ready"
     images = {path.name: path.read_bytes() for path in (folder / "references").glob("*.png")}
-    bases = json.loads((folder / "bases.json").read_text())
-    assert read_bundle(tasks / "task").denoiser.files == bases["denoiser"]["files"]
+    begun = json.loads((folder / "begun.json").read_text())
+    bundle = read_bundle(tasks / "task")
+    assert bundle.denoiser.files == begun["bases"]["denoiser"]["files"]
+    assert bundle.adaptation["profile"] == begun["profile"] == ADAPTATIONS["nano"].described()
 
-    def again(changed: bool) -> None:
+    def again(before: dict[str, Any]) -> bool:
+        """Whether the job ran anew, begun as said before."""
         shutil.rmtree(tasks / "task")
         (tasks / ".partial-task-x").mkdir()
         Status("queued").write(folder)
         (folder / "references" / "0-0.json").write_text("{}")
-        hashes = {**bases["denoiser"]["files"], "unet/config.json": "0"} if changed else None
-        described = {**bases, "denoiser": {**bases["denoiser"], "files": hashes}}
-        write_json(folder / "bases.json", described if changed else bases)
+        write_json(folder / "begun.json", before)
         run(folder, tasks, torch.device("cpu"))
         assert Status.read(folder).state == "ready"
         assert {path.name for path in tasks.iterdir()} == {"task", WRITERS}
+        assert json.loads((folder / "begun.json").read_text()) == begun
+        return (folder / "references" / "0-0.json").read_text() != "{}"
 
-    again(changed=False)
-    assert (folder / "references" / "0-0.json").read_text() == "{}"
-    again(changed=True)
-    assert (folder / "references" / "0-0.json").read_text() != "{}"
+    assert not again(begun)
+    hashes = {**begun["bases"]["denoiser"]["files"], "unet/config.json": "0"}
+    networks = {**begun["bases"], "denoiser": {**begun["bases"]["denoiser"], "files": hashes}}
+    assert again({**begun, "bases": networks})
+    finetuning = {**begun["profile"]["finetuning"], "mixing": 0.25}
+    assert again({**begun, "profile": {**begun["profile"], "finetuning": finetuning}})
     assert images == {p.name: p.read_bytes() for p in (folder / "references").glob("*.png")}
 
 

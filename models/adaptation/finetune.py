@@ -24,16 +24,19 @@ from models.training import OnStep, Profile, fit, unheard
 class Finetuning:
     """How the classifier is adapted; `profile.steps` and `batch` follow from the references.
 
-    Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units. Wanted of them
-    is the reference's label, as in the paper, or, with `own_answers`, what the resting classifier
-    says of the reference as it is, in shares (as STAB of Salman et al., arXiv 2003.01908).
+    Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units. Their target
+    is the reference's label, as in the paper, or, with `soft_targets`, the resting classifier's
+    softmax on the reference as it is (Hinton et al., arXiv 1503.02531; its label alone is STAB of
+    Salman et al., arXiv 2003.01908). Stored is the mean of resting and tuned weights in which the
+    tuned have the share `mixing`, in (0,1] (WiSE-FT, Wortsman et al., arXiv 2109.01903).
     """
 
     profile: Profile
     sigmas: tuple[float, float]
     largest_batch: int = 256
     micro_batch: int = 64
-    own_answers: bool = False
+    soft_targets: bool = False
+    mixing: float = 1.0
 
 
 class Tunable(Protocol):
@@ -116,7 +119,8 @@ def finetune(
     """
     whole = len(references.labels)
     network = _AtRest(classifier.network).train()
-    wanted = _wanted(classifier, references, settings, device)
+    resting = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
+    targets = _targets(classifier, references, settings, device)
     batch = min(settings.largest_batch, whole)
     steps_an_epoch = -(-whole // batch)
     profile = replace(settings.profile, steps=epochs * steps_an_epoch, batch=batch)
@@ -130,13 +134,13 @@ def finetune(
             logits = classifier(
                 _denoised(denoiser, references.images[rows], settings, generator, device)
             )
-            yield F.cross_entropy(logits, wanted[rows], reduction="sum") / len(chosen)
+            yield F.cross_entropy(logits, targets[rows], reduction="sum") / len(chosen)
 
     fit("finetune", network, losses, out, profile, device, on_step=on_step)
     weights = {
-        name: tensor.detach().cpu().float().contiguous()
+        name: resting[name].lerp(tensor, settings.mixing).cpu().float().contiguous()
         if tensor.is_floating_point()
-        else tensor.detach().cpu().contiguous()
+        else tensor.cpu().contiguous()
         for name, tensor in classifier.network.state_dict().items()
     }
     with written_whole(out / TUNED) as partial:
@@ -145,11 +149,11 @@ def finetune(
 
 
 @torch.no_grad()
-def _wanted(
+def _targets(
     classifier: Tunable, references: References, settings: Finetuning, device: torch.device
 ) -> Tensor:
-    """What is to be said of each reference: its label (N,), or shares of the labels (N,K)."""
-    if not settings.own_answers:
+    """Of each reference: its label (N,), or the shares of all labels (N,K)."""
+    if not settings.soft_targets:
         return references.labels.to(device)
     batches = references.images.split(settings.micro_batch)
     return torch.cat([classifier(x.to(device).float() / 255).softmax(-1) for x in batches])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +26,13 @@ class Adaptation:
     def dtype(self, device: torch.device) -> torch.dtype:
         """What the resting networks compute in there."""
         return self.dtypes[device.type != "cpu"]
+
+    def described(self) -> dict[str, Any]:
+        """Sampling and both trainings as plain JSON values."""
+        settings = asdict(self)
+        del settings["dtypes"]
+        described: dict[str, Any] = json.loads(json.dumps(settings))
+        return described
 
 
 _IF_II_L = Adaptation(
@@ -51,8 +60,10 @@ ADAPTATIONS = {
             guided_below=600,
         ),
         Finetuning(
-            Profile(steps=0, batch=0, learning_rate=1e-5, log_every=5, checkpoint_every=10),
+            Profile(steps=0, batch=0, learning_rate=1e-4, log_every=5, checkpoint_every=10),
             sigmas=(0.12, 0.75),
+            soft_targets=True,
+            mixing=0.35,
         ),
     ),
     "if-ii-l": _IF_II_L,

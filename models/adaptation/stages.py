@@ -55,8 +55,8 @@ from models.sources import origin
 
 EVALUATED_SIGMAS = (0.25, 0.5)
 
-BASES = "bases.json"
-"""A job's file of the networks it was begun with, by hash."""
+BEGUN = "begun.json"
+"""A job's file of what it was begun with: its networks, by hash, and its set's profile."""
 HASHES = "hashes.json"
 """A job's file of the hashes it knows, for stage I's take long."""
 _STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
@@ -93,7 +93,7 @@ class Job:
         published = self._tasks / self._folder.name
         if published.exists():
             return self._ready(dict(read_bundle(published).figures))
-        self._begin_with_bases()
+        self._begin()
         self.progress.stage("synthesizing")
         states = self._states()
         references = self._references(states)
@@ -116,10 +116,11 @@ class Job:
             left.unlink()
         self.progress.end("ready", progress=1.0, figures=figures)
 
-    def _begin_with_bases(self) -> None:
-        """Start anew where an earlier run of the job was begun with other networks."""
-        now = {name: asdict(base) for name, base in self._bases.items()}
-        known = self._folder / BASES
+    def _begin(self) -> None:
+        """Start anew where an earlier run of the job was begun with other networks or settings."""
+        bases = {name: asdict(base) for name, base in self._bases.items()}
+        now = {"bases": bases, "profile": self._ways.described()}
+        known = self._folder / BEGUN
         if known.exists() and json.loads(known.read_text()) != now:
             shutil.rmtree(self._folder / REFERENCES, ignore_errors=True)
             for pattern in ("*.safetensors", "*.jsonl"):
@@ -277,10 +278,12 @@ class Job:
         return "; ".join(dict.fromkeys([self._set.licence, self._head.licence]))
 
     def _adaptation(self) -> dict[str, Any]:
-        """The plan's settings, and for networks that were fetched repository and commit."""
+        """The plan's settings and its set's profile, and for networks that were fetched repository
+        and commit."""
         settings = asdict(self._plan)
         for known in ("labels", "template"):
             del settings[known]
+        settings["profile"] = self._ways.described()
         found = {name: origin(MODELS / base.folder) for name, base in self._bases.items()}
         if fetched := {name: where for name, where in found.items() if where is not None}:
             settings["networks"] = fetched
