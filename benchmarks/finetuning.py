@@ -40,10 +40,8 @@ EVERY = (
     Way(epochs=10, rate=1e-5),
     _LABELS,
     replace(_LABELS, mixing=0.5),
-    replace(_SOFT, rate=2e-5),
     _SOFT,
     replace(_SOFT, mixing=0.5),
-    replace(_SOFT, rate=1e-4),
     replace(_SOFT, rate=1e-4, mixing=0.5),
     replace(_SOFT, rate=1e-4, mixing=0.35),
 )
