@@ -45,7 +45,8 @@ async def work(
     some seconds. What is held of a task whose shape was lowered goes back too, and the task is
     announced under its new digest from then on; one that cannot be loaded, when it is tried again.
     Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
-    hangs, is broken, or has too little memory, having handed back all but what hangs it.
+    hangs, is broken, or has too little memory, having handed back all but the batch over which it
+    ends: that has failed, or where it hangs the device dies with it.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -198,18 +199,14 @@ class _Loop:
         try:
             votes = await self._votes(lot, [_rows(part) for part in batch], batch)
             finished = lot.packer.absorb(batch, votes)
-        except DeviceFailed:
-            if not self._thread.healthy:
-                for lease in leases_of(batch):
-                    lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
+        except DeviceFailed as error:
+            self._drop(lot, batch, error if self._thread.healthy else None)
             raise
         except ShapeLowered:
             self._give_up(lot)
         except ModelUnavailable as error:
             logger.error("task %s: %s", lot.task, error, extra=_about(batch))
-            for lease in leases_of(batch):
-                lot.packer.drop(lease)
-                self._outcomes.failed(lease, error)
+            self._drop(lot, batch, error)
         except Exception as error:
             logger.exception("a batch of task %s failed", lot.task, extra=_about(batch))
             await self._blame(lot, batch, error)
@@ -218,6 +215,14 @@ class _Loop:
             self._proven.setdefault(lot.bundle, _blank(batch[0]))
             for lease, counts in finished:
                 self._outcomes.committed(lease, counts)
+
+    def _drop(self, lot: Lot, batch: Sequence[Slice], error: Exception | None) -> None:
+        """Report the batch's leases as failed; without an error they may be what hangs the device,
+        and nobody is told."""
+        for lease in leases_of(batch):
+            lot.packer.drop(lease)
+            if error is not None:
+                self._outcomes.failed(lease, error)
 
     def _measure(self, lot: Lot, batch: Sequence[Slice], seconds: float) -> None:
         rows = sum(part.rows for part in batch)
@@ -269,6 +274,10 @@ class _Loop:
         except ShapeLowered:
             self._give_up(lot)
             return
+        except DeviceFailed as failure:
+            if self._thread.healthy:
+                self._drop(lot, batch, failure)
+            raise
         if not works:
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
@@ -277,8 +286,7 @@ class _Loop:
             lot.packer.put_back(batch, alone=True)
             self._holdings.tie(suspects)
         else:
-            lot.packer.drop(suspects[0])
-            self._outcomes.failed(suspects[0], error)
+            self._drop(lot, batch, error)
 
     async def _device_works(self, lot: Lot, batch: Sequence[Slice]) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""

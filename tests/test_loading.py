@@ -325,8 +325,8 @@ def test_below_the_smallest_batch_the_process_ends() -> None:
 
 @pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the volume is gone")])
 def test_a_lowering_that_cannot_load_ends_the_process(error: Exception) -> None:
-    """What was computed before may not be gone on with: no job is to blame, and the default task's
-    networks are never left unloaded."""
+    """What was computed before may not be gone on with, and the default task's networks are never
+    left unloaded."""
     shelf = Shelf(bundles("default"))
     shelf.use("default")
     shelf.room, shelf.failures = 3, [error, error]
