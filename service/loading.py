@@ -142,8 +142,8 @@ class TaskModel:
         networks if need be.
 
         Raises ModelUnavailable where they cannot be loaded, ShapeLowered where the digest is
-        another, by now or all along, DeviceFailed where memory ran out and no smaller batch can be
-        had, and what `SmoothedModel.votes` raises.
+        another, by now or all along, DeviceFailed where memory ran out for a model that is kept and
+        no smaller batch can be had, and what `SmoothedModel.votes` raises.
         """
         votes = self._counted(parts, digest)
         if votes is None and self.digest == digest:
@@ -190,9 +190,7 @@ class TaskModel:
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
                 logger.exception("task %s cannot be loaded", self.bundle.id, extra=self._named)
-            detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
-            self._refusal = loading.clock(), detail
-            raise ModelUnavailable(detail) from error
+            raise self._refused(_reason(error, self.bundle)) from error
         if self._networks.holds(self):  # The task may have gone while its networks were loaded.
             self._loaded = model
         return model
@@ -241,21 +239,30 @@ class TaskModel:
         self._networks.unload_others(self)
         let_go()
 
+    def _refused(self, reason: str) -> ModelUnavailable:
+        """The refusal from now on, for this reason."""
+        detail = f"Task {self.bundle.id!r} cannot be loaded: {reason}"
+        self._refusal = self._networks.loading.clock(), detail
+        return ModelUnavailable(detail)
+
     def _lower(self) -> None:
         """Load the networks for batches of half the rows, or of fewer.
 
-        Raises DeviceFailed where they cannot be had: what was computed before may not be computed
-        on with, and another process, here or elsewhere, may have the memory.
+        Where they cannot be had nothing is left of what was computed with. Raises DeviceFailed for
+        a model that is kept, for nothing is served without it, and ModelUnavailable for any other:
+        it is tried at this shape once more after its refusal, as one that was never loaded.
         """
         rows = self.numerics.batch_rows
-        if rows <= SMALLEST_BATCH:
-            raise DeviceFailed(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
         self.is_lowering = True
         try:
             self.unload()
             self._make_room()
+            if rows <= SMALLEST_BATCH:
+                raise self._refused(f"there is no memory for a batch of {rows} rows")
             self._load(_halved(rows))
         except ModelUnavailable as error:
+            if not self.kept:
+                raise
             raise DeviceFailed(f"memory ran out for a batch, and then: {error}") from error
         finally:
             self.is_lowering = False

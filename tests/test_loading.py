@@ -313,14 +313,30 @@ def test_an_error_beside_memory_is_no_want_of_it() -> None:
 
 
 def test_below_the_smallest_batch_the_process_ends() -> None:
-    """No digest is left under which this process may answer."""
+    """No digest is left under which the default task, which must be served, may answer."""
+    shelf = Shelf(bundles("default"))
+    shelf.use("default")
+    shelf.room = 1
+    with pytest.raises(ShapeLowered):
+        shelf.use("default")
+    with pytest.raises(DeviceFailed, match="no memory for a batch of 2 rows"):
+        ask(shelf.networks["default"], replace(ROWS, stop=2))
+
+
+def test_below_the_smallest_batch_another_task_is_refused() -> None:
+    """It alone: its networks go, and once they are tried again they load at the smallest shape."""
     shelf = Shelf(bundles("default", "a"))
-    shelf.use("a")
+    shelf.use("default", "a")
     shelf.room = 1
     with pytest.raises(ShapeLowered):
         shelf.use("a")
-    with pytest.raises(DeviceFailed, match="no memory for a batch of 2 rows"):
-        ask(shelf.networks["a"], replace(ROWS, stop=2))
+    model = shelf.networks["a"]
+    with pytest.raises(ModelUnavailable, match=r"'a' .* no memory for a batch of 2 rows"):
+        ask(model, replace(ROWS, stop=2))
+    assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(2), False)
+    shelf.room = 99
+    shelf.clock.advance(REFUSAL_SECONDS)
+    assert ask(model, replace(ROWS, stop=2)).sum() == 2
 
 
 @pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the volume is gone")])
@@ -333,6 +349,26 @@ def test_a_lowering_that_cannot_load_ends_the_process(error: Exception) -> None:
     with pytest.raises(DeviceFailed, match=f"memory ran out for a batch, and then: .*{error}"):
         shelf.use("default")
     assert not shelf.networks["default"].is_lowering
+
+
+@pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the folder is gone")])
+def test_a_task_that_cannot_be_lowered_is_refused_alone(error: Exception) -> None:
+    """The process goes on with the others. Nothing is kept of the networks that memory ran out
+    under; once they are tried again they load at their shape, in another thread."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("default", "a")
+    shelf.room, shelf.failures = 3, [error, error]
+    model = shelf.networks["a"]
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable, match=f"Task 'a' cannot be loaded: .*{error}"):
+            ask(model)
+    assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(4), False)
+    assert shelf.fresh == 1
+    shelf.room, shelf.failures = 99, []
+    shelf.use("default")
+    shelf.clock.advance(REFUSAL_SECONDS)
+    assert ask(model).sum() == 3
+    assert shelf.shapes[-1] == 4
 
 
 async def test_another_worker_finishes_what_one_cannot_go_on_with() -> None:
