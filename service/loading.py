@@ -13,13 +13,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import MODELS, Bundle, BundleError
+from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
 from service.model import ModelUnavailable, ShapeLowered
+from service.refusals import Refusal
 
 T = TypeVar("T")
 
@@ -27,8 +28,6 @@ logger = logging.getLogger("vouchsafe")
 
 LOAD_SECONDS = 1_800.0
 """How long a task's networks may take to load before the device counts as hung."""
-REFUSAL_SECONDS = 30.0
-"""How long a task that could not be loaded is refused before it is tried again."""
 SMALLEST_BATCH = 2
 """Fewest rows of the networks' batches to which a device that runs out of memory is lowered."""
 
@@ -38,7 +37,7 @@ class Loading:
     """How networks are had: `load` makes them for batches of so many rows, under `numerics` unless
     memory ran out, in so many `lanes`; `most` of them stay loaded besides the default task's, and
     `patient` and `afresh` are the compute thread's own. `times_short` counts the allocations that
-    failed."""
+    failed. `in_fleet`: whether other workers may load what cannot be loaded here."""
 
     load: Callable[[Bundle, int], SmoothedModel]
     numerics: Numerics
@@ -47,6 +46,7 @@ class Loading:
     patient: Callable[[float], AbstractContextManager[None]]
     afresh: Callable[[], None] = lambda: None
     times_short: Callable[[], int] = times_short
+    in_fleet: bool = False
     clock: Callable[[], float] = time.monotonic
 
 
@@ -120,7 +120,7 @@ class TaskModel:
         self._networks = networks
         self._serve_under(loading.numerics)
         self._loaded: SmoothedModel | None = None
-        self._refusal: tuple[float, str] | None = None
+        self._refusal: Refusal | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -129,9 +129,14 @@ class TaskModel:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the networks could not be loaded a moment ago, and are not tried again yet."""
+        """Whether the networks could not be loaded when last tried, and others may have them."""
+        return self._refusal is not None and self._networks.loading.in_fleet
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is refused, and to be tried again."""
         refusal, clock = self._refusal, self._networks.loading.clock
-        return refusal is not None and clock() - refusal[0] < REFUSAL_SECONDS
+        return refusal is not None and self.is_refused and clock() >= refusal.until
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
@@ -176,8 +181,8 @@ class TaskModel:
     def _load(self, rows: int) -> SmoothedModel:
         """Load the networks for batches of so many rows, or of fewer where memory runs out."""
         loading = self._networks.loading
-        if self._refusal and self.is_refused:
-            raise ModelUnavailable(self._refusal[1])
+        if self._refusal is not None and loading.clock() < self._refusal.until:
+            raise ModelUnavailable(self._refusal.detail)
         try:
             with loading.patient(LOAD_SECONDS):
                 model, rows = self._loaded_with_room(rows)
@@ -190,9 +195,10 @@ class TaskModel:
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
                 logger.exception("task %s cannot be loaded", self.bundle.id, extra=self._named)
-            raise self._refused(_reason(error, self.bundle)) from error
+            raise self._refused(error) from error
         if self._networks.holds(self):  # The task may have gone while its networks were loaded.
             self._loaded = model
+        self._refusal = None
         return model
 
     def _loaded_with_room(self, rows: int) -> tuple[SmoothedModel, int]:
@@ -239,11 +245,12 @@ class TaskModel:
         self._networks.unload_others(self)
         let_go()
 
-    def _refused(self, reason: str) -> ModelUnavailable:
-        """The refusal from now on, for this reason."""
-        detail = f"Task {self.bundle.id!r} cannot be loaded: {reason}"
-        self._refusal = self._networks.loading.clock(), detail
-        return ModelUnavailable(detail)
+    def _refused(self, error: Exception) -> ModelUnavailable:
+        """What to raise, from now on too, for an error of loading."""
+        loading = self._networks.loading
+        before = self._refusal if loading.in_fleet else None
+        self._refusal = Refusal.of(self.bundle, error, loading.clock(), before)
+        return ModelUnavailable(self._refusal.detail)
 
     def _lower(self) -> None:
         """Load the networks for batches of half the rows, or of fewer.
@@ -258,7 +265,7 @@ class TaskModel:
             self.unload()
             self._make_room()
             if rows <= SMALLEST_BATCH:
-                raise self._refused(f"there is no memory for a batch of {rows} rows")
+                raise self._refused(TooLittleMemory(f"a batch of {rows} rows does not fit"))
             self._load(_halved(rows))
         except ModelUnavailable as error:
             if not self.kept:
@@ -289,14 +296,3 @@ class TaskModel:
 
 def _halved(rows: int) -> int:
     return max(SMALLEST_BATCH, rows // 2)
-
-
-def _reason(error: Exception, bundle: Bundle) -> str:
-    """What a caller may know; the log has the rest."""
-    if isinstance(error, BundleError):
-        return str(error).replace(f"{bundle.folder.parent}/", "").replace(f"{MODELS}/", "")
-    if isinstance(error, TooLittleMemory):
-        return f"there is too little memory: {error}"
-    if ran_out(error):
-        return "there is too little memory for its networks"
-    return type(error).__name__

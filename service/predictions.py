@@ -21,10 +21,10 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service import telemetry
-from service.admission import full, most_rows, over_quota, unserved
 from service.answers import answer, job_response, problem
 from service.config import Settings
-from service.engine import RETRY_SECONDS, Capacity, Engine
+from service.door import Door
+from service.engine import RETRY_SECONDS, Engine
 from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
@@ -36,8 +36,6 @@ from service.schemas import JobResponse, PredictRequest, PredictResponse, invali
 logger = logging.getLogger("vouchsafe")
 
 _AWAY_SECONDS = 1.0
-_ANNOUNCING_SECONDS = 5.0
-"""How long a question waits for a live worker to announce a task that has just been published."""
 
 
 class Predictions:
@@ -67,6 +65,7 @@ class Predictions:
             settings.decode_threads,
         )
         self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
+        self._door = Door(settings, engine)
         self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
 
@@ -88,7 +87,7 @@ class Predictions:
             await self._expect(asked.task)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
-        served = await self._admit(asked, owner, may_be_known=idempotency_key is not None)
+        served = await self._door.admit(asked, owner, may_be_known=idempotency_key is not None)
         pixels = await self._reader.read(asked.image, bundle.resolution)
         job = self._job(asked, pixels, served, len(bundle.labels), owner, traceparent)
         job_id = await self.engine.submit(
@@ -157,6 +156,7 @@ class Predictions:
         """Cancel the jobs of a task that is served no more, or not as before."""
         for job_id in [job_id for job_id, (of, _) in self._watched.items() if of == task]:
             await self.engine.cancel(job_id)
+        self._door.forget(task)
         if task not in self.tasks:
             telemetry.forget(task)
 
@@ -178,37 +178,6 @@ class Predictions:
         for task in watching:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
-
-    async def _admit(self, asked: PredictRequest, owner: str | None, *, may_be_known: bool) -> str:
-        """The digest that a live worker serves the task under, if the rows fit.
-
-        What `may_be_known` is not refused by its rows here: the engine may have its answer already.
-        """
-        capacity = await self._announced(asked.task, owner)
-        if asked.task not in capacity.bundles and not may_be_known:
-            raise unserved(asked.task)
-        bound, quota = self._settings.backlog_rows, self._settings.key_rows
-        most = most_rows(owner, bound, quota)
-        if asked.rows > most:
-            detail = f"n = {asked.n} makes {asked.rows} rows, more than may ever wait at once"
-            raise invalid_field("n", detail, asked.n, most)
-        waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
-        if not may_be_known and owner is not None and owned + asked.rows > quota:
-            raise over_quota(asked.rows, owned, quota, speed)
-        if not may_be_known and waiting + asked.rows > bound:
-            raise full(asked.rows, waiting, speed)
-        return capacity.bundles.get(asked.task, "")  # The engine refuses a new job of no digest.
-
-    async def _announced(self, task: str, owner: str | None) -> Capacity:
-        """The engine's capacity; a live worker is given some seconds to find a task that is new."""
-        deadline, pause = time.monotonic() + _ANNOUNCING_SECONDS, 0.05
-        while True:
-            capacity = await self.engine.capacity(owner)
-            found = task in capacity.bundles or not capacity.bundles
-            if found or time.monotonic() > deadline:
-                return capacity
-            await asyncio.sleep(pause)
-            pause = min(1.0, 2 * pause)
 
     def _job(
         self,
