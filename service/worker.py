@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from models.memory import let_go_of
 from models.smoothing import Rows
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
@@ -216,6 +217,7 @@ class _Loop:
             self._drop(lot, batch, error)
         except Exception as error:
             logger.exception("a batch of task %s failed", lot.task, extra=about_batch(batch))
+            let_go_of(error)
             await self._blame(lot, batch, error)
         else:
             task = lot.task if lot.task in self._models else None

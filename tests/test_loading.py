@@ -546,7 +546,7 @@ def test_short_memory_is_counted_by_the_device(monkeypatch: pytest.MonkeyPatch) 
     """The errors of PyTorch's allocator, seen by anybody or not; none without a GPU."""
     if not torch.cuda.is_available():
         assert times_short() == 0
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 3})
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: {"num_ooms": 3})
     assert times_short() == 3
 
 

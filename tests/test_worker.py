@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -943,6 +944,51 @@ async def test_a_worker_that_ends_leaves_its_jobs_to_others(engine: MemoryEngine
     async with working(engine, {"default": FakeModel()}):
         for job in jobs:
             await assert_exact(engine, job)
+
+
+class Holding(FakeModel):
+    """A model whose failing calls hold activations, of which some live on as another call begins.
+
+    The error that is raised comes of one that has a call of its own.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.held: list[weakref.ref[Any]] = []
+        self.alive: list[int] = []
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.alive.append(sum(each() is not None for each in self.held))
+        activations = self._activations()
+        try:
+            self._kernel()
+        except KeyError as error:
+            if any(part.key in self.poison for part in parts):
+                raise RuntimeError("the networks' logits are not finite") from error
+        del activations
+        return super().votes(parts, digest)
+
+    def _kernel(self) -> None:
+        workspace = self._activations()
+        raise KeyError(len(workspace))
+
+    def _activations(self) -> set[int]:
+        made = type("Activations", (set,), {})()
+        self.held.append(weakref.ref(made))
+        return made
+
+
+async def test_a_failed_batch_is_let_go_of_before_the_self_test(engine: MemoryEngine) -> None:
+    """The device has room for the next call, whatever held on to the batch that failed."""
+    bad = make_job("bad", mode=Mode.PREDICT, n=5)
+    model = Holding(poison=keys(bad))
+    await submit(engine, make_job("fine", mode=Mode.PREDICT, n=5))
+    async with working(engine, {"default": model}):
+        await final(engine, "fine")
+        await submit(engine, bad)
+        assert (await final(engine, "bad")).state is State.FAILED
+    assert len(model.alive) == 1 + 2 * FAILURES_ALLOWED
+    assert set(model.alive) == {0}
 
 
 @pytest.fixture(params=HARNESSES)
