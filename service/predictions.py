@@ -25,7 +25,7 @@ from service.answers import answer, job_response, problem
 from service.config import Settings
 from service.door import Door
 from service.engine import RETRY_SECONDS, Engine
-from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
+from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem, TaskNotReady
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
@@ -64,7 +64,7 @@ class Predictions:
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
+        self._watched: dict[str, tuple[str, str, asyncio.Task[JobStatus]]] = {}
         self._door = Door(settings, engine)
         self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
@@ -96,7 +96,9 @@ class Predictions:
         if job_id == job.id:
             self._watch(job, bundle.digest)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
-                await self.engine.cancel(job_id)
+                await self.engine.forget(job_id)  # A key would repeat what its caller did not end.
+                detail = f"The task {asked.task!r} changed as it was asked; ask again"
+                raise TaskNotReady(detail, retry_after=1, task=asked.task)
         return job_id
 
     def bundle(self, task: str) -> Bundle:
@@ -153,9 +155,15 @@ class Predictions:
         return job_response(status, self.bundle(status.job.task) if succeeded else None)
 
     async def withdraw(self, task: str) -> None:
-        """Cancel the jobs of a task that is served no more, or not as before."""
-        for job_id in [job_id for job_id, (of, _) in self._watched.items() if of == task]:
-            await self.engine.cancel(job_id)
+        """Cancel the jobs of a task that is served no more, or not as it was when they were asked.
+
+        May be repeated where the engine was out of reach.
+        """
+        bundle = self.tasks.get(task)
+        digest = None if bundle is None else bundle.digest
+        for job_id, (of, asked_of, _) in list(self._watched.items()):
+            if of == task and asked_of != digest:
+                await self.engine.cancel(job_id)
         self._door.forget(task)
         if task not in self.tasks:
             telemetry.forget(task)
@@ -174,7 +182,7 @@ class Predictions:
         """Drop the image threads and stop watching jobs."""
         self._reader.close()
         await self._restarts.close()
-        watching = [watching for _, watching in self._watched.values()]
+        watching = [watching for *_, watching in self._watched.values()]
         for task in watching:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
@@ -219,7 +227,7 @@ class Predictions:
     def _watch(self, job: Job, asked_of: str) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(self._watch_on(job.id))
-        self._watched[job.id] = job.task, watching
+        self._watched[job.id] = job.task, asked_of, watching
         self._restarts.begin(job, asked_of)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
@@ -234,7 +242,7 @@ class Predictions:
     def _ending(self, job_id: str) -> asyncio.Future[JobStatus]:
         """The job's last status, once there is one."""
         if job_id in self._watched:
-            return asyncio.shield(self._watched[job_id][1])
+            return asyncio.shield(self._watched[job_id][-1])
         return asyncio.create_task(self._last_status(job_id))
 
     def _count_outcome(self, job_id: str, watching: asyncio.Task[JobStatus]) -> None:
