@@ -103,7 +103,7 @@ class TaskModel:
     """A task as the worker serves it: all that admits its jobs is known before its networks are.
 
     A model that is `kept` is never let go. Where memory runs out in a batch, or as its networks are
-    loaded, the task's batches are halved, for good and under another digest.
+    loaded, the task's batches are halved, as long as there is this model, and under another digest.
     """
 
     numerics: Numerics

@@ -273,9 +273,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("how", SHORT)
-def test_memory_that_runs_out_lowers_the_shape_for_good(
-    how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_that_runs_out_lowers_the_shape(how: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is counted of the batch, nor is it tried again at that shape, whether or not an error
     says so; the networks are loaded for the smaller one, those from before gone, before its digest
     is announced; the calls after it have another thread; and the log has the cause."""
@@ -297,6 +295,19 @@ def test_memory_that_runs_out_lowers_the_shape_for_good(
     assert ask(model, replace(ROWS, stop=2)).sum() == 2
     assert model.digest == digest_in(2)
     assert str(shelf.error or "caught by a library") in caplog.text
+
+
+def test_another_bundle_of_a_task_begins_at_the_usual_shape() -> None:
+    """A task that is made anew, or read anew, is another model, and memory may be there by then."""
+    tasks = bundles("default", "a")
+    shelf = Shelf(tasks)
+    shelf.use("a")
+    shelf.room = 3
+    with pytest.raises(ShapeLowered):
+        shelf.use("a")
+    assert shelf.networks["a"].digest == digest_in(2)
+    tasks["a"] = replace(tasks["a"])
+    assert shelf.networks["a"].digest == digest_in(4)
 
 
 def test_an_error_beside_memory_is_no_want_of_it() -> None:
