@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def times_short() -> int:
     """
     import torch
 
-    return int(torch.cuda.memory_stats().get("num_ooms", 0))
+    return int(torch.cuda.memory_stats_as_nested_dict().get("num_ooms", 0))
 
 
 def let_go() -> None:
@@ -55,6 +56,14 @@ def let_go() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def let_go_of(error: BaseException) -> None:
+    """Forget what the frames of an error hold, and of those that it came of: a batch's tensors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def free_on_host() -> int | None:

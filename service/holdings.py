@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from models.smoothing import Rows
 from service.batching import Packer, Slice
 from service.engine import Lease
 from service.model import Model
@@ -22,7 +25,7 @@ class Lot:
 
     @property
     def is_served(self) -> bool:
-        """Whether the model still has the digest, and its networks can be had."""
+        """Whether the model still has the digest, and is not refused."""
         return self.model.digest == self.bundle and not self.model.is_refused
 
 
@@ -110,3 +113,21 @@ class Holdings:
 def leases_of(batch: Sequence[Slice]) -> list[Lease]:
     """The leases of a batch, each once."""
     return list({part.lease.token: part.lease for part in batch}.values())
+
+
+def rows_of(part: Slice) -> Rows:
+    """What a model is asked for a slice."""
+    job = part.lease.job
+    return Rows(
+        pixels=np.frombuffer(job.pixels, np.uint8).reshape(job.shape),
+        key=job.domain_key(part.lease.shard.domain),
+        start=part.start,
+        stop=part.stop,
+        sigma=job.sigma,
+    )
+
+
+def blank_of(part: Slice) -> Rows:
+    """One row of a blank image of the slice's shape."""
+    job = part.lease.job
+    return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)

@@ -13,13 +13,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import MODELS, Bundle, BundleError
+from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
 from service.model import ModelUnavailable, ShapeLowered
+from service.refusals import Refusal
 
 T = TypeVar("T")
 
@@ -27,8 +28,6 @@ logger = logging.getLogger("vouchsafe")
 
 LOAD_SECONDS = 1_800.0
 """How long a task's networks may take to load before the device counts as hung."""
-REFUSAL_SECONDS = 30.0
-"""How long a task that could not be loaded is refused before it is tried again."""
 SMALLEST_BATCH = 2
 """Fewest rows of the networks' batches to which a device that runs out of memory is lowered."""
 
@@ -38,7 +37,7 @@ class Loading:
     """How networks are had: `load` makes them for batches of so many rows, under `numerics` unless
     memory ran out, in so many `lanes`; `most` of them stay loaded besides the default task's, and
     `patient` and `afresh` are the compute thread's own. `times_short` counts the allocations that
-    failed."""
+    failed. `in_fleet`: whether other workers may load what cannot be loaded here."""
 
     load: Callable[[Bundle, int], SmoothedModel]
     numerics: Numerics
@@ -47,6 +46,7 @@ class Loading:
     patient: Callable[[float], AbstractContextManager[None]]
     afresh: Callable[[], None] = lambda: None
     times_short: Callable[[], int] = times_short
+    in_fleet: bool = False
     clock: Callable[[], float] = time.monotonic
 
 
@@ -103,7 +103,7 @@ class TaskModel:
     """A task as the worker serves it: all that admits its jobs is known before its networks are.
 
     A model that is `kept` is never let go. Where memory runs out in a batch, or as its networks are
-    loaded, the task's batches are halved, for good and under another digest.
+    loaded, the task's batches are halved, as long as there is this model, and under another digest.
     """
 
     numerics: Numerics
@@ -120,7 +120,7 @@ class TaskModel:
         self._networks = networks
         self._serve_under(loading.numerics)
         self._loaded: SmoothedModel | None = None
-        self._refusal: tuple[float, str] | None = None
+        self._refusal: Refusal | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -129,9 +129,14 @@ class TaskModel:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the networks could not be loaded a moment ago, and are not tried again yet."""
+        """Whether the networks could not be loaded when last tried, and others may have them."""
+        return self._refusal is not None and self._networks.loading.in_fleet
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is refused, and to be tried again."""
         refusal, clock = self._refusal, self._networks.loading.clock
-        return refusal is not None and clock() - refusal[0] < REFUSAL_SECONDS
+        return refusal is not None and self.is_refused and clock() >= refusal.until
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
@@ -142,8 +147,8 @@ class TaskModel:
         networks if need be.
 
         Raises ModelUnavailable where they cannot be loaded, ShapeLowered where the digest is
-        another, by now or all along, DeviceFailed where memory ran out and no smaller batch can be
-        had, and what `SmoothedModel.votes` raises.
+        another, by now or all along, DeviceFailed where memory ran out for a model that is kept and
+        no smaller batch can be had, and what `SmoothedModel.votes` raises.
         """
         votes = self._counted(parts, digest)
         if votes is None and self.digest == digest:
@@ -176,8 +181,8 @@ class TaskModel:
     def _load(self, rows: int) -> SmoothedModel:
         """Load the networks for batches of so many rows, or of fewer where memory runs out."""
         loading = self._networks.loading
-        if self._refusal and self.is_refused:
-            raise ModelUnavailable(self._refusal[1])
+        if self._refusal is not None and loading.clock() < self._refusal.until:
+            raise ModelUnavailable(self._refusal.detail)
         try:
             with loading.patient(LOAD_SECONDS):
                 model, rows = self._loaded_with_room(rows)
@@ -190,11 +195,10 @@ class TaskModel:
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
                 logger.exception("task %s cannot be loaded", self.bundle.id, extra=self._named)
-            detail = f"Task {self.bundle.id!r} cannot be loaded: {_reason(error, self.bundle)}"
-            self._refusal = loading.clock(), detail
-            raise ModelUnavailable(detail) from error
+            raise self._refused(error) from error
         if self._networks.holds(self):  # The task may have gone while its networks were loaded.
             self._loaded = model
+        self._refusal = None
         return model
 
     def _loaded_with_room(self, rows: int) -> tuple[SmoothedModel, int]:
@@ -241,21 +245,31 @@ class TaskModel:
         self._networks.unload_others(self)
         let_go()
 
+    def _refused(self, error: Exception) -> ModelUnavailable:
+        """What to raise, from now on too, for an error of loading."""
+        loading = self._networks.loading
+        before = self._refusal if loading.in_fleet else None
+        self._refusal = Refusal.of(self.bundle, error, loading.clock(), before)
+        return ModelUnavailable(self._refusal.detail)
+
     def _lower(self) -> None:
         """Load the networks for batches of half the rows, or of fewer.
 
-        Raises DeviceFailed where they cannot be had: what was computed before may not be computed
-        on with, and another process, here or elsewhere, may have the memory.
+        Where they cannot be had nothing is left of what was computed with. Raises DeviceFailed for
+        a model that is kept, for nothing is served without it, and ModelUnavailable for any other:
+        it is tried at this shape once more after its refusal, as one that was never loaded.
         """
         rows = self.numerics.batch_rows
-        if rows <= SMALLEST_BATCH:
-            raise DeviceFailed(f"task {self.bundle.id!r}: no memory for a batch of {rows} rows")
         self.is_lowering = True
         try:
             self.unload()
             self._make_room()
+            if rows <= SMALLEST_BATCH:
+                raise self._refused(TooLittleMemory(f"a batch of {rows} rows does not fit"))
             self._load(_halved(rows))
         except ModelUnavailable as error:
+            if not self.kept:
+                raise
             raise DeviceFailed(f"memory ran out for a batch, and then: {error}") from error
         finally:
             self.is_lowering = False
@@ -282,14 +296,3 @@ class TaskModel:
 
 def _halved(rows: int) -> int:
     return max(SMALLEST_BATCH, rows // 2)
-
-
-def _reason(error: Exception, bundle: Bundle) -> str:
-    """What a caller may know; the log has the rest."""
-    if isinstance(error, BundleError):
-        return str(error).replace(f"{bundle.folder.parent}/", "").replace(f"{MODELS}/", "")
-    if isinstance(error, TooLittleMemory):
-        return f"there is too little memory: {error}"
-    if ran_out(error):
-        return "there is too little memory for its networks"
-    return type(error).__name__

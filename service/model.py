@@ -40,7 +40,18 @@ class Model(Protocol):
 
     @property
     def is_refused(self) -> bool:
-        """Whether it could not be loaded a moment ago, and is not tried again yet."""
+        """Whether it could not be loaded when last tried, while other workers may have it: it is
+        not served here until it is `loaded`."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is refused, and to be tried again."""
+
+    def loaded(self) -> object:
+        """The networks, loaded now where they were not; blocks.
+
+        Raises ModelUnavailable where they cannot be loaded, and DeviceFailed as `votes`.
+        """
 
     def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch under this served digest; blocks.

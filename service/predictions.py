@@ -21,11 +21,11 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service import telemetry
-from service.admission import full, most_rows, over_quota, unserved
 from service.answers import answer, job_response, problem
 from service.config import Settings
-from service.engine import RETRY_SECONDS, Capacity, Engine
-from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem
+from service.door import Door
+from service.engine import RETRY_SECONDS, Engine
+from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem, TaskNotReady
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
@@ -36,8 +36,6 @@ from service.schemas import JobResponse, PredictRequest, PredictResponse, invali
 logger = logging.getLogger("vouchsafe")
 
 _AWAY_SECONDS = 1.0
-_ANNOUNCING_SECONDS = 5.0
-"""How long a question waits for a live worker to announce a task that has just been published."""
 
 
 class Predictions:
@@ -66,7 +64,8 @@ class Predictions:
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._watched: dict[str, tuple[str, asyncio.Task[JobStatus]]] = {}
+        self._watched: dict[str, tuple[str, str, asyncio.Task[JobStatus]]] = {}
+        self._door = Door(settings, engine)
         self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
 
@@ -88,7 +87,7 @@ class Predictions:
             await self._expect(asked.task)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
-        served = await self._admit(asked, owner, may_be_known=idempotency_key is not None)
+        served = await self._door.admit(asked, owner, may_be_known=idempotency_key is not None)
         pixels = await self._reader.read(asked.image, bundle.resolution)
         job = self._job(asked, pixels, served, len(bundle.labels), owner, traceparent)
         job_id = await self.engine.submit(
@@ -97,7 +96,9 @@ class Predictions:
         if job_id == job.id:
             self._watch(job, bundle.digest)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
-                await self.engine.cancel(job_id)
+                await self.engine.forget(job_id)  # A key would repeat what its caller did not end.
+                detail = f"The task {asked.task!r} changed as it was asked; ask again"
+                raise TaskNotReady(detail, retry_after=1, task=asked.task)
         return job_id
 
     def bundle(self, task: str) -> Bundle:
@@ -154,9 +155,16 @@ class Predictions:
         return job_response(status, self.bundle(status.job.task) if succeeded else None)
 
     async def withdraw(self, task: str) -> None:
-        """Cancel the jobs of a task that is served no more, or not as before."""
-        for job_id in [job_id for job_id, (of, _) in self._watched.items() if of == task]:
-            await self.engine.cancel(job_id)
+        """Cancel the jobs of a task that is served no more, or not as it was when they were asked.
+
+        May be repeated where the engine was out of reach.
+        """
+        bundle = self.tasks.get(task)
+        digest = None if bundle is None else bundle.digest
+        for job_id, (of, asked_of, _) in list(self._watched.items()):
+            if of == task and asked_of != digest:
+                await self.engine.cancel(job_id)
+        self._door.forget(task)
         if task not in self.tasks:
             telemetry.forget(task)
 
@@ -174,41 +182,10 @@ class Predictions:
         """Drop the image threads and stop watching jobs."""
         self._reader.close()
         await self._restarts.close()
-        watching = [watching for _, watching in self._watched.values()]
+        watching = [watching for *_, watching in self._watched.values()]
         for task in watching:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
-
-    async def _admit(self, asked: PredictRequest, owner: str | None, *, may_be_known: bool) -> str:
-        """The digest that a live worker serves the task under, if the rows fit.
-
-        What `may_be_known` is not refused by its rows here: the engine may have its answer already.
-        """
-        capacity = await self._announced(asked.task, owner)
-        if asked.task not in capacity.bundles and not may_be_known:
-            raise unserved(asked.task)
-        bound, quota = self._settings.backlog_rows, self._settings.key_rows
-        most = most_rows(owner, bound, quota)
-        if asked.rows > most:
-            detail = f"n = {asked.n} makes {asked.rows} rows, more than may ever wait at once"
-            raise invalid_field("n", detail, asked.n, most)
-        waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
-        if not may_be_known and owner is not None and owned + asked.rows > quota:
-            raise over_quota(asked.rows, owned, quota, speed)
-        if not may_be_known and waiting + asked.rows > bound:
-            raise full(asked.rows, waiting, speed)
-        return capacity.bundles.get(asked.task, "")  # The engine refuses a new job of no digest.
-
-    async def _announced(self, task: str, owner: str | None) -> Capacity:
-        """The engine's capacity; a live worker is given some seconds to find a task that is new."""
-        deadline, pause = time.monotonic() + _ANNOUNCING_SECONDS, 0.05
-        while True:
-            capacity = await self.engine.capacity(owner)
-            found = task in capacity.bundles or not capacity.bundles
-            if found or time.monotonic() > deadline:
-                return capacity
-            await asyncio.sleep(pause)
-            pause = min(1.0, 2 * pause)
 
     def _job(
         self,
@@ -250,7 +227,7 @@ class Predictions:
     def _watch(self, job: Job, asked_of: str) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(self._watch_on(job.id))
-        self._watched[job.id] = job.task, watching
+        self._watched[job.id] = job.task, asked_of, watching
         self._restarts.begin(job, asked_of)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
@@ -265,7 +242,7 @@ class Predictions:
     def _ending(self, job_id: str) -> asyncio.Future[JobStatus]:
         """The job's last status, once there is one."""
         if job_id in self._watched:
-            return asyncio.shield(self._watched[job_id][1])
+            return asyncio.shield(self._watched[job_id][-1])
         return asyncio.create_task(self._last_status(job_id))
 
     def _count_outcome(self, job_id: str, watching: asyncio.Task[JobStatus]) -> None:

@@ -55,6 +55,7 @@ class Serving:
                 settings.loaded_tasks,
                 self.thread.patient,
                 self.thread.afresh,
+                in_fleet=settings.redis_url is not None,
             ),
         )
         self.failed = False

@@ -6,22 +6,25 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.memory import let_go_of
 from models.smoothing import Rows
-from service import telemetry
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
-from service.holdings import Holdings, Lot, leases_of
-from service.logs import about
+from service.holdings import Holdings, Lot, blank_of, leases_of, rows_of
+from service.measures import about_batch, measure
 from service.model import Model, ModelUnavailable, ShapeLowered
 from service.outage import Outage
 from service.outcomes import Outcomes
 from service.reach import LEAVING_SECONDS, EngineAway, Reach
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vouchsafe.worker")
 
@@ -43,9 +46,10 @@ async def work(
     workers may be idle, and no more is taken until it ends. On `stop` the batch in hand is
     finished and committed and the rest handed back, for which an engine that does not answer has
     some seconds. What is held of a task whose shape was lowered goes back too, and the task is
-    announced under its new digest from then on; one that cannot be loaded, when it is tried again.
+    announced under its new digest from then on; one that is refused, once it has been loaded.
     Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
-    hangs, is broken, or has too little memory, having handed back all but what hangs it.
+    hangs, is broken, or has too little memory, having handed back all but the batch over which it
+    ends: that has failed, or where it hangs the device dies with it.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -73,7 +77,7 @@ class _Loop:
         self._outcomes = Outcomes(engine, self._reach, lease_seconds)
         self._last_task: str | None = None
         self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
-        self._long: frozenset[str] = frozenset()  # the tokens of a batch that runs long
+        self._long: frozenset[str] | None = None  # the tokens of a batch that runs long
         self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
@@ -118,11 +122,13 @@ class _Loop:
 
     async def _prefetch(self) -> None:
         """Hold the rows of one batch besides the one being computed, none while that runs long."""
-        models = self._models.items()
-        bundles = {task: model.digest for task, model in models if not model.is_refused}
-        most = max((model.batch_rows for model in self._models.values()), default=1)
+        models = dict(self._models)
+        bundles = {task: model.digest for task, model in models.items() if not model.is_refused}
+        if any(model.is_due for model in models.values()):
+            self._arrived.set()
+        most = max((model.batch_rows for model in models.values()), default=1)
         missing = most - self._holdings.rows
-        if self._long:
+        if self._long is not None:
             # Whoever neither renews nor pulls is taken for dead, and its tasks for gone.
             missing = 0 if self._holdings.leases and bundles == self._announced else 1
         if missing <= 0:
@@ -134,8 +140,8 @@ class _Loop:
         self._announced = bundles
         for lease in leases:
             await self._accept(lease, began)
-        if self._long:
-            self._give_way()
+        if self._long is not None:
+            self._give_way(self._long)
             await self._until_taken()
 
     async def _until_taken(self) -> None:
@@ -143,9 +149,9 @@ class _Loop:
         self._taken.clear()
         await self._taken.wait()
 
-    def _give_way(self) -> None:
-        """Hand back all that can wait elsewhere while a batch runs long."""
-        self._outcomes.released(self._holdings.give_away(self._long))
+    def _give_way(self, long: frozenset[str]) -> None:
+        """Hand back all that can wait elsewhere while a batch of these tokens runs long."""
+        self._outcomes.released(self._holdings.give_away(long))
 
     def _give_up(self, lot: Lot) -> None:
         """Hand back what is not served here, for now or any more: others may, or it restarts."""
@@ -165,6 +171,9 @@ class _Loop:
         self._arrived.set()
 
     async def _compute_next(self) -> None:
+        if due := next((model for model in self._models.values() if model.is_due), None):
+            await self._try_again(due)
+            return
         lot = self._holdings.next_lot()
         if lot is None:
             self._arrived.clear()
@@ -196,71 +205,77 @@ class _Loop:
         self._last_task = lot.task
         began = time.monotonic()
         try:
-            votes = await self._votes(lot, [_rows(part) for part in batch], batch)
+            votes = await self._votes(lot, [rows_of(part) for part in batch], batch)
             finished = lot.packer.absorb(batch, votes)
-        except DeviceFailed:
-            if not self._thread.healthy:
-                for lease in leases_of(batch):
-                    lot.packer.drop(lease)  # Not handed back: they may be what hangs the device.
+        except DeviceFailed as error:
+            self._drop(lot, batch, error if self._thread.healthy else None)
             raise
         except ShapeLowered:
             self._give_up(lot)
         except ModelUnavailable as error:
-            logger.error("task %s: %s", lot.task, error, extra=_about(batch))
-            for lease in leases_of(batch):
-                lot.packer.drop(lease)
-                self._outcomes.failed(lease, error)
+            logger.error("task %s: %s", lot.task, error, extra=about_batch(batch))
+            self._drop(lot, batch, error)
         except Exception as error:
-            logger.exception("a batch of task %s failed", lot.task, extra=_about(batch))
+            logger.exception("a batch of task %s failed", lot.task, extra=about_batch(batch))
+            let_go_of(error)
             await self._blame(lot, batch, error)
         else:
-            self._measure(lot, batch, time.monotonic() - began)
-            self._proven.setdefault(lot.bundle, _blank(batch[0]))
+            task = lot.task if lot.task in self._models else None
+            measure(lot.model, task, batch, time.monotonic() - began)
+            self._proven.setdefault(lot.bundle, blank_of(batch[0]))
             for lease, counts in finished:
                 self._outcomes.committed(lease, counts)
 
-    def _measure(self, lot: Lot, batch: Sequence[Slice], seconds: float) -> None:
-        rows = sum(part.rows for part in batch)
-        if lot.task in self._models:  # The series of a task that is gone would never go again.
-            telemetry.ROWS.labels(task=lot.task).inc(rows)
-            telemetry.BATCHES.labels(task=lot.task).inc()
-        telemetry.BATCH_ROWS.observe(rows)
-        telemetry.PADDING_ROWS.inc(lot.model.padding(rows))
-        telemetry.BATCH_SECONDS.observe(seconds)
-        telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%d rows in %.4f s", rows, seconds, extra=_about(batch))
+    def _drop(self, lot: Lot, batch: Sequence[Slice], error: Exception | None) -> None:
+        """Report the batch's leases as failed; without an error they may be what hangs the device,
+        and nobody is told."""
+        for lease in leases_of(batch):
+            lot.packer.drop(lease)
+            if error is not None:
+                self._outcomes.failed(lease, error)
+
+    async def _try_again(self, refused: Model) -> None:
+        """Load what others serve meanwhile, or fail together: no job of it is at stake here."""
+        try:
+            await self._computed(refused.loaded)
+        except ModelUnavailable as error:
+            logger.warning("tried again in vain: %s", error)
 
     async def _votes(
         self, lot: Lot, parts: Sequence[Rows], batch: Sequence[Slice]
     ) -> NDArray[np.int64]:
-        """One device batch, renewing the leases meanwhile; raises what the model raises.
+        """One device batch; raises what the model raises."""
+        call = partial(lot.model.votes, parts, lot.bundle)
+        votes = await self._computed(call, leases_of(batch))
+        if votes.shape != (len(parts), lot.model.classes):
+            raise ValueError(f"votes of shape {votes.shape}")
+        return votes
+
+    async def _computed(self, call: Callable[[], T], leases: Sequence[Lease] = ()) -> T:
+        """What the device computes of these leases, renewing all that are held meanwhile.
 
         It runs long after a third of a lease (10 s by default). Time alone decides, for nobody here
         knows who else is idle; where nobody is, what went back comes again after the batch.
         """
-        computing = asyncio.ensure_future(self._thread.run(lot.model.votes, parts, lot.bundle))
+        computing = asyncio.ensure_future(self._thread.run(call))
         try:
             while not computing.done():
                 await asyncio.wait({computing}, timeout=self._lease_seconds / 3)
                 if not self._thread.healthy:
                     raise DeviceFailed("a device batch has run past its limit")
                 if not computing.done():
-                    self._long = frozenset(lease.token for lease in leases_of(batch))
-                    self._give_way()
+                    self._long = frozenset(lease.token for lease in leases)
+                    self._give_way(self._long)
                     await self._renew_if_possible()
                     self._taken.set()
         finally:
-            self._long = frozenset()
+            self._long = None
             self._taken.set()
             computing.cancel()
         try:
-            votes = computing.result()
+            return computing.result()
         finally:
             del computing  # An error's frames hold the batch, and this one would hold the error.
-        if votes.shape != (len(parts), lot.model.classes):
-            raise ValueError(f"votes of shape {votes.shape}")
-        return votes
 
     async def _blame(self, lot: Lot, batch: Sequence[Slice], error: Exception) -> None:
         """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
@@ -269,6 +284,10 @@ class _Loop:
         except ShapeLowered:
             self._give_up(lot)
             return
+        except DeviceFailed as failure:
+            if self._thread.healthy:
+                self._drop(lot, batch, failure)
+            raise
         if not works:
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
@@ -277,8 +296,7 @@ class _Loop:
             lot.packer.put_back(batch, alone=True)
             self._holdings.tie(suspects)
         else:
-            lot.packer.drop(suspects[0])
-            self._outcomes.failed(suspects[0], error)
+            self._drop(lot, batch, error)
 
     async def _device_works(self, lot: Lot, batch: Sequence[Slice]) -> bool:
         """The self-test: a blank image once more, where one has been computed before."""
@@ -313,23 +331,3 @@ class _Loop:
         kept = self._holdings.keep(leases, held)
         self._taken.set()
         return kept
-
-
-def _about(batch: Sequence[Slice]) -> dict[str, Any]:
-    return about(part.lease.job for part in batch)
-
-
-def _rows(part: Slice) -> Rows:
-    job = part.lease.job
-    return Rows(
-        pixels=np.frombuffer(job.pixels, np.uint8).reshape(job.shape),
-        key=job.domain_key(part.lease.shard.domain),
-        start=part.start,
-        stop=part.stop,
-        sigma=job.sigma,
-    )
-
-
-def _blank(part: Slice) -> Rows:
-    job = part.lease.job
-    return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)

@@ -69,6 +69,7 @@ class FakeModel:
     classes: int = 3
     digest: str = "bundle-a"
     is_refused: bool = False
+    is_due: bool = False
     delay: float = 0.0
     poison: Collection[bytes] = ()
     broken: bool = False

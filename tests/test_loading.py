@@ -27,12 +27,13 @@ from service import telemetry
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Worker
 from service.engine_memory import MemoryEngine
-from service.loading import REFUSAL_SECONDS, Loading, Networks, TaskModel
+from service.loading import Loading, Networks, TaskModel
 from service.model import ModelUnavailable, ShapeLowered
+from service.refusals import REFUSAL_SECONDS
 from service.serving import load_and_warm
 from tests.fakes import FakeClock, FakeModel, make_job
 from tests.serving import TASKS
-from tests.test_worker import assert_exact, working
+from tests.test_worker import assert_exact, final, working
 
 NUMERICS = Numerics("a CPU", "float32", 4, 1, "torch", "2.9")
 ROWS = Rows(np.zeros((3, 8, 8), np.uint8), b"k" * 32, 0, 3, 0.25)
@@ -272,9 +273,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("how", SHORT)
-def test_memory_that_runs_out_lowers_the_shape_for_good(
-    how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_that_runs_out_lowers_the_shape(how: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is counted of the batch, nor is it tried again at that shape, whether or not an error
     says so; the networks are loaded for the smaller one, those from before gone, before its digest
     is announced; the calls after it have another thread; and the log has the cause."""
@@ -298,6 +297,19 @@ def test_memory_that_runs_out_lowers_the_shape_for_good(
     assert str(shelf.error or "caught by a library") in caplog.text
 
 
+def test_another_bundle_of_a_task_begins_at_the_usual_shape() -> None:
+    """A task that is made anew, or read anew, is another model, and memory may be there by then."""
+    tasks = bundles("default", "a")
+    shelf = Shelf(tasks)
+    shelf.use("a")
+    shelf.room = 3
+    with pytest.raises(ShapeLowered):
+        shelf.use("a")
+    assert shelf.networks["a"].digest == digest_in(2)
+    tasks["a"] = replace(tasks["a"])
+    assert shelf.networks["a"].digest == digest_in(4)
+
+
 def test_an_error_beside_memory_is_no_want_of_it() -> None:
     """What a library says of itself is taken for short memory only where memory was short."""
     shelf = Shelf(bundles("default", "a"))
@@ -313,26 +325,98 @@ def test_an_error_beside_memory_is_no_want_of_it() -> None:
 
 
 def test_below_the_smallest_batch_the_process_ends() -> None:
-    """No digest is left under which this process may answer."""
+    """No digest is left under which the default task, which must be served, may answer."""
+    shelf = Shelf(bundles("default"))
+    shelf.use("default")
+    shelf.room = 1
+    with pytest.raises(ShapeLowered):
+        shelf.use("default")
+    with pytest.raises(DeviceFailed, match="a batch of 2 rows does not fit"):
+        ask(shelf.networks["default"], replace(ROWS, stop=2))
+
+
+def test_below_the_smallest_batch_another_task_is_refused() -> None:
+    """It alone: its networks go, and once they are tried again they load at the smallest shape."""
     shelf = Shelf(bundles("default", "a"))
-    shelf.use("a")
+    shelf.use("default", "a")
     shelf.room = 1
     with pytest.raises(ShapeLowered):
         shelf.use("a")
-    with pytest.raises(DeviceFailed, match="no memory for a batch of 2 rows"):
-        ask(shelf.networks["a"], replace(ROWS, stop=2))
+    model = shelf.networks["a"]
+    with pytest.raises(ModelUnavailable, match=r"'a' .* a batch of 2 rows does not fit"):
+        ask(model, replace(ROWS, stop=2))
+    assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(2), False)
+    shelf.room = 99
+    shelf.clock.advance(REFUSAL_SECONDS)
+    assert ask(model, replace(ROWS, stop=2)).sum() == 2
 
 
 @pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the volume is gone")])
 def test_a_lowering_that_cannot_load_ends_the_process(error: Exception) -> None:
-    """What was computed before may not be gone on with: no job is to blame, and the default task's
-    networks are never left unloaded."""
+    """What was computed before may not be gone on with, and the default task's networks are never
+    left unloaded."""
     shelf = Shelf(bundles("default"))
     shelf.use("default")
     shelf.room, shelf.failures = 3, [error, error]
     with pytest.raises(DeviceFailed, match=f"memory ran out for a batch, and then: .*{error}"):
         shelf.use("default")
     assert not shelf.networks["default"].is_lowering
+
+
+@pytest.mark.parametrize("error", [TooLittleMemory("stage II"), BundleError("the folder is gone")])
+def test_a_task_that_cannot_be_lowered_is_refused_alone(error: Exception) -> None:
+    """The process goes on with the others. Nothing is kept of the networks that memory ran out
+    under; once they are tried again they load at their shape, in another thread."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("default", "a")
+    shelf.room, shelf.failures = 3, [error, error]
+    model = shelf.networks["a"]
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable, match=f"Task 'a' cannot be loaded: .*{error}"):
+            ask(model)
+    assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(4), False)
+    assert shelf.fresh == 1
+    shelf.room, shelf.failures = 99, []
+    shelf.use("default")
+    shelf.clock.advance(REFUSAL_SECONDS)
+    assert ask(model).sum() == 3
+    assert shelf.shapes[-1] == 4
+
+
+async def test_a_task_that_cannot_be_lowered_ends_no_other_job() -> None:
+    """Where the folder of a task is removed as it runs out of memory, its job fails after its
+    attempts with the reason, and the default task's jobs are answered by the same worker."""
+    shelf = Shelf(bundles("default", "a"))
+    shelf.use("default", "a")
+    digests = {task: model.digest for task, model in shelf.networks.items()}
+    load, full = shelf.load, Shelf(bundles("a"))
+    full.room = 3
+    shelf.networks["a"]._loaded.shelf = full  # type: ignore[union-attr]
+
+    def removed(bundle: Bundle, rows: int) -> FakeModel:
+        if bundle.id == "a":
+            raise BundleError("a: there is no manifest.json")
+        return load(bundle, rows)
+
+    shelf.networks.loading = replace(
+        shelf.networks.loading,
+        load=removed,  # type: ignore[arg-type]
+        times_short=lambda: full.short,
+    )
+    engine = MemoryEngine(shard_rows=10, lease_seconds=60, poll_seconds=0.01)
+    await engine.pull(Worker("someone", digests), 1)
+    job = make_job("a", task="a", bundle=digests["a"], classes=4)
+    others = [make_job(f"job-{n}", bundle=digests["default"], classes=4, n=400) for n in range(3)]
+    for one in (job, *others):
+        await engine.submit(one)
+    async with working(engine, shelf.networks) as hall:
+        status = await final(engine, "a")
+        for other in others:
+            await assert_exact(engine, other)
+        assert not hall.task.done()
+    assert status.problem is not None
+    assert status.problem["type"] == "urn:vouchsafe:problem:task-unusable"
+    assert "there is no manifest.json" in status.problem["detail"]
 
 
 async def test_another_worker_finishes_what_one_cannot_go_on_with() -> None:
@@ -417,10 +501,36 @@ def test_weights_that_do_not_fit_leave_the_shape(failures: list[Exception]) -> N
         shelf.use("a")
     assert shelf.failures == []
     assert shelf.networks["a"].digest == digest_in(4)
-    assert shelf.networks["a"].is_refused
     shelf.clock.advance(REFUSAL_SECONDS)
-    assert not shelf.networks["a"].is_refused
     shelf.use("a")
+
+
+def test_what_other_workers_may_load_is_refused_until_it_is_loaded() -> None:
+    """In a fleet it is to be tried again after a while, and after twice as long each time; a single
+    process withholds nothing, for nobody else could answer."""
+    for in_fleet in (True, False):
+        shelf = Shelf(bundles("default", "a"), in_fleet=in_fleet)
+        model, error = shelf.networks["a"], BundleError("'x' is missing")
+        shelf.failures = [error] * 7
+        waits = []
+        while shelf.failures:
+            with pytest.raises(ModelUnavailable):
+                model.loaded()
+            began = shelf.clock()
+            while not model.is_due if in_fleet else shelf.clock() < began + REFUSAL_SECONDS:
+                assert model.is_refused == in_fleet
+                shelf.clock.advance(1)
+            waits.append(shelf.clock() - began)
+        assert waits == ([30, 60, 120, 240, 300, 300, 300] if in_fleet else [30] * 7)
+        model.loaded()
+        assert not model.is_refused
+        assert not model.is_due
+        model.unload()
+        shelf.failures = [error]
+        with pytest.raises(ModelUnavailable):
+            model.loaded()
+        shelf.clock.advance(REFUSAL_SECONDS)
+        assert model.is_due == in_fleet
 
 
 @pytest.mark.parametrize(
@@ -447,7 +557,7 @@ def test_short_memory_is_counted_by_the_device(monkeypatch: pytest.MonkeyPatch) 
     """The errors of PyTorch's allocator, seen by anybody or not; none without a GPU."""
     if not torch.cuda.is_available():
         assert times_short() == 0
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 3})
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda: {"num_ooms": 3})
     assert times_short() == 3
 
 

@@ -20,6 +20,7 @@ from service.config import Settings
 from service.device import DeviceFailed
 from service.embedded import Embedded
 from service.engine import Capacity, Engine, Worker
+from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.predictions import Predictions
 from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
@@ -299,8 +300,8 @@ async def test_nobody_looks_once_closed(engine: Engine) -> None:
 async def test_a_task_that_changes_as_it_is_asked_is_another_question(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job whose bundle is replaced while the question is on its way is cancelled like those that
-    were open by then, and never begins anew under the other."""
+    """A job whose bundle is replaced while the question is on its way never begins anew under the
+    other; the caller is told to ask again, and nothing is kept that a key would repeat."""
     tasks, begun = dict(TASKS), []
 
     class Replacing(EngineSpy):
@@ -309,15 +310,20 @@ async def test_a_task_that_changes_as_it_is_asked_is_another_question(
 
         async def submit(self, *asked: Any, **more: Any) -> str:
             job_id = await self.engine.submit(*asked, **more)
-            tasks["default"] = replace(TASKS["default"], k=2.0)
+            if tasks["default"] is TASKS["default"]:
+                tasks["default"] = replace(TASKS["default"], k=2.0)
             return job_id
 
     desk = Predictions(Settings(data_dir=tmp_path), Replacing(engine), tasks, SECRET)
     monkeypatch.setattr(desk._restarts, "begin", lambda job, asked_of: begun.append(asked_of))
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
-    job_id = await desk.submit(asked, None, None)
+    with pytest.raises(TaskNotReady, match="'default' changed as it was asked; ask again") as told:
+        await desk.submit(asked, "ada", "key")
+    assert told.value.retry_after == 1
     assert begun == [TASKS["default"].digest]
-    assert (await desk.status(job_id, None)).state is State.CANCELLED
+    assert (await engine.capacity()).backlog_rows == 0
+    job_id = await desk.submit(asked, "ada", "key")
+    assert (await desk.status(job_id, "ada")).state is State.QUEUED
     await desk.close()
 
 

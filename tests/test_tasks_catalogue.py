@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,20 @@ import pytest
 
 from models import bundle as bundles
 from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
+from service.config import Settings
+from service.engine import Worker
+from service.engine_memory import MemoryEngine
+from service.jobs import JobStatus, State
+from service.predictions import Predictions
+from service.schemas import PredictRequest
 from service.tasks import catalogue as catalogues
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk
 from service.tasks.schemas import TaskRequest
 from service.tasks.task import Signature, Task, signature
 from tests.adapting import make_store
-from tests.serving import SECRET, TASKS, problem
+from tests.fakes import EngineSpy
+from tests.serving import DIGEST, SECRET, TASKS, png, problem
 from tests.test_tasks_api import adapting, body, made
 
 
@@ -295,3 +303,51 @@ async def test_of_two_posts_none_calls_ready_what_is_not(
     monkeypatch.setattr(store, "create", early)
     assert (await desk.create(asked, None)).state == "queued"
     assert found[0].status.state == "ready"
+
+
+async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is repeated where the engine was out of reach, and what has been asked of the new bundle
+    by then goes on."""
+    put(tmp_path, "pets")
+    catalogue, stop, tries = Catalogue(TASKS, tmp_path), asyncio.Event(), 0
+    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01)
+    await engine.pull(Worker("w", {"pets": DIGEST}), 1)
+
+    class Away(EngineSpy):
+        def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+            return self.engine.watch(job_id)
+
+        async def submit(self, *asked: Any, **more: Any) -> str:
+            return await self.engine.submit(*asked, **more)
+
+    spy = Away(engine, lambda: spy.calls[-1][0] == "cancel" and tries < 2)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, catalogue, SECRET)
+    asked = PredictRequest.model_validate({"image": png(), "task": "pets", "n": 30, "n0": 10})
+
+    async def gone(task: str) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            after.append(await desk.submit(asked, None, None))
+        await desk.withdraw(task)
+        told.set()
+
+    after: list[str] = []
+    told = asyncio.Event()
+    await catalogue.refresh()
+    before = [await desk.submit(asked, None, None) for _ in range(2)]
+    shutil.rmtree(tmp_path / "pets")
+    put(tmp_path, "pets", k=1.5)
+    following = asyncio.create_task(catalogue.follow(stop, gone=gone))
+    try:
+        await asyncio.wait_for(told.wait(), 10)
+    finally:
+        stop.set()
+        await following
+    states = [(await desk.status(job_id, None)).state for job_id in before + after]
+    assert states == [State.CANCELLED, State.CANCELLED, State.QUEUED]
+    assert tries == 2
+    assert "trying again" in caplog.text
+    await desk.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from service.outcomes import Outcomes
 from service.reach import Reach
 from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
+from tests.test_engine_conformance import HARNESSES
 from tests.test_traces import TRACE, VALID
 
 OTHER = Worker("other", {"default": "bundle-a"})
@@ -914,19 +916,27 @@ async def test_a_job_of_other_classes_is_refused(engine: MemoryEngine) -> None:
     assert not any({key for key, *_ in batch} & keys(odd) for batch in model.batches)
 
 
-async def test_a_device_without_memory_leaves_its_jobs_to_others(engine: MemoryEngine) -> None:
-    """A worker whose networks cannot be had any more ends, and another finishes every job: no
-    attempt is counted, and nothing waits for a lease to run out."""
+class Ending(FakeModel):
+    """A model whose networks end the process, at once or `after` so many batches."""
 
-    class Out(FakeModel):
-        def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
-            raise DeviceFailed("memory ran out for a batch, and then: a file is missing")
+    after = 0
 
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        if len(self.batches) >= self.after:
+            raise DeviceFailed("the same rows got two answers")
+        return super().votes(parts, digest)
+
+
+async def test_a_worker_that_ends_leaves_its_jobs_to_others(engine: MemoryEngine) -> None:
+    """A worker whose networks cannot be had any more ends, and another finishes every job: an
+    attempt is counted against the batch in hand alone, and nothing waits for a lease to run out."""
     spy, jobs = EngineSpy(engine), [make_job(f"job-{number}") for number in range(20)]
     await submit(engine, *jobs)
-    async with working(spy, {"default": Out()}) as hall:
+    async with working(spy, {"default": Ending()}) as hall:
         with pytest.raises(DeviceFailed):
             await hall.ends()
+    [(started,)] = spy.asked("start")
+    assert [lease for lease, _ in spy.asked("fail")] == started
     leases = await engine.pull(OTHER, 10_000)
     assert len(leases) == 80
     assert not any(lease.solitary for lease in leases)
@@ -934,7 +944,93 @@ async def test_a_device_without_memory_leaves_its_jobs_to_others(engine: MemoryE
     async with working(engine, {"default": FakeModel()}):
         for job in jobs:
             await assert_exact(engine, job)
-    assert spy.asked("fail") == []
+
+
+class Holding(FakeModel):
+    """A model whose failing calls hold activations, of which some live on as another call begins.
+
+    The error that is raised comes of one that has a call of its own.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.held: list[weakref.ref[Any]] = []
+        self.alive: list[int] = []
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.alive.append(sum(each() is not None for each in self.held))
+        activations = self._activations()
+        try:
+            self._kernel()
+        except KeyError as error:
+            if any(part.key in self.poison for part in parts):
+                raise RuntimeError("the networks' logits are not finite") from error
+        del activations
+        return super().votes(parts, digest)
+
+    def _kernel(self) -> None:
+        workspace = self._activations()
+        raise KeyError(len(workspace))
+
+    def _activations(self) -> set[int]:
+        made = type("Activations", (set,), {})()
+        self.held.append(weakref.ref(made))
+        return made
+
+
+async def test_a_failed_batch_is_let_go_of_before_the_self_test(engine: MemoryEngine) -> None:
+    """The device has room for the next call, whatever held on to the batch that failed."""
+    bad = make_job("bad", mode=Mode.PREDICT, n=5)
+    model = Holding(poison=keys(bad))
+    await submit(engine, make_job("fine", mode=Mode.PREDICT, n=5))
+    async with working(engine, {"default": model}):
+        await final(engine, "fine")
+        await submit(engine, bad)
+        assert (await final(engine, "bad")).state is State.FAILED
+    assert len(model.alive) == 1 + 2 * FAILURES_ALLOWED
+    assert set(model.alive) == {0}
+
+
+@pytest.fixture(params=HARNESSES)
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """Each engine, of a worker that serves the default task."""
+    harness = HARNESSES[request.param](request)
+    await harness.engine.pull(OTHER, 1)
+    yield harness.engine
+    await harness.close()
+
+
+async def test_a_job_that_ends_its_workers_fails_within_the_bound(either: Engine) -> None:
+    """One worker after the other ends over it and hands back what it holds, each with a healthy
+    thread; none more than its attempts are."""
+    await submit(either, make_job("poison", n0=5, n=5))
+    for attempt in range(FAILURES_ALLOWED):
+        status = await either.status("poison")
+        assert status is not None
+        assert not status.state.ended
+        async with working(either, {"default": Ending()}, worker_id=f"w{attempt}") as hall:
+            with pytest.raises(DeviceFailed):
+                await hall.ends()
+    status = await final(either, "poison")
+    assert status.state is State.FAILED
+    assert status.problem is not None
+    assert status.problem["type"] == "urn:vouchsafe:problem:shard-dead"
+
+
+async def test_a_batch_whose_self_test_ends_the_worker_counts_an_attempt(
+    engine: MemoryEngine,
+) -> None:
+    """Also where it was not the batch itself that ended it."""
+    spy, bad = EngineSpy(engine), make_job("bad", mode=Mode.PREDICT, n=5)
+    model = Ending(poison=keys(bad))
+    model.after = 2
+    await submit(engine, make_job("fine", mode=Mode.PREDICT, n=5))
+    async with working(spy, {"default": model}) as hall:
+        await final(engine, "fine")
+        await submit(engine, bad)
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+    assert [lease.job.id for lease, _ in spy.asked("fail")] == ["bad"]
 
 
 async def test_a_stale_thread_is_replaced() -> None:

@@ -83,11 +83,20 @@ class Catalogue(Mapping[str, Bundle]):
         while not stop.is_set():
             try:
                 await self.refresh()
-                while self._gone:
-                    await gone(self._gone.pop())
+                await self._tell(gone)
             except Exception:
                 logger.exception("the published tasks cannot be looked through; trying again")
             await passed(stop, POLL_SECONDS)
+
+    async def _tell(self, gone: Callable[[str], Awaitable[None]]) -> None:
+        """Tell of each task once; of one where that raises, the next time again."""
+        while self._gone:
+            task = self._gone.pop()
+            try:
+                await gone(task)
+            except BaseException:
+                self._gone.add(task)
+                raise
 
     def _look_through(self) -> _Found:
         """What the folder holds now; only what has changed is read and hashed."""

@@ -1,0 +1,33 @@
+"""What is told of a device batch: its metrics, and records that name its jobs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from service import telemetry
+from service.batching import Slice
+from service.logs import about
+from service.model import Model
+
+logger = logging.getLogger("vouchsafe.worker")
+
+
+def measure(model: Model, task: str | None, batch: Sequence[Slice], seconds: float) -> None:
+    """Count a batch that took so long; of no task where that is gone: its series would stay."""
+    rows = sum(part.rows for part in batch)
+    if task is not None:
+        telemetry.ROWS.labels(task=task).inc(rows)
+        telemetry.BATCHES.labels(task=task).inc()
+    telemetry.BATCH_ROWS.observe(rows)
+    telemetry.PADDING_ROWS.inc(model.padding(rows))
+    telemetry.BATCH_SECONDS.observe(seconds)
+    telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%d rows in %.4f s", rows, seconds, extra=about_batch(batch))
+
+
+def about_batch(batch: Sequence[Slice]) -> dict[str, Any]:
+    """The `extra` of a record about a batch's jobs."""
+    return about(part.lease.job for part in batch)

@@ -1,0 +1,82 @@
+"""service/door.py: how long a question waits for a worker that serves its task."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from service import door as doors
+from service.config import Settings
+from service.door import Door
+from service.engine import Worker
+from service.engine_memory import MemoryEngine
+from service.errors import Backlog
+from service.predictions import Predictions
+from service.schemas import PredictRequest
+from tests.serving import SECRET, TASKS, png
+
+ASKED = PredictRequest.model_validate({"image": png(), "task": "birds", "n": 30, "n0": 10})
+
+
+@pytest.fixture
+async def engine() -> MemoryEngine:
+    """An engine of one worker, which serves another task."""
+    built = MemoryEngine(shard_rows=10, poll_seconds=0.01)
+    await built.pull(Worker("w", {"default": "bundle-a"}), 1)
+    return built
+
+
+@pytest.fixture
+def door(engine: MemoryEngine, tmp_path: Path) -> Door:
+    return Door(Settings(data_dir=tmp_path), engine)
+
+
+async def admitted(door: Door) -> str:
+    return await door.admit(ASKED, None, may_be_known=False)
+
+
+async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> None:
+    """A worker has some seconds to find a task that was published a moment ago."""
+    waiting = asyncio.create_task(admitted(door))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    await engine.pull(Worker("w", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    assert await waiting == "bundle-b"
+
+
+async def test_a_task_that_no_worker_serves_is_refused_at_once(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not new any more once it has been waited for; one of its name that was forgotten is."""
+    monkeypatch.setattr(doors, "ANNOUNCING_SECONDS", 0.3)
+    for waits in (True, False, False):
+        began = time.monotonic()
+        with pytest.raises(Backlog, match="No live worker serves task 'birds'"):
+            await admitted(door)
+        assert (time.monotonic() - began > 0.3) == waits
+    door.forget("birds")
+    waiting = asyncio.create_task(admitted(door))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    with pytest.raises(Backlog):
+        await waiting
+
+
+async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: Path) -> None:
+    """Workers are given the time to find it once more."""
+    tasks = TASKS | {"birds": replace(TASKS["default"], id="birds")}
+    desk = Predictions(Settings(data_dir=tmp_path), engine, tasks, SECRET)
+    desk._door._asked["birds"] = time.monotonic() - 60
+    with pytest.raises(Backlog):
+        await desk.submit(ASKED, None, None)
+    await desk.withdraw("birds")
+    asking = asyncio.create_task(desk.submit(ASKED, None, None))
+    await asyncio.sleep(0.1)
+    assert not asking.done()
+    await engine.pull(Worker("w", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    assert await asking
+    await desk.close()
