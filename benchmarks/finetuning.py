@@ -3,7 +3,7 @@
 Fine-tunes nano's classifier for its ten labels, behind the denoiser at rest, in several ways. Every
 classifier names the same denoised rows of held-back images, which make an estimate of the average
 certified radius: sigma times the normal quantile of the share named right, without the bounds of a
-certificate. Prints a Markdown table with each way's difference to nothing adapted and its
+certificate. Prints a Markdown table with each way's change to nothing adapted and its
 paired-bootstrap 95 % interval over images. What `--work` knows is not made again.
 """
 
@@ -79,11 +79,14 @@ def radii(shares: NDArray[np.float64], sigma: float, rows: int) -> NDArray[np.fl
     return found
 
 
-def row(told: str, shares: NDArray[np.float64], radius: NDArray[np.float64], base: float) -> str:
-    """A line of the table up to the difference."""
+def row(
+    told: str, shares: NDArray[np.float64], base: NDArray[np.float64], radius: NDArray[np.float64]
+) -> str:
+    """A line of the table; the change and its interval as shares of the mean of `base`."""
     rows, images = 100 * shares.mean(), 100 * np.mean(shares > 0.5)
-    change = 100 * (radius.mean() / base - 1)
-    return f"| {told} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change:+.1f} %"
+    by, low, high = (100 * value / base.mean() for value in paired_bootstrap(base, radius))
+    change = f"{by:+.1f} % ({low:+.1f} to {high:+.1f})"
+    return f"| {told} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
 
 
 def told_of(way: Way) -> str:
@@ -118,8 +121,8 @@ def main() -> None:
         data = bench.held_back[arguments.first :][: arguments.count]
         rows = cache(lambda: denoised(bench.denoiser(), data, arguments.sigma, arguments.rows))
         asked = [arguments.sigma, arguments.first, len(data), arguments.rows]
-        print("| fine-tuned on | rows right | images right | ACR, estimated | | difference |")
-        print("|---" * 6 + "|")
+        print("| fine-tuned on | rows right | images right | ACR, estimated | change |")
+        print("|---" * 5 + "|")
         base = None
         for way in EVERY:
             out = work / bench.name_of(way)
@@ -133,9 +136,7 @@ def main() -> None:
             shares = np.array(json.loads(kept.read_text()))
             radius = radii(shares, arguments.sigma, arguments.rows)
             base = radius if base is None else base
-            by, low, high = paired_bootstrap(base, radius)
-            line = row(told_of(way), shares, radius, float(base.mean()))
-            print(f"{line} | {by:+.4f} ({low:+.4f} to {high:+.4f}) |", flush=True)
+            print(row(told_of(way), shares, base, radius), flush=True)
 
 
 if __name__ == "__main__":
