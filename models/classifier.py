@@ -92,8 +92,8 @@ class OpenClipClassifier:
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""
         features = F.normalize(self._visual(self._preprocess(x)).float(), dim=-1)
-        logits: Tensor = features @ self._prototypes.T
-        return logits
+        # Row by row: of several a product may round each by its place, as some CPUs do in pairs.
+        return torch.stack([self._prototypes.mv(row) for row in features])
 
 
 class TimmClassifier:
