@@ -122,7 +122,7 @@ class Bench:
         self._photographs, self._work, self._runtime = cifar10(data, "train"), work, runtime
         self.held_back = cifar10(data, "held-back")
         bundle = read_bundle(DEFAULT_TASK).digest
-        self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, asdict(WAYS.sampling)]
+        self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, WAYS.described()]
 
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
         """Each sigma's outcomes of the networks adapted this way; kept in the folder."""

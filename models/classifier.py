@@ -92,7 +92,7 @@ class OpenClipClassifier:
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""
         features = F.normalize(self._visual(self._preprocess(x)).float(), dim=-1)
-        # Row by row: of several a product may round each by its place, as some CPUs do in pairs.
+        # Row by row: a product of several may round each by its place (docs/decisions/0001).
         return torch.stack([self._prototypes.mv(row) for row in features])
 
 
