@@ -2,9 +2,10 @@
 
 Adapts a task from its words, then certifies labelled images under the same noise with nothing
 adapted, with the personalized denoiser, and with the fine-tuned classifier behind it, which see the
-same denoised rows. Prints one JSON with each one's figures and, for each step, the difference of
-ACR and of certified accuracy with its paired-bootstrap 95 % interval. With `--work`, job and votes
-are kept there, and another call goes on image by image.
+same denoised rows. An image's noise is the same in every task that shows it. Prints one JSON with
+each one's figures and, for each step, the difference of ACR and of certified accuracy with its
+paired-bootstrap 95 % interval. With `--work`, job and votes are kept there, and another call goes
+on image by image.
 """
 
 from __future__ import annotations
@@ -158,16 +159,15 @@ def main() -> None:
         seed=arguments.seed,
     )
     whole = cifar10(arguments.data, "held-back") if arguments.data else evaluation_slice(SLICE)
-    data = whole.only(labels)[: arguments.count]
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         bundle, seconds = adapted(plan, work)
-        report = measured(arguments, variants(bundle, work), data, work)
+        report = measured(arguments, variants(bundle, work), whole, labels, work)
     print(
         json.dumps(
             {
                 "labels": labels,
-                "images": len(data),
+                "images": len(whole.showing(labels)[: arguments.count]),
                 "split": "held-back" if arguments.data else str(SLICE),
                 "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
                 "seconds of adaptation": round(seconds, 1),
@@ -183,7 +183,11 @@ def main() -> None:
 
 
 def measured(
-    arguments: argparse.Namespace, groups: list[dict[str, Bundle]], data: LabelledImages, work: Path
+    arguments: argparse.Namespace,
+    groups: list[dict[str, Bundle]],
+    whole: LabelledImages,
+    labels: tuple[str, ...],
+    work: Path,
 ) -> dict[str, Any]:
     """Each sigma's figures, by variant."""
     report: dict[str, Any] = {f"{sigma:g}": {} for sigma in arguments.sigma}
@@ -200,7 +204,7 @@ def measured(
             first.lanes,
         )
         for sigma in arguments.sigma:
-            runs = certified(arguments, together, list(group), data, sigma, work)
+            runs = certified(arguments, together, list(group), whole, labels, sigma, work)
             for name, outcomes in runs.items():
                 summary = summarise(outcomes)
                 found: dict[str, Any] = {
@@ -219,12 +223,16 @@ def certified(
     arguments: argparse.Namespace,
     model: SmoothedModel,
     names: list[str],
-    data: LabelledImages,
+    whole: LabelledImages,
+    labels: tuple[str, ...],
     sigma: float,
     work: Path,
 ) -> dict[str, list[Certified]]:
-    """Every image's outcome by variant; votes that `work` holds are not counted again."""
-    classes = len(data.names)
+    """The outcome of every image of the labels, by variant; its noise follows from its place in the
+    whole. Votes that `work` holds are not counted again.
+    """
+    data = whole.only(labels)[: arguments.count]
+    places = whole.showing(labels)[: arguments.count]
     settings = f"{sigma:g}-{arguments.n0}-{arguments.n}-{arguments.seed}"
     split = "held-back" if arguments.data else "slice"
     path = work / f"votes-{split}-{settings}-{model.digest}.jsonl"
@@ -235,12 +243,12 @@ def certified(
             partial.write_text("".join(lines))
     told = ", ".join(names)
     with path.open("a") as stream:
-        missing = range(len(lines), len(data))
-        for index in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
+        missing = places[len(lines) :].tolist()
+        for place in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
             counted = image_votes(
-                model, data, index, sigma, arguments.n0, arguments.n, arguments.seed
+                model, whole, place, sigma, arguments.n0, arguments.n, arguments.seed
             )
-            votes = [apart(counts, classes, len(names)) for counts in counted]
+            votes = [apart(counts, len(labels), len(names)) for counts in counted]
             lines.append(json.dumps(votes) + "\n")
             stream.write(lines[-1])
             stream.flush()

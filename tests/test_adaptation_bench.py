@@ -40,7 +40,8 @@ DATA = LabelledImages(
     np.array([0, 0, 1]),
     HEADS[0].labels,
 )
-ASKED = argparse.Namespace(n0=20, n=60, alpha=0.01, seed=3, data=None)
+ASKED = argparse.Namespace(n0=20, n=60, alpha=0.01, seed=3, data=None, count=None)
+NAMES = DATA.names
 
 
 def smoothed(classifier: Brighter | Together) -> SmoothedModel:
@@ -50,7 +51,7 @@ def smoothed(classifier: Brighter | Together) -> SmoothedModel:
 
 def test_together_they_say_what_each_says_alone(tmp_path: Path) -> None:
     """Sharing rows changes no vote of any of them."""
-    both = certified(ASKED, smoothed(Together(HEADS)), ["one", "two"], DATA, 0.25, tmp_path)
+    both = certified(ASKED, smoothed(Together(HEADS)), ["one", "two"], DATA, NAMES, 0.25, tmp_path)
     for head, found in zip(HEADS, both.values(), strict=True):
         assert found == list(certify_images(smoothed(head), DATA, 0.25, 20, 60, 0.01, seed=3))
     assert both["one"] != both["two"]
@@ -74,13 +75,24 @@ def test_votes_come_apart_by_classifier() -> None:
 
 def test_kept_votes_are_not_counted_again(tmp_path: Path) -> None:
     """A run that was cut within a line goes on from the last whole one, to the same outcomes."""
-    whole = certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, 0.25, tmp_path)
+    whole = certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, NAMES, 0.25, tmp_path)
     (kept,) = tmp_path.glob("votes-*.jsonl")
     written = kept.read_text()
     kept.write_text(written[: written.index("\n") + 5])
-    assert certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, 0.25, tmp_path) == whole
+    assert certified(ASKED, smoothed(HEADS[0]), ["one"], DATA, NAMES, 0.25, tmp_path) == whole
     assert kept.read_text() == written
-    assert certified(ASKED, smoothed(HEADS[1]), ["one"], DATA, 0.25, tmp_path) == whole
+    assert certified(ASKED, smoothed(HEADS[1]), ["one"], DATA, NAMES, 0.25, tmp_path) == whole
+
+
+def test_noise_follows_an_image_into_every_task(tmp_path: Path) -> None:
+    """Where others lie before them, images of a task have the noise of their places among all."""
+    images = np.concatenate([DATA.images[:1], DATA.images])
+    among = LabelledImages(images, np.array([2, 0, 0, 1]), (*NAMES, "other"))
+    found = certified(ASKED, smoothed(HEADS[0]), ["one"], among, NAMES, 0.25, tmp_path)["one"]
+    alike = LabelledImages(images, np.array([0, 0, 0, 1]), NAMES)
+    every = list(certify_images(smoothed(HEADS[0]), alike, 0.25, 20, 60, 0.01, seed=3))
+    assert [one.certificate for one in found] == [one.certificate for one in every[1:]]
+    assert [one.truth for one in found] == [0, 0, 1]
 
 
 def test_ablations_count_rows_under_the_same_noise() -> None:

@@ -31,19 +31,28 @@ class LabelledImages:
     def __getitem__(self, rows: slice) -> LabelledImages:
         return LabelledImages(self.images[rows], self.labels[rows], self.names)
 
+    def showing(self, names: tuple[str, ...]) -> NDArray[np.int64]:
+        """Indices (M,) of the images of some labels, in the order they lie.
+
+        Raises ValueError for a name that there is not.
+        """
+        return np.flatnonzero(np.isin(self.labels, self._places(names)))
+
     def only(self, names: tuple[str, ...]) -> LabelledImages:
         """The images of some labels, in the order they lie, their labels indices into `names`.
 
         Raises ValueError for a name that there is not.
         """
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise ValueError(f"no images of {unknown[0]!r}; there are {', '.join(self.names)}")
-        places = np.array([self.names.index(name) for name in names])
-        kept = np.isin(self.labels, places)
+        kept, places = self.showing(names), self._places(names)
         order = np.argsort(places)
         labels = order[np.searchsorted(places[order], self.labels[kept])]
         return LabelledImages(self.images[kept], labels.astype(np.int64), names)
+
+    def _places(self, names: tuple[str, ...]) -> NDArray[np.int64]:
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(f"no images of {unknown[0]!r}; there are {', '.join(self.names)}")
+        return np.array([self.names.index(name) for name in names])
 
 
 def _unpack(sheet: Path) -> NDArray[np.uint8]:
