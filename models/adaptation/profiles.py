@@ -28,10 +28,9 @@ class Adaptation:
         return self.dtypes[device.type != "cpu"]
 
     def described(self) -> dict[str, Any]:
-        """Sampling and both trainings as plain JSON values."""
-        settings = asdict(self)
-        del settings["dtypes"]
-        described: dict[str, Any] = json.loads(json.dumps(settings))
+        """All of it as plain JSON values."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        described: dict[str, Any] = json.loads(json.dumps({**asdict(self), "dtypes": dtypes}))
         return described
 
 

@@ -12,8 +12,10 @@ from models.bundle import BundleError
 from models.memory import ran_out
 from models.training import Diverged
 
-SHARES = {"synthesizing": 0.25, "personalizing": 0.6, "finetuning": 0.1, "evaluating": 0.05}
-"""How much of the whole each stage counts for in `progress`."""
+DRAWN, STEP, TUNED, EVALUATED = 0.75, 1.0, 0.027, 0.075
+"""What counts in `progress` for a reference to draw, a step of personalization, a reference to tune
+on in an epoch and one to evaluate with: nano's times on a CPU, in steps. Source:
+docs/adaptation.md, "What it costs"."""
 STATUS_SECONDS = 0.5
 """Shortest time between two writings of a status that only moved on."""
 
@@ -22,9 +24,14 @@ class Progress:
     """The job's status as it moves on, written no oftener than anyone would look."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}
-        shares = {name: share for name, share in SHARES.items() if not left_out.get(name)}
-        self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
+        references = plan.shots * len(plan.labels)
+        work = {
+            "synthesizing": DRAWN * references,
+            "personalizing": STEP * plan.steps,
+            "finetuning": TUNED * plan.epochs * references,
+            "evaluating": EVALUATED * references,
+        }
+        self._shares = {stage: part / sum(work.values()) for stage, part in work.items()}
         self._folder = folder
         earlier = Status.read(folder)
         started = earlier.started or time.time()

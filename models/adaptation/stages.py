@@ -56,11 +56,19 @@ from models.sources import origin
 EVALUATED_SIGMAS = (0.25, 0.5)
 
 BEGUN = "begun.json"
-"""A job's file of what it was begun with: its networks, by hash, and its set's profile."""
+"""A job's file of what it was begun with: its networks, by hash, its set and that set's profile."""
 HASHES = "hashes.json"
 """A job's file of the hashes it knows, for stage I's take long."""
 _STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
 _STAGE2_FILES = ["unet/*", "scheduler/*"]
+
+
+def _draws(begun: dict[str, Any]) -> Any:
+    """Of what a job was begun with, what its references follow from."""
+    if not begun:
+        return None
+    bases, profile = begun["bases"], begun["profile"]
+    return bases["stage1"], bases["denoiser"], profile["sampling"], profile["dtypes"]
 
 
 class Job:
@@ -117,15 +125,20 @@ class Job:
         self.progress.end("ready", progress=1.0, figures=figures)
 
     def _begin(self) -> None:
-        """Start anew where an earlier run of the job was begun with other networks or settings."""
+        """Start anew where an earlier run of the job was begun with other networks or settings, or
+        does not say with which; references stay where nothing that draws them is other."""
         bases = {name: asdict(base) for name, base in self._bases.items()}
-        now = {"bases": bases, "profile": self._ways.described()}
-        known = self._folder / BEGUN
-        if known.exists() and json.loads(known.read_text()) != now:
-            shutil.rmtree(self._folder / REFERENCES, ignore_errors=True)
-            for pattern in ("*.safetensors", "*.jsonl"):
-                for left in self._folder.glob(pattern):
-                    left.unlink()
+        of_set = {"k": self._set.k, "identifier": self._set.identifier}
+        now = {"bases": bases, "set": of_set, "profile": self._ways.described()}
+        known, references = self._folder / BEGUN, self._folder / REFERENCES
+        before = json.loads(known.read_text()) if known.exists() else {}
+        if before == now:
+            return
+        if references.exists() and _draws(before) != _draws(now):
+            shutil.rmtree(references)
+        for pattern in ("*.safetensors", "*.jsonl"):
+            for left in self._folder.glob(pattern):
+                left.unlink()
         write_json(known, now)
 
     def _states(self) -> dict[str, Tensor]:
