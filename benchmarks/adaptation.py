@@ -122,20 +122,19 @@ def radii(outcomes: list[Certified]) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def compared(before: list[Certified], after: list[Certified]) -> dict[str, Any]:
-    """What a step changed, each as difference and the ends of its 95 % interval."""
+    """What a step changed, each as difference and the ends of its 95 % interval; `ACR, relative` is
+    the first in shares of what it was before."""
     quantities = {"average certified radius": (radii(before), radii(after))}
     for epsilon in EPSILONS:
         quantities[f"certified at {epsilon:g}"] = (
             np.array([float(o.correct and o.radius >= epsilon) for o in before]),
             np.array([float(o.correct and o.radius >= epsilon) for o in after]),
         )
-    found = {
-        name: [round(value, 4) for value in paired_bootstrap(*pair)]
-        for name, pair in quantities.items()
-    }
+    changes = {name: np.array(paired_bootstrap(*pair)) for name, pair in quantities.items()}
     base = quantities["average certified radius"][0].mean()
-    relative = found["average certified radius"][0] / base if base else float("nan")
-    return {"ACR, relative": round(float(relative), 4), **found}
+    relative = changes["average certified radius"] / (base or float("nan"))
+    told = {"ACR, relative": relative, **changes}
+    return {name: [round(float(value), 4) for value in change] for name, change in told.items()}
 
 
 def main() -> None:

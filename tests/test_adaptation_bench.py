@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import adaptation_ablations as ablations
 from benchmarks import finetuning
-from benchmarks.adaptation import Together, adapted, apart, certified
+from benchmarks.adaptation import Together, adapted, apart, certified, compared, radii
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
 from models.denoiser import NoDenoiser
@@ -59,6 +59,11 @@ def test_together_they_say_what_each_says_alone(tmp_path: Path) -> None:
     for head, found in zip(HEADS, both.values(), strict=True):
         assert found == list(certify_images(smoothed(head), DATA, 0.25, 20, 60, 0.01, seed=3))
     assert both["one"] != both["two"]
+    changed, base = compared(both["one"], both["two"]), radii(both["one"]).mean()
+    by, low, high = changed["average certified radius"]
+    assert by == pytest.approx(radii(both["two"]).mean() - base, abs=1e-4)
+    assert low <= by <= high
+    assert changed["ACR, relative"] == pytest.approx([by / base, low / base, high / base], abs=2e-3)
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
