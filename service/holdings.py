@@ -125,9 +125,3 @@ def rows_of(part: Slice) -> Rows:
         stop=part.stop,
         sigma=job.sigma,
     )
-
-
-def blank_of(part: Slice) -> Rows:
-    """One row of a blank image of the slice's shape."""
-    job = part.lease.job
-    return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)

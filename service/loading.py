@@ -19,7 +19,7 @@ from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
-from service.model import ModelUnavailable, ShapeLowered
+from service.model import ModelUnavailable, ShapeLowered, warm_up
 from service.refusals import Refusal
 
 T = TypeVar("T")
@@ -137,6 +137,11 @@ class TaskModel:
         """Whether it is refused, and to be tried again."""
         refusal, clock = self._refusal, self._networks.loading.clock
         return refusal is not None and self.is_refused and clock() >= refusal.until
+
+    @property
+    def sample(self) -> Rows:
+        """A row that the networks have computed before, as they were loaded."""
+        return warm_up(self.bundle.resolution, 1)[0]
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""

@@ -17,7 +17,7 @@ from models.smoothing import Rows
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
-from service.holdings import Holdings, Lot, blank_of, leases_of, rows_of
+from service.holdings import Holdings, Lot, leases_of, rows_of
 from service.measures import about_batch, measure
 from service.model import Model, ModelUnavailable, ShapeLowered
 from service.outage import Outage
@@ -78,7 +78,6 @@ class _Loop:
         self._last_task: str | None = None
         self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
         self._long: frozenset[str] | None = None  # the tokens of a batch that runs long
-        self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -222,7 +221,6 @@ class _Loop:
         else:
             task = lot.task if lot.task in self._models else None
             measure(lot.model, task, batch, time.monotonic() - began)
-            self._proven.setdefault(lot.bundle, blank_of(batch[0]))
             for lease, counts in finished:
                 self._outcomes.committed(lease, counts)
 
@@ -299,11 +297,9 @@ class _Loop:
             self._drop(lot, batch, error)
 
     async def _device_works(self, lot: Lot, batch: Sequence[Slice]) -> bool:
-        """The self-test: a blank image once more, where one has been computed before."""
-        proven = self._proven.get(lot.bundle)
+        """The self-test: once more what the networks computed as they were loaded."""
         try:
-            if proven is not None:
-                await self._votes(lot, [proven], batch)
+            await self._votes(lot, [lot.model.sample], batch)
         except (DeviceFailed, ShapeLowered):
             raise
         except ModelUnavailable:

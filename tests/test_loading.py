@@ -23,7 +23,7 @@ from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
 from models.memory import TooLittleMemory, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
-from service import telemetry
+from service import serving, telemetry
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Worker
 from service.engine_memory import MemoryEngine
@@ -589,6 +589,29 @@ async def test_loading_is_no_hung_device() -> None:
     assert not thread.healthy
     await hanging
     thread.close()
+
+
+def test_loading_computes_the_sample_that_tests_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The self-test asks networks for a row that they were seen to compute."""
+    asked: list[Rows] = []
+
+    class Seen(FakeModel):
+        def labels(self, parts: list[Rows]) -> NDArray[np.int64]:
+            asked.extend(parts)
+            return np.zeros(self.batch_rows, np.int64)
+
+    monkeypatch.setattr(serving, "load", lambda bundle, **_: Seen())
+    bundle = read_bundle(DEFAULT_TASK)
+    load_and_warm(bundle, 16, runtime=Torch(), lanes=0)
+    sample = Shelf({"default": bundle}).networks["default"].sample
+    assert (sample.start, sample.stop) == (0, 1)
+    assert any(
+        np.array_equal(each.pixels, sample.pixels)
+        and replace(each, pixels=ROWS.pixels, stop=1) == replace(sample, pixels=ROWS.pixels)
+        for each in asked
+    )
 
 
 def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None:

@@ -835,6 +835,28 @@ async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
     assert len(await engine.pull(OTHER, 1000)) == 4
 
 
+class Breaking(FakeModel):
+    """A model whose device computes nothing any more after a batch with a key of `poison`."""
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.broken = self.broken or any(part.key in self.poison for part in parts)
+        return super().votes(parts, digest)
+
+
+async def test_a_device_that_breaks_at_its_first_batch_ends_the_worker(
+    engine: MemoryEngine,
+) -> None:
+    """Networks compute as they are loaded, so that the self-test needs no batch before: no job
+    fails by what such a device cannot do."""
+    spy, bad = EngineSpy(engine), make_job("bad", mode=Mode.PREDICT, n=5)
+    await submit(engine, bad, *(make_job(f"job-{number}") for number in range(20)))
+    async with working(spy, {"default": Breaking(poison=keys(bad))}) as hall:
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+        assert not hall.thread.healthy
+    assert spy.asked("fail") == []
+
+
 class Vanishing(FakeModel):
     """A model whose networks cannot be loaded any more once they are `gone`."""
 
