@@ -49,7 +49,7 @@ async def work(
     announced under its new digest from then on; one that is refused, once it has been loaded.
     Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
     hangs, is broken, or has too little memory, having handed back all but the batch over which it
-    ends: that has failed, or where it hangs the device dies with it.
+    ends: that has failed, or where the device hangs or is broken its leases run out.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -225,8 +225,8 @@ class _Loop:
                 self._outcomes.committed(lease, counts)
 
     def _drop(self, lot: Lot, batch: Sequence[Slice], error: Exception | None) -> None:
-        """Report the batch's leases as failed; without an error they may be what hangs the device,
-        and nobody is told."""
+        """Report the batch's leases as failed; without an error they may be what hangs or breaks
+        the device, and nobody is told: they run out, which counts as a death over them."""
         for lease in leases_of(batch):
             lot.packer.drop(lease)
             if error is not None:
@@ -287,6 +287,7 @@ class _Loop:
                 self._drop(lot, batch, failure)
             raise
         if not works:
+            self._drop(lot, batch, None)
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
         suspects = leases_of(batch)
