@@ -175,6 +175,9 @@ class TaskModel:
 
         Raises ModelUnavailable, at once for a while after it was tried in vain, and DeviceFailed.
         """
+        refusal = self._refusal
+        if refusal is not None and self._networks.loading.clock() < refusal.until:
+            raise ModelUnavailable(refusal.detail)
         if not self.kept:
             self._networks.used(self)
         return self._loaded or self._load(self.numerics.batch_rows)
@@ -186,8 +189,6 @@ class TaskModel:
     def _load(self, rows: int) -> SmoothedModel:
         """Load the networks for batches of so many rows, or of fewer where memory runs out."""
         loading = self._networks.loading
-        if self._refusal is not None and loading.clock() < self._refusal.until:
-            raise ModelUnavailable(self._refusal.detail)
         try:
             with loading.patient(LOAD_SECONDS):
                 model, rows = self._loaded_with_room(rows)

@@ -170,6 +170,18 @@ def test_what_cannot_be_loaded_is_refused_for_a_while() -> None:
     assert shelf.loaded == {"default", "a"}
 
 
+def test_asking_for_what_is_refused_lets_nothing_go() -> None:
+    """The tasks that are served keep their networks: nothing is loaded in their place."""
+    shelf = Shelf(bundles("default", "a", "b", "c"))
+    shelf.failures = [BundleError("'x' is missing")]
+    with pytest.raises(ModelUnavailable):
+        shelf.use("c")
+    shelf.use("a", "b")
+    with pytest.raises(ModelUnavailable):
+        shelf.use("c")
+    assert shelf.loaded == {"a", "b"}
+
+
 def test_another_model_than_was_promised_is_refused() -> None:
     """Networks under another digest than the task's jobs were keyed with never answer."""
     shelf = Shelf(bundles("default", "a"))
