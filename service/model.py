@@ -45,14 +45,14 @@ class Model(Protocol):
     @property
     def is_refused(self) -> bool:
         """Whether it could not be loaded when last tried, while other workers may have it: it is
-        not served here until it is `loaded`."""
+        not served here until it has been tried again."""
 
     @property
     def is_due(self) -> bool:
         """Whether it is refused, and to be tried again."""
 
-    def loaded(self) -> object:
-        """The networks, loaded now where they were not; blocks.
+    def try_again(self) -> None:
+        """Load the networks of a refused task, at little cost to the others; blocks.
 
         Raises ModelUnavailable where they cannot be loaded, and DeviceFailed as `votes`.
         """

@@ -78,6 +78,7 @@ class _Loop:
         self._last_task: str | None = None
         self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
         self._long: frozenset[str] | None = None  # the tokens of a batch that runs long
+        self._has_tried = False  # a refused task, since a lot was computed
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -170,9 +171,12 @@ class _Loop:
         self._arrived.set()
 
     async def _compute_next(self) -> None:
-        if due := next((model for model in self._models.values() if model.is_due), None):
+        due = next((model for model in self._models.values() if model.is_due), None)
+        if due is not None and not (self._has_tried and self._holdings.rows):
+            self._has_tried = True
             await self._try_again(due)
             return
+        self._has_tried = False
         lot = self._holdings.next_lot()
         if lot is None:
             self._arrived.clear()
@@ -235,7 +239,7 @@ class _Loop:
     async def _try_again(self, refused: Model) -> None:
         """Load what others serve meanwhile, or fail together: no job of it is at stake here."""
         try:
-            await self._computed(refused.loaded)
+            await self._computed(refused.try_again)
         except ModelUnavailable as error:
             logger.warning("tried again in vain: %s", error)
 
