@@ -258,6 +258,21 @@ async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> No
     assert models["default"].batches == []
 
 
+async def test_a_lot_goes_on_with_the_model_that_its_task_has(engine: MemoryEngine) -> None:
+    """Where a task's bundle is read anew and is the same, what comes next is computed by the model
+    of that, and not by the one that keeps no networks any more."""
+    old, new = FakeModel(), FakeModel()
+    models, job = {"default": old}, make_job("a", n0=0, n=300)
+    old.gate.clear()
+    await submit(engine, job)
+    async with working(engine, models):
+        await soon(lambda: bool(old.batches))
+        models["default"] = new
+        old.gate.set()
+        await assert_exact(engine, job)
+    assert len(old.batches) <= 3
+
+
 class Lowering(FakeModel):
     """A model that runs out of memory at its `last` batch of the first shape."""
 
