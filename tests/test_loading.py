@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
-from models.memory import TooLittleMemory, ran_out, times_short
+from models.memory import TooLittleMemory, let_go_of, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import serving, telemetry
@@ -563,6 +563,30 @@ def test_what_other_workers_may_load_is_refused_until_it_is_loaded() -> None:
 def test_errors_of_memory_are_known(error: Exception, out: bool) -> None:
     """Host's, device's and libraries' ways to say that memory ran out, and nothing else."""
     assert ran_out(error) is out
+
+
+def test_errors_that_came_of_each_other_are_let_go_of() -> None:
+    """A library may raise what it caught from what that led to."""
+
+    class Activations:
+        pass
+
+    def fail(error: Exception) -> None:
+        held = Activations()
+        alive.append(weakref.ref(held))
+        raise error
+
+    alive: list[weakref.ref[Activations]] = []
+    errors = ValueError("one"), KeyError("two")
+    for error in errors:
+        with pytest.raises(type(error)):
+            fail(error)
+    errors[0].__cause__, errors[1].__cause__ = errors[1], errors[0]
+    freeing = threading.Thread(target=let_go_of, args=(errors[0],), daemon=True)
+    freeing.start()
+    freeing.join(5)
+    assert not freeing.is_alive()
+    assert [each() for each in alive] == [None, None]
 
 
 def test_short_memory_is_counted_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
