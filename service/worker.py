@@ -237,11 +237,19 @@ class _Loop:
                 self._outcomes.failed(lease, error)
 
     async def _try_again(self, refused: Model) -> None:
-        """Load what others serve meanwhile, or fail together: no job of it is at stake here."""
+        """Load what others serve meanwhile, or fail together: no job of it is at stake here, and a
+        worker that is to leave leaves it to load for nobody."""
+        trying = asyncio.ensure_future(self._computed(refused.try_again))
+        leaving = asyncio.ensure_future(self._reach.leaving.wait())
         try:
-            await self._computed(refused.try_again)
+            await asyncio.wait({trying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if trying.done():
+                trying.result()
         except ModelUnavailable as error:
             logger.warning("tried again in vain: %s", error)
+        finally:
+            trying.cancel()
+            leaving.cancel()
 
     async def _votes(
         self, lot: Lot, parts: Sequence[Rows], batch: Sequence[Slice]

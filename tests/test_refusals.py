@@ -205,6 +205,19 @@ async def test_a_long_try_holds_nothing_up() -> None:
     assert birds.tries == 1
 
 
+async def test_a_worker_that_is_to_stop_waits_for_no_try() -> None:
+    """Nobody needs what would be loaded."""
+    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    birds = Due(digest="bundle-b", is_refused=True, is_due=True)
+    async with working(engine, {"default": FakeModel(), "birds": birds}) as hall:
+        try:
+            await soon(lambda: birds.tries == 1)
+            hall.stop.set()
+            await hall.ends()
+        finally:
+            birds.may.set()
+
+
 class Eager(Due):
     """A refused model that is to be tried again as soon as it was."""
 
