@@ -5,7 +5,6 @@ import errno
 import json
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -620,9 +619,11 @@ async def test_loading_is_no_hung_device() -> None:
     assert thread.healthy
     gate.set()
     await computing
-    hanging = asyncio.ensure_future(thread.run(time.sleep, 0.3))
+    held = threading.Event()
+    hanging = asyncio.ensure_future(thread.run(held.wait))
     await asyncio.sleep(0.2)
     assert not thread.healthy
+    held.set()
     await hanging
     thread.close()
 
