@@ -61,7 +61,9 @@ def let_go() -> None:
 def let_go_of(error: BaseException) -> None:
     """Forget what the frames of an error hold, and of those that it came of: a batch's tensors."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()  # An error may have come of one that came of it.
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
 

@@ -52,9 +52,11 @@ class Holdings:
         return [lease for lot in self._lots.values() for lease in lot.packer.leases]
 
     def add(self, lease: Lease, model: Model, since: float) -> None:
-        """Take in a lease, held `since` so many seconds of `time.monotonic`."""
+        """Take in a lease, held `since` so many seconds of `time.monotonic`, for this model, which
+        may have come in another's place under the same digest."""
         key = (lease.job.task, lease.job.bundle)
         lot = self._lots.setdefault(key, Lot(*key, model, Packer(model.batch_rows)))
+        lot.model = model
         lot.packer.add(lease)
         self._since[lease.token] = since
 
@@ -125,9 +127,3 @@ def rows_of(part: Slice) -> Rows:
         stop=part.stop,
         sigma=job.sigma,
     )
-
-
-def blank_of(part: Slice) -> Rows:
-    """One row of a blank image of the slice's shape."""
-    job = part.lease.job
-    return Rows(np.zeros(job.shape, np.uint8), bytes(32), 0, 1, job.sigma)

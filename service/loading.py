@@ -19,7 +19,7 @@ from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
 from service.device import DeviceFailed
 from service.logs import naming
-from service.model import ModelUnavailable, ShapeLowered
+from service.model import ModelUnavailable, ShapeLowered, warm_up
 from service.refusals import Refusal
 
 T = TypeVar("T")
@@ -28,6 +28,8 @@ logger = logging.getLogger("vouchsafe")
 
 LOAD_SECONDS = 1_800.0
 """How long a task's networks may take to load before the device counts as hung."""
+ROOM_SECONDS = 3_600.0
+"""How long, once room was made for a task, none is made for it that nobody asks for."""
 SMALLEST_BATCH = 2
 """Fewest rows of the networks' batches to which a device that runs out of memory is lowered."""
 
@@ -92,6 +94,14 @@ class Networks(Mapping[str, "TaskModel"]):
             if not other.kept and other not in self._recent:
                 other.unload()
 
+    def tried(self, model: TaskModel) -> None:
+        """Note that a model was loaded though nobody asked for it: it stays where `most` are not
+        loaded already, and is the next to be let go."""
+        recent = [other for other in self._recent if other.is_loaded and other is not model]
+        self._recent = [model, *recent][-self.loading.most :]
+        if model not in self._recent:
+            model.unload()
+
     def unload_others(self, model: TaskModel) -> None:
         """Let go of every task's networks but this one's and the default's."""
         for other in list(self._models.values()):
@@ -121,6 +131,7 @@ class TaskModel:
         self._serve_under(loading.numerics)
         self._loaded: SmoothedModel | None = None
         self._refusal: Refusal | None = None
+        self._made_room = float("-inf")
 
     @property
     def is_loaded(self) -> bool:
@@ -137,6 +148,11 @@ class TaskModel:
         """Whether it is refused, and to be tried again."""
         refusal, clock = self._refusal, self._networks.loading.clock
         return refusal is not None and self.is_refused and clock() >= refusal.until
+
+    @property
+    def sample(self) -> Rows:
+        """A row that the networks have computed before, as they were loaded."""
+        return warm_up(self.bundle.resolution, 1)[0]
 
     def padding(self, rows: int) -> int:
         """Rows that the networks compute for nothing where so many are asked for."""
@@ -170,22 +186,36 @@ class TaskModel:
 
         Raises ModelUnavailable, at once for a while after it was tried in vain, and DeviceFailed.
         """
+        refusal = self._refusal
+        if refusal is not None and self._networks.loading.clock() < refusal.until:
+            raise ModelUnavailable(refusal.detail)
         if not self.kept:
             self._networks.used(self)
-        return self._loaded or self._load(self.numerics.batch_rows)
+        return self._loaded or self._load(self._loaded_with_room, self.numerics.batch_rows)
+
+    def try_again(self) -> None:
+        """Load the networks of a refused task though nobody asks for them; for the compute thread.
+
+        They are tried in the room that there is, at the shape that they have. Where others fill the
+        memory that would never succeed: once an hour room is made as if they had been asked for.
+        Raises ModelUnavailable where they cannot be loaded, and DeviceFailed.
+        """
+        rested = self._networks.loading.clock() - self._made_room >= ROOM_SECONDS
+        load = self._loaded_with_room if rested else self._loaded_in_place
+        self._load(load, self.numerics.batch_rows)
+        self._networks.tried(self)
 
     def unload(self) -> None:
         """Let the networks go; the next use loads them again."""
         self._loaded = None
 
-    def _load(self, rows: int) -> SmoothedModel:
-        """Load the networks for batches of so many rows, or of fewer where memory runs out."""
+    def _load(self, load: Callable[[int], tuple[SmoothedModel, int]], rows: int) -> SmoothedModel:
+        """Load the networks in this way for batches of so many rows, or of fewer as it says."""
         loading = self._networks.loading
-        if self._refusal is not None and loading.clock() < self._refusal.until:
-            raise ModelUnavailable(self._refusal.detail)
+        began = loading.clock()
         try:
             with loading.patient(LOAD_SECONDS):
-                model, rows = self._loaded_with_room(rows)
+                model, rows = load(rows)
             if rows != self.numerics.batch_rows:
                 self._serve_under(replace(self.numerics, batch_rows=rows))
             if model.digest != self.digest:
@@ -195,7 +225,7 @@ class TaskModel:
         except Exception as error:
             if not isinstance(error, BundleError):  # Its reason says it all.
                 logger.exception("task %s cannot be loaded", self.bundle.id, extra=self._named)
-            raise self._refused(error) from error
+            raise self._refuse(error, loading.clock() - began) from error
         if self._networks.holds(self):  # The task may have gone while its networks were loaded.
             self._loaded = model
         self._refusal = None
@@ -219,6 +249,14 @@ class TaskModel:
                 logger.warning("task %s: %s", self.bundle.id, error, extra=self._named)
             self._make_room()
             room_is_made = True
+
+    def _loaded_in_place(self, rows: int) -> tuple[SmoothedModel, int]:
+        """The networks for batches of so many rows, beside all that is loaded."""
+        model = self._spared(partial(self._networks.loading.load, self.bundle, rows))
+        if model is None:
+            let_go()
+            raise MemoryError(f"no memory for batches of {rows} rows")
+        return model, rows
 
     def _spared(self, compute: Callable[[], T]) -> T | None:
         """What is computed; None where memory ran out meanwhile, whether or not an error says so:
@@ -244,12 +282,13 @@ class TaskModel:
     def _make_room(self) -> None:
         self._networks.unload_others(self)
         let_go()
+        self._made_room = self._networks.loading.clock()
 
-    def _refused(self, error: Exception) -> ModelUnavailable:
-        """What to raise, from now on too, for an error of loading."""
+    def _refuse(self, error: Exception, took: float = 0.0) -> ModelUnavailable:
+        """Refuse the task for an error of loading, which took so long; returns what to raise."""
         loading = self._networks.loading
         before = self._refusal if loading.in_fleet else None
-        self._refusal = Refusal.of(self.bundle, error, loading.clock(), before)
+        self._refusal = Refusal.of(self.bundle, error, loading.clock(), took, before)
         return ModelUnavailable(self._refusal.detail)
 
     def _lower(self) -> None:
@@ -265,8 +304,8 @@ class TaskModel:
             self.unload()
             self._make_room()
             if rows <= SMALLEST_BATCH:
-                raise self._refused(TooLittleMemory(f"a batch of {rows} rows does not fit"))
-            self._load(_halved(rows))
+                raise self._refuse(TooLittleMemory(f"a batch of {rows} rows does not fit"))
+            self._load(self._loaded_with_room, _halved(rows))
         except ModelUnavailable as error:
             if not self.kept:
                 raise

@@ -27,6 +27,10 @@ class Model(Protocol):
     def batch_rows(self) -> int:
         """Most rows in a device batch."""
 
+    @property
+    def sample(self) -> Rows:
+        """A row that the networks have computed before, as they were loaded."""
+
     def padding(self, rows: int) -> int:
         """Rows computed for nothing in a device batch of so many."""
 
@@ -41,14 +45,14 @@ class Model(Protocol):
     @property
     def is_refused(self) -> bool:
         """Whether it could not be loaded when last tried, while other workers may have it: it is
-        not served here until it is `loaded`."""
+        not served here until it has been tried again."""
 
     @property
     def is_due(self) -> bool:
         """Whether it is refused, and to be tried again."""
 
-    def loaded(self) -> object:
-        """The networks, loaded now where they were not; blocks.
+    def try_again(self) -> None:
+        """Load the networks of a refused task, at little cost to the others; blocks.
 
         Raises ModelUnavailable where they cannot be loaded, and DeviceFailed as `votes`.
         """
@@ -59,3 +63,10 @@ class Model(Protocol):
         Raises ModelUnavailable where the networks cannot be loaded, ShapeLowered where the digest
         is another, and DeviceFailed where no answer can be had in this process any more.
         """
+
+
+def warm_up(resolution: int, rows: int) -> list[Rows]:
+    """So many rows of each of the three images that networks compute as they are loaded."""
+    shape = (3, resolution, resolution)
+    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    return [Rows(image, bytes(32), 0, rows, 0.25) for image in images]

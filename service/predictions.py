@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from service.logs import about
 from service.outage import AWAY
 from service.restarts import LOOK_SECONDS, Restarts
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vouchsafe")
 
@@ -68,6 +70,7 @@ class Predictions:
         self._door = Door(settings, engine)
         self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
+        self._forgetting: set[asyncio.Task[bool]] = set()
 
     async def submit(
         self,
@@ -96,7 +99,7 @@ class Predictions:
         if job_id == job.id:
             self._watch(job, bundle.digest)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
-                await self.engine.forget(job_id)  # A key would repeat what its caller did not end.
+                await self._forget(job_id)  # A key would repeat what its caller did not end.
                 detail = f"The task {asked.task!r} changed as it was asked; ask again"
                 raise TaskNotReady(detail, retry_after=1, task=asked.task)
         return job_id
@@ -179,13 +182,14 @@ class Predictions:
         asyncio.get_running_loop().call_later(grace_seconds, self._draining.set)
 
     async def close(self) -> None:
-        """Drop the image threads and stop watching jobs."""
+        """Drop the image threads and stop watching jobs, and forgetting what is not yet."""
         self._reader.close()
         await self._restarts.close()
         watching = [watching for *_, watching in self._watched.values()]
-        for task in watching:
+        tasks: list[asyncio.Task[Any]] = [*watching, *self._forgetting]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _job(
         self,
@@ -226,18 +230,17 @@ class Predictions:
 
     def _watch(self, job: Job, asked_of: str) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
-        watching = asyncio.create_task(self._watch_on(job.id))
+        watching = asyncio.create_task(_answered(partial(self._last_status, job.id)))
         self._watched[job.id] = job.task, asked_of, watching
         self._restarts.begin(job, asked_of)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
-    async def _watch_on(self, job_id: str) -> JobStatus:
-        """The job's last status, however long the engine is out of reach meanwhile."""
-        while True:
-            try:
-                return await self._last_status(job_id)
-            except AWAY:
-                await asyncio.sleep(_AWAY_SECONDS)
+    async def _forget(self, job_id: str) -> None:
+        """Have the engine forget the job: now, or while nobody waits once it is in reach again."""
+        forgetting = asyncio.create_task(_answered(partial(self.engine.forget, job_id)))
+        self._forgetting.add(forgetting)
+        forgetting.add_done_callback(self._forgetting.discard)
+        await asyncio.wait({forgetting}, timeout=_AWAY_SECONDS)
 
     def _ending(self, job_id: str) -> asyncio.Future[JobStatus]:
         """The job's last status, once there is one."""
@@ -263,6 +266,15 @@ class Predictions:
             telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()
         elif told.radius is not None:
             telemetry.CERTIFIED_RADIUS.observe(told.radius)
+
+
+async def _answered(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What the engine answers, however long it is out of reach meanwhile."""
+    while True:
+        try:
+            return await call()
+        except AWAY:
+            await asyncio.sleep(_AWAY_SECONDS)
 
 
 def _check(asked: PredictRequest, bundle: Bundle) -> None:

@@ -12,6 +12,8 @@ REFUSAL_SECONDS = 30.0
 """How long a task that could not be loaded is refused before it is tried again."""
 LONGEST_REFUSAL_SECONDS = 300.0
 """To which that doubles in a fleet, where a task is tried though nobody may ask for it."""
+REST = 20.0
+"""How many times as long as it took such a try is not repeated: the thread is there for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,15 @@ class Refusal:
     until: float
 
     @classmethod
-    def of(cls, bundle: Bundle, error: Exception, now: float, before: Self | None) -> Self:
-        """The refusal for this error: twice as long as the one before it, where that counts."""
+    def of(
+        cls, bundle: Bundle, error: Exception, now: float, took: float, before: Self | None
+    ) -> Self:
+        """The refusal for this error of loading, which took so long: twice as long as the one
+        before it, where that counts, and long enough for the thread to rest."""
         seconds = REFUSAL_SECONDS
         if before is not None:
-            seconds = min(LONGEST_REFUSAL_SECONDS, 2 * (before.until - before.since))
+            doubled = min(LONGEST_REFUSAL_SECONDS, 2 * (before.until - before.since))
+            seconds = max(doubled, REST * took)
         detail = f"Task {bundle.id!r} cannot be loaded: {_reason(error, bundle)}"
         return cls(detail, now, now + seconds)
 

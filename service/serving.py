@@ -15,12 +15,13 @@ import numpy as np
 
 from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
 from models.runtime import RUNTIMES, Runtime
-from models.smoothing import Rows, SmoothedModel, best_device, best_dtype, load, numerics
+from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine
 from service.loading import Loading, Networks
 from service.logs import naming
+from service.model import warm_up
 from service.outage import Outage
 from service.tasks.catalogue import Catalogue
 from service.worker import work
@@ -137,9 +138,8 @@ def load_and_warm(
     if read_bundle(bundle.folder).digest != bundle.digest:
         raise BundleError(f"{bundle.folder}: has changed since it was found")
     model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes)
-    shape, half = (3, bundle.resolution, bundle.resolution), model.batch_rows // 2
-    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
-    one, two, three = (Rows(image, bytes(32), 0, half, 0.25) for image in images)
+    half = model.batch_rows // 2
+    one, two, three = warm_up(bundle.resolution, half)
     first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")

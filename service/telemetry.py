@@ -64,7 +64,9 @@ BATCH_JOBS = Histogram(
 )
 PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a network's batch.")
 BATCH_SECONDS = Histogram(
-    "vouchsafe_batch_seconds", "Time to compute a device batch.", buckets=_SECONDS
+    "vouchsafe_batch_seconds",
+    "Time to compute a device batch, and to load its networks where they were not.",
+    buckets=_SECONDS,
 )
 SHARDS = Counter(
     "vouchsafe_shards",

@@ -17,7 +17,7 @@ from models.smoothing import Rows
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
-from service.holdings import Holdings, Lot, blank_of, leases_of, rows_of
+from service.holdings import Holdings, Lot, leases_of, rows_of
 from service.measures import about_batch, measure
 from service.model import Model, ModelUnavailable, ShapeLowered
 from service.outage import Outage
@@ -49,7 +49,7 @@ async def work(
     announced under its new digest from then on; one that is refused, once it has been loaded.
     Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
     hangs, is broken, or has too little memory, having handed back all but the batch over which it
-    ends: that has failed, or where it hangs the device dies with it.
+    ends: that has failed, or where the device hangs or is broken its leases run out.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -78,7 +78,7 @@ class _Loop:
         self._last_task: str | None = None
         self._announced: dict[str, str] = {}  # by task: the digests that the engine knows of
         self._long: frozenset[str] | None = None  # the tokens of a batch that runs long
-        self._proven: dict[str, Rows] = {}  # by digest: a blank image of a shape that works
+        self._has_tried = False  # a refused task, since a lot was computed
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -171,9 +171,12 @@ class _Loop:
         self._arrived.set()
 
     async def _compute_next(self) -> None:
-        if due := next((model for model in self._models.values() if model.is_due), None):
+        due = next((model for model in self._models.values() if model.is_due), None)
+        if due is not None and not (self._has_tried and self._holdings.rows):
+            self._has_tried = True
             await self._try_again(due)
             return
+        self._has_tried = False
         lot = self._holdings.next_lot()
         if lot is None:
             self._arrived.clear()
@@ -222,24 +225,31 @@ class _Loop:
         else:
             task = lot.task if lot.task in self._models else None
             measure(lot.model, task, batch, time.monotonic() - began)
-            self._proven.setdefault(lot.bundle, blank_of(batch[0]))
             for lease, counts in finished:
                 self._outcomes.committed(lease, counts)
 
     def _drop(self, lot: Lot, batch: Sequence[Slice], error: Exception | None) -> None:
-        """Report the batch's leases as failed; without an error they may be what hangs the device,
-        and nobody is told."""
+        """Report the batch's leases as failed; without an error they may be what hangs or breaks
+        the device, and nobody is told: they run out, which counts as a death over them."""
         for lease in leases_of(batch):
             lot.packer.drop(lease)
             if error is not None:
                 self._outcomes.failed(lease, error)
 
     async def _try_again(self, refused: Model) -> None:
-        """Load what others serve meanwhile, or fail together: no job of it is at stake here."""
+        """Load what others serve meanwhile, or fail together: no job of it is at stake here, and a
+        worker that is to leave leaves it to load for nobody."""
+        trying = asyncio.ensure_future(self._computed(refused.try_again))
+        leaving = asyncio.ensure_future(self._reach.leaving.wait())
         try:
-            await self._computed(refused.loaded)
+            await asyncio.wait({trying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if trying.done():
+                trying.result()
         except ModelUnavailable as error:
             logger.warning("tried again in vain: %s", error)
+        finally:
+            trying.cancel()
+            leaving.cancel()
 
     async def _votes(
         self, lot: Lot, parts: Sequence[Rows], batch: Sequence[Slice]
@@ -289,6 +299,7 @@ class _Loop:
                 self._drop(lot, batch, failure)
             raise
         if not works:
+            self._drop(lot, batch, None)
             self._thread.declare_broken()
             raise DeviceFailed("the device fails a batch that it computed before") from error
         suspects = leases_of(batch)
@@ -299,11 +310,9 @@ class _Loop:
             self._drop(lot, batch, error)
 
     async def _device_works(self, lot: Lot, batch: Sequence[Slice]) -> bool:
-        """The self-test: a blank image once more, where one has been computed before."""
-        proven = self._proven.get(lot.bundle)
+        """The self-test: once more what the networks computed as they were loaded."""
         try:
-            if proven is not None:
-                await self._votes(lot, [proven], batch)
+            await self._votes(lot, [lot.model.sample], batch)
         except (DeviceFailed, ShapeLowered):
             raise
         except ModelUnavailable:

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models import smoothing
 from service.engine import Engine
 from service.jobs import Domain, Job, Mode
-from service.model import ShapeLowered
+from service.model import ShapeLowered, warm_up
 
 
 class Rows(Protocol):
@@ -78,6 +79,10 @@ class FakeModel:
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    @property
+    def sample(self) -> smoothing.Rows:
+        return warm_up(2, 1)[0]
 
     def padding(self, rows: int) -> int:
         return self.batch_rows - rows

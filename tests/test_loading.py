@@ -5,7 +5,6 @@ import errno
 import json
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
-from models.memory import TooLittleMemory, ran_out, times_short
+from models.memory import TooLittleMemory, let_go_of, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
-from service import telemetry
+from service import serving, telemetry
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Worker
 from service.engine_memory import MemoryEngine
@@ -168,6 +167,18 @@ def test_what_cannot_be_loaded_is_refused_for_a_while() -> None:
     shelf.clock.advance(REFUSAL_SECONDS)
     shelf.use("a")
     assert shelf.loaded == {"default", "a"}
+
+
+def test_asking_for_what_is_refused_lets_nothing_go() -> None:
+    """The tasks that are served keep their networks: nothing is loaded in their place."""
+    shelf = Shelf(bundles("default", "a", "b", "c"))
+    shelf.failures = [BundleError("'x' is missing")]
+    with pytest.raises(ModelUnavailable):
+        shelf.use("c")
+    shelf.use("a", "b")
+    with pytest.raises(ModelUnavailable):
+        shelf.use("c")
+    assert shelf.loaded == {"a", "b"}
 
 
 def test_another_model_than_was_promised_is_refused() -> None:
@@ -553,6 +564,30 @@ def test_errors_of_memory_are_known(error: Exception, out: bool) -> None:
     assert ran_out(error) is out
 
 
+def test_errors_that_came_of_each_other_are_let_go_of() -> None:
+    """A library may raise what it caught from what that led to."""
+
+    class Activations:
+        pass
+
+    def fail(error: Exception) -> None:
+        held = Activations()
+        alive.append(weakref.ref(held))
+        raise error
+
+    alive: list[weakref.ref[Activations]] = []
+    errors = ValueError("one"), KeyError("two")
+    for error in errors:
+        with pytest.raises(type(error)):
+            fail(error)
+    errors[0].__cause__, errors[1].__cause__ = errors[1], errors[0]
+    freeing = threading.Thread(target=let_go_of, args=(errors[0],), daemon=True)
+    freeing.start()
+    freeing.join(5)
+    assert not freeing.is_alive()
+    assert [each() for each in alive] == [None, None]
+
+
 def test_short_memory_is_counted_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The errors of PyTorch's allocator, seen by anybody or not; none without a GPU."""
     if not torch.cuda.is_available():
@@ -584,11 +619,36 @@ async def test_loading_is_no_hung_device() -> None:
     assert thread.healthy
     gate.set()
     await computing
-    hanging = asyncio.ensure_future(thread.run(time.sleep, 0.3))
+    held = threading.Event()
+    hanging = asyncio.ensure_future(thread.run(held.wait))
     await asyncio.sleep(0.2)
     assert not thread.healthy
+    held.set()
     await hanging
     thread.close()
+
+
+def test_loading_computes_the_sample_that_tests_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The self-test asks networks for a row that they were seen to compute."""
+    asked: list[Rows] = []
+
+    class Seen(FakeModel):
+        def labels(self, parts: list[Rows]) -> NDArray[np.int64]:
+            asked.extend(parts)
+            return np.zeros(self.batch_rows, np.int64)
+
+    monkeypatch.setattr(serving, "load", lambda bundle, **_: Seen())
+    bundle = read_bundle(DEFAULT_TASK)
+    load_and_warm(bundle, 16, runtime=Torch(), lanes=0)
+    sample = Shelf({"default": bundle}).networks["default"].sample
+    assert (sample.start, sample.stop) == (0, 1)
+    assert any(
+        np.array_equal(each.pixels, sample.pixels)
+        and replace(each, pixels=ROWS.pixels, stop=1) == replace(sample, pixels=ROWS.pixels)
+        for each in asked
+    )
 
 
 def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None:

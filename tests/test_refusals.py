@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.redis_server import RedisServer
 from models.bundle import Bundle, BundleError
+from models.memory import TooLittleMemory
 from service.config import Settings
 from service.device import DeviceFailed
 from service.engine import Engine, Worker
 from service.engine_memory import MemoryEngine
 from service.errors import Backlog
 from service.jobs import Job, State
-from service.refusals import REFUSAL_SECONDS
+from service.loading import ROOM_SECONDS
+from service.model import ModelUnavailable
+from service.refusals import LONGEST_REFUSAL_SECONDS, REFUSAL_SECONDS, REST
 from service.serving import Serving
 from tests.fakes import EngineSpy, FakeModel, make_job
 from tests.test_engine_conformance import HARNESSES, Harness, RedisHarness
@@ -163,7 +167,7 @@ class Due(FakeModel):
     may: threading.Event = field(default_factory=threading.Event)
     tries: int = 0
 
-    def loaded(self) -> None:
+    def try_again(self) -> None:
         self.tries += 1
         self.may.wait()
         self.is_due = False
@@ -199,6 +203,88 @@ async def test_a_long_try_holds_nothing_up() -> None:
         await submit(engine, later)
         await assert_exact(engine, later)
     assert birds.tries == 1
+
+
+async def test_a_worker_that_is_to_stop_waits_for_no_try() -> None:
+    """Nobody needs what would be loaded."""
+    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    birds = Due(digest="bundle-b", is_refused=True, is_due=True)
+    async with working(engine, {"default": FakeModel(), "birds": birds}) as hall:
+        try:
+            await soon(lambda: birds.tries == 1)
+            hall.stop.set()
+            await hall.ends()
+        finally:
+            birds.may.set()
+
+
+class Eager(Due):
+    """A refused model that is to be tried again as soon as it was."""
+
+    def try_again(self) -> None:
+        self.tries += 1
+        raise ModelUnavailable("Task 'birds' cannot be loaded")
+
+
+async def test_what_is_held_is_computed_between_tries() -> None:
+    """However often a task is to be tried again, those who are served wait for one try at most."""
+    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    await engine.pull(Worker("someone", {"default": "bundle-a"}), 1)
+    birds, job = Eager(digest="bundle-b", is_refused=True, is_due=True), make_job("a")
+    async with working(engine, {"default": FakeModel(), "birds": birds}):
+        await soon(lambda: birds.tries > 1)
+        await engine.submit(job)
+        await assert_exact(engine, job)
+
+
+def test_a_task_is_tried_again_in_the_room_there_is() -> None:
+    """Though memory runs out, nobody's networks go for what nobody asks for, nor is it tried at
+    other shapes, until room was made for it an hour ago; it stays where fewer are loaded than may
+    be."""
+    shelf = Shelf(bundles("default", "a", "b", "c"), most=2, in_fleet=True)
+    model, short = shelf.networks["c"], TooLittleMemory("stage II")
+    shelf.failures = [short, short]
+    with pytest.raises(ModelUnavailable):
+        model.loaded()
+    shelf.use("default", "a", "b")
+    for error in (short, torch.OutOfMemoryError("CUDA out of memory.")):
+        shelf.clock.advance(LONGEST_REFUSAL_SECONDS)
+        shelf.loads, shelf.failures = [], [error]
+        with pytest.raises(ModelUnavailable):
+            model.try_again()
+        assert (shelf.loads, shelf.loaded) == (["c"], {"default", "a", "b"})
+    model.try_again()
+    assert not model.is_refused
+    assert shelf.loaded == {"default", "a", "b"}
+    shelf.failures = [short, short]
+    with pytest.raises(ModelUnavailable):
+        model.loaded()
+    shelf.clock.advance(ROOM_SECONDS)
+    shelf.use("default", "a")
+    shelf.failures = [short]
+    model.try_again()
+    assert shelf.loaded == {"default", "c"}
+    shelf.use("a")
+    assert shelf.loaded == {"default", "a", "c"}
+
+
+def test_a_try_that_takes_long_is_not_soon_repeated() -> None:
+    """What nobody asks for leaves the thread to others most of the time."""
+    shelf = Shelf(bundles("default", "a"), in_fleet=True)
+    model, seconds = shelf.networks["a"], LONGEST_REFUSAL_SECONDS
+
+    def slow(bundle: Bundle, rows: int) -> FakeModel:
+        shelf.clock.advance(seconds)
+        raise BundleError("'x' is missing")
+
+    shelf.networks.loading = replace(shelf.networks.loading, load=slow)  # type: ignore[arg-type]
+    for attempt, rest in ((model.loaded, REFUSAL_SECONDS), (model.try_again, REST * seconds)):
+        with pytest.raises(ModelUnavailable):
+            attempt()
+        shelf.clock.advance(rest - 1)
+        assert not model.is_due
+        shelf.clock.advance(1)
+        assert model.is_due
 
 
 @pytest.mark.parametrize("others", [[], [make_job("held")]])

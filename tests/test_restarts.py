@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
-from service import telemetry
+from service import predictions, telemetry
 from service.config import Settings
 from service.device import DeviceFailed
 from service.embedded import Embedded
@@ -297,30 +297,55 @@ async def test_nobody_looks_once_closed(engine: Engine) -> None:
     assert looking._looking is looked
 
 
+class Replacing(EngineSpy):
+    """An engine beside which the default task is replaced as it takes the first job."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.tasks = dict(TASKS)
+
+    def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+        return self.engine.watch(job_id)
+
+    async def submit(self, *asked: Any, **more: Any) -> str:
+        job_id = await self.engine.submit(*asked, **more)
+        if self.tasks["default"] is TASKS["default"]:
+            self.tasks["default"] = replace(TASKS["default"], k=2.0)
+        return job_id
+
+
 async def test_a_task_that_changes_as_it_is_asked_is_another_question(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job whose bundle is replaced while the question is on its way never begins anew under the
     other; the caller is told to ask again, and nothing is kept that a key would repeat."""
-    tasks, begun = dict(TASKS), []
-
-    class Replacing(EngineSpy):
-        def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
-            return self.engine.watch(job_id)
-
-        async def submit(self, *asked: Any, **more: Any) -> str:
-            job_id = await self.engine.submit(*asked, **more)
-            if tasks["default"] is TASKS["default"]:
-                tasks["default"] = replace(TASKS["default"], k=2.0)
-            return job_id
-
-    desk = Predictions(Settings(data_dir=tmp_path), Replacing(engine), tasks, SECRET)
+    begun: list[str] = []
+    spy = Replacing(engine)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
     monkeypatch.setattr(desk._restarts, "begin", lambda job, asked_of: begun.append(asked_of))
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady, match="'default' changed as it was asked; ask again") as told:
         await desk.submit(asked, "ada", "key")
     assert told.value.retry_after == 1
     assert begun == [TASKS["default"].digest]
+    assert (await engine.capacity()).backlog_rows == 0
+    job_id = await desk.submit(asked, "ada", "key")
+    assert (await desk.status(job_id, "ada")).state is State.QUEUED
+    await desk.close()
+
+
+async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the engine is out of reach just then, the key is free once it answers again."""
+    monkeypatch.setattr(predictions, "_AWAY_SECONDS", 0.01)
+    spy = Replacing(engine)
+    spy.trouble = lambda: spy.calls[-1][0] == "forget" and len(spy.asked("forget")) < 3
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
+    asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
+    with pytest.raises(TaskNotReady):
+        await desk.submit(asked, "ada", "key")
+    await soon(lambda: len(spy.asked("forget")) == 3 and not desk._forgetting)
     assert (await engine.capacity()).backlog_rows == 0
     job_id = await desk.submit(asked, "ada", "key")
     assert (await desk.status(job_id, "ada")).state is State.QUEUED

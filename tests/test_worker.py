@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 
 from service import telemetry
 from service.device import ComputeThread, DeviceFailed
-from service.engine import FAILURES_ALLOWED, Engine, Lease, Worker
+from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.engine_memory import MemoryEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.model import ModelUnavailable, ShapeLowered
@@ -26,7 +26,7 @@ from service.outcomes import Outcomes
 from service.reach import Reach
 from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
-from tests.test_engine_conformance import HARNESSES
+from tests.test_engine_conformance import HARNESSES, LEASE, Harness
 from tests.test_traces import TRACE, VALID
 
 OTHER = Worker("other", {"default": "bundle-a"})
@@ -256,6 +256,21 @@ async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> No
         await soon(lambda: len(spy.asked("release")) == 2)
         assert len(await engine.pull(OTHER, 1000)) == 4
     assert models["default"].batches == []
+
+
+async def test_a_lot_goes_on_with_the_model_that_its_task_has(engine: MemoryEngine) -> None:
+    """Where a task's bundle is read anew and is the same, what comes next is computed by the model
+    of that, and not by the one that keeps no networks any more."""
+    old, new = FakeModel(), FakeModel()
+    models, job = {"default": old}, make_job("a", n0=0, n=300)
+    old.gate.clear()
+    await submit(engine, job)
+    async with working(engine, models):
+        await soon(lambda: bool(old.batches))
+        models["default"] = new
+        old.gate.set()
+        await assert_exact(engine, job)
+    assert len(old.batches) <= 3
 
 
 class Lowering(FakeModel):
@@ -821,7 +836,8 @@ async def test_hung_device_is_noticed(engine: MemoryEngine) -> None:
 
 
 async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
-    """A device that fails what it computed before ends the worker; no attempt is counted."""
+    """A device that fails what it computed before ends the worker; no attempt is counted, and all
+    but the batch over which it ends goes back at once."""
     spy, model, first = EngineSpy(engine), FakeModel(), make_job("first")
     await submit(engine, first)
     async with working(spy, {"default": model}) as hall:
@@ -832,7 +848,30 @@ async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
             await hall.ends()
         assert not hall.thread.healthy
     assert spy.asked("fail") == []
-    assert len(await engine.pull(OTHER, 1000)) == 4
+    left = await engine.pull(OTHER, 1000)
+    assert [lease.shard.index for lease in left] == [2, 3]
+
+
+class Breaking(FakeModel):
+    """A model whose device computes nothing any more after a batch with a key of `poison`."""
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.broken = self.broken or any(part.key in self.poison for part in parts)
+        return super().votes(parts, digest)
+
+
+async def test_a_device_that_breaks_at_its_first_batch_ends_the_worker(
+    engine: MemoryEngine,
+) -> None:
+    """Networks compute as they are loaded, so that the self-test needs no batch before: no job
+    fails by what such a device cannot do."""
+    spy, bad = EngineSpy(engine), make_job("bad", mode=Mode.PREDICT, n=5)
+    await submit(engine, bad, *(make_job(f"job-{number}") for number in range(20)))
+    async with working(spy, {"default": Breaking(poison=keys(bad))}) as hall:
+        with pytest.raises(DeviceFailed):
+            await hall.ends()
+        assert not hall.thread.healthy
+    assert spy.asked("fail") == []
 
 
 class Vanishing(FakeModel):
@@ -992,12 +1031,42 @@ async def test_a_failed_batch_is_let_go_of_before_the_self_test(engine: MemoryEn
 
 
 @pytest.fixture(params=HARNESSES)
-async def either(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     """Each engine, of a worker that serves the default task."""
-    harness = HARNESSES[request.param](request)
-    await harness.engine.pull(OTHER, 1)
-    yield harness.engine
-    await harness.close()
+    built = HARNESSES[request.param](request)
+    await built.engine.pull(OTHER, 1)
+    yield built
+    await built.close()
+
+
+@pytest.fixture
+def either(harness: Harness) -> Engine:
+    return harness.engine
+
+
+async def test_a_job_that_breaks_its_devices_fails_within_the_bound(harness: Harness) -> None:
+    """One worker after the other ends over it, and each death counts once its leases run out: it
+    runs alone after the first, and what was beside it is answered."""
+    engine, poison = harness.engine, make_job("poison", mode=Mode.PREDICT, n=5)
+    beside = [make_job(f"job-{number}", mode=Mode.PREDICT, n=5) for number in range(4)]
+    await submit(engine, poison, *beside)
+    for death in range(1 + SOLITARY_DEATHS_ALLOWED):
+        status = await engine.status("poison")
+        assert status is not None
+        assert not status.state.ended
+        spy, model = EngineSpy(engine), Breaking(poison=keys(poison))
+        async with working(spy, {"default": model}, worker_id=f"w{death}") as hall:
+            with pytest.raises(DeviceFailed):
+                await hall.ends()
+        assert spy.asked("fail") == []
+        await harness.wait(LEASE + 1)
+    async with working(engine, {"default": FakeModel()}):
+        status = await final(engine, "poison")
+        for job in beside:
+            await assert_exact(engine, job)
+    assert status.state is State.FAILED
+    assert status.problem is not None
+    assert "died over the same rows" in status.problem["detail"]
 
 
 async def test_a_job_that_ends_its_workers_fails_within_the_bound(either: Engine) -> None:

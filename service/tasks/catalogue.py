@@ -24,7 +24,7 @@ _UNSEEN: Signature = (("", 0, 0),)
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedBundle:
     """Why a bundle is not served, whether making it anew would help, and what its files were."""
 
     reason: str
@@ -38,7 +38,7 @@ class _Found:
 
     read: dict[str, tuple[Signature, Bundle]] = field(default_factory=dict)
     served: dict[str, Bundle] = field(default_factory=dict)
-    refused: dict[str, Refusal] = field(default_factory=dict)
+    refused: dict[str, RefusedBundle] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class Catalogue(Mapping[str, Bundle]):
     """
 
     def __init__(self, built_in: Mapping[str, Bundle], folder: Path) -> None:
-        self.refused: dict[str, Refusal] = {}
+        self.refused: dict[str, RefusedBundle] = {}
         self.unread: dict[str, str] = {}
         self._built_in = dict(built_in)
         self._folder = folder
@@ -133,7 +133,7 @@ class Catalogue(Mapping[str, Bundle]):
         if _will_pass(error):
             found.unread[task] = reason
         else:
-            found.refused[task] = Refusal(reason, _is_replaceable(self._folder / task), seen)
+            found.refused[task] = RefusedBundle(reason, _is_replaceable(self._folder / task), seen)
         before = self.refused.get(task)
         if reason not in (self.unread.get(task), before and before.reason):
             logger.error("task %s is not served: %s", task, error, extra=naming(task_id=task))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
 from service.schemas import invalid_field
-from service.tasks.catalogue import Catalogue, Refusal
+from service.tasks.catalogue import Catalogue, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task
@@ -164,7 +164,7 @@ class TaskDesk:
             references=[f"/tasks/{task.id}/references/{name}" for name in names],
         )
 
-    async def _refusal(self, task: Task) -> Refusal | None:
+    async def _refusal(self, task: Task) -> RefusedBundle | None:
         """Why a published task is not served, or None; one that is new is looked at now."""
         if task.status.state != "ready":
             return None
