@@ -165,6 +165,11 @@ def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
     until(browser, lambda: card(browser, "wait and see") is not None)
     browser.execute_script(twice + "return showPictures(card);")  # type: ignore[no-untyped-call]
     until(browser, lambda: pictured(browser) == ["frog", "ship"] * each)
+    others = (
+        "const [card] = cards.values(); const all = card.task.references; card.task.references ="
+    )
+    browser.execute_script(others + "all.slice(3).reverse(); showPictures(card);")  # type: ignore[no-untyped-call]
+    until(browser, lambda: pictured(browser) == (["frog", "ship"] * each)[:2:-1])
 
 
 def test_a_task_that_cannot_be_says_why(browser: Chrome) -> None:
