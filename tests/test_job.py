@@ -172,6 +172,8 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
 
     assert again(begun) == (False, False)
     assert again(None) == (True, True)
+    unsaid = {name: value for name, value in begun["profile"].items() if name != "dtypes"}
+    assert again({"bases": begun["bases"], "profile": unsaid}) == (True, True)
     hashes = {**begun["bases"]["denoiser"]["files"], "unet/config.json": "0"}
     networks = {**begun["bases"], "denoiser": {**begun["bases"]["denoiser"], "files": hashes}}
     assert again({**begun, "bases": networks}) == (True, True)

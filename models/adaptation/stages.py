@@ -64,11 +64,10 @@ _STAGE2_FILES = ["unet/*", "scheduler/*"]
 
 
 def _draws(begun: dict[str, Any]) -> Any:
-    """Of what a job was begun with, what its references follow from."""
-    if not begun:
-        return None
-    bases, profile = begun["bases"], begun["profile"]
-    return bases["stage1"], bases["denoiser"], profile["sampling"], profile["dtypes"]
+    """Of what a job was begun with, what its references follow from; None for what is not said."""
+    bases, profile = begun.get("bases", {}), begun.get("profile", {})
+    draws = [bases.get(name) for name in ("stage1", "denoiser")]
+    return [*draws, *(profile.get(name) for name in ("sampling", "dtypes"))]
 
 
 class Job:
