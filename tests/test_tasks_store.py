@@ -55,6 +55,21 @@ def test_what_is_published_is_ready(tmp_path: Path) -> None:
     assert store.unfinished() == []
 
 
+def test_what_is_published_during_a_look_has_its_last_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is published just after its status was read tells what came in between, too."""
+    store = make_store(tmp_path)
+    task = create(store)
+    job, earlier = store.jobs / task.id, Status("running", stage="evaluating", losses={"a": 0.5})
+    last = earlier.changed(losses={"a": 0.5, "evaluating": 0.25})
+    last.write(job)
+    publish(job, store.tasks, make_plan())
+    looks = iter([earlier, last])
+    monkeypatch.setattr(Status, "read", lambda folder: next(looks))
+    assert store.get(task.id).status.losses == last.losses
+
+
 def test_open_jobs_are_those_still_to_be_made(tmp_path: Path) -> None:
     """Queued and running jobs are counted; what is published, over or cannot be read is not."""
     store = make_store(tmp_path)

@@ -63,6 +63,8 @@ class Task:
         plan, status = Plan.read(folder), Status.read(folder)
         published = (bundle / MANIFEST).is_file()
         if published and status.state != "ready":
+            status = Status.read(folder)  # Read before it was published, it may lack the end.
+        if published and status.state != "ready":
             status = Status(
                 "ready",
                 progress=1.0,
