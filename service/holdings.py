@@ -70,6 +70,11 @@ class Holdings:
                 return lot
         return None
 
+    @property
+    def are_tied(self) -> bool:
+        """Whether some lease in hand waits for this worker alone."""
+        return any(lease.token in self._tied for lease in self.leases)
+
     def tie(self, leases: Iterable[Lease]) -> None:
         """These are not to be given away any more."""
         self._tied |= {lease.token for lease in leases}

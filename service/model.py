@@ -45,7 +45,7 @@ class Model(Protocol):
     @property
     def is_refused(self) -> bool:
         """Whether it could not be loaded when last tried, while other workers may have it: it is
-        not served here until it has been tried again."""
+        not served here until a try has loaded it."""
 
     @property
     def is_due(self) -> bool:

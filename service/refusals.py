@@ -14,6 +14,8 @@ LONGEST_REFUSAL_SECONDS = 300.0
 """To which that doubles in a fleet, where a task is tried though nobody may ask for it."""
 REST = 20.0
 """How many times as long as it took such a try is not repeated: the thread is there for others."""
+LONGEST_REST_SECONDS = 3_600.0
+"""Whatever it took, for that may have been a volume that hung."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Refusal:
         seconds = REFUSAL_SECONDS
         if before is not None:
             doubled = min(LONGEST_REFUSAL_SECONDS, 2 * (before.until - before.since))
-            seconds = max(doubled, REST * took)
+            seconds = max(doubled, min(REST * took, LONGEST_REST_SECONDS))
         detail = f"Task {bundle.id!r} cannot be loaded: {_reason(error, bundle)}"
         return cls(detail, now, now + seconds)
 

@@ -43,13 +43,14 @@ async def work(
 
     One batch is computed while the rows of one more are held. A batch that has run for a third of
     a lease, as where its networks are loading, is all that is held: the rest goes back, for other
-    workers may be idle, and no more is taken until it ends. On `stop` the batch in hand is
-    finished and committed and the rest handed back, for which an engine that does not answer has
-    some seconds. What is held of a task whose shape was lowered goes back too, and the task is
-    announced under its new digest from then on; one that is refused, once it has been loaded.
+    workers may be idle, unless it is begun, and no more is taken until it ends. On `stop` the batch
+    in hand is finished and committed and the rest handed back, for which an engine that does not
+    answer has some seconds. What is held of a task whose shape was lowered goes
+    back too, and the task is announced under its new digest from then on; one that is refused,
+    once it has been loaded.
     Errors of the engine are waited out and told to `outage`; raises DeviceFailed where the device
     hangs, is broken, or has too little memory, having handed back all but the batch over which it
-    ends: that has failed, or where the device hangs or is broken its leases run out.
+    ends: that has failed, or where the device hangs, or breaks as it computes, its leases run out.
     """
     reach = Reach(outage)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
@@ -172,7 +173,8 @@ class _Loop:
 
     async def _compute_next(self) -> None:
         due = next((model for model in self._models.values() if model.is_due), None)
-        if due is not None and not (self._has_tried and self._holdings.rows):
+        rather = self._has_tried or self._holdings.are_tied
+        if due is not None and not (self._holdings.rows and rather):
             self._has_tried = True
             await self._try_again(due)
             return
@@ -250,6 +252,7 @@ class _Loop:
         finally:
             trying.cancel()
             leaving.cancel()
+            del trying  # An error's frames hold what was loaded, and this one would hold the error.
 
     async def _votes(
         self, lot: Lot, parts: Sequence[Rows], batch: Sequence[Slice]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.redis_server import RedisServer
 from models.bundle import Bundle, BundleError
@@ -20,15 +25,20 @@ from service.device import DeviceFailed
 from service.engine import Engine, Worker
 from service.engine_memory import MemoryEngine
 from service.errors import Backlog
-from service.jobs import Job, State
+from service.jobs import Job, Mode, State
 from service.loading import ROOM_SECONDS
 from service.model import ModelUnavailable
-from service.refusals import LONGEST_REFUSAL_SECONDS, REFUSAL_SECONDS, REST
+from service.refusals import (
+    LONGEST_REFUSAL_SECONDS,
+    LONGEST_REST_SECONDS,
+    REFUSAL_SECONDS,
+    REST,
+)
 from service.serving import Serving
 from tests.fakes import EngineSpy, FakeModel, make_job
 from tests.test_engine_conformance import HARNESSES, Harness, RedisHarness
 from tests.test_loading import Shelf, bundles
-from tests.test_worker import assert_exact, final, soon, submit, working
+from tests.test_worker import assert_exact, final, rows_in, soon, submit, working
 
 
 class Gap(Shelf):
@@ -237,6 +247,65 @@ async def test_what_is_held_is_computed_between_tries() -> None:
         await assert_exact(engine, job)
 
 
+class Loaded:
+    """What a try had loaded when it failed."""
+
+
+class Half(Due):
+    """A refused model whose first try loads half of it, and fails."""
+
+    loaded: weakref.ref[Loaded] | None = None
+
+    def try_again(self) -> None:
+        self.tries += 1
+        if self.tries > 1:
+            return
+        half = Loaded()
+        self.loaded = weakref.ref(half)
+        raise ModelUnavailable("Task 'birds' cannot be loaded")
+
+
+async def test_a_vain_try_leaves_nothing_in_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """What it had loaded is gone at once, not only where garbage is collected."""
+    caplog.set_level(logging.ERROR)  # pytest keeps what is logged, and with it the error.
+    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    birds = Half(digest="bundle-b", is_refused=True, is_due=True)
+    gc.disable()
+    try:
+        async with working(engine, {"default": FakeModel(), "birds": birds}):
+            await soon(lambda: birds.tries > 1)
+            assert birds.loaded is not None
+            assert birds.loaded() is None
+    finally:
+        gc.enable()
+
+
+class Soon(FakeModel):
+    """A model during whose first batch the other task becomes due."""
+
+    other: Due
+
+    def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
+        self.other.is_due = True
+        return super().votes(parts, digest)
+
+
+async def test_a_shard_that_is_begun_waits_for_no_try() -> None:
+    """It can go to nobody else, and is computed to its end first."""
+    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    await engine.pull(Worker("someone", {"default": "bundle-a"}), 0)
+    cats, birds = Soon(batch_rows=4), Due(digest="bundle-b", is_refused=True)
+    cats.other, job = birds, make_job("long", n0=0, n=10, mode=Mode.PREDICT)
+    await engine.submit(job)
+    async with working(engine, {"default": cats, "birds": birds}):
+        try:
+            await soon(lambda: birds.tries == 1)
+            assert [rows_in(batch) for batch in cats.batches] == [4, 4, 2]
+        finally:
+            birds.may.set()
+        await assert_exact(engine, job)
+
+
 def test_a_task_is_tried_again_in_the_room_there_is() -> None:
     """Though memory runs out, nobody's networks go for what nobody asks for, nor is it tried at
     other shapes, until room was made for it an hour ago; it stays where fewer are loaded than may
@@ -271,14 +340,18 @@ def test_a_task_is_tried_again_in_the_room_there_is() -> None:
 def test_a_try_that_takes_long_is_not_soon_repeated() -> None:
     """What nobody asks for leaves the thread to others most of the time."""
     shelf = Shelf(bundles("default", "a"), in_fleet=True)
-    model, seconds = shelf.networks["a"], LONGEST_REFUSAL_SECONDS
+    model, takes = shelf.networks["a"], iter((150, 150, 1_500))
 
     def slow(bundle: Bundle, rows: int) -> FakeModel:
-        shelf.clock.advance(seconds)
+        shelf.clock.advance(next(takes))
         raise BundleError("'x' is missing")
 
     shelf.networks.loading = replace(shelf.networks.loading, load=slow)  # type: ignore[arg-type]
-    for attempt, rest in ((model.loaded, REFUSAL_SECONDS), (model.try_again, REST * seconds)):
+    for attempt, rest in (
+        (model.loaded, REFUSAL_SECONDS),
+        (model.try_again, REST * 150),
+        (model.try_again, LONGEST_REST_SECONDS),
+    ):
         with pytest.raises(ModelUnavailable):
             attempt()
         shelf.clock.advance(rest - 1)
