@@ -45,8 +45,8 @@ from models.evaluation.tables import (
     summarise,
 )
 from models.files import written_whole
-from models.runtime import RUNTIMES
-from models.smoothing import SmoothedModel, best_device, load
+from models.runtime import RUNTIMES, name_of_dtype
+from models.smoothing import SmoothedModel, best_device, best_dtype, load
 
 SLICE = Path("tests/data/cifar10-slice.png")
 NOISE = "by-place"
@@ -55,7 +55,9 @@ NOISE = "by-place"
 
 def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
     """The plan's bundle, made with the set's profile as it is, and how many seconds it took."""
-    made_with = json.dumps([asdict(plan), ADAPTATIONS[plan.denoiser].described()])
+    ways = ADAPTATIONS[plan.denoiser]
+    dtype = name_of_dtype(ways.dtype or best_dtype(best_device()))
+    made_with = json.dumps([asdict(plan), ways.described(), dtype])
     name = hashlib.sha256(made_with.encode()).hexdigest()[:12]
     folder = work / "jobs" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +176,7 @@ def main() -> None:
                 "split": "held-back" if arguments.data else str(SLICE),
                 "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
                 "profile": bundle.adaptation["profile"],
+                "dtype": bundle.adaptation["dtype"],
                 "seconds of adaptation": round(seconds, 1),
                 "adaptation's own figures": dict(bundle.figures),
                 "n0": arguments.n0,

@@ -34,6 +34,11 @@ class Runtime(Protocol):
         """The network, ready to be called with tensors, always of the same shapes."""
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch's bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def computes_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -85,7 +90,7 @@ class OpenVino:
             where = cpu_kind() if device.type == "cpu" else device.type
             raise RuntimeUnavailable(
                 "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; asked for "
-                f"{str(dtype).removeprefix('torch.')} on {where}; the runtime torch runs anywhere"
+                f"{name_of_dtype(dtype)} on {where}; the runtime torch runs anywhere"
             )
         return torch.float32
 

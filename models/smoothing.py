@@ -17,7 +17,7 @@ from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
-from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind
+from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind, name_of_dtype
 
 BATCHES_A_LANE = 4
 """Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
@@ -77,7 +77,7 @@ class Numerics:
         else:
             kind, threads = cpu_kind(), threads or torch.get_num_threads()
         version = ".".join(torch.__version__.split(".")[:2])
-        return cls(kind, str(dtype).removeprefix("torch."), batch_rows, threads, runtime, version)
+        return cls(kind, name_of_dtype(dtype), batch_rows, threads, runtime, version)
 
 
 class SmoothedModel:
@@ -206,7 +206,8 @@ def best_device() -> torch.device:
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware computes in it, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if computes_bfloat16() else torch.float32
 
 

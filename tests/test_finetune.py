@@ -120,6 +120,15 @@ def test_both_towers_of_a_clip_learn(clip: Path, references: References, tmp_pat
     assert not any("running_mean" in name for name in changed)
 
 
+def test_logits_are_not_rounded_to_bfloat16(clip: Path, references: References) -> None:
+    """A training's steps run under autocast; a CLIP's cosines are multiplied by up to 100 there."""
+    tunable = TUNABLES["open-clip"](clip, miniatures.LABELS, TEMPLATE, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = tunable(references.images.float() / 255)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_the_papers_loss_is_the_cross_entropy_of_the_labels(
     head: tuple[str, Path], references: References, tmp_path: Path
 ) -> None:

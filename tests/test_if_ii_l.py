@@ -69,7 +69,8 @@ def test_the_settings_are_the_papers() -> None:
     assert (own.profile.learning_rate, own.profile.batch, own.profile.weight_decay) == (1e-4, 24, 0)
     tuning = ways.finetuning
     assert (tuning.profile.learning_rate, tuning.profile.weight_decay) == (5e-7, 0)
-    assert tuning.largest_batch == 256
+    assert (tuning.largest_batch, tuning.soft_targets, tuning.mixing) == (256, False, 1.0)
+    assert (ways.dtype, ways.text_dtype) == (torch.bfloat16, torch.bfloat16)
     assert "non-commercial research only" in large.licence
 
 

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,22 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from models.adaptation import stages
 from models.adaptation.plan import PLAN, STAGES, UNATTENDED, Plan, Status, write_json
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.progress import Progress, problem_of
+from models.adaptation.references import read_references
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, read_bundle
+from models.denoiser import DENOISERS
 from models.smoothing import Rows, load
 from models.training import Diverged
 
 SECONDS = 900
 """A job runs at low priority: on a busy machine it gets what others leave."""
 STEPS = 60
+LEVELS_APART = 5
+"""Most grey levels, of 255, by which pictures in bfloat16 and in float32 differ on average."""
 
 
 def job(folder: Path, **settings: int) -> Path:
@@ -172,7 +179,7 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
 
     assert again(begun) == (False, False)
     assert again(None) == (True, True)
-    unsaid = {name: value for name, value in begun["profile"].items() if name != "dtypes"}
+    unsaid = {name: value for name, value in begun["profile"].items() if name != "text_dtype"}
     assert again({"bases": begun["bases"], "profile": unsaid}) == (True, True)
     hashes = {**begun["bases"]["denoiser"]["files"], "unet/config.json": "0"}
     networks = {**begun["bases"], "denoiser": {**begun["bases"]["denoiser"], "files": hashes}}
@@ -185,7 +192,42 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     ):
         assert again({**begun, "profile": {**begun["profile"], **part}}) == anew
     assert again({**begun, "set": {**begun["set"], "k": 1.6}}) == (False, True)
+    assert again({**begun, "dtype": "float64"}) == (True, True)
     assert images == {p.name: p.read_bytes() for p in (folder / "references").glob("*.png")}
+
+
+def test_a_cpu_without_bfloat16_draws_and_denoises_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every UNet computes in what the CPU is best at, and the bundle names it; the text encoder in
+    float32 on both. The same pictures come of both, but for the rounding."""
+    used: list[torch.dtype] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            used.append(signature(function).bind(*arguments).arguments["dtype"])
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(stages, "Cascade", noted(stages.Cascade))
+    monkeypatch.setattr(stages, "personalize", noted(stages.personalize))
+    monkeypatch.setitem(DENOISERS, "super-resolution", noted(DENOISERS["super-resolution"]))
+    pixels, told = {}, set()
+    for kind, able in ((torch.bfloat16, True), (torch.float32, False)):
+        monkeypatch.setattr("models.smoothing.computes_bfloat16", lambda able=able: able)
+        folder = job(tmp_path / str(able) / "task", steps=2, epochs=1)
+        run(folder, folder.parent / "tasks", torch.device("cpu"))
+        assert Status.read(folder).state == "ready", Status.read(folder).problem
+        assert used == [kind] * 5
+        used.clear()
+        bundle = read_bundle(folder.parent / "tasks" / "task")
+        assert f"torch.{bundle.adaptation['dtype']}" == str(kind)
+        told.add(bundle.files[PROMPT_STATES])
+        pixels[kind] = read_references(Plan.read(folder), folder / "references", 32).images.int()
+    assert len(told) == 1
+    apart = (pixels[torch.bfloat16] - pixels[torch.float32]).abs().float().mean()
+    assert 0 < apart < LEVELS_APART
 
 
 def test_labels_that_read_alike_are_refused(tmp_path: Path) -> None:
@@ -271,6 +313,6 @@ def test_progress_counts_a_stage_by_the_work_that_is_planned(tmp_path: Path) -> 
         folder = job(tmp_path / f"{shots}-{epochs}", shots=shots, steps=300, epochs=epochs)
         progress = Progress(folder, replace(Plan.read(folder), labels=tuple("abcdefghij")))
         progress.stage("finetuning")
-        before = 272.0 * shots / 64 + 168.6
-        after = (194.2 * epochs / 20 + 26.9) * shots / 64
+        before = 152.1 * shots / 64 + 132.4
+        after = (104.6 * epochs / 20 + 18.1) * shots / 64
         assert progress.status.progress == pytest.approx(before / (before + after), abs=0.01)

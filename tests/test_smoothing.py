@@ -39,6 +39,19 @@ class LinearClassifier:
         return logits
 
 
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Emulation is slower than float32, and less exact."""
+    for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+
+        def supported(including_emulation: bool = True, native: bool = native) -> bool:
+            return native or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert best_dtype(torch.device("cuda")) == dtype
+
+
 def linear_model(
     threshold: float, batch_rows: int, values: int = 48, lanes: int = 0
 ) -> SmoothedModel:

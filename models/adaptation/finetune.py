@@ -63,8 +63,9 @@ class _Clip:
     def __call__(self, x: Tensor) -> Tensor:
         image = self._clip.encode_image(self._preprocess(x)).float()
         text = self._clip.encode_text(self._words).float()
-        cosine = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-        logits: Tensor = self._clip.logit_scale.exp() * cosine
+        with torch.autocast(x.device.type, enabled=False):
+            cosine = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+            logits: Tensor = self._clip.logit_scale.exp() * cosine
         return logits
 
 

@@ -11,26 +11,25 @@ import torch
 from models.adaptation.finetune import Finetuning
 from models.adaptation.personalize import Personalization
 from models.adaptation.synthesize import Sampling
+from models.runtime import name_of_dtype
 from models.training import Profile
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One set's ways; `dtypes` of the resting networks on a CPU and on a GPU."""
+    """One set's ways. The text encoder computes in `text_dtype`, for serving keeps what it says;
+    both stages' UNets in `dtype`, or where that is None in what the device is best at. The
+    classifier rests in float32, and what is trained runs under autocast to bfloat16."""
 
     sampling: Sampling
     personalization: Personalization
     finetuning: Finetuning
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.bfloat16)
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """What the resting networks compute in there."""
-        return self.dtypes[device.type != "cpu"]
+    text_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     def described(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
-        described: dict[str, Any] = json.loads(json.dumps({**asdict(self), "dtypes": dtypes}))
+        described: dict[str, Any] = json.loads(json.dumps(asdict(self), default=name_of_dtype))
         return described
 
 
@@ -45,7 +44,8 @@ _IF_II_L = Adaptation(
         sigmas=(0.0, 1.0),
         micro_batch=16,
     ),
-    dtypes=(torch.bfloat16, torch.bfloat16),
+    text_dtype=torch.bfloat16,
+    dtype=torch.bfloat16,
 )
 """The paper's settings (method.md 5), and of diffusers' pipelines the numbers of steps."""
 

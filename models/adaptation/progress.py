@@ -12,7 +12,7 @@ from models.bundle import BundleError
 from models.memory import ran_out
 from models.training import Diverged
 
-DRAWN, STEP, TUNED, EVALUATED = 0.75, 1.0, 0.027, 0.075
+DRAWN, STEP, TUNED, EVALUATED = 0.54, 1.0, 0.0186, 0.064
 """What counts in `progress` for a reference to draw, a step of personalization, a reference to tune
 on in an epoch and one to evaluate with: nano's times on a CPU, in steps. Source:
 docs/adaptation.md, "What it costs"."""

@@ -49,14 +49,16 @@ from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser, clean_prompts
 from models.files import written_whole
 from models.nano.captions import BLANK
-from models.runtime import Torch
+from models.runtime import Torch, name_of_dtype
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
+from models.smoothing import best_dtype
 from models.sources import origin
 
 EVALUATED_SIGMAS = (0.25, 0.5)
 
 BEGUN = "begun.json"
-"""A job's file of what it was begun with: its networks, by hash, its set and that set's profile."""
+"""A job's file of what it was begun with: its networks, by hash, its set, that set's profile, and
+what the resting UNets compute in."""
 HASHES = "hashes.json"
 """A job's file of the hashes it knows, for stage I's take long."""
 _STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
@@ -67,7 +69,7 @@ def _draws(begun: dict[str, Any]) -> Any:
     """Of what a job was begun with, what its references follow from; None for what is not said."""
     bases, profile = begun.get("bases", {}), begun.get("profile", {})
     draws = [bases.get(name) for name in ("stage1", "denoiser")]
-    return [*draws, *(profile.get(name) for name in ("sampling", "dtypes"))]
+    return [*draws, begun.get("dtype"), *(profile.get(name) for name in ("sampling", "text_dtype"))]
 
 
 class Job:
@@ -84,7 +86,7 @@ class Job:
         )
         print(f"the networks' licences: {self._licence()}", flush=True)
         self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
-        self._dtype = self._ways.dtype(device)
+        self._dtype = self._ways.dtype or best_dtype(device)
         hashes = KnownHashes(folder / HASHES)
         self._bases = {
             "stage1": Base.of("text-to-image", self._set.stage1, _STAGE1_FILES, hashes),
@@ -124,11 +126,17 @@ class Job:
         self.progress.end("ready", progress=1.0, figures=figures)
 
     def _begin(self) -> None:
-        """Start anew where an earlier run of the job was begun with other networks or settings, or
-        does not say with which; references stay where nothing that draws them is other."""
+        """Start anew where an earlier run of the job was begun with other networks or settings, in
+        another dtype, or does not say in which; references stay where nothing that draws them is
+        other."""
         bases = {name: asdict(base) for name, base in self._bases.items()}
         of_set = {"k": self._set.k, "identifier": self._set.identifier}
-        now = {"bases": bases, "set": of_set, "profile": self._ways.described()}
+        now = {
+            "bases": bases,
+            "set": of_set,
+            "profile": self._ways.described(),
+            "dtype": name_of_dtype(self._dtype),
+        }
         known, references = self._folder / BEGUN, self._folder / REFERENCES
         before = json.loads(known.read_text()) if known.exists() else {}
         if before == now:
@@ -149,7 +157,7 @@ class Job:
         identified = self._plan.template.format(self._set.identifier)
         prompts = [*self._plan.prompts(), "", blank, identified]
         try:
-            states = encode(self._set.folders[0], prompts, self._device, self._dtype)
+            states = encode(self._set.folders[0], prompts, self._device, self._ways.text_dtype)
         except ValueError as error:
             raise PlanError("labels", str(error)) from error
         return {"labels": states[:-2], "blank": states[-2], "personalized": states[-1]}
@@ -290,12 +298,12 @@ class Job:
         return "; ".join(dict.fromkeys([self._set.licence, self._head.licence]))
 
     def _adaptation(self) -> dict[str, Any]:
-        """The plan's settings and its set's profile, and for networks that were fetched repository
-        and commit."""
+        """The plan's settings, its set's profile, what the resting UNets computed in, and for
+        networks that were fetched repository and commit."""
         settings = asdict(self._plan)
         for known in ("labels", "template"):
             del settings[known]
-        settings["profile"] = self._ways.described()
+        settings |= {"profile": self._ways.described(), "dtype": name_of_dtype(self._dtype)}
         found = {name: origin(MODELS / base.folder) for name, base in self._bases.items()}
         if fetched := {name: where for name, where in found.items() if where is not None}:
             settings["networks"] = fetched

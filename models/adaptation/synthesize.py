@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from models.adaptation.plan import Plan, write_json
@@ -94,10 +94,29 @@ class Drawn:
             save_file({"images": self.images, "generators": self.generators}, partial)
 
 
+class _Float32Outside(nn.Module):
+    """A UNet as a pipeline calls it, which then keeps its images and draws its noise in float32
+    whatever the UNet computes in."""
+
+    dtype = torch.float32
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self._unet, self.config, self.device = unet, unet.config, unet.device
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **more: Any
+    ) -> tuple[Tensor]:
+        inside = self._unet.dtype
+        told = self._unet(sample.to(inside), timestep, encoder_hidden_states.to(inside), **more)
+        return (told[0].float(),)
+
+
 class Cascade:
     """Both stages of a text-to-image pixel cascade, read from folders in DeepFloyd's layout.
 
-    A stage is loaded at its first use, and lets the other go: memory holds one at a time.
+    A stage is loaded at its first use, and lets the other go: memory holds one at a time. The UNets
+    compute in `dtype`, all else in float32.
     """
 
     def __init__(
@@ -158,8 +177,8 @@ class Cascade:
 
     def _told(self, states: Tensor, empty: Tensor) -> dict[str, Any]:
         return {
-            "prompt_embeds": states.to(self._device, self._dtype),
-            "negative_prompt_embeds": empty.to(self._device, self._dtype).expand_as(states),
+            "prompt_embeds": states.float().to(self._device),
+            "negative_prompt_embeds": empty.float().to(self._device).expand_as(states),
             "output_type": "pt",
         }
 
@@ -167,7 +186,8 @@ class Cascade:
         if self._held is None or self._held[0] != folder:
             self._held = None
             let_go()
-            parts = {"unet": read_unet(folder, self._dtype, self._device)}
+            unet = read_unet(folder, self._dtype, self._device)
+            parts = {"unet": _Float32Outside(unet.to(memory_format=torch.channels_last))}
             schedulers = ["scheduler"]
             if kind is IFSuperResolutionPipeline:
                 schedulers.append("image_noising_scheduler")
