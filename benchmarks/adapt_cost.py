@@ -1,8 +1,8 @@
 """What one adaptation costs by itself: `python -m benchmarks.adapt_cost`.
 
 Runs a job as `vouchsafe adapt` does, in a process of its own and a temporary folder, and prints
-one JSON: the seconds of each stage, and the peak memory of the job's process or, where it starts
-any, of its largest child.
+one JSON: what its UNets computed in, the seconds of each stage, and the peak memory of the job's
+process or, where it starts any, of its largest child.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     seconds |= {stage: ended - since, "whole": ended - began}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
+        "dtype": read_bundle(store.tasks / task.id).adaptation["dtype"],
         "seconds": {name: round(taken, 1) for name, taken in seconds.items()},
         "peak memory of the job's largest process, MiB": round(peak / 1024),
         "figures": dict(status.figures),

@@ -46,7 +46,7 @@ from models.evaluation.tables import (
 )
 from models.files import written_whole
 from models.runtime import RUNTIMES, name_of_dtype
-from models.smoothing import SmoothedModel, best_device, best_dtype, load
+from models.smoothing import SmoothedModel, best_device, load
 
 SLICE = Path("tests/data/cifar10-slice.png")
 NOISE = "by-place"
@@ -56,7 +56,7 @@ NOISE = "by-place"
 def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
     """The plan's bundle, made with the set's profile as it is, and how many seconds it took."""
     ways = ADAPTATIONS[plan.denoiser]
-    dtype = name_of_dtype(ways.dtype or best_dtype(best_device()))
+    dtype = name_of_dtype(ways.dtype_on(best_device()))
     made_with = json.dumps([asdict(plan), ways.described(), dtype])
     name = hashlib.sha256(made_with.encode()).hexdigest()[:12]
     folder = work / "jobs" / name

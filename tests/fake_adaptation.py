@@ -90,6 +90,7 @@ def publish(job: Path, tasks: Path, plan: Plan, name: str = "made by the fake") 
         name=name,
         labels=plan.labels,
         template=plan.template,
+        adaptation={"dtype": "float16"},
         figures=FIGURES,
     )
     write_bundle(tasks / job.name, bundle, {PROMPT_STATES: DEFAULT_TASK / PROMPT_STATES})

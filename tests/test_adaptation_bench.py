@@ -19,6 +19,7 @@ from models.adaptation.profiles import ADAPTATIONS
 from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import certify_images
+from models.runtime import computes_bfloat16
 from models.sets import DENOISER_SETS
 from models.smoothing import Numerics, SmoothedModel
 
@@ -104,11 +105,11 @@ def test_noise_follows_an_image_into_every_task(tmp_path: Path) -> None:
     assert [one.truth for one in found] == [0, 0, 1]
 
 
-def test_a_kept_bundle_is_of_the_profile_as_it_is(
+def test_a_kept_bundle_is_of_the_profile_and_precision_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same plan and profile find what is kept; under another profile the plan is adapted anew,
-    beside it."""
+    """The same plan and profile find what is kept; under another profile, or where the CPU computes
+    best in something else, the plan is adapted anew, beside it."""
     plan = Plan.checked(["cat", "ship"], shots=1, steps=0, epochs=0)
     first, _ = adapted(plan, tmp_path)
     assert adapted(plan, tmp_path)[0].folder == first.folder
@@ -117,9 +118,17 @@ def test_a_kept_bundle_is_of_the_profile_as_it_is(
     monkeypatch.setitem(ADAPTATIONS, "nano", other)
     second, _ = adapted(plan, tmp_path)
     assert second.folder != first.folder
-    assert [each.adaptation["profile"] for each in (first, second)] == [
-        nano.described(),
-        other.described(),
+    able = computes_bfloat16()
+    monkeypatch.setattr("models.smoothing.computes_bfloat16", lambda: not able)
+    third, _ = adapted(plan, tmp_path)
+    assert third.folder not in (first.folder, second.folder)
+    kinds = ["bfloat16", "float32"] if able else ["float32", "bfloat16"]
+    assert [
+        (each.adaptation["profile"], each.adaptation["dtype"]) for each in (first, second, third)
+    ] == [
+        (nano.described(), kinds[0]),
+        (other.described(), kinds[0]),
+        (other.described(), kinds[1]),
     ]
 
 

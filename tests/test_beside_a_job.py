@@ -68,12 +68,14 @@ async def test_a_job_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
 def test_the_cost_of_a_job_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every stage's seconds, which make up the whole, and the memory; a failure is no figure."""
+    """What its UNets computed in, every stage's seconds, which make up the whole, and the memory; a
+    failure is no figure."""
     monkeypatch.setattr("service.tasks.runs.JOB", FAKE)
     monkeypatch.setattr(adapt_cost, "NAME", "slow")
     adapt_cost.main(["--labels", "cat,dog", "--shots", "1", "--out", str(tmp_path / "told.json")])
     told = json.loads((tmp_path / "told.json").read_text())
     assert json.loads(capsys.readouterr().out) == told
+    assert told["dtype"] == "float16"
     seconds = told["seconds"]
     assert list(seconds) == ["starting", *STAGES, "whole"]
     assert all(0.9 < seconds[stage] < 3 for stage in STAGES)

@@ -118,6 +118,7 @@ def test_memory_holds_one_stage_at_a_time(models_dir: Path, tmp_path: Path) -> N
     cascade, few = Cascade(*stages_of, CPU, torch.bfloat16), Sampling(steps=2, upscale_steps=2)
     drawn = cascade.draw(states[:2], states[2], [1, 2], few)
     assert drawn.images.shape == (2, 3, deepfloyd.SMALL, deepfloyd.SMALL)
+    assert drawn.images.dtype == torch.float32
     drawn.write(tmp_path / "drawn.safetensors")
     first = cascade.enlarge(drawn, states[:2], states[2], few)
     assert first.shape == (2, deepfloyd.LARGE, deepfloyd.LARGE, 3)

@@ -180,7 +180,8 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     assert again(begun) == (False, False)
     assert again(None) == (True, True)
     unsaid = {name: value for name, value in begun["profile"].items() if name != "text_dtype"}
-    assert again({"bases": begun["bases"], "profile": unsaid}) == (True, True)
+    assert again({**begun, "profile": unsaid}) == (True, True)
+    assert again({name: begun[name] for name in ("bases", "profile")}) == (True, True)
     hashes = {**begun["bases"]["denoiser"]["files"], "unet/config.json": "0"}
     networks = {**begun["bases"], "denoiser": {**begun["bases"]["denoiser"], "files": hashes}}
     assert again({**begun, "bases": networks}) == (True, True)
@@ -196,7 +197,7 @@ def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
     assert images == {p.name: p.read_bytes() for p in (folder / "references").glob("*.png")}
 
 
-def test_a_cpu_without_bfloat16_draws_and_denoises_in_float32(
+def test_a_job_draws_and_denoises_in_what_its_cpu_computes_best_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every UNet computes in what the CPU is best at, and the bundle names it; the text encoder in

@@ -12,6 +12,7 @@ from models.adaptation.finetune import Finetuning
 from models.adaptation.personalize import Personalization
 from models.adaptation.synthesize import Sampling
 from models.runtime import name_of_dtype
+from models.smoothing import best_dtype
 from models.training import Profile
 
 
@@ -26,6 +27,10 @@ class Adaptation:
     finetuning: Finetuning
     text_dtype: torch.dtype = torch.float32
     dtype: torch.dtype | None = None
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """What the UNets of both stages compute in on a device."""
+        return self.dtype or best_dtype(device)
 
     def described(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
@@ -53,7 +58,7 @@ ADAPTATIONS = {
     "nano": Adaptation(
         Sampling(steps=15, upscale_steps=10),
         Personalization(
-            Profile(steps=300, batch=24, learning_rate=1e-4, log_every=10, checkpoint_every=50),
+            Profile(steps=100, batch=24, learning_rate=1e-4, log_every=10, checkpoint_every=50),
             weight=0.003,
             timesteps=(60, 760),
             guided_below=600,

@@ -51,7 +51,6 @@ from models.files import written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch, name_of_dtype
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
-from models.smoothing import best_dtype
 from models.sources import origin
 
 EVALUATED_SIGMAS = (0.25, 0.5)
@@ -86,7 +85,7 @@ class Job:
         )
         print(f"the networks' licences: {self._licence()}", flush=True)
         self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
-        self._dtype = self._ways.dtype or best_dtype(device)
+        self._dtype = self._ways.dtype_on(device)
         hashes = KnownHashes(folder / HASHES)
         self._bases = {
             "stage1": Base.of("text-to-image", self._set.stage1, _STAGE1_FILES, hashes),
