@@ -12,10 +12,10 @@ from models.bundle import BundleError
 from models.memory import ran_out
 from models.training import Diverged
 
-DRAWN, STEP, TUNED, EVALUATED = 0.54, 1.0, 0.0186, 0.064
+DRAWN, STEP, TUNED, EVALUATED = 0.323, 1.0, 0.0175, 0.0511
 """What counts in `progress` for a reference to draw, a step of personalization, a reference to tune
 on in an epoch and one to evaluate with: nano's times on a CPU, in steps. Source:
-docs/adaptation.md, "What it costs"."""
+docs/decisions/0010-a-shorter-job.md, its last line's."""
 STATUS_SECONDS = 0.5
 """Shortest time between two writings of a status that only moved on."""
 
