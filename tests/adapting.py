@@ -23,6 +23,8 @@ from tests.serving import SECRET
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_adaptation.py")))
 FAST = Patience(look=0.01, poll=0.02, restart=0.01)
 PETS = ("cat", "dog")
+PATIENT = 120
+"""Seconds that a busy machine may take for a few processes."""
 
 
 def make_store(data_dir: Path, **settings: Any) -> Store:
@@ -57,9 +59,9 @@ async def supervising(store: Store, patience: Patience = FAST) -> AsyncIterator[
         await running
 
 
-async def until(holds: Callable[[], object], seconds: float = 20) -> None:
-    """Let other tasks run until the condition holds, failing after some seconds."""
-    async with asyncio.timeout(seconds):
+async def until(holds: Callable[[], object]) -> None:
+    """Let other tasks run until the condition holds, failing where it never does."""
+    async with asyncio.timeout(PATIENT):
         while not holds():  # noqa: ASYNC110 - files give nothing to wait on.
             await asyncio.sleep(0.01)
 
@@ -72,9 +74,9 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], object]) -> None:
     """The same without an event loop."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENT
     while not holds():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.05)

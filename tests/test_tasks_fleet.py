@@ -37,7 +37,7 @@ from service.tasks.notices import FleetNotices, Line, reconcile_if_due
 from service.tasks.runs import Run
 from service.tasks.schemas import TaskRequest
 from service.tasks.task import Task
-from tests.adapting import FAKE, FAST, PETS, create, make_plan, make_store, starts, until
+from tests.adapting import FAKE, FAST, PATIENT, PETS, create, make_plan, make_store, starts, until
 from tests.fake_adaptation import GO, OVERLAPS, publish, works
 from tests.test_telemetry import counted
 
@@ -47,8 +47,6 @@ pytestmark = [  # A connection that is cut while the client makes it is left to 
 ]
 
 ROOT = Path(__file__).parents[1]
-PATIENT = 120
-"""Seconds that a busy machine may take for a few processes."""
 
 
 class Fleet:
@@ -140,7 +138,7 @@ class Fleet:
                 await asyncio.sleep(0.02)
 
     async def until_ready(self, task: Task) -> None:
-        await until(lambda: self.status(task).state == "ready", PATIENT)
+        await until(lambda: self.status(task).state == "ready")
 
     async def until_working(self, task: Task, times: int = 1) -> int:
         """The process of so many starts, once it is in its third stage."""
@@ -149,7 +147,7 @@ class Fleet:
             begun = starts(self.store, task)
             return len(begun) == times and self.status(task).stage == "finetuning"
 
-        await until(at_it, PATIENT)
+        await until(at_it)
         return starts(self.store, task)[-1]
 
     def status(self, task: Task) -> Status:
@@ -191,7 +189,7 @@ async def fleet(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Flee
 @pytest.fixture
 async def hasty(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Fleet]:
     """A fleet whose leases run out in seconds."""
-    built = Fleet(redis_server.url, tmp_path / "data", lease_seconds=4)
+    built = Fleet(redis_server.url, tmp_path / "data", lease_seconds=12)
     yield built
     await built.close()
 
@@ -261,7 +259,7 @@ async def test_killed_runner(fleet: Fleet) -> None:
     process = await fleet.until_working(task)
     fleet.launch("b")
     runner.kill()
-    await until(lambda: not works(process), PATIENT)
+    await until(lambda: not works(process))
     assert await fleet.owners() == [b"a"]
     await fleet.lapse()
     await fleet.until_working(task, times=2)
@@ -326,7 +324,7 @@ async def test_stopped_machine(hasty: Fleet) -> None:
         await hasty.until_working(task, times=2)
         for stopped in (process, runner.pid):  # The runner would end the process at once.
             os.kill(stopped, signal.SIGCONT)
-        await until(lambda: not works(process), PATIENT)
+        await until(lambda: not works(process))
         hasty.let_go_on(task)
         await hasty.until_ready(task)
         await hasty.assert_nothing_left()
@@ -343,8 +341,7 @@ async def test_job_that_kills_its_runners(fleet: Fleet) -> None:
         await until(
             lambda runner=runner: (
                 runner.poll() is not None or fleet.status(poison).state == "failed"
-            ),
-            PATIENT,
+            )
         )
         if fleet.status(poison).state == "failed":
             break
@@ -386,7 +383,7 @@ async def test_redis_killed_and_started(
     async with fleet.running("a"):
         process = await fleet.until_working(task)
         own_server.kill()
-        await until(lambda: not works(process), PATIENT)
+        await until(lambda: not works(process))
         await asyncio.to_thread(own_server.start)
         await fleet.until_working(task, times=2)
         fleet.let_go_on(task)
@@ -453,6 +450,7 @@ async def test_posted_while_redis_is_away(
     assert task.status.state == "queued"
     with pytest.raises(NotFound):
         await fleet.desk.delete("0" * 32, None)
+    await fleet._told.close()  # It would still try to tell for some seconds.
     await asyncio.to_thread(own_server.start)
     async with fleet.noticing():
         await fleet.until_owned(b"(held)")
@@ -472,7 +470,7 @@ async def test_least_rights_are_enough(own_server: RedisServer, own_fleet: Fleet
         "ACL", "SETUSER", "fleet", "on", ">s3cret", keys, *rights.split()
     )
     url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
-    fleet = Fleet(url, own_fleet.data_dir, lease_seconds=2)
+    fleet = Fleet(url, own_fleet.data_dir)
     fleet.prefix, fleet.stream = own_fleet.prefix, own_fleet.stream
     notices = FleetNotices(fleet.store, fleet.adaptations())
     done, waiting = create(fleet.store), create(fleet.store, seed=1)
@@ -498,7 +496,7 @@ async def test_removed_while_it_runs_elsewhere(fleet: Fleet) -> None:
     fleet.launch("a")
     process = await fleet.until_working(task)
     await fleet.desk.delete(task.id, None)
-    await until(lambda: not works(process), PATIENT)
+    await until(lambda: not works(process))
     await fleet.until_ready(other := await fleet.post(seed=1))
     await fleet.assert_nothing_left()
     assert fleet.store.find(task.id) is None
@@ -515,7 +513,7 @@ async def test_published_too_late(fleet: Fleet, monkeypatch: pytest.MonkeyPatch)
         await fleet.until_working(task)
         fleet.store.delete(task.id)
         publish(Path(task.id), fleet.store.tasks, make_plan("wait"))
-        await until(lambda: fleet.store.find(task.id) is None, PATIENT)
+        await until(lambda: fleet.store.find(task.id) is None)
         await fleet.assert_nothing_left()
     assert [path.name for path in fleet.store.tasks.iterdir()] == [".lock"]
     assert counted("vouchsafe_adaptations_total", outcome="cancelled") == before + 1
@@ -540,18 +538,18 @@ async def test_failed_job_posted_again(fleet: Fleet) -> None:
     """A job that failed is run again as soon as it is posted again, and only then."""
     task = await fleet.post("fail")
     async with fleet.running("a"):
-        await until(lambda: fleet.status(task).state == "failed", PATIENT)
+        await until(lambda: fleet.status(task).state == "failed")
         await fleet.assert_nothing_left()
         assert len(starts(fleet.store, task)) == 1
         await fleet.post("fail")
-        await until(lambda: len(starts(fleet.store, task)) == 2, PATIENT)
-        await until(lambda: fleet.status(task).state == "failed", PATIENT)
+        await until(lambda: len(starts(fleet.store, task)) == 2)
+        await until(lambda: fleet.status(task).state == "failed")
         await fleet.assert_nothing_left()
 
 
 async def test_reconciled(redis_server: RedisServer, tmp_path: Path) -> None:
     """Redis loses what the folders have not, and gets what they have, whoever made it."""
-    fleet = Fleet(redis_server.url, tmp_path / "data", lease_seconds=0.05)
+    fleet = Fleet(redis_server.url, tmp_path / "data", lease_seconds=1)
     await fleet.queue.announce("of-no-folder")
     made = [create(fleet.store, seed=seed) for seed in range(2)]
     ended = await fleet.post(seed=2)
@@ -659,7 +657,7 @@ async def test_volume_that_goes_away_under_a_job(fleet: Fleet) -> None:
     async with fleet.running("a"):
         process = await fleet.until_working(task)
         fleet.data_dir.rename(away)
-        await until(lambda: not works(process), PATIENT)
+        await until(lambda: not works(process))
         await fleet.until_owned(b"(free)")
         assert not fleet.data_dir.exists()
         away.rename(fleet.data_dir)

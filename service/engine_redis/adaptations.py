@@ -114,7 +114,8 @@ class Adaptations:
         return int(await self._scripts.run("adapt_jobs", "hold", *missing)) if missing else 0
 
     async def close(self) -> None:
-        """Let go of every connection."""
+        """Give up what Redis was not told yet, and let go of every connection."""
+        await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
