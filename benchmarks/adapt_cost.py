@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from models.adaptation.plan import Plan, Status
+from models.adaptation.plan import STATUS, Plan, Status
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import SECRET_BYTES, Settings
 from service.tasks import runs
@@ -36,18 +36,18 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     task = store.create(plan, NAME, None)
     job = store.jobs / task.id
     run = runs.Run(job, store.tasks, runs.JOB)
-    stage, seconds, began = STARTING, dict[str, float](), time.perf_counter()
+    stage, seconds, began = STARTING, dict[str, float](), time.time()
     since = began
     try:
         while not run.step():
-            now = Status.read(job).stage
+            now, written = _told(job)
             if now is not None and now != stage:
-                seconds[stage], since = time.perf_counter() - since, time.perf_counter()
-                stage = now
+                seconds[stage] = written - since
+                stage, since = now, written
             time.sleep(LOOK_SECONDS)
     finally:
         run.stop()
-    ended = time.perf_counter()
+    ended = time.time()
     status = Status.read(job)
     if status.state != "ready":
         raise RuntimeError(f"the adaptation {status.state}: {status.problem}")
@@ -59,6 +59,15 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
         "peak memory of the job's largest process, MiB": round(peak / 1024),
         "figures": dict(status.figures),
     }
+
+
+def _told(job: Path) -> tuple[str | None, float]:
+    """The stage that the job last said it is in, and when it said so."""
+    try:
+        with (job / STATUS).open() as stream:
+            return json.load(stream)["stage"], os.fstat(stream.fileno()).st_mtime
+    except FileNotFoundError:
+        return None, time.time()
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """An adaptation process without networks: `python fake_adaptation.py JOB TASKS`, as the contract.
 
 The first word of the plan's template, or that of the task's name where the template is the set's
-own, tells how it behaves: `slow` takes a second for each stage, `die` always dies, `once` dies the
+own, tells how it behaves: `slow` takes a second for each stage,
+`slower` four, `die` always dies, `once` dies the
 first time, `crawl` dies each time but gets further, `hang` reports once and then nothing more,
 `wait` waits until the job's folder has a file `go`, `poison` kills who started it, `everywhere`
 hangs in one stage more at each start until there is none left, `fail` ends with a problem; anything
@@ -68,8 +69,7 @@ def behave(ways: str, job: Path, done: int, starts: int) -> None:
         threading.Event().wait()
     while (ways == "hang" or (ways == "wait" and not (job / GO).exists())) and done == 2:
         time.sleep(0.01)
-    if ways == "slow":
-        time.sleep(1.0)
+    time.sleep({"slow": 1, "slower": 4}.get(ways, 0))
     while ways == "everywhere" and done == starts - 1:
         time.sleep(0.01)
 

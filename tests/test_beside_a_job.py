@@ -23,7 +23,7 @@ def test_questions_are_asked_with_and_without_a_job_beside_them(
 ) -> None:
     """Every stage has its questions, and each block its latencies; the table says the same."""
     monkeypatch.setattr(beside_a_job, "serving", partial(serving, command=SERVER))
-    monkeypatch.setattr(beside_a_job, "NAME", "slow")
+    monkeypatch.setattr(beside_a_job, "NAME", "slower")
     options = ["--labels", "cat,dog", "--shots", "1", "--n", "20", "--requests", "4"]
     beside_a_job.main([*options, "--out", str(tmp_path / "told.json")])
     told = json.loads((tmp_path / "told.json").read_text())
@@ -78,7 +78,7 @@ def test_the_cost_of_a_job_by_itself(
     assert told["dtype"] == "float16"
     seconds = told["seconds"]
     assert list(seconds) == ["starting", *STAGES, "whole"]
-    assert all(0.9 < seconds[stage] < 3 for stage in STAGES)
+    assert all(0.9 < seconds[stage] < seconds["whole"] - 2.7 for stage in STAGES)
     assert sum(seconds.values()) == pytest.approx(2 * seconds["whole"], abs=0.3)
     assert told["peak memory of the job's largest process, MiB"] > 20
     monkeypatch.setattr(adapt_cost, "NAME", "fail")
