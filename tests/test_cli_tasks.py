@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,7 +181,9 @@ def test_interrupted_it_goes_on_later(store: Store, tmp_path: Path) -> None:
     assert store.get(task.id).status.state == "ready"
 
 
-def test_a_server_in_the_same_folder_is_left_to_it(store: Store) -> None:
+def test_a_server_in_the_same_folder_is_left_to_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where another process runs the job the command only watches, and ends as it does."""
     fields = ["--shots", "1"]
     adapt("fail", *fields)
@@ -189,13 +191,19 @@ def test_a_server_in_the_same_folder_is_left_to_it(store: Store) -> None:
     Status("queued").write(store.jobs / task.id)
     elsewhere = Run(store.jobs / task.id, store.tasks, ("sleep", "60"), FAST)
     elsewhere.step()
-    ends = threading.Timer(1.0, lambda: Status("ready", progress=1.0).write(store.jobs / task.id))
-    ends.start()
+    looks = []
+
+    def slept(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            Status("ready", progress=1.0).write(store.jobs / task.id)
+
+    monkeypatch.setattr("service.cli_tasks.time", SimpleNamespace(sleep=slept))
     try:
         result = adapt("fail", *fields)
     finally:
-        ends.join()
         elsewhere.stop()
+    assert len(looks) == 3
     assert len(starts(store, task)) == 1
     assert result.exit_code == 1
 

@@ -280,8 +280,11 @@ async def test_leased_shards_are_not_pulled_again(engine: Engine) -> None:
     assert await engine.pull(BETA, 100) == []
 
 
-async def test_waiting_pull_wakes_on_submit(engine: Engine) -> None:
+async def test_waiting_pull_wakes_on_submit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pull that found nothing returns as soon as work comes."""
+    monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     pulling = asyncio.create_task(engine.pull(ALPHA, 1))
     await asyncio.sleep(0.001)
     await engine.submit(one_shard("a"))

@@ -134,8 +134,9 @@ async def test_a_digest_that_nobody_serves_may_come_later(engine: Engine) -> Non
     assert_exact(await status_of(engine, "a"))
 
 
-async def test_waiting_workers_are_told(engine: Engine) -> None:
+async def test_waiting_workers_are_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pull that found nothing returns as soon as a job begins anew in its line."""
+    monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     await engine.submit(one_shard("a"))
     pulling = asyncio.create_task(engine.pull(NEWER, 1))
     await asyncio.sleep(0.001)

@@ -468,9 +468,10 @@ async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fle
         subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE)  # noqa: ASYNC220, S603
         for name in ("one", "two")
     ]
-    while await fleet.redis.zcard(f"{fleet.prefix}workers") < 3:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    jobs = [await engine.submit(make_job(f"job-{number}", n=200)) for number in range(20)]
+    while await fleet.redis.zcard(f"{fleet.prefix}workers") < 3:
+        await engine.pull(ALPHA, 0)  # It too must have been heard of lately.
+    made = [make_job(f"job-{number}", n=200) for number in range(20)]
+    jobs = await asyncio.gather(*[engine.submit(job) for job in made])
     counted = [int((await asyncio.to_thread(p.communicate))[0]) for p in processes]
     assert sum(counted) == 20 * 21
     assert all(counted)
@@ -802,7 +803,9 @@ async def test_settings_bound_a_keys_rows(own_server: RedisServer) -> None:
     await engine.close()
 
 
-async def test_least_rights_are_enough(own_server: RedisServer) -> None:
+async def test_least_rights_are_enough(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An ACL user that sees only Vouchsafe's keys and channels, named in the URL, can do it all."""
     admin: Redis = Redis.from_url(own_server.url)
     rights = "-@all +@read +@write +@pubsub +@scripting +@connection +@transaction +time"
@@ -811,6 +814,7 @@ async def test_least_rights_are_enough(own_server: RedisServer) -> None:
     )
     url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
     engine = RedisEngine.from_settings(Settings(redis_url=url, shard_rows=SHARD_ROWS))
+    monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     worker = asyncio.create_task(engine.pull(ALPHA, 100))
     await asyncio.sleep(0.1)
     await engine.submit(make_job("a"))
@@ -881,6 +885,7 @@ async def test_nothing_grows(own_server: RedisServer) -> None:
     engine = fleet.engine
 
     async def memory() -> int:
+        await written(fleet.redis)
         await fleet.redis.memory_purge()
         return int((await fleet.redis.info("memory"))["used_memory"])
 

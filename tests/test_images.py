@@ -313,18 +313,18 @@ async def test_reader_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def decode_slowly(*_: object) -> str:
         slow.set()
-        release.wait(5)
+        release.wait(60)
         return "decoded"
 
     monkeypatch.setattr(images, "decode", decode_slowly)
     reader = ImageReader(ImageLimits(), seconds=0.05, threads=1)
     with pytest.raises(InvalidImage, match="longer than"):
         await reader.read(b"", 32)
-    assert slow.is_set()
+    assert await asyncio.to_thread(slow.wait, 60)
     with pytest.raises(Backlog) as refused:
         await reader.read(b"", 32)
     assert refused.value.retry_after == 1
+    monkeypatch.setattr(reader, "_seconds", 60.0)
     release.set()
-    await asyncio.sleep(0.02)
     assert await reader.read(b"", 32) == "decoded"
     reader.close()

@@ -134,12 +134,13 @@ def url_of(folder: Path) -> str:
     return (folder / "vouchsafe_redis_url").read_text().strip()
 
 
-async def test_service_can_do_its_work(secured: Path) -> None:
+async def test_service_can_do_its_work(secured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its user may do all that predictions, adaptation jobs and the start of a worker need."""
     settings = Settings.model_validate({"secrets_dir": secured, "shard_rows": 10})
     assert settings.redis_url is not None
     engine = RedisEngine.from_settings(settings)
     await check_server(settings.redis_url, engine)
+    monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     pulling = asyncio.create_task(engine.pull(ALPHA, 100))
     while not (await engine.capacity()).bundles:  # noqa: ASYNC110
         await asyncio.sleep(0.05)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models.adaptation.plan import STATUS, Status, locked
 from models.bundle import read_bundle
 from service.tasks import runs
 from service.tasks.folders import is_running
-from service.tasks.runs import LOG, LOG_BYTES, Patience, Run
+from service.tasks.runs import LOG, LOG_BYTES, Run
 from service.tasks.store import Store
 from tests.adapting import (
     FAKE,
@@ -29,6 +30,7 @@ from tests.adapting import (
     wait_until,
 )
 from tests.fake_adaptation import GO, works
+from tests.fakes import FakeClock
 from tests.test_telemetry import counted
 
 
@@ -127,12 +129,29 @@ async def test_killed_in_the_middle_it_goes_on(store: Store) -> None:
         await until(lambda: state(store, task.id) == "ready")
 
 
-async def test_a_process_without_news_is_ended(store: Store) -> None:
+def test_a_process_without_news_is_ended(store: Store) -> None:
     """A process that hangs is ended and counts as one that died."""
-    task = create(store, "hang")
-    patience = Patience(look=0.01, poll=0.02, restart=0.01, news=0.3)
-    async with supervising(store, patience):
-        await until(lambda: state(store, task.id) == "failed")
+    task, clock = create(store, "hang"), FakeClock()
+    run = Run(store.jobs / task.id, store.tasks, FAKE, FAST, clock)
+
+    def hangs(times: int) -> bool:
+        clock.advance(FAST.restart)
+        run.step()
+        return len(starts(store, task)) == times and store.get(task.id).status.progress == 0.5
+
+    def is_ended() -> bool:
+        clock.advance(FAST.news + 1)  # At each look, for the last news may be seen late.
+        run.step()
+        return not works(starts(store, task)[-1])
+
+    try:
+        for times in range(1, 5):
+            wait_until(partial(hangs, times))
+            wait_until(is_ended)
+        wait_until(run.step)
+    finally:
+        run.stop()
+    assert state(store, task.id) == "failed"
     assert len(starts(store, task)) == 4
     assert not any(is_alive(process) for process in starts(store, task))
 

@@ -93,8 +93,8 @@ async def final(engine: Engine, job_id: str) -> JobStatus:
 
 
 async def soon(condition: Callable[[], bool]) -> None:
-    """Let other tasks run until the condition holds, failing after some seconds."""
-    async with asyncio.timeout(5):
+    """Let other tasks run until the condition holds, failing after half a minute."""
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - the fakes have nothing to wait on.
             await asyncio.sleep(0.001)
 
@@ -360,7 +360,7 @@ async def test_memory_that_runs_out_in_the_self_test_blames_nobody(engine: Memor
 async def others_hold(engine: Engine, shards: int) -> list[Lease]:
     """Another worker pulls until it has so many shards."""
     leases: list[Lease] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(leases) < shards:
             leases += await engine.pull(OTHER, 1000)
     return leases
@@ -368,23 +368,32 @@ async def others_hold(engine: Engine, shards: int) -> list[Lease]:
 
 async def served(engine: Engine, digest: str) -> None:
     """Wait until a live worker serves the default task under this digest."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (await engine.capacity()).bundles["default"] != digest:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
 async def test_leases_are_renewed_while_a_batch_computes() -> None:
     """A batch may take longer than a lease, and its shards stay with their worker."""
-    engine = MemoryEngine(shard_rows=10, lease_seconds=0.3, poll_seconds=0.01)
+    clock = FakeClock()
+    engine = MemoryEngine(shard_rows=10, lease_seconds=0.3, poll_seconds=0.01, clock=clock)
     await engine.pull(OTHER, 1)
     job = make_job("a", n0=0, n=20)
     await submit(engine, job)
-    model = FakeModel(batch_rows=20, delay=0.5)
-    async with working(engine, {"default": model}, lease_seconds=0.3):
+    spy, model = EngineSpy(engine), FakeModel(batch_rows=20)
+    model.gate.clear()
+
+    async def once_more() -> None:
+        before = len(spy.asked("renew"))
+        await soon(lambda: len(spy.asked("renew")) > before)
+
+    async with working(spy, {"default": model}, lease_seconds=0.3):
         await soon(lambda: bool(model.batches))
         for _ in range(8):
-            await asyncio.sleep(0.05)
+            await once_more()
+            clock.advance(0.2)
             assert await engine.pull(OTHER, 1) == []
+        model.gate.set()
         await assert_exact(engine, job)
     assert len(model.batches) == 1
 
@@ -585,7 +594,7 @@ async def test_shards_that_were_begun_beside_a_long_batch(
     spy = EngineSpy(engine)
     await submit(engine, job)
     await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
-    async with working(spy, {"default": cats, "birds": birds}, lease_seconds=0.15):
+    async with working(spy, {"default": cats, "birds": birds}, lease_seconds=3):
         await soon(lambda: bool(birds.batches) and len(spy.asked("renew")) > 2)
         left = await engine.pull(OTHER, 1000)
         assert [lease.shard.index for lease in left] == free
