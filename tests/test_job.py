@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, r
 from models.denoiser import DENOISERS
 from models.smoothing import Rows, load
 from models.training import Diverged
+from tests.fakes import FakeClock
 
 SECONDS = 900
 """A job runs at low priority: on a busy machine it gets what others leave."""
@@ -306,6 +308,28 @@ def test_progress_only_grows_and_counts_what_is_left_out(tmp_path: Path) -> None
     status = Status.read(folder)
     assert (status.state, status.stage) == ("failed", None)
     assert status.finished is not None
+
+
+def test_what_was_found_done_is_not_taken_for_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that is left goes by what this run has done, not by what an earlier one left it."""
+    clock = FakeClock()
+    told = SimpleNamespace(monotonic=clock, time=time.time)
+    monkeypatch.setattr("models.adaptation.progress.time", told)
+    folder = job(tmp_path / "task", shots=64, steps=100, epochs=20)
+    progress = Progress(folder, Plan.read(folder))
+    progress.stage("synthesizing")
+    progress.moved(256, 256)
+    progress.stage("personalizing")
+    clock.advance(1)
+    progress.moved(50, 100)
+    assert progress.status.eta_seconds is None
+    for step in range(51, 71):
+        clock.advance(2)
+        progress.moved(step, 100)
+    left = 30 + (146.6 + 21.4) / 0.654 * 128 / 640
+    assert progress.status.eta_seconds == pytest.approx(2 * left, rel=0.05)
 
 
 def test_progress_counts_a_stage_by_the_work_that_is_planned(tmp_path: Path) -> None:

@@ -37,15 +37,21 @@ class Progress:
         started = earlier.started or time.time()
         self.status = Status("running", started=started, losses=earlier.losses)
         self._written = 0.0
-        self._began: tuple[float, float] | None = None
+        self._began = time.monotonic()
+        self._found = 0.0
+        self._is_first = True
 
     def stage(self, name: str) -> None:
         """A stage begins."""
         self.status = self.status.changed(stage=name)
+        self._is_first = True
         self._move(0.0, at_once=True)
 
     def moved(self, done: int, whole: int, loss: float | None = None) -> None:
-        """So much of the stage is done."""
+        """So much of the stage is done; the first time, an earlier run may have done it."""
+        if self._is_first:
+            self._found += done / max(1, whole) * self._shares[str(self.status.stage)]
+            self._is_first = False
         if loss is not None:
             losses = {**self.status.losses, str(self.status.stage): round(loss, 5)}
             self.status = self.status.changed(losses=losses)
@@ -63,8 +69,7 @@ class Progress:
         before = names[: names.index(str(self.status.stage))]
         progress = sum(self._shares[name] for name in before)
         progress += share * self._shares[str(self.status.stage)]
-        self._began = self._began or (now, progress)
-        passed, gained = now - self._began[0], progress - self._began[1]
+        passed, gained = now - self._began, progress - self._found
         eta = round(passed / gained * (1 - progress), 1) if gained > 0.01 else None
         self.status = self.status.changed(progress=round(progress, 4), eta_seconds=eta)
         if at_once or now - self._written > STATUS_SECONDS:

@@ -237,23 +237,23 @@ def synthesize(
         for chunk in [wanted[start : start + sampling.chunk]]
         if not all(_is_kept(folder, name_of_image(*each)) for each in chunk)
     }
+    drawn = {start: folder / DRAWN / f"{start}.safetensors" for start in chunks}
+    undrawn = {start: chunk for start, chunk in chunks.items() if not drawn[start].exists()}
     whole = 2 * len(wanted)
-    done = whole - 2 * sum(len(chunk) for chunk in chunks.values())
+    done = whole - sum(len(chunk) for chunk in (*chunks.values(), *undrawn.values()))
     on_image(done, whole)
     if chunks:
         made = cascade()
-        for start, chunk in chunks.items():
-            drawn = folder / DRAWN / f"{start}.safetensors"
-            if not drawn.exists():
-                seeds = [plan.seed_of(*each) for each in chunk]
-                made.draw(_states(states, chunk), states[-1], seeds, sampling).write(drawn)
+        for start, chunk in undrawn.items():
+            seeds = [plan.seed_of(*each) for each in chunk]
+            made.draw(_states(states, chunk), states[-1], seeds, sampling).write(drawn[start])
             on_image(done := done + len(chunk), whole)
         for start, chunk in chunks.items():
-            drawn = folder / DRAWN / f"{start}.safetensors"
-            images = made.enlarge(Drawn.read(drawn), _states(states, chunk), states[-1], sampling)
+            found = Drawn.read(drawn[start])
+            images = made.enlarge(found, _states(states, chunk), states[-1], sampling)
             for each, image in zip(chunk, images, strict=True):
                 _keep(folder, name_of_image(*each), image, _described(plan, each, sampling))
-            drawn.unlink()
+            drawn[start].unlink()
             on_image(done := done + len(chunk), whole)
     shutil.rmtree(folder / DRAWN)
 
