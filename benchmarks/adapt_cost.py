@@ -36,8 +36,8 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     task = store.create(plan, NAME, None)
     job = store.jobs / task.id
     run = runs.Run(job, store.tasks, runs.JOB)
-    stage, seconds, began = STARTING, dict[str, float](), time.time()
-    since = began
+    stage, seconds, began = STARTING, dict[str, float](), time.perf_counter()
+    since = time.time()
     try:
         while not run.step():
             now, written = _told(job)
@@ -47,11 +47,11 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
             time.sleep(LOOK_SECONDS)
     finally:
         run.stop()
-    ended = time.time()
+    ended, whole = time.time(), time.perf_counter() - began
     status = Status.read(job)
     if status.state != "ready":
         raise RuntimeError(f"the adaptation {status.state}: {status.problem}")
-    seconds |= {stage: ended - since, "whole": ended - began}
+    seconds |= {stage: ended - since, "whole": whole}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "dtype": read_bundle(store.tasks / task.id).adaptation["dtype"],

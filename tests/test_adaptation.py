@@ -62,10 +62,16 @@ class Stopped(Exception):
     """The run is cut short here."""
 
 
-def made(cascade: tuple[Path, Path], folder: Path, stop: int = 0) -> list[int]:
+def made(
+    cascade: tuple[Path, Path], folder: Path, stop: int = 0
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Synthesize into a folder, up to the chunk of `stop` images if that is given; returns the
-    sizes of the chunks that stage I drew."""
+    sizes of the chunks that stage I drew, and what was heard of the passes done."""
     sampled: list[int] = []
+    heard: list[tuple[int, int]] = []
+
+    def hear(done: int, whole: int) -> None:
+        heard.append((done, whole))
 
     class Counting(Cascade):
         def draw(self, states: Tensor, *arguments: object) -> Drawn:
@@ -79,8 +85,8 @@ def made(cascade: tuple[Path, Path], folder: Path, stop: int = 0) -> list[int]:
 
     states = encode(cascade[0], [*plan().prompts(), ""], CPU, torch.float32)
     with suppress(Stopped):
-        synthesize(plan(), folder, partial(Counting, *cascade, CPU), states, SAMPLING)
-    return sampled
+        synthesize(plan(), folder, partial(Counting, *cascade, CPU), states, SAMPLING, hear)
+    return sampled, heard
 
 
 def test_references_are_made_once_and_again_the_same(
@@ -88,22 +94,22 @@ def test_references_are_made_once_and_again_the_same(
 ) -> None:
     """Every label gets its shots, each a PNG with its prompt and seed beside it; a run that was cut
     short, between the stages too, ends with the same images, and a whole one samples nothing
-    more."""
+    more. What is there already is told first."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert made(cascade, whole) == [16, 2]
+    assert made(cascade, whole) == ([16, 2], [(0, 36), (16, 36), (18, 36), (34, 36), (36, 36)])
     assert len(list(whole.glob("*.png"))) == len(list(whole.glob("*.json"))) == 18
     described = json.loads((whole / "1-2.json").read_text())
     assert described["prompt"] == "a dog."
     assert described["seed"] == plan().seed_of(1, 2)
-    assert made(cascade, whole) == []
+    assert made(cascade, whole) == ([], [(36, 36)])
 
-    assert made(cascade, broken, stop=2) == [16, 2]
+    assert made(cascade, broken, stop=2)[0] == [16, 2]
     assert len(list(broken.glob("*.png"))) == 16
-    assert made(cascade, broken) == []
+    assert made(cascade, broken) == ([], [(34, 36), (36, 36)])
     (broken / "0-3.json").unlink()
-    assert made(cascade, broken) == [16]
+    assert made(cascade, broken) == ([16], [(4, 36), (20, 36), (36, 36)])
     (broken / "2-5.png").write_bytes(b"cut sh")
-    assert made(cascade, broken) == [2]
+    assert made(cascade, broken)[0] == [2]
     for name in sorted(path.name for path in whole.iterdir()):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     read = read_references(plan(), whole, 32)

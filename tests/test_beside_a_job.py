@@ -78,7 +78,7 @@ def test_the_cost_of_a_job_by_itself(
     assert told["dtype"] == "float16"
     seconds = told["seconds"]
     assert list(seconds) == ["starting", *STAGES, "whole"]
-    assert all(0.9 < seconds[stage] < seconds["whole"] - 2.7 for stage in STAGES)
+    assert all(0.9 < seconds[stage] < 3 for stage in STAGES)
     assert sum(seconds.values()) == pytest.approx(2 * seconds["whole"], abs=0.3)
     assert told["peak memory of the job's largest process, MiB"] > 20
     monkeypatch.setattr(adapt_cost, "NAME", "fail")

@@ -468,11 +468,15 @@ async def test_processes_share_the_streams(redis_server: RedisServer, fleet: Fle
         subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE)  # noqa: ASYNC220, S603
         for name in ("one", "two")
     ]
-    while await fleet.redis.zcard(f"{fleet.prefix}workers") < 3:
-        await engine.pull(ALPHA, 0)  # It too must have been heard of lately.
-    made = [make_job(f"job-{number}", n=200) for number in range(20)]
-    jobs = await asyncio.gather(*[engine.submit(job) for job in made])
-    counted = [int((await asyncio.to_thread(p.communicate))[0]) for p in processes]
+    try:
+        while await fleet.redis.zcard(f"{fleet.prefix}workers") < 3:
+            await engine.pull(ALPHA, 0)  # It too must have been heard of lately.
+        made = [make_job(f"job-{number}", n=200) for number in range(20)]
+        jobs = await asyncio.gather(*[engine.submit(job) for job in made])
+        counted = [int((await asyncio.to_thread(p.communicate))[0]) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert sum(counted) == 20 * 21
     assert all(counted)
     for job in jobs:

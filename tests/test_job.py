@@ -320,16 +320,18 @@ def test_what_was_found_done_is_not_taken_for_fast(
     folder = job(tmp_path / "task", shots=64, steps=100, epochs=20)
     progress = Progress(folder, Plan.read(folder))
     progress.stage("synthesizing")
+    clock.advance(10)
     progress.moved(256, 256)
-    progress.stage("personalizing")
-    clock.advance(1)
-    progress.moved(50, 100)
+    progress.stage("personalizing")  # All its steps were made.
+    progress.stage("finetuning")
     assert progress.status.eta_seconds is None
-    for step in range(51, 71):
+    progress.moved(80, 160)
+    assert progress.status.eta_seconds is None
+    for step in range(81, 121):
         clock.advance(2)
-        progress.moved(step, 100)
-    left = 30 + (146.6 + 21.4) / 0.654 * 128 / 640
-    assert progress.status.eta_seconds == pytest.approx(2 * left, rel=0.05)
+        progress.moved(step, 160)
+    left = 40 * (1 + 4 * 21.4 / 146.6)
+    assert progress.status.eta_seconds == pytest.approx(2 * left, rel=0.01)
 
 
 def test_progress_counts_a_stage_by_the_work_that_is_planned(tmp_path: Path) -> None:

@@ -37,19 +37,22 @@ class Progress:
         started = earlier.started or time.time()
         self.status = Status("running", started=started, losses=earlier.losses)
         self._written = 0.0
-        self._began = time.monotonic()
+        self._began: float | None = None
         self._found = 0.0
         self._is_first = True
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """A stage begins; the one before it, where it never moved, had nothing left to do."""
+        if self.status.stage is not None and self._is_first:
+            self._found += self._shares[self.status.stage]
         self.status = self.status.changed(stage=name)
         self._is_first = True
         self._move(0.0, at_once=True)
 
     def moved(self, done: int, whole: int, loss: float | None = None) -> None:
-        """So much of the stage is done; the first time, an earlier run may have done it."""
+        """So much of the stage is done; what the first call says is taken for an earlier run's."""
         if self._is_first:
+            self._began = self._began or time.monotonic()
             self._found += done / max(1, whole) * self._shares[str(self.status.stage)]
             self._is_first = False
         if loss is not None:
@@ -69,7 +72,7 @@ class Progress:
         before = names[: names.index(str(self.status.stage))]
         progress = sum(self._shares[name] for name in before)
         progress += share * self._shares[str(self.status.stage)]
-        passed, gained = now - self._began, progress - self._found
+        passed, gained = now - (self._began or now), progress - self._found
         eta = round(passed / gained * (1 - progress), 1) if gained > 0.01 else None
         self.status = self.status.changed(progress=round(progress, 4), eta_seconds=eta)
         if at_once or now - self._written > STATUS_SECONDS:

@@ -114,6 +114,7 @@ class Scripts:
         await asyncio.gather(*self._sending, return_exceptions=True)
         for call in self._calls:
             call.reply.cancel()
+        self._calls.clear()
 
     async def _send(self) -> None:
         calls, self._calls = self._calls, []
