@@ -462,6 +462,35 @@ async def test_posted_while_redis_is_away(
     assert caplog.text.count("Redis does not answer") == 1
 
 
+@pytest.mark.parametrize("sent", [False, True])
+async def test_posted_as_the_api_ends(
+    own_server: RedisServer, own_fleet: Fleet, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    """A POST whose API process lets go of Redis before it is told of the job is answered still."""
+    fleet = own_fleet
+    reached = asyncio.Event()
+    announce = fleet._told.announce
+
+    async def announced(task_id: str) -> None:
+        reached.set()
+        await announce(task_id)
+
+    monkeypatch.setattr(fleet._told, "announce", announced)
+    await fleet.queue.claim(fleet.volume)
+    own_server.send(signal.SIGSTOP)
+    posting = asyncio.create_task(fleet.post_alone())
+    await reached.wait()
+    if sent:
+        await asyncio.sleep(0)
+    assert bool(fleet._told._scripts._calls) is not sent
+    await fleet._told.close()
+    task = await posting
+    own_server.send(signal.SIGCONT)
+    assert task.status.state == "queued"
+    async with fleet.noticing():
+        await fleet.until_owned(b"(held)")
+
+
 async def test_least_rights_are_enough(own_server: RedisServer, own_fleet: Fleet) -> None:
     """An ACL user with the rights that the engine needs can announce, run and remove jobs."""
     rights = "-@all +@read +@write +@pubsub +@scripting +@connection +@transaction +time"

@@ -108,21 +108,19 @@ class Scripts:
         return await call.reply
 
     async def close(self) -> None:
-        """Give up what has no reply yet."""
+        """Give up what has no reply yet: whoever waits for it is told as of a lost connection."""
         for sending in self._sending:
             sending.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
-        for call in self._calls:
-            call.reply.cancel()
-        self._calls.clear()
+        calls, self._calls = self._calls, []
+        _give_up(calls)
 
     async def _send(self) -> None:
         calls, self._calls = self._calls, []
         try:
             replies = await self._replies(calls)
         except asyncio.CancelledError:
-            for call in calls:
-                call.reply.cancel()
+            _give_up(calls)
             raise
         except Exception as error:
             replies = [error] * len(calls)
@@ -155,6 +153,13 @@ class Scripts:
             return await self._redis.evalsha(self._digests[call.name], 1, *call.passed)
         except NoScriptError:  # EVAL needs no script loaded before, however often Redis restarts.
             return await self._redis.eval(self._texts[call.name], 1, *call.passed)
+
+
+def _give_up(calls: Sequence[_Call]) -> None:
+    """Tell whoever still waits; a cancellation would end tasks that nobody has cancelled."""
+    for call in calls:
+        if not call.reply.done():
+            call.reply.set_exception(ConnectionError("the connection was closed here"))
 
 
 async def answered(reply: Awaitable[T]) -> T:
