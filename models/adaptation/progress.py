@@ -15,7 +15,7 @@ from models.training import Diverged
 DRAWN, STEP, TUNED, EVALUATED = 0.323, 1.0, 0.0175, 0.0511
 """What counts in `progress` for a reference to draw, a step of personalization, a reference to tune
 on in an epoch and one to evaluate with: nano's times on a CPU, in steps. Source:
-the last line of docs/decisions/0010-a-shorter-job.md's table."""
+5767c93 in docs/decisions/0010-a-shorter-job.md's table."""
 STATUS_SECONDS = 0.5
 """Shortest time between two writings of a status that only moved on."""
 
