@@ -111,9 +111,11 @@ class Scripts:
         """Give up what has no reply yet: whoever waits for it is told as of a lost connection."""
         for sending in self._sending:
             sending.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
-        calls, self._calls = self._calls, []
-        _give_up(calls)
+        try:
+            await asyncio.gather(*self._sending, return_exceptions=True)
+        finally:
+            calls, self._calls = self._calls, []
+            _give_up(calls)
 
     async def _send(self) -> None:
         calls, self._calls = self._calls, []
