@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
 from benchmarks.redis_server import GROUP, RedisServer
@@ -468,20 +469,24 @@ async def test_posted_as_the_api_ends(
 ) -> None:
     """A POST whose API process lets go of Redis before it is told of the job is answered still."""
     fleet = own_fleet
-    reached = asyncio.Event()
-    announce = fleet._told.announce
+    reached, written = asyncio.Event(), asyncio.Event()
+    announce, write = fleet._told.announce, AbstractConnection.send_packed_command
 
     async def announced(task_id: str) -> None:
         reached.set()
         await announce(task_id)
 
-    monkeypatch.setattr(fleet._told, "announce", announced)
+    async def wrote(connection: AbstractConnection, *command: Any, **options: Any) -> None:
+        await write(connection, *command, **options)
+        if reached.is_set():
+            written.set()
+
     await fleet._told.claim(fleet.volume)
+    monkeypatch.setattr(fleet._told, "announce", announced)
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", wrote)
     own_server.send(signal.SIGSTOP)
     posting = asyncio.create_task(fleet.post_alone())
-    await reached.wait()
-    if sent:
-        await asyncio.sleep(0.2)  # On the wire; the server is stopped.
+    await (written if sent else reached).wait()
     assert bool(fleet._told._scripts._calls) is not sent
     await fleet._told.close()
     task = await posting
