@@ -486,7 +486,8 @@ async def test_posted_as_the_api_ends(
     monkeypatch.setattr(AbstractConnection, "send_packed_command", wrote)
     own_server.send(signal.SIGSTOP)
     posting = asyncio.create_task(fleet.post_alone())
-    await (written if sent else reached).wait()
+    async with asyncio.timeout(PATIENT):
+        await (written if sent else reached).wait()
     assert bool(fleet._told._scripts._calls) is not sent
     await fleet._told.close()
     task = await posting
