@@ -7,12 +7,17 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from models.files import flush, written_whole
+from models.integrity import PACKAGE, base_folder, sha256_of, verified_copies, verify
+from models.integrity import BundleError as BundleError
 
 SCHEMA = 2
 PROMPT_STATES = "prompt_states.safetensors"
@@ -26,13 +31,13 @@ WRITERS = ".lock"
 knows that every half-written bundle there is of a killed process."""
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MODELS = Path(__file__).parent
+MODELS = PACKAGE
+DENOISER_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATES,), "none": ()}
+"""Every kind of denoiser that a bundle may name, with the files that it must have then."""
+CLASSIFIER_KINDS = ("open-clip", "timm")
+"""Every kind of classifier that a bundle may name."""
 DEFAULT_TASK = MODELS / "nano" / "task"
 """The bundle that ships with the project: CIFAR-10's ten labels on the nano set."""
-
-
-class BundleError(ValueError):
-    """A bundle that must not be used; the message names the folder, the file and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,16 @@ class Base:
         names = {path.relative_to(root).as_posix(): sha256(path) for path in sorted(found)}
         return cls(kind, folder, names)
 
-    def verified(self) -> Path:
-        """The folder to load from.
+    def verified(self, models_dir: Path | None = None) -> Path:
+        """The folder that holds the network as the bundle was made with it.
 
-        Raises BundleError where a file is missing or is not the one the bundle was made with, or
-        where other weights lie beside them.
+        `models_dir` is where fetched networks lie. Raises BundleError for a folder outside of it
+        and of this package, for a file that is missing or another, and for weights beside them.
         """
-        folder = MODELS / self.folder
-        if self.folder and not any(name.endswith(SAFETENSORS) for name in self.files):
-            raise BundleError(f"{folder}: no safetensors file is listed for the base network")
+        folder = base_folder(self.folder, models_dir)
+        self._check_listed(folder)
         for name, sha256 in self.files.items():
-            _verify(folder, name, sha256)
+            verify(folder, name, sha256)
         for beside in sorted({(folder / name).parent for name in self.files}):
             for path in sorted([*beside.glob(f"*{SAFETENSORS}"), *beside.glob("*.index*.json")]):
                 if path.relative_to(folder).as_posix() not in self.files:
@@ -81,8 +85,23 @@ class Base:
             raise BundleError(f"{folder}: holds pickled files: {', '.join(sorted(pickles))}")
         return folder
 
+    @contextmanager
+    def opened(self, models_dir: Path | None = None) -> Iterator[Path]:
+        """A folder to load the network from: verified copies of its files, and nothing else.
 
-@dataclass(frozen=True, slots=True)
+        Raises BundleError as `verified` does.
+        """
+        folder = base_folder(self.folder, models_dir)
+        self._check_listed(folder)
+        with verified_copies(folder, self.files) as copies:
+            yield copies
+
+    def _check_listed(self, folder: Path) -> None:
+        if self.folder and not any(name.endswith(SAFETENSORS) for name in self.files):
+            raise BundleError(f"{folder}: no safetensors file is listed for the base network")
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A task: its words, the networks behind it and the settings that go into every certificate.
 
@@ -115,11 +134,16 @@ class Bundle:
         del described["folder"]
         return described
 
-    def file(self, name: str) -> Path | None:
-        """Where one of its files lies, or None for one that it does not have."""
-        return self.folder / name if name in self.files else None
+    @contextmanager
+    def opened(self) -> Iterator[Path]:
+        """A folder with verified copies of the bundle's own files, to load them from.
 
-    @property
+        Raises BundleError where a file is not the one that the manifest stated as it was read.
+        """
+        with verified_copies(self.folder, self.files) as copies:
+            yield copies
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all that can change an answer: the canonical manifest without what the
         task is called and what was measured, and through its hashes every weight."""
@@ -135,12 +159,6 @@ class Bundle:
 def _digest(value: object) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class KnownHashes:
@@ -169,8 +187,9 @@ def read_bundle(folder: Path) -> Bundle:
 
     A manifest of schema 1, which knew no adaptation, is read as what it would say now. Raises
     BundleError for a missing or unreadable manifest, an unknown schema version, unknown or missing
-    fields, a file that is absent, a link, not safetensors, outside the folder, or whose hash
-    differs, and for a personalized prompt without the adapter it belongs to.
+    fields, fewer than two labels or two equal ones, a file that is absent, a link, not safetensors,
+    outside the folder, or whose hash differs, an unknown kind of network, and for a network, or a
+    personalized prompt, without the file that it needs.
     """
     manifest = folder / "manifest.json"
     if folder.is_symlink() or manifest.is_symlink():
@@ -193,13 +212,14 @@ def read_bundle(folder: Path) -> Bundle:
         for name, sha256 in described["files"].items():
             if not name.endswith(SAFETENSORS):
                 raise BundleError(f"{folder}: {name!r} is not a safetensors file")
-            _verify(folder, name, sha256)
+            verify(folder, name, sha256)
         described["labels"] = tuple(described["labels"])
         for network in ("denoiser", "classifier"):
             described[network] = Base(**described[network])
         bundle = Bundle(**described, folder=folder)
     except (TypeError, AttributeError) as error:
         raise BundleError(f"{manifest}: a field has the wrong shape: {error}") from error
+    _check_kinds(manifest, bundle)
     for part, name in (("steps", ADAPTER), ("epochs", TUNED)):
         if bundle.adaptation.get(part) and name not in bundle.files:
             raise BundleError(f"{manifest}: was adapted with {part}, but lists no {name}")
@@ -222,24 +242,28 @@ def _check_types(manifest: Path, described: Mapping[str, Any]) -> None:
         value = described[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise BundleError(f"{manifest}: the field {name} holds {str(value)[:80]!r}")
-    odd = [label for label in described["labels"] if not isinstance(label, str)]
-    if odd or not described["labels"]:
+    labels = described["labels"]
+    odd = [label for label in labels if not isinstance(label, str)]
+    if odd:
         raise BundleError(f"{manifest}: the field labels holds {str(odd)[:80]!r}")
+    if len(labels) < 2:
+        raise BundleError(f"{manifest}: the field labels holds {len(labels)}; the smallest is 2")
+    if twice := [label for label, times in Counter(labels).items() if times > 1]:
+        raise BundleError(f"{manifest}: the field labels holds {str(twice[0])[:80]!r} twice")
 
 
-def _verify(folder: Path, name: str, sha256: str) -> None:
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
-        raise BundleError(f"{folder}: the path {name!r} leaves the folder")
-    path = folder
-    for part in parts:
-        path = path / part
-        if path.is_symlink():
-            raise BundleError(f"{folder}: {name!r} is a link")
-    if not path.is_file():
-        raise BundleError(f"{folder}: {name!r} is missing")
-    if sha256_of(path) != sha256:
-        raise BundleError(f"{folder}: {name!r} does not have the hash its manifest states")
+def _check_kinds(manifest: Path, bundle: Bundle) -> None:
+    if bundle.denoiser.kind not in DENOISER_FILES:
+        known = ", ".join(DENOISER_FILES)
+        raise BundleError(f"{manifest}: the denoiser is {bundle.denoiser.kind!r}, not of {known}")
+    if bundle.classifier.kind not in CLASSIFIER_KINDS:
+        known = ", ".join(CLASSIFIER_KINDS)
+        raise BundleError(
+            f"{manifest}: the classifier is {bundle.classifier.kind!r}, not of {known}"
+        )
+    for name in DENOISER_FILES[bundle.denoiser.kind]:
+        if name not in bundle.files:
+            raise BundleError(f"{manifest}: the denoiser needs {name}, which is not listed")
 
 
 def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> Bundle:

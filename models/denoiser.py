@@ -199,7 +199,7 @@ def load_super_resolution(
 
 def load_none(
     folder: Path,
-    states: Tensor,
+    states: Tensor | None,
     k: float,
     device: torch.device,
     dtype: torch.dtype,
@@ -210,7 +210,7 @@ def load_none(
     return NoDenoiser()
 
 
-Loader = Callable[[Path, Tensor, float, torch.device, torch.dtype, Runtime, Path | None], Denoiser]
+Loader = Callable[[Path, Any, float, torch.device, torch.dtype, Runtime, Path | None], Denoiser]
 DENOISERS: dict[str, Loader] = {
     "super-resolution": load_super_resolution,
     "none": load_none,

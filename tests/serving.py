@@ -117,7 +117,7 @@ class Service:
         self.voter = Voter(self.engine, votes)
         running = [self.voter.run, *more] if companions is None else companions
         configured = Settings(backlog_rows=backlog_rows, **settings)
-        self.catalogue = Catalogue(TASKS, configured.data_dir / "tasks")
+        self.catalogue = Catalogue(TASKS, configured.data_dir / "tasks", configured.models_folder)
         self.app = create_app(configured, self.engine, self.catalogue, SECRET, running)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from models.bundle import Base, Bundle, BundleError, read_bundle, sha256_of, write_bundle
+from models.bundle import (
+    CLASSIFIER_KINDS,
+    DENOISER_FILES,
+    Base,
+    Bundle,
+    BundleError,
+    read_bundle,
+    write_bundle,
+)
+from models.classifier import CLASSIFIERS
+from models.denoiser import DENOISERS
+from models.integrity import sha256_of
 
 
 @pytest.fixture
@@ -113,6 +124,14 @@ def test_pickles_are_refused(written: Bundle) -> None:
         ({"k": "1.8"}, "the field k holds '1.8'"),
         ({"labels": "cat"}, "the field labels holds 'cat'"),
         ({"labels": ["cat", 1]}, "the field labels holds"),
+        ({"labels": ["cat"]}, "the field labels holds 1; the smallest is 2"),
+        ({"labels": ["cat", "dog", "cat"]}, "the field labels holds 'cat' twice"),
+        ({"denoiser": asdict(Base("other"))}, "the denoiser is 'other', not of super-resolution"),
+        ({"classifier": asdict(Base("other"))}, "the classifier is 'other', not of open-clip"),
+        (
+            {"denoiser": asdict(Base("super-resolution")), "files": {}},
+            r"the denoiser needs prompt_states\.safetensors, which is not listed",
+        ),
         ({"figures": [1]}, "the field figures holds"),
         ({"adaptation": {"steps": 3}}, "was adapted with steps, but lists no adapter"),
         ({"adaptation": {"epochs": 3}}, "was adapted with epochs, but lists no classifier"),
@@ -132,13 +151,13 @@ def test_a_base_network_that_changed_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     base = Base.of("timm", str(tmp_path), ["*.safetensors"])
-    assert base.verified() == tmp_path
+    assert base.verified(tmp_path) == tmp_path
     weights.write_bytes(b"two")
     with pytest.raises(BundleError, match="does not have the hash"):
-        base.verified()
+        base.verified(tmp_path)
     weights.unlink()
     with pytest.raises(BundleError, match="is missing"):
-        base.verified()
+        base.verified(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"k": ' + "1" * 5_000 + "}", "{", "\\xff"])
@@ -167,3 +186,49 @@ def test_a_manifest_of_the_first_schema_is_read(written: Bundle) -> None:
     read = read_bundle(written.folder)
     assert (read.name, read.adaptation) == ("", {})
     assert read.digest == written.digest
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "nano/../../elsewhere", "/etc", "nano\\x"])
+def test_a_base_network_elsewhere_is_refused_by_name(folder: str) -> None:
+    """Base networks lie in the package or the models directory, without a way around."""
+    base = Base("timm", folder, {"model.safetensors": "0" * 64})
+    for use in (lambda: base.verified(), lambda: base.opened().__enter__()):
+        with pytest.raises(BundleError, match="the base network's folder") as caught:
+            use()
+        assert repr(folder) in str(caught.value)
+
+
+def test_a_base_network_reached_by_a_link_is_refused(tmp_path: Path) -> None:
+    """A link below the models directory is refused, the models directory itself may be one."""
+    real, linked = tmp_path / "real", tmp_path / "models"
+    (real / "net").mkdir(parents=True)
+    (real / "net" / "model.safetensors").write_bytes(b"one")
+    linked.symlink_to(real)
+    base = Base.of("timm", str(real / "net"), ["*"])
+    assert base.verified(linked) == real / "net"
+    (real / "other").symlink_to(real / "net")
+    with pytest.raises(BundleError, match="is reached by a link"):
+        replace(base, folder=str(real / "other")).verified(linked)
+
+
+def test_what_is_loaded_is_what_was_hashed(tmp_path: Path) -> None:
+    """A file that changes after its hash was checked changes nothing of what is loaded, and one
+    that changed before is refused."""
+    weights = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(3)}, weights)
+    base = Base.of("timm", str(tmp_path), ["*.safetensors"])
+    with base.opened(tmp_path) as copies:
+        save_file({"w": torch.ones(3)}, weights)
+        loaded = load_file(copies / "model.safetensors")["w"]
+    assert loaded.tolist() == [0.0, 0.0, 0.0]
+    with (
+        pytest.raises(BundleError, match=r"'model\.safetensors' does not have the hash"),
+        base.opened(tmp_path),
+    ):
+        pass
+
+
+def test_every_kind_of_network_may_be_named() -> None:
+    """Manifests may name exactly the adapters that there are."""
+    assert DENOISER_FILES.keys() == DENOISERS.keys()
+    assert set(CLASSIFIER_KINDS) == CLASSIFIERS.keys()

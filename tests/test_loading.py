@@ -660,7 +660,7 @@ def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None
     (tmp_path / "tasks" / "pets" / "manifest.json").write_text(json.dumps(made.manifest))
     bundle = read_bundle(tmp_path / "tasks" / "pets")
     (base / "unet" / "config.json").write_text("{}")
-    load = partial(load_and_warm, runtime=Torch(), lanes=1)
+    load = partial(load_and_warm, runtime=Torch(), lanes=1, models_dir=tmp_path)
     networks = Networks({"pets": bundle}, Loading(load, NUMERICS, 1, 1, lambda _: nullcontext()))
     with pytest.raises(ModelUnavailable, match=r"'unet/config.json' does not have the hash"):
         ask(networks["pets"])

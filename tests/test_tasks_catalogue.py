@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models import bundle as bundles
+from models import integrity
 from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
 from service.config import Settings
 from service.engine import Worker
@@ -100,21 +100,21 @@ async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
     of them is served from then on, nor any that comes, until the file is as it was."""
     folder, base = changed_base(tmp_path)
     hashed: list[Path] = []
-    sha256_of = bundles.sha256_of
+    sha256_of = integrity.sha256_of
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr(bundles, "sha256_of", counting)
-    catalogue = Catalogue(TASKS, tmp_path / "tasks")
+    monkeypatch.setattr(integrity, "sha256_of", counting)
+    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path)
     for name in ("a", "b"):
         put(tmp_path / "tasks", name, denoiser=asdict(base))
     await catalogue.refresh()
     assert set(catalogue) == {"default", "a", "b"}
     assert hashed.count(folder / "weights.safetensors") == 1
     (folder / "weights.safetensors").write_bytes(b"of another release")
-    put(tmp_path / "tasks", "c", classifier=asdict(base))
+    put(tmp_path / "tasks", "c", classifier=asdict(replace(base, kind="timm")))
     await catalogue.refresh()
     assert set(catalogue.refused) == {"a", "b", "c"}
     assert set(catalogue) == {"default"}
@@ -133,7 +133,7 @@ async def test_a_task_whose_base_cannot_be_looked_at_stays_served(
     """Passing trouble with the disk below a task that is served takes it from nobody."""
     folder, base = changed_base(tmp_path)
     put(tmp_path / "tasks", "a", denoiser=asdict(base))
-    catalogue = Catalogue(TASKS, tmp_path / "tasks")
+    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path)
     await catalogue.refresh()
     served = catalogue["a"]
 
@@ -151,7 +151,7 @@ async def test_a_task_whose_base_cannot_be_looked_at_stays_served(
 async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> None:
     """Networks that change under a running server fail the tasks made on them; a POST remakes."""
     folder, base = changed_base(tmp_path)
-    async with adapting(tmp_path / "data") as service:
+    async with adapting(tmp_path / "data", models_dir=tmp_path) as service:
         location = await made(service)
         task_id = location.rpartition("/")[2]
         manifest = tmp_path / "data" / "tasks" / task_id / "manifest.json"
@@ -206,7 +206,7 @@ async def test_passing_trouble_is_held_against_no_bundle(
         def troubled(folder: Path) -> Bundle:
             error = OSError(24, "Too many open files")
             if wrapped:
-                raise bundles.BundleError("cannot be read") from error
+                raise integrity.BundleError("cannot be read") from error
             raise error
 
         monkeypatch.setattr(catalogues, "read_bundle", troubled)

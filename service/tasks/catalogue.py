@@ -46,14 +46,18 @@ class Catalogue(Mapping[str, Bundle]):
     """Verified bundles by what callers send as `task`; `refresh` finds what came and went.
 
     `refused` says of each folder that is not served why, and `unread` of each that could not be
-    looked at and will be again. Bundles of a folder are named like it.
+    looked at and will be again. Bundles of a folder are named like it. Their base networks lie in
+    the package or in `models_dir`.
     """
 
-    def __init__(self, built_in: Mapping[str, Bundle], folder: Path) -> None:
+    def __init__(
+        self, built_in: Mapping[str, Bundle], folder: Path, models_dir: Path | None = None
+    ) -> None:
         self.refused: dict[str, RefusedBundle] = {}
         self.unread: dict[str, str] = {}
         self._built_in = dict(built_in)
         self._folder = folder
+        self._models_dir = models_dir
         self._bundles = dict(built_in)
         self._read: dict[str, tuple[Signature, Bundle]] = {}
         self._bases: dict[BaseState, str] = {}
@@ -175,7 +179,7 @@ class Catalogue(Mapping[str, Bundle]):
         state = base.folder, tuple(sorted(base.files.items())), states[base.folder]
         if state not in self._bases:
             try:
-                base.verified()
+                base.verified(self._models_dir)
                 self._bases[state] = ""
             except BundleError as error:
                 self._bases[state] = str(error)
