@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,9 @@ ROOT = Path(__file__).parents[1]
 SLICE = ROOT / "tests" / "data" / "cifar10-slice.png"
 SECRET = b"s" * 32
 VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "worker")
-SERVED = read_bundle(DEFAULT_TASK).served_digest(numerics(Torch())[0].described())
+BUNDLE = read_bundle(DEFAULT_TASK)
+NUMERICS = numerics(Torch())[0].described()
+SERVED = BUNDLE.served_digest(NUMERICS)
 """The digest that a worker on this machine serves the default task under."""
 SHARD_ROWS = 8
 LEASE_SECONDS = 4.0
@@ -155,9 +157,10 @@ def question(
     """
     image = evaluation_slice(SLICE).images[index].transpose(2, 0, 1)
     pixels = ASKED[name] = image.astype(np.uint8).tobytes()[: math.prod(shape)]
-    return Job(
+    job = Job(
         id=name,
         task=task,
+        task_digest=BUNDLE.digest,
         bundle=bundle,
         mode=Mode.CERTIFY,
         sigma=0.25,
@@ -167,14 +170,15 @@ def question(
         classes=10,
         shape=shape,
         pixels=pixels,
-        key=noise_key(SECRET, pixels, shape, bundle, 0.25),
+        key=b"",
         created=time.time(),
     )
+    return replace(job, key=noise_key(SECRET, job))
 
 
 def default_model(bundle: Bundle | None = None) -> SmoothedModel:
     """The networks by themselves, without engine or worker."""
-    return load(bundle or read_bundle(DEFAULT_TASK))
+    return load(bundle or BUNDLE)
 
 
 def rows_of(job: Job, domain: Domain) -> Rows:
@@ -245,7 +249,7 @@ class Fleet:
 
     async def announce(self) -> None:
         """Let jobs in before a worker is there."""
-        await self.engine.pull(Worker("announcing", {"default": SERVED}), 1)
+        await self.engine.pull(Worker("announcing", {"default": SERVED}, [NUMERICS]), 1)
 
     async def held(self, worker: WorkerProcess) -> int:
         """Shards that the worker has leases of."""

@@ -40,6 +40,7 @@ def made_up_job(asked: argparse.Namespace) -> Job:
     return Job(
         id=secrets.token_urlsafe(16),
         task="default",
+        task_digest="made up",
         bundle=WORKER_BUNDLES["default"],
         mode=Mode.CERTIFY,
         sigma=0.25,

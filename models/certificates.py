@@ -95,22 +95,23 @@ def certify(
         n=n,
         alpha=alpha,
         sigma=sigma,
-        method="cohen-certify",
+        method="cohen",
     )
 
 
-def predict(counts: Counts, alpha: float) -> Certificate:
+def predict(counts: Counts, alpha: float, *, total_variation: float = 0.0) -> Certificate:
     """PREDICT: the class with most votes (K,), unless the second could be as probable.
 
     Abstains where the two-sided binomial test of the top count against the top two at 1/2 has a
-    p-value above alpha; other classes do not enter, and equal top counts always abstain. Raises
+    p-value above alpha - n `total_variation`, for n rows as drawn differ from ideal ones by no more
+    (method.md 4a). Other classes do not enter, and equal top counts always abstain. Raises
     ValueError for what `check_predict` refuses and for malformed counts.
     """
     votes = _checked("counts", counts)
     n = sum(votes)
-    check_predict(n, alpha)
+    check_predict(n, alpha, total_variation)
     second, top = sorted(votes)[-2:]
-    abstained = _two_sided_p_value(top, second) > alpha
+    abstained = _two_sided_p_value(top, second) > _spendable(alpha, n, total_variation)
     return Certificate(
         label=None if abstained else votes.index(top),
         abstained=abstained,
@@ -121,7 +122,7 @@ def predict(counts: Counts, alpha: float) -> Certificate:
         n=n,
         alpha=alpha,
         sigma=None,
-        method="cohen-predict",
+        method="binomial",
     )
 
 
@@ -159,7 +160,7 @@ def smallest_n_certify(alpha: float) -> int:
 
 
 def smallest_n_predict(alpha: float) -> int:
-    """Fewest rows with which PREDICT can answer: 2^(1-n) <= alpha."""
+    """Fewest rows of ideal noise with which PREDICT can answer: 2^(1-n) <= alpha."""
     _check_alpha(alpha)
     return next(n for n in itertools.count(1) if _two_sided_p_value(n, 0) <= alpha)
 
@@ -174,10 +175,19 @@ def check_certify(n0: int, n: int, sigma: float, alpha: float) -> None:
     _check_rows(n, alpha, smallest_n_certify(alpha))
 
 
-def check_predict(n: int, alpha: float) -> None:
-    """Raises ValueError, naming field, value and limit, where PREDICT could only ever abstain."""
+def check_predict(n: int, alpha: float, total_variation: float = 0.0) -> None:
+    """Raises ValueError, naming field, value and limit, where PREDICT could only ever abstain.
+
+    With a `total_variation` a row that is also so where n rows spend all of alpha by theirs.
+    """
     _check_alpha(alpha)
     _check_rows(n, alpha, smallest_n_predict(alpha))
+    least = _two_sided_p_value(n, 0) + n * total_variation
+    if _two_sided_p_value(n, 0) > _spendable(alpha, n, total_variation):
+        raise ValueError(
+            f"alpha = {alpha} with n = {n} can only ever abstain, for the noise as drawn is not "
+            f"ideal: the smallest alpha that works is about {least:.3g}"
+        )
 
 
 def average_certified_radius(radii: ArrayLike, correct: ArrayLike) -> float:
@@ -225,6 +235,13 @@ def _two_sided_p_value(top: int, second: int) -> float:
     if second == 0:
         return math.ldexp(1.0, 1 - top)
     return 2.0 * float(betainc(top, second + 1, 0.5)) * (1.0 + _MARGIN)
+
+
+def _spendable(alpha: float, n: int, total_variation: float) -> float:
+    """What is left of alpha for the votes of n rows of noise that is not ideal, rounded down."""
+    if total_variation == 0.0:
+        return alpha
+    return math.nextafter(alpha - n * total_variation * (1.0 + _MARGIN), -math.inf)
 
 
 def _check_alpha(alpha: float) -> None:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from service.engine import RETRY_SECONDS, retry_seconds
 from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
-from service.jobs import Job
+from service.jobs import Job, canonical_json
 
 Served = Counter[tuple[str, str]]
 """How many live workers serve a task under a digest."""
 
 
-def most_served(served: Served) -> Mapping[str, str]:
-    """Every served task with the digest that most workers have; equal ones go by name."""
-    by_workers = sorted(served.items(), key=lambda item: (item[1], item[0]))
-    return {task: bundle for (task, bundle), _ in by_workers}
+def served_digests(served: Served) -> Mapping[str, tuple[str, ...]]:
+    """Every served task with its digests, those of most workers first; equal ones go by name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for (task, digest), _ in sorted(
+        served.items(), key=lambda item: (item[1], item[0]), reverse=True
+    ):
+        found[task] = (*found.get(task, ()), digest)
+    return found
 
 
-def every_digest(served: Served) -> Mapping[str, frozenset[str]]:
-    """Every served task with all digests that workers have of it."""
-    found: dict[str, set[str]] = {}
-    for task, bundle in served:
-        found.setdefault(task, set()).add(bundle)
-    return {task: frozenset(bundles) for task, bundles in found.items()}
+def distinct(numerics: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """The numerics without repeats, in an order of their own."""
+    known = {canonical_json(described): described for described in numerics}
+    return tuple(known[text] for text in sorted(known))
 
 
 def another_request() -> IdempotencyMismatch:
@@ -51,6 +54,15 @@ def too_large(job: Job, bound: int) -> InvalidField:
 def unserved(task: str) -> Backlog:
     """The refusal of a job whose bundle no live worker serves."""
     return Backlog(f"No live worker serves task {task!r} now.", retry_after=RETRY_SECONDS)
+
+
+def served_otherwise(task: str) -> Backlog:
+    """The refusal of a job where live workers have another bundle under its task's name."""
+    return Backlog(
+        f"Live workers have another bundle of task {task!r} than this process, so their votes are "
+        "not about its labels. Give all processes the same tasks and the same release.",
+        retry_after=RETRY_SECONDS,
+    )
 
 
 def full(rows: int, backlog_rows: int, rows_per_second: float) -> Backlog:

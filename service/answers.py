@@ -24,14 +24,15 @@ def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
 def certificate(status: JobStatus) -> Certificate:
     """What a succeeded job's votes prove."""
     job = status.job
+    blur = total_variation(job.shape, job.sigma)
     if job.mode is Mode.PREDICT:
-        return predict(status.estimation, job.alpha)
+        return predict(status.estimation, job.alpha, total_variation=blur)
     return certify(
         status.selection,
         status.estimation,
         job.sigma,
         job.alpha,
-        total_variation=total_variation(job.shape, job.sigma),
+        total_variation=blur,
     )
 
 

@@ -18,7 +18,7 @@ from service.health import Companion, Companions, Health
 from service.intake import Preferences, caller, read_question
 from service.jobs import State
 from service.page import docs_assets, pages
-from service.predictions import Predictions
+from service.predictions import Predictions, job_lost
 from service.probes import ERRORS, metrics, probes
 from service.problems import problem_responses, render_problem
 from service.schemas import (
@@ -142,6 +142,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.Backlog,
             errors.TaskNotReady,
             errors.EngineUnavailable,
+            errors.JobLost,
             errors.DeadlinePassed,
         ),
     },
@@ -230,21 +231,28 @@ async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceRespo
 
 
 async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
-    async for status in desk.engine.watch(job_id):
-        job = desk.told(status).model_dump(mode="json")
-        if not status.state.ended:
-            progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
-            yield JSONServerSentEvent(progress, event="progress")
-        elif status.state is State.SUCCEEDED:
-            yield JSONServerSentEvent(job["result"], event="result")
-        else:
-            yield JSONServerSentEvent(job["problem"], event="problem")
+    status = None
+    try:
+        async for status in desk.engine.watch(job_id):
+            job = desk.told(status).model_dump(mode="json")
+            if status.state is State.SUCCEEDED:
+                yield JSONServerSentEvent(job["result"], event="result")
+            elif status.state.ended:
+                yield JSONServerSentEvent(job["problem"], event="problem")
+            else:
+                progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
+                yield JSONServerSentEvent(progress, event="progress")
+        if status is None or not status.state.ended:
+            raise job_lost(job_id)
+    except errors.Problem as problem:
+        yield JSONServerSentEvent(problem.document(), event="problem")
 
 
 @keyed.get("/models", tags=["predictions"])
 async def get_models(desk: Desk) -> ModelsResponse:
     """Every task that can be asked for, its labels, and whether a worker serves it now."""
-    served = (await desk.engine.capacity()).bundles
+    capacity = await desk.engine.capacity()
+    served = {task: capacity.digests_of(task, bundle) for task, bundle in desk.tasks.items()}
     return ModelsResponse(
         models=[
             ModelResponse(
@@ -258,8 +266,8 @@ async def get_models(desk: Desk) -> ModelsResponse:
                 licence=bundle.licence,
                 k=bundle.k,
                 largest_sigma=bundle.largest_sigma,
-                bundle=served.get(task),
-                ready=task in served,
+                bundle=next(iter(served[task]), None),
+                ready=bool(served[task]),
             )
             for task, bundle in desk.tasks.items()
         ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from models.runtime import Runtime
 from service.config import Settings, load_secret
+from service.engine import Capacity
 from service.engine_memory import MemoryEngine
 from service.health import Companion
 from service.serving import Serving
@@ -38,8 +39,11 @@ class Embedded(Serving):
 
     async def ready(self) -> None:
         """Returns once the worker serves every task."""
-        while self.tasks.keys() - (await self.engine.capacity()).bundles.keys():  # noqa: ASYNC110
+        while not self._is_served(await self.engine.capacity()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+
+    def _is_served(self, capacity: Capacity) -> bool:
+        return all(capacity.digests_of(task, bundle) for task, bundle in self.tasks.items())
 
     def worker(self, on_failure: Callable[[], None]) -> Companion:
         """A companion of the app: loads and warms the default task, then works until stopped.

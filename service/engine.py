@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from models.bundle import Bundle
 from service.errors import ShardDead
-from service.jobs import Job, JobStatus, Shard
+from service.jobs import Job, JobStatus, Shard, canonical_json
 
 FAILURES_ALLOWED = 3
 """The failed attempt of one shard that ends its job."""
@@ -26,10 +27,19 @@ RETRY_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as it announces itself with every pull: `bundles` maps task to served digest."""
+    """A worker as it announces itself with every pull.
+
+    `bundles` maps task to served digest. `numerics` are those that the digests were made with:
+    who has a task's bundle can tell by them whether a digest is that bundle's.
+    """
 
     id: str
     bundles: Mapping[str, str]
+    numerics: Sequence[Mapping[str, Any]] = ()
+
+    def announcement(self) -> bytes:
+        """What it announces, as canonical JSON."""
+        return canonical_json({"bundles": self.bundles, "numerics": list(self.numerics)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +60,24 @@ class Capacity:
     """What the engine can take.
 
     `backlog_rows` wait or are leased; `rows_per_second` is measured over the last minute of work
-    (0.0 before the first commit); `bundles` maps every task of a live worker to its served digest,
-    the one that most workers serve where they differ, and `digests` to all that any of them serves.
-    Of the backlog, `owner_rows` belong to the owner asked about.
+    (0.0 before the first commit); `digests` maps every task of a live worker to the digests it is
+    served under, those of most workers first, and `numerics` are all that workers announce. Of the
+    backlog, `owner_rows` belong to the owner asked about.
     """
 
     backlog_rows: int
     rows_per_second: float
-    bundles: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     owner_rows: int = 0
-    digests: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    numerics: tuple[Mapping[str, Any], ...] = ()
+
+    def digests_of(self, task: str, bundle: Bundle) -> tuple[str, ...]:
+        """The digests under which live workers serve this very bundle, those of most first.
+
+        A bundle of the same name with other words or weights has other digests.
+        """
+        own = {bundle.served_digest(numerics) for numerics in self.numerics}
+        return tuple(digest for digest in self.digests.get(task, ()) if digest in own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +176,8 @@ class Engine(Protocol):
     def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
         """The job's status now and at every change, ending with its last; unknown: nothing.
 
-        A slow reader sees the latest status only.
+        A slow reader sees the latest status only. Where the engine loses the job meanwhile it ends
+        with a status that is not the last.
         """
 
     async def status(self, job_id: str) -> JobStatus | None:

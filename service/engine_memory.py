@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.admission import Served, another_request, every_digest, most_served
+from service.admission import Served, another_request, distinct, served_digests
 from service.engine import (
     Capacity,
     LaneState,
@@ -211,9 +211,11 @@ class MemoryEngine:
         return Capacity(
             backlog_rows=self._books.rows,
             rows_per_second=self._speed.rows_per_second,
-            bundles=most_served(served),
+            digests=served_digests(served),
             owner_rows=self._books.of(owner),
-            digests=every_digest(served),
+            numerics=distinct(
+                each for worker, _ in self._workers.values() for each in worker.numerics
+            ),
         )
 
     async def queue(self) -> QueueState:

@@ -153,6 +153,12 @@ class JobCancelled(Problem):
     status, slug, title = 409, "cancelled", "The job was cancelled"
 
 
+class JobLost(Problem):
+    """The queue no longer has a job that was accepted; its rows are gone."""
+
+    status, slug, title = 503, "job-lost", "The job was lost"
+
+
 class ShardDead(Problem):
     """A shard failed too often; its job cannot be answered."""
 

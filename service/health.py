@@ -113,7 +113,7 @@ class Health:
         capacity = await self.capacity()
         if capacity is None:
             return "the engine does not answer"
-        served = any(task in capacity.bundles for task in self._tasks)
+        served = any(capacity.digests_of(task, bundle) for task, bundle in self._tasks.items())
         if not served and not self._workers_elsewhere:
             return "no live worker serves any task"
         self._was_ready = True

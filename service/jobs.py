@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-NOISE_FORMAT = "philox4x32-10/discrete-gaussian/1"
-"""Part of every noise key: rows drawn in another way are other rows."""
+NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
+"""Part of every noise key: rows drawn in another way, or keyed otherwise, are other rows."""
 
 
 class Mode(StrEnum):
@@ -25,6 +25,11 @@ class Mode(StrEnum):
     def lane(self) -> str:
         """`hi` for PREDICT, `lo` for CERTIFY."""
         return "hi" if self is Mode.PREDICT else "lo"
+
+    @property
+    def method(self) -> str:
+        """The statistical procedure behind the answer."""
+        return "binomial" if self is Mode.PREDICT else "cohen"
 
 
 class Domain(StrEnum):
@@ -68,14 +73,16 @@ class Shard:
 class Job:
     """One question about one image.
 
-    `pixels` are the uint8 bytes of an image of `shape` (3, H, W), channel first; `bundle` is the
-    digest of the task's bundle with its numerics; `key` the job's noise key (32 bytes); `classes`
-    how many labels the task has; `created` is in Unix seconds; `owner` names the caller's key;
-    `traceparent` is the W3C trace context that it came with, for logs: no row or key depends on it.
+    `pixels` are the uint8 bytes of an image of `shape` (3, H, W), channel first; `task_digest` is
+    the digest of the bundle in whose words it is answered, and `bundle` the same bundle's with the
+    numerics; `key` the job's noise key (32 bytes); `classes` how many labels the task has;
+    `created` is in Unix seconds; `owner` names the caller's key; `traceparent` is the W3C trace
+    context that it came with, for logs: no row or key depends on it.
     """
 
     id: str
     task: str
+    task_digest: str
     bundle: str
     mode: Mode
     sigma: float
@@ -153,25 +160,22 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def noise_key(
-    secret: bytes, pixels: bytes, shape: tuple[int, int, int], bundle: str, sigma: float
-) -> bytes:
-    """The job's noise key (32 bytes): HMAC-SHA256 of what a trial is (design.md, Key of the noise).
+def noise_key(secret: bytes, job: Job, pixels_sha256: str | None = None) -> bytes:
+    """The noise key (32 bytes) of a job: HMAC-SHA256 of the whole question (design.md).
 
-    n, n0, alpha and mode are left out on purpose: a longer question extends the same rows.
+    Any other question has rows of its own, so it may be chosen after this one was answered. The
+    job's own `key` has no part in it; `pixels_sha256` (hex) stands in for pixels not at hand.
     """
-    return key_of_trial(secret, hashlib.sha256(pixels).hexdigest(), shape, bundle, sigma)
-
-
-def key_of_trial(
-    secret: bytes, pixels_sha256: str, shape: tuple[int, int, int], bundle: str, sigma: float
-) -> bytes:
-    """The noise key of pixels that are not at hand, by their SHA-256 in hexadecimal."""
-    trial = {
+    question = {
         "noise": NOISE_FORMAT,
-        "pixels": pixels_sha256,
-        "shape": list(shape),
-        "bundle": bundle,
-        "sigma": float(sigma),
+        "pixels": pixels_sha256 or hashlib.sha256(job.pixels).hexdigest(),
+        "shape": list(job.shape),
+        "bundle": job.bundle,
+        "mode": job.mode.value,
+        "method": job.mode.method,
+        "sigma": float(job.sigma),
+        "alpha": float(job.alpha),
+        "n0": job.n0,
+        "n": job.n,
     }
-    return hmac.digest(secret, canonical_json(trial), "sha256")
+    return hmac.digest(secret, canonical_json(question), "sha256")

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.smoothing import Rows
+from models.smoothing import Numerics, Rows
 
 
 class ModelUnavailable(RuntimeError):
@@ -37,6 +37,10 @@ class Model(Protocol):
     @property
     def classes(self) -> int:
         """K, the number of labels."""
+
+    @property
+    def numerics(self) -> Numerics:
+        """The numerics that it computes under."""
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,11 +22,19 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service import telemetry
-from service.answers import answer, job_response, problem
+from service.answers import answer, job_response, problem, total_variation
 from service.config import Settings
 from service.door import Door
 from service.engine import RETRY_SECONDS, Engine
-from service.errors import Backlog, JobCancelled, JobFailed, NotFound, Problem, TaskNotReady
+from service.errors import (
+    Backlog,
+    JobCancelled,
+    JobFailed,
+    JobLost,
+    NotFound,
+    Problem,
+    TaskNotReady,
+)
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
@@ -66,7 +75,7 @@ class Predictions:
             settings.decode_seconds,
             settings.decode_threads,
         )
-        self._watched: dict[str, tuple[str, str, asyncio.Task[JobStatus]]] = {}
+        self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
         self._door = Door(settings, engine)
         self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
@@ -90,14 +99,15 @@ class Predictions:
             await self._expect(asked.task)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
-        served = await self._door.admit(asked, owner, may_be_known=idempotency_key is not None)
+        known = idempotency_key is not None
+        served = await self._door.admit(asked, bundle, owner, may_be_known=known)
         pixels = await self._reader.read(asked.image, bundle.resolution)
-        job = self._job(asked, pixels, served, len(bundle.labels), owner, traceparent)
+        job = self._job(asked, pixels, bundle, served, owner, traceparent)
         job_id = await self.engine.submit(
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
         if job_id == job.id:
-            self._watch(job, bundle.digest)
+            self._watch(job)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
                 await self._forget(job_id)  # A key would repeat what its caller did not end.
                 detail = f"The task {asked.task!r} changed as it was asked; ask again"
@@ -127,8 +137,8 @@ class Predictions:
         """The job's last status, or None where it has not ended within `seconds`.
 
         Where `leaving` returns first, the caller is gone: the job is cancelled, and JobCancelled
-        raised. Raises NotFound for a job that is unknown, and Backlog once `drain` has been called
-        and its grace is over.
+        raised. Raises NotFound for a job that is unknown, JobLost for one that the engine has lost
+        since, and Backlog once `drain` has been called and its grace is over.
         """
         if not seconds:
             return None
@@ -153,9 +163,9 @@ class Predictions:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def told(self, status: JobStatus) -> JobResponse:
-        """The job as it stands; raises NotFound for an answer in the words of a removed task."""
+        """The job as it stands; raises NotFound for an answer of a bundle that is gone."""
         succeeded = status.state is State.SUCCEEDED
-        return job_response(status, self.bundle(status.job.task) if succeeded else None)
+        return job_response(status, self._bundle_of(status.job) if succeeded else None)
 
     async def withdraw(self, task: str) -> None:
         """Cancel the jobs of a task that is served no more, or not as it was when they were asked.
@@ -164,18 +174,22 @@ class Predictions:
         """
         bundle = self.tasks.get(task)
         digest = None if bundle is None else bundle.digest
-        for job_id, (of, asked_of, _) in list(self._watched.items()):
-            if of == task and asked_of != digest:
-                await self.engine.cancel(job_id)
+        for job, _ in list(self._watched.values()):
+            if job.task == task and job.task_digest != digest:
+                await self.engine.cancel(job.id)
         self._door.forget(task)
         if task not in self.tasks:
             telemetry.forget(task)
 
     def answer(self, status: JobStatus) -> PredictResponse:
-        """What an ended job answers; raises JobFailed with its problem where there is no answer."""
+        """What an ended job answers.
+
+        Raises JobFailed with its problem where there is no answer, and NotFound for an answer of a
+        bundle that is gone.
+        """
         if (refusal := problem(status)) is not None:
             raise JobFailed(refusal)
-        return answer(status, self.bundle(status.job.task))
+        return answer(status, self._bundle_of(status.job))
 
     def drain(self, grace_seconds: float) -> None:
         """Let waiting callers go: whoever has no answer after the grace is told to ask again."""
@@ -185,7 +199,7 @@ class Predictions:
         """Drop the image threads and stop watching jobs, and forgetting what is not yet."""
         self._reader.close()
         await self._restarts.close()
-        watching = [watching for *_, watching in self._watched.values()]
+        watching = [watching for _, watching in self._watched.values()]
         tasks: list[asyncio.Task[Any]] = [*watching, *self._forgetting]
         for task in tasks:
             task.cancel()
@@ -195,44 +209,58 @@ class Predictions:
         self,
         asked: PredictRequest,
         pixels: NDArray[np.uint8],
+        bundle: Bundle,
         served: str,
-        classes: int,
         owner: str | None,
         traceparent: str | None,
     ) -> Job:
         channels, height, width = pixels.shape
-        shape, data = (channels, height, width), pixels.tobytes()
-        return Job(
+        job = Job(
             id=secrets.token_urlsafe(16),
             task=asked.task,
+            task_digest=bundle.digest,
             bundle=served,
             mode=asked.mode,
             sigma=asked.sigma,
             alpha=asked.alpha,
             n0=asked.selection_rows,
             n=asked.n,
-            classes=classes,
-            shape=shape,
-            pixels=data,
-            key=noise_key(self._secret, data, shape, served, asked.sigma),
+            classes=len(bundle.labels),
+            shape=(channels, height, width),
+            pixels=pixels.tobytes(),
+            key=b"",
             created=time.time(),
             owner=owner,
             traceparent=traceparent,
         )
+        return replace(job, key=noise_key(self._secret, job))
+
+    def _bundle_of(self, job: Job) -> Bundle:
+        """The very bundle that the job was asked of; raises NotFound where it is another now."""
+        bundle = self.tasks.get(job.task)
+        if bundle is None or bundle.digest != job.task_digest:
+            raise NotFound(
+                f"The task {job.task!r} that this job was asked of is gone, or another by now; ask "
+                "again, with a new Idempotency-Key if you send one",
+                job=job.id,
+            )
+        return bundle
 
     async def _last_status(self, job_id: str) -> JobStatus:
         last = None
         async for status in self.engine.watch(job_id):
             last = status
-        if last is None or not last.state.ended:
+        if last is None:
             raise NotFound("There is no such job, or no longer")
+        if not last.state.ended:
+            raise job_lost(job_id)
         return last
 
-    def _watch(self, job: Job, asked_of: str) -> None:
+    def _watch(self, job: Job) -> None:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(_answered(partial(self._last_status, job.id)))
-        self._watched[job.id] = job.task, asked_of, watching
-        self._restarts.begin(job, asked_of)
+        self._watched[job.id] = replace(job, pixels=b""), watching
+        self._restarts.begin(job)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
     async def _forget(self, job_id: str) -> None:
@@ -268,6 +296,12 @@ class Predictions:
             telemetry.CERTIFIED_RADIUS.observe(told.radius)
 
 
+def job_lost(job_id: str) -> JobLost:
+    """The problem of a job that was accepted and is not there any more."""
+    detail = "The queue was lost, and the job with it; ask again"
+    return JobLost(detail, retry_after=1, job=job_id)
+
+
 async def _answered(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """What the engine answers, however long it is out of reach meanwhile."""
     while True:
@@ -289,7 +323,8 @@ def _check(asked: PredictRequest, bundle: Bundle) -> None:
         if certifying:
             check_certify(asked.n0, asked.n, asked.sigma, asked.alpha)
         else:
-            check_predict(asked.n, asked.alpha)
+            shape = (3, bundle.resolution, bundle.resolution)
+            check_predict(asked.n, asked.alpha, total_variation(shape, asked.sigma))
     except ValueError as error:
         field = str(error).partition(" ")[0]
         least = smallest_n(asked.alpha) if field == "n" else None

@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.bundle import Bundle
 from service import telemetry
 from service.engine import Capacity, Engine
-from service.jobs import Job, key_of_trial
+from service.jobs import Job, noise_key
 from service.logs import about
 from service.outage import AWAY
 
@@ -30,7 +30,7 @@ class _Open:
 
     task: str
     bundle: str
-    asked_of: str
+    task_digest: str
     pixels_sha256: str
     missing: int = 0
     restarts: int = 0
@@ -56,10 +56,10 @@ class Restarts:
         self._looking: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    def begin(self, job: Job, asked_of: str) -> None:
-        """The job, with its pixels and asked of the bundle of this digest, is open from now on."""
+    def begin(self, job: Job) -> None:
+        """The job, with its pixels, is open from now on."""
         sha256 = hashlib.sha256(job.pixels).hexdigest()
-        self._open[job.id] = _Open(job.task, job.bundle, asked_of, sha256)
+        self._open[job.id] = _Open(job.task, job.bundle, job.task_digest, sha256)
         if not self._is_closed and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(self._look_on())
 
@@ -73,10 +73,6 @@ class Restarts:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-
-    def _is_still_asked(self, known: _Open) -> bool:
-        bundle = self._tasks.get(known.task)
-        return bundle is not None and bundle.digest == known.asked_of
 
     async def _look_on(self) -> None:
         while self._open:
@@ -97,20 +93,21 @@ class Restarts:
                     logger.exception("the open job %s could not be looked after", job_id)
 
     async def _look_at(self, job_id: str, known: _Open, capacity: Capacity) -> None:
-        digests = capacity.digests.get(known.task, frozenset())
+        bundle = self._tasks.get(known.task)
+        if bundle is None or bundle.digest != known.task_digest:
+            return  # Not the same question: it is withdrawn.
+        digests = capacity.digests_of(known.task, bundle)
         known.missing = known.missing + 1 if digests and known.bundle not in digests else 0
         if known.missing < PATIENCE or known.restarts >= MOST_RESTARTS:
             return  # Redis fails it once nobody has served it for long; in memory it waits.
-        if not self._is_still_asked(known):
-            return  # Not the same question: it is withdrawn.
         status = await self._engine.status(job_id)
         if status is None or status.state.ended:
             return
-        job, served, known.missing = status.job, capacity.bundles[known.task], 0
+        job, served, known.missing = status.job, digests[0], 0
         if job.bundle != known.bundle:  # It has begun anew, and nobody here was told.
             known.bundle = job.bundle
             return
-        key = key_of_trial(self._secret, known.pixels_sha256, job.shape, served, job.sigma)
+        key = noise_key(self._secret, replace(job, bundle=served), known.pixels_sha256)
         if await self._engine.restart(job_id, served, key):
             known.bundle, known.restarts = served, known.restarts + 1
             telemetry.RESTARTS.inc()

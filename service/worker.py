@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.memory import let_go_of
 from models.smoothing import Rows
+from service.admission import distinct
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
 from service.engine import Engine, Lease, Worker
@@ -136,7 +137,9 @@ class _Loop:
             await self._until_taken()
             return
         began = time.monotonic()
-        pulling = self._engine.pull(Worker(self._worker_id, bundles), missing, self._last_task)
+        numerics = distinct(model.numerics.described() for model in models.values())
+        announced = Worker(self._worker_id, bundles, numerics)
+        pulling = self._engine.pull(announced, missing, self._last_task)
         leases = await self._reach.ask(pulling)
         self._announced = bundles
         for lease in leases:

@@ -17,6 +17,8 @@ from service.engine import Engine
 from service.jobs import Domain, Job, Mode
 from service.model import ShapeLowered, warm_up
 
+FAKE_NUMERICS = smoothing.Numerics("fake", "none", 16, 1, "fake", "0")
+
 
 class Rows(Protocol):
     """What the fakes read of models.smoothing.Rows."""
@@ -69,6 +71,7 @@ class FakeModel:
     batch_rows: int = 16
     classes: int = 3
     digest: str = "bundle-a"
+    numerics: smoothing.Numerics = FAKE_NUMERICS
     is_refused: bool = False
     is_due: bool = False
     delay: float = 0.0
@@ -131,6 +134,7 @@ def make_job(
     identity: str,
     *,
     task: str = "default",
+    task_digest: str = "task-a",
     bundle: str = "bundle-a",
     mode: Mode = Mode.CERTIFY,
     n0: int = 10,
@@ -143,6 +147,7 @@ def make_job(
     return Job(
         id=identity,
         task=task,
+        task_digest=task_digest,
         bundle=bundle,
         mode=mode,
         sigma=0.25,

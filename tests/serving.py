@@ -25,7 +25,6 @@ from service.tasks.catalogue import Catalogue
 from tests.fakes import FakeClock
 
 SECRET = b"s" * 32
-DIGEST = "d" * 64
 LABELS = ("ant", "bee", "cat", "dog")
 RESOLUTION = 8
 PIXELS = np.random.default_rng(5).integers(0, 256, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
@@ -44,6 +43,10 @@ TASKS = {
         files={},
     )
 }
+
+
+NUMERICS = {"device": "none"}
+DIGEST = TASKS["default"].served_digest(NUMERICS)
 
 
 def png(pixels: Any = PIXELS) -> bytes:
@@ -80,11 +83,12 @@ class Voter:
         self.busy = asyncio.Event()
         self.fails = False
         self.bundles = {"default": DIGEST}
+        self.numerics = [NUMERICS]
         self.leases: list[Lease] = []
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            leases = await self.engine.pull(Worker("voter", dict(self.bundles)), 100)
+            leases = await self.engine.pull(Worker("voter", dict(self.bundles), self.numerics), 100)
             self.leases += leases
             await self.engine.start(leases)
             if leases:
@@ -121,6 +125,10 @@ class Service:
         self.app = create_app(configured, self.engine, self.catalogue, SECRET, running)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")
+
+    def serve(self, task: str) -> None:
+        """Have the voter serve the bundle that the task has now."""
+        self.voter.bundles[task] = self.catalogue[task].served_digest(NUMERICS)
 
     async def ask(self, image: bytes = PNG, headers: Any = None, **fields: Any) -> httpx.Response:
         """POST /predict as a form."""

@@ -14,6 +14,7 @@ from tests.serving import (
     PIXELS,
     RESOLUTION,
     SECRET,
+    TASKS,
     Service,
     problem,
     serving,
@@ -44,7 +45,7 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "rows_used": 1100,
         "p_lower": proven.p_lower,
         "counts": [{"label": "cat", "count": 900}, {"label": "ant", "count": 100}],
-        "method": "cohen-certify",
+        "method": "cohen",
         "resolution": RESOLUTION,
         "bundle": DIGEST,
         "certificate": None,
@@ -79,7 +80,8 @@ async def test_the_job_is_what_was_asked(service: Service) -> None:
     pixels = PIXELS.transpose(2, 0, 1).tobytes()
     assert (job.pixels, job.shape, job.bundle, job.classes) == (pixels, (3, 8, 8), DIGEST, 4)
     assert (job.sigma, job.alpha, job.n0, job.n) == (0.5, 0.01, 10, 200)
-    assert job.key == noise_key(SECRET, pixels, (3, 8, 8), DIGEST, 0.5)
+    assert job.task_digest == TASKS["default"].digest
+    assert job.key == noise_key(SECRET, job)
 
 
 async def test_json_is_the_same_question(service: Service) -> None:

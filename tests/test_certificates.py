@@ -95,15 +95,13 @@ def test_certify_fills_every_field() -> None:
     assert got.counts == (10, 20, 970)
     assert all(type(count) is int for count in got.counts)
     assert (got.n0, got.n, got.alpha, got.sigma) == (100, 1000, 0.001, 0.5)
-    assert got.method == "cohen-certify"
+    assert got.method == "cohen"
 
 
 def test_predict_proves_no_radius() -> None:
     """PREDICT has no radius, no bound, no selection rows and no sigma."""
     got = predict((3, 90, 7), 0.001)
-    assert got == Certificate(
-        1, False, None, None, (3, 90, 7), 0, 100, 0.001, None, "cohen-predict"
-    )
+    assert got == Certificate(1, False, None, None, (3, 90, 7), 0, 100, 0.001, None, "binomial")
 
 
 def test_an_abstention_of_certify_has_radius_zero() -> None:

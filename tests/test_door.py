@@ -17,8 +17,9 @@ from service.engine_memory import MemoryEngine
 from service.errors import Backlog
 from service.predictions import Predictions
 from service.schemas import PredictRequest
-from tests.serving import SECRET, TASKS, png
+from tests.serving import NUMERICS, SECRET, TASKS, png
 
+BIRDS = TASKS["default"].served_digest(NUMERICS)
 ASKED = PredictRequest.model_validate({"image": png(), "task": "birds", "n": 30, "n0": 10})
 
 
@@ -36,7 +37,7 @@ def door(engine: MemoryEngine, tmp_path: Path) -> Door:
 
 
 async def admitted(door: Door) -> str:
-    return await door.admit(ASKED, None, may_be_known=False)
+    return await door.admit(ASKED, TASKS["default"], None, may_be_known=False)
 
 
 async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> None:
@@ -44,8 +45,8 @@ async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> Non
     waiting = asyncio.create_task(admitted(door))
     await asyncio.sleep(0.1)
     assert not waiting.done()
-    await engine.pull(Worker("w", {"default": "bundle-a", "birds": "bundle-b"}), 1)
-    assert await waiting == "bundle-b"
+    await engine.pull(Worker("w", {"default": "bundle-a", "birds": BIRDS}, [NUMERICS]), 1)
+    assert await waiting == BIRDS
 
 
 async def test_a_task_that_no_worker_serves_is_refused_at_once(
@@ -81,6 +82,7 @@ async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: P
     asking = asyncio.create_task(desk.submit(ASKED, None, None))
     await asyncio.sleep(0.1)
     assert not asking.done()
-    await engine.pull(Worker("w", {"default": "bundle-a", "birds": "bundle-b"}), 1)
+    digest = tasks["birds"].served_digest(NUMERICS)
+    await engine.pull(Worker("w", {"birds": digest}, [NUMERICS]), 1)
     assert await asking
     await desk.close()

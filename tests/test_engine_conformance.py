@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import pytest
@@ -33,6 +34,7 @@ from service.engine_redis.engine import RedisEngine
 from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
+from tests.serving import TASKS
 
 SHARD_ROWS = 10
 LEASE = 20  # ticks, as are the next three
@@ -705,11 +707,11 @@ async def test_silent_workers_do_not_live(harness: Harness) -> None:
     """Workers not heard from for long enough serve nothing, until they pull again."""
     engine = harness.engine
     await harness.wait(WORKER_SILENCE + 1)
-    assert (await engine.capacity()).bundles == {}
+    assert (await engine.capacity()).digests == {}
     with pytest.raises(Backlog):
         await engine.submit(make_job("a"))
     await engine.pull(ALPHA, 1)
-    assert (await engine.capacity()).bundles == {"default": "bundle-a"}
+    assert (await engine.capacity()).digests == {"default": ("bundle-a",)}
     await engine.submit(make_job("a"))
 
 
@@ -725,11 +727,26 @@ async def test_renewing_worker_is_alive(harness: Harness) -> None:
 
 
 async def test_capacity_names_what_is_served(engine: Engine) -> None:
-    """Every task of a live worker is served, under the digest that most workers have."""
+    """Every task of a live worker is served, first under the digest that most workers have."""
     await engine.pull(Worker("old", {"birds": "bundle-z"}), 1)
     await engine.pull(Worker("new", {"birds": "bundle-b"}), 1)
-    bundles = (await engine.capacity()).bundles
-    assert bundles == {"default": "bundle-a", "birds": "bundle-b"}
+    digests = (await engine.capacity()).digests
+    assert digests == {"default": ("bundle-a",), "birds": ("bundle-b", "bundle-z")}
+
+
+async def test_capacity_has_the_numerics_of_live_workers(engine: Engine) -> None:
+    """All that live workers announce, each once; they tell a bundle's own digests from others'."""
+    bundle, bf16, wide = TASKS["default"], {"dtype": "bf16"}, {"dtype": "bf16", "batch_rows": 64}
+    mine, other = (each.served_digest(bf16) for each in (bundle, replace(bundle, k=2.0)))
+    await engine.pull(Worker("one", {"birds": other}, [bf16]), 1)
+    await engine.pull(Worker("two", {"birds": other}, [bf16, wide]), 1)
+    capacity = await engine.capacity()
+    assert sorted(map(str, capacity.numerics)) == sorted(map(str, (bf16, wide)))
+    assert capacity.digests_of("birds", bundle) == ()
+    await engine.pull(Worker("three", {"birds": mine}, [bf16]), 1)
+    capacity = await engine.capacity()
+    assert capacity.digests["birds"] == (other, mine)
+    assert capacity.digests_of("birds", bundle) == (mine,)
 
 
 # Quotas

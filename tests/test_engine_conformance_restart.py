@@ -390,10 +390,9 @@ async def test_every_digest_of_a_live_worker_is_known(harness: Harness) -> None:
     await engine.pull(BETA, 0)
     await engine.pull(Worker("birds", {"birds": "bundle-b"}), 0)
     capacity = await engine.capacity()
-    assert capacity.bundles == {"default": "bundle-a", "birds": "bundle-b"}
-    assert capacity.digests == {"default": {"bundle-a", NEW}, "birds": {"bundle-b"}}
+    assert capacity.digests == {"default": ("bundle-a", NEW), "birds": ("bundle-b",)}
     await harness.wait(40)
     await engine.pull(Worker("alpha", {"default": NEW}), 0)
-    assert (await engine.capacity()).digests["default"] == {"bundle-a", NEW}
+    assert (await engine.capacity()).digests["default"] == (NEW, "bundle-a")
     await harness.wait(40)
-    assert (await engine.capacity()).digests == {"default": {NEW}}
+    assert (await engine.capacity()).digests == {"default": (NEW,)}

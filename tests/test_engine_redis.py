@@ -1042,7 +1042,7 @@ async def test_fleet_that_was_silent_leaves_the_group(redis_server: RedisServer)
     assert len(await fleet.redis.xinfo_consumers(stream, GROUP)) == 1
     clock.advance(31)
     await age(fleet.redis, fleet.prefix, 31_000)
-    assert (await fleet.engine.capacity()).bundles == {}
+    assert (await fleet.engine.capacity()).digests == {}
     assert await fleet.redis.xinfo_consumers(stream, GROUP) == []
     await fleet.redis.delete(*await fleet.keys())
     await fleet.close()

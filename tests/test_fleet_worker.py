@@ -389,7 +389,7 @@ def test_ill_device_is_not_ready(tmp_path: Path) -> None:
 
 async def _until_served(engine: RedisEngine, task: str, digest: str | None) -> None:
     async with asyncio.timeout(120):
-        while (await engine.capacity()).bundles.get(task) != digest:  # noqa: ASYNC110
+        while (await engine.capacity()).digests.get(task, (None,))[0] != digest:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 

@@ -24,7 +24,7 @@ from service.engine import Worker
 from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
-from tests.serving import PNG, problem
+from tests.serving import NUMERICS, PNG, problem
 from tests.test_traces import TRACE, VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
@@ -32,6 +32,7 @@ pytestmark = [  # A connection that is cut while the client makes it is left to 
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 LABELS = read_bundle(DEFAULT_TASK).labels
+SERVED = read_bundle(DEFAULT_TASK).served_digest(NUMERICS)
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
 
 
@@ -76,7 +77,9 @@ class Voter:
 
     async def _work(self) -> None:
         while True:
-            leases = await self.engine.pull(Worker("elsewhere", {"default": "d" * 64}), 50)
+            leases = await self.engine.pull(
+                Worker("elsewhere", {"default": SERVED}, [NUMERICS]), 50
+            )
             await self.engine.start(leases)
             if leases:
                 await self.open.wait()

@@ -142,7 +142,7 @@ async def test_service_can_do_its_work(secured: Path, monkeypatch: pytest.Monkey
     await check_server(settings.redis_url, engine)
     monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     pulling = asyncio.create_task(engine.pull(ALPHA, 100))
-    while not (await engine.capacity()).bundles:  # noqa: ASYNC110
+    while not (await engine.capacity()).digests:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     await engine.submit(make_job("a"), idempotency_key="once")
     leases = await pulling

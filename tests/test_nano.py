@@ -107,3 +107,16 @@ def test_vocabulary_holds_every_label() -> None:
     words = vocabulary()
     assert set(CIFAR10_LABELS) <= set(words)
     assert len(set(words)) == len(words)
+
+
+def test_what_loading_computes_does_not_depend_on_threads() -> None:
+    """Text prototypes are the same to the bit however many threads torch has."""
+    before, prototypes = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            prototypes.append(load(read_bundle(DEFAULT_TASK)).classifier._prototypes)  # type: ignore[attr-defined]
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*prototypes)

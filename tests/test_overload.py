@@ -20,10 +20,12 @@ from service.engine_redis.client import connect
 from service.engine_redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from service.jobs import Mode
+from tests.serving import NUMERICS
 
 KEYS = ("key-of-ann", "key-of-bob", "key-of-cyd")
 CERTIFY = ROWS[Mode.CERTIFY]
 BATCH_ROWS = 128
+SERVED = read_bundle(DEFAULT_TASK).served_digest(NUMERICS)
 RETENTION_SECONDS = 300
 IDLE = {"workers", "announced", "announcement", "swept", "reconciled", "speed"}
 """What a fleet without work may hold in Redis, by the first part of a key's name."""
@@ -45,7 +47,9 @@ class PacedWorker:
     async def run(self) -> None:
         labels = len(read_bundle(DEFAULT_TASK).labels)
         while True:
-            leases = await self.engine.pull(Worker("paced", {"default": "d" * 64}), BATCH_ROWS)
+            leases = await self.engine.pull(
+                Worker("paced", {"default": SERVED}, [NUMERICS]), BATCH_ROWS
+            )
             if not leases:
                 continue
             await self.engine.start(leases)
@@ -80,7 +84,7 @@ async def fleet(
     async with app.router.lifespan_context(app), client:
         working = asyncio.create_task(worker.run())
         async with asyncio.timeout(60):
-            while not (await worker.engine.capacity()).bundles:  # noqa: ASYNC110
+            while not (await worker.engine.capacity()).digests:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         try:
             yield client, worker

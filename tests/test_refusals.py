@@ -70,7 +70,7 @@ class Gap(Shelf):
     async def is_refused_by(self, engine: Engine) -> None:
         """Wait until no worker says that it serves the task."""
         async with asyncio.timeout(5):
-            while (await engine.capacity()).bundles.keys() != {"default"}:  # noqa: ASYNC110
+            while (await engine.capacity()).digests.keys() != {"default"}:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
 
@@ -107,7 +107,9 @@ async def test_alone_every_job_of_a_task_that_cannot_be_loaded_fails_at_once() -
         for other in others:
             await assert_exact(engine, other)
         assert (await engine.capacity()).backlog_rows == 0
-        assert (await engine.capacity()).bundles == shelf.digests
+        assert (await engine.capacity()).digests == {
+            task: (digest,) for task, digest in shelf.digests.items()
+        }
     assert shelf.loads.count("a") == 1
 
 

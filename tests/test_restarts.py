@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.predictions import Predictions
 from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.schemas import PredictRequest
-from tests.fakes import EngineSpy, fake_votes, make_job, true_votes
+from tests import fakes
+from tests.fakes import EngineSpy, fake_votes, true_votes
 from tests.serving import DIGEST, SECRET, TASKS, Service, png
 from tests.test_engine_conformance import HARNESSES
 from tests.test_worker import soon
 
-OLD, NEW = "bundle-a", "bundle-b"
 TASK = {"default": replace(TASKS["default"], labels=("ant", "bee", "cat"))}
+SHAPES = [{"batch_rows": rows} for rows in range(20, 4, -1)]
+DIGESTS = [TASK["default"].served_digest(shape) for shape in SHAPES]
+OLD, NEW, MIDDLE, *OTHERS = DIGESTS
 ASKED = TASK["default"].digest
+LATER = replace(TASKS["default"], k=2.0)
+make_job = partial(fakes.make_job, bundle=OLD, task_digest=ASKED)
 LONG = PATIENCE + 3
 """Looks after which a job would have begun anew."""
 
@@ -48,7 +54,7 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
 
 async def serves(engine: Engine, worker: str, digest: str) -> None:
     """Announce a worker of this digest; what it leases goes back at once."""
-    await engine.release(await engine.pull(Worker(worker, {"default": digest}), 1))
+    await engine.release(await engine.pull(Worker(worker, {"default": digest}, SHAPES), 1))
 
 
 def restarts(engine: Any, tasks: Any = TASK) -> Restarts:
@@ -76,18 +82,18 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     """Its votes are thrown away, its key is the new digest's own, and its answer is exact."""
     job, told = make_job("a"), telemetry.RESTARTS._value.get()
     await engine.submit(job)
-    counted, late = await engine.pull(Worker("w", {"default": OLD}), 20)
+    counted, late = await engine.pull(Worker("w", {"default": OLD}, SHAPES), 20)
     await engine.commit(counted, [10, 0, 0])
     looking = restarts(engine)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await serves(engine, "w", NEW)
     status = await under(engine, job, NEW)
     assert (status.state, status.rows_done, sum(status.selection)) == (State.QUEUED, 0, 0)
-    assert status.job.key == noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
+    assert status.job.key == noise_key(SECRET, replace(job, bundle=NEW))
     assert replace(status.job, key=job.key, bundle=OLD, pixels=job.pixels) == job
     assert telemetry.RESTARTS._value.get() == told + 1
     assert not await engine.commit(late, [0, 10, 0])
-    for lease in await engine.pull(Worker("w", {"default": NEW}), 1_000):
+    for lease in await engine.pull(Worker("w", {"default": NEW}, SHAPES), 1_000):
         key, shard = lease.job.domain_key(lease.shard.domain), lease.shard
         await engine.commit(lease, fake_votes(key, range(shard.start, shard.stop), 3))
     last = await engine.status(job.id)
@@ -101,15 +107,15 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
 async def test_jobs_stay_while_anybody_serves_them(engine: Engine) -> None:
     """One worker of the old digest is enough; so is none at all, for it may come back."""
     spy, jobs = EngineSpy(engine), [make_job("a"), make_job("b", task="birds", bundle=OLD)]
-    await engine.pull(Worker("bird", {"birds": OLD}), 1)
+    await engine.pull(Worker("bird", {"birds": OLD}, SHAPES), 1)
     for job in jobs:
         await engine.submit(job)
     for worker in ("x", "y"):
         await serves(engine, worker, NEW)
-    await engine.pull(Worker("bird", {"default": NEW}), 1)
+    await engine.pull(Worker("bird", {"default": NEW}, SHAPES), 1)
     looking = restarts(spy)
     for job in jobs:
-        looking.begin(job, ASKED)
+        looking.begin(job)
     await looks(spy, LONG)
     assert spy.asked("restart") == []
     await looking.close()
@@ -131,7 +137,7 @@ async def test_another_question_is_not_restarted(
         await engine.submit(job)
         await serves(engine, "w", NEW)
         looking = restarts(spy, tasks)
-        looking.begin(job, ASKED)
+        looking.begin(job)
         tasks.clear()
         tasks.update(later)
         await looks(spy, LONG)
@@ -146,8 +152,7 @@ class Returning(EngineSpy):
     async def capacity(self) -> Capacity:
         self.calls.append(("capacity", ()))
         digest = OLD if len(self.asked("capacity")) % PATIENCE == 0 else NEW
-        digests = {"default": frozenset({digest})}
-        return Capacity(0, 0.0, {"default": digest}, digests=digests)
+        return Capacity(0, 0.0, {"default": (digest,)}, numerics=tuple(SHAPES))
 
 
 async def test_a_worker_that_is_missed_for_a_moment_keeps_its_jobs(engine: Engine) -> None:
@@ -155,7 +160,7 @@ async def test_a_worker_that_is_missed_for_a_moment_keeps_its_jobs(engine: Engin
     spy, job = Returning(engine), make_job("a")
     await engine.submit(job)
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await looks(spy, 3 * PATIENCE)
     assert spy.asked("restart") == []
     await looking.close()
@@ -168,10 +173,10 @@ async def test_keys_are_of_the_pixels_though_the_engine_tells_none(engine: Engin
     looking = restarts(engine)
     for job in jobs:
         await engine.submit(job)
-        looking.begin(job, ASKED)
+        looking.begin(job)
     await serves(engine, "w", NEW)
     for job in jobs:
-        wanted = noise_key(SECRET, job.pixels, job.shape, NEW, job.sigma)
+        wanted = noise_key(SECRET, replace(job, bundle=NEW))
         assert (await under(engine, job, NEW)).job.key == wanted
     await looking.close()
 
@@ -181,12 +186,11 @@ async def test_a_job_begins_anew_a_bounded_number_of_times(engine: Engine) -> No
     spy, job = EngineSpy(engine), make_job("a")
     await engine.submit(job)
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     for turn in range(MOST_RESTARTS):
-        digest = f"bundle-{turn}"
-        await serves(engine, "w", digest)
-        await under(engine, job, digest)
-    await serves(engine, "w", "bundle-last")
+        await serves(engine, "w", OTHERS[turn])
+        await under(engine, job, OTHERS[turn])
+    await serves(engine, "w", NEW)
     await looks(spy, LONG)
     assert len(spy.asked("restart")) == MOST_RESTARTS
     await looking.close()
@@ -210,7 +214,7 @@ async def test_a_job_that_ends_as_it_begins_anew_is_over(engine: Engine) -> None
     looking = restarts(Ending(engine))
     for job in jobs:
         await engine.submit(job)
-        looking.begin(job, ASKED)
+        looking.begin(job)
     await serves(engine, "w", NEW)
     await under(engine, jobs[2], NEW)
     assert looking._open.keys() == {"bad", "good"}
@@ -224,7 +228,7 @@ async def test_an_engine_that_is_away_is_asked_again(engine: Engine) -> None:
     await engine.submit(job)
     await serves(engine, "w", NEW)
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await under(engine, job, NEW)
     await looks(spy, LONG)
     assert (await engine.status(job.id)).job.bundle == NEW  # type: ignore[union-attr]
@@ -247,7 +251,7 @@ async def test_an_engine_that_errs_is_asked_again(
     await engine.submit(job)
     await serves(engine, "w", NEW)
     looking = restarts(Erring(engine))
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await under(engine, job, NEW)
     await looking.close()
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
@@ -259,11 +263,11 @@ async def test_a_job_that_others_began_anew_is_not_begun_again(engine: Engine) -
     """Where its record has another digest than was known here, that one is missed from then on."""
     spy, job = EngineSpy(engine), make_job("a")
     await engine.submit(job)
-    assert await engine.restart(job.id, "bundle-middle", bytes(32))
+    assert await engine.restart(job.id, MIDDLE, bytes(32))
     await serves(engine, "w", NEW)
-    await serves(engine, "x", "bundle-middle")
+    await serves(engine, "x", MIDDLE)
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await looks(spy, 2 * LONG)
     assert spy.asked("restart") == []
     assert len(spy.asked("status")) == 1
@@ -277,7 +281,7 @@ async def test_a_job_that_has_ended_is_not_begun_again(engine: Engine) -> None:
     await engine.cancel(job.id)
     await serves(engine, "w", NEW)
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await soon(lambda: len(spy.asked("status")) > 1)
     assert spy.asked("restart") == []
     await looking.close()
@@ -287,14 +291,21 @@ async def test_nobody_looks_once_closed(engine: Engine) -> None:
     """Neither after what was open, nor after what begins then."""
     spy, job = EngineSpy(engine), make_job("a")
     looking = restarts(spy)
-    looking.begin(job, ASKED)
+    looking.begin(job)
     await looks(spy, 1)
     looked = looking._looking
     await looking.close()
     assert looked is not None
     assert looked.done()
-    looking.begin(make_job("b"), ASKED)
+    looking.begin(make_job("b"))
     assert looking._looking is looked
+
+
+async def serves_both(engine: Engine) -> None:
+    """Announce workers of the task that `Replacing` has at first, and of the one that comes."""
+    for worker, bundle in (("first", TASKS["default"]), ("later", LATER)):
+        digest = bundle.served_digest(SHAPES[0])
+        await engine.pull(Worker(worker, {"default": digest}, SHAPES), 0)
 
 
 class Replacing(EngineSpy):
@@ -310,7 +321,7 @@ class Replacing(EngineSpy):
     async def submit(self, *asked: Any, **more: Any) -> str:
         job_id = await self.engine.submit(*asked, **more)
         if self.tasks["default"] is TASKS["default"]:
-            self.tasks["default"] = replace(TASKS["default"], k=2.0)
+            self.tasks["default"] = LATER
         return job_id
 
 
@@ -319,10 +330,11 @@ async def test_a_task_that_changes_as_it_is_asked_is_another_question(
 ) -> None:
     """A job whose bundle is replaced while the question is on its way never begins anew under the
     other; the caller is told to ask again, and nothing is kept that a key would repeat."""
+    await serves_both(engine)
     begun: list[str] = []
     spy = Replacing(engine)
     desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
-    monkeypatch.setattr(desk._restarts, "begin", lambda job, asked_of: begun.append(asked_of))
+    monkeypatch.setattr(desk._restarts, "begin", lambda job: begun.append(job.task_digest))
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady, match="'default' changed as it was asked; ask again") as told:
         await desk.submit(asked, "ada", "key")
@@ -338,6 +350,7 @@ async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the engine is out of reach just then, the key is free once it answers again."""
+    await serves_both(engine)
     monkeypatch.setattr(predictions, "_AWAY_SECONDS", 0.01)
     spy = Replacing(engine)
     spy.trouble = lambda: spy.calls[-1][0] == "forget" and len(spy.asked("forget")) < 3
@@ -356,11 +369,11 @@ async def test_nobody_looks_after_jobs_that_are_over(engine: Engine) -> None:
     """The engine is asked only while a job of this process is open."""
     spy, first, second = EngineSpy(engine), make_job("a"), make_job("b")
     looking = restarts(spy)
-    looking.begin(first, ASKED)
+    looking.begin(first)
     await looks(spy, 1)
     looking.end("a")
     await soon(lambda: looking._looking is not None and looking._looking.done())
-    looking.begin(second, ASKED)
+    looking.begin(second)
     await looks(spy, 1)
     await looking.close()
 
@@ -371,15 +384,16 @@ async def test_a_caller_gets_the_answer_of_the_new_digest(service: Service) -> N
     service.voter.open.clear()
     waiting = asyncio.create_task(service.ask(n="1000"))
     await service.voter.busy.wait()
-    service.voter.bundles = {"default": NEW}
+    new = TASKS["default"].served_digest(SHAPES[1])
+    service.voter.bundles, service.voter.numerics = {"default": new}, [SHAPES[1]]
     service.voter.open.set()
     answered = (await waiting).json()
-    assert answered["bundle"] == NEW
+    assert answered["bundle"] == new
     assert DIGEST in {lease.job.bundle for lease in service.voter.leases}
     assert sum(count["count"] for count in answered["counts"]) == 1000
     first = {lease.job.key for lease in service.voter.leases if lease.job.bundle == DIGEST}
     assert first.isdisjoint(
-        {lease.job.key for lease in service.voter.leases if lease.job.bundle == NEW}
+        {lease.job.key for lease in service.voter.leases if lease.job.bundle == new}
     )
 
 
@@ -422,7 +436,8 @@ async def test_a_job_in_flight_outlives_a_device_without_memory(
     assert desk.answer(status).bundle == lowered != first_digest
     model = load(bundle, batch_rows=usual // 2, lanes=embedded.models.loading.lanes)
     image = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    assert status.job.key == noise_key(embedded.secret, image.tobytes(), (3, 32, 32), lowered, 0.25)
+    assert status.job.bundle == lowered
+    assert status.job.key == noise_key(embedded.secret, replace(status.job, pixels=image.tobytes()))
     rows = Rows(image, status.job.domain_key(Domain.ESTIMATION), 0, 300, 0.25)
     assert status.estimation == tuple(votes(model, rows).tolist())
 
@@ -454,6 +469,6 @@ async def test_a_server_that_cannot_be_lowered_ends(
         await working
     assert embedded.failed
     assert ending.is_set()
-    held = await embedded.engine.pull(Worker("other", {"default": digest}), 1_000)
+    held = await embedded.engine.pull(Worker("other", {"default": digest}, SHAPES), 1_000)
     assert sum(lease.shard.rows for lease in held) == 40
     assert not any(lease.solitary for lease in held)

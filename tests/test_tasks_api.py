@@ -21,7 +21,7 @@ from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until
 from tests.fake_adaptation import FIGURES, GO, publish
-from tests.serving import DIGEST, Service, problem, serving
+from tests.serving import Service, problem, serving
 from tests.test_api import events
 from tests.test_predictions import ANN, BOB
 from tests.test_serve import png
@@ -105,7 +105,7 @@ async def test_a_new_task_can_be_asked_without_a_restart(service: Service) -> No
     service.voter.votes = lambda rows: [rows, 0]
     asking = asyncio.create_task(service.ask(task=task_id))
     await asyncio.sleep(0.1)
-    service.voter.bundles[task_id] = DIGEST
+    service.serve(task_id)
     assert (await asking).json()["label"] == "cat"
 
 
@@ -263,7 +263,7 @@ async def test_a_deleted_task_is_asked_no_more(service: Service) -> None:
     """Deleting a ready task cancels the questions that wait for it, and answers no new ones."""
     location = await made(service)
     task_id = location.rpartition("/")[2]
-    service.voter.bundles[task_id] = DIGEST
+    service.serve(task_id)
     service.voter.open.clear()
     waiting = asyncio.create_task(service.ask(task=task_id))
     await service.voter.busy.wait()
@@ -279,7 +279,7 @@ async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:
     service.voter.votes = lambda rows: [rows // 2, rows - rows // 2]
     location = await made(service)
     task_id = location.rpartition("/")[2]
-    service.voter.bundles[task_id] = DIGEST
+    service.serve(task_id)
     assert (await service.ask(task=task_id)).json()["abstained"]
     telemetry.ROWS.labels(task=task_id).inc()
     await until(lambda: counted("vouchsafe_abstentions_total", task=task_id, mode="certify"))

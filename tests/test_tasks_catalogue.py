@@ -26,7 +26,7 @@ from service.tasks.schemas import TaskRequest
 from service.tasks.task import Signature, Task, signature
 from tests.adapting import make_store
 from tests.fakes import EngineSpy
-from tests.serving import DIGEST, SECRET, TASKS, png, problem
+from tests.serving import NUMERICS, SECRET, TASKS, png, problem
 from tests.test_tasks_api import adapting, body, made
 
 
@@ -313,7 +313,9 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
     put(tmp_path, "pets")
     catalogue, stop, tries = Catalogue(TASKS, tmp_path), asyncio.Event(), 0
     engine = MemoryEngine(shard_rows=10, poll_seconds=0.01)
-    await engine.pull(Worker("w", {"pets": DIGEST}), 1)
+    await catalogue.refresh()
+    digest = catalogue["pets"].served_digest(NUMERICS)
+    await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 1)
 
     class Away(EngineSpy):
         def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
@@ -330,6 +332,8 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
         nonlocal tries
         tries += 1
         if tries == 2:
+            digest = catalogue["pets"].served_digest(NUMERICS)
+            await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 0)
             after.append(await desk.submit(asked, None, None))
         await desk.withdraw(task)
         told.set()

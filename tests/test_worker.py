@@ -369,7 +369,7 @@ async def others_hold(engine: Engine, shards: int) -> list[Lease]:
 async def served(engine: Engine, digest: str) -> None:
     """Wait until a live worker serves the default task under this digest."""
     async with asyncio.timeout(30):
-        while (await engine.capacity()).bundles["default"] != digest:  # noqa: ASYNC110
+        while (await engine.capacity()).digests["default"][0] != digest:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -529,8 +529,8 @@ async def test_worker_is_heard_of_while_a_batch_runs_long() -> None:
             pulls = len(spy.asked("pull"))
             clock.advance(20)
             await soon(lambda: len(spy.asked("pull")) > pulls + 1)  # noqa: B023
-        served = (await engine.capacity()).bundles
-        assert served == {"default": "bundle-a", "birds": "bundle-b", "fish": "bundle-c"}
+        served = (await engine.capacity()).digests
+        assert served == {"default": ("bundle-a",), "birds": ("bundle-b",), "fish": ("bundle-c",)}
         job = make_job("a")
         await submit(engine, job)
         await soon(lambda: bool(spy.asked("release")))

@@ -15,11 +15,11 @@ from redis.exceptions import RedisError
 
 from service.admission import (
     another_request,
-    every_digest,
+    distinct,
     full,
     most_rows,
-    most_served,
     over_quota,
+    served_digests,
     too_large,
     unserved,
 )
@@ -35,7 +35,7 @@ from service.engine import (
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, connect, persists
+from service.engine_redis.client import Scripts, answered, connect, persists
 from service.engine_redis.listener import Listener
 from service.engine_redis.pulling import Puller
 from service.engine_redis.reconciling import reconcile
@@ -46,6 +46,7 @@ from service.engine_redis.records import (
     line_of,
     lost,
     named,
+    numerics_of,
     pairs,
     served,
     shards_of,
@@ -235,7 +236,7 @@ class RedisEngine:
             while True:
                 change = bell.next_ring
                 status = await self.status(job_id)
-                if status is None and last is not None:
+                if status is None and last is not None and await self._was_cancelled(job_id):
                     status = replace(last, state=State.CANCELLED, finished=time.time())
                 if status is None:
                     return
@@ -259,13 +260,12 @@ class RedisEngine:
         asked = () if owner is None else (owner,)
         answer = await self._scripts.run("capacity", *asked)
         backlog_rows, (rows, seconds), announcements, owner_rows = answer
-        workers = served(announcements)
         return Capacity(
             backlog_rows=int(backlog_rows),
             rows_per_second=rows_per_second(int(rows), float(seconds)),
-            bundles=most_served(workers),
+            digests=served_digests(served(announcements)),
             owner_rows=int(owner_rows),
-            digests=every_digest(workers),
+            numerics=distinct(numerics_of(announcements)),
         )
 
     async def queue(self) -> QueueState:
@@ -299,6 +299,10 @@ class RedisEngine:
         await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
+
+    async def _was_cancelled(self, job_id: str) -> bool:
+        """Whether a job that is gone was cancelled lately, and not lost."""
+        return bool(await answered(self._redis.exists(f"{self._prefix}cancelled:{job_id}")))
 
     def _reconcile_if_due(self) -> None:
         """Reconcile once a lease's time, whichever process comes first; no pull waits for it."""

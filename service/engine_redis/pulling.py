@@ -30,7 +30,7 @@ class Puller:
         """What waits for the worker now, as Engine.pull chooses; nothing where nothing does."""
         tasks = list(worker.bundles)
         lines = [line_of(*item) for item in worker.bundles.items()]
-        known = (worker.id, canonical_json(dict(worker.bundles)))
+        known = (worker.id, worker.announcement())
         chosen = ""
         while True:
             call = secrets.token_hex(8)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -69,9 +69,15 @@ def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
     """How many workers serve each task and digest, from announcements and their makers."""
     found: Served = Counter()
     for text, makers in announcements:
-        for item in json.loads(text).items():
+        for item in json.loads(text)["bundles"].items():
             found[item] += makers
     return found
+
+
+def numerics_of(announcements: Sequence[tuple[bytes, int]]) -> Iterator[Mapping[str, Any]]:
+    """All numerics in the announcements of workers, repeats included."""
+    for text, _ in announcements:
+        yield from json.loads(text)["numerics"]
 
 
 def lease_of(job: Job, taken: Sequence[Any]) -> Lease:

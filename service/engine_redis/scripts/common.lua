@@ -221,8 +221,12 @@ local function close(id)
   redis.call('ZREM', key('opened'), id)
 end
 
+-- Who watches a job that was cancelled is told so for a while; one that is gone without was lost.
 local function erase(id)
-  local caller = redis.call('HGET', key('job', id), 'caller')
+  local caller, state = unpack(redis.call('HMGET', key('job', id), 'caller', 'state'))
+  if state == 'cancelled' then
+    redis.call('SET', key('cancelled', id), '', 'PX', TERMS.silence_ms)
+  end
   if caller and redis.call('GET', key('caller', caller)) == id then
     redis.call('DEL', key('caller', caller))
   end

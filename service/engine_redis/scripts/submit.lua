@@ -20,7 +20,7 @@ if rows > tonumber(most_rows) then
 end
 local served = false
 for _, announcement in ipairs(announcements()) do
-  served = served or cjson.decode(announcement[1])[job.task] == job.bundle
+  served = served or cjson.decode(announcement[1]).bundles[job.task] == job.bundle
 end
 if not served then
   return {'unserved'}
