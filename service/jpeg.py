@@ -62,6 +62,10 @@ class Jpeg:
         except ValueError as error:
             if (extra := _EXTRA_BYTES.search(str(error))) and self._pads(int(extra[1])):
                 return
+            if "subsampling" in str(error):
+                raise InvalidImage(
+                    "The JPEG's chroma subsampling is not supported: save it as 4:4:4 or 4:2:0"
+                ) from error
             raise InvalidImage(f"The JPEG is truncated or broken: {error}") from error
 
     def layers(self, image: Image.Image) -> tuple[Image.Image, None]:

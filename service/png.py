@@ -113,11 +113,14 @@ class Png:
             return self._sixteen_bit_layers(image)
         if image.mode in ("LA", "RGBA"):
             return image.convert(image.mode[:-1]), image.getchannel("A")
-        gray = image.convert("L") if image.mode == "1" else image
+        colors = image.convert("L") if image.mode == "1" else image
         if (key := self._key()) is None:
-            return gray, None
+            return colors, None
         scale = 255 // (2**self.depth - 1)
-        return gray, _opacity([np.asarray(band) for band in gray.split()], [v * scale for v in key])
+        opaque = np.zeros((image.height, image.width), bool)
+        for band, value in zip(colors.split(), key, strict=True):
+            opaque |= np.asarray(band) != value * scale
+        return colors, _opacity(opaque)
 
     def _palette_layers(self, image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         indices = np.asarray(image)
@@ -131,26 +134,31 @@ class Png:
         return image.convert("RGB"), Image.fromarray(opacity[indices])
 
     def _sixteen_bit_layers(self, image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-        high, low = self._bytes_of_samples(image)
-        bands = [Image.fromarray(_rounded(*planes)) for planes in zip(high, low, strict=True)]
+        key = self._key()
+        opaque = np.zeros((image.height, image.width), bool)
+        bands = []
+        for index, (high, low) in enumerate(self._samples(image)):
+            bands.append(Image.fromarray(_rounded(high, low)))
+            if key is not None:
+                opaque |= (high != key[index] >> 8) | (low != key[index] & 255)
         opacity = bands.pop() if self.color in (_GRAY_ALPHA, _RGBA) else None
-        if key := self._key():
-            opacity = _opacity(
-                [*high, *low], [value >> 8 for value in key] + [value & 255 for value in key]
-            )
+        if key is not None:
+            opacity = _opacity(opaque)
         return bands[0] if len(bands) == 1 else Image.merge("RGB", bands), opacity
 
-    def _bytes_of_samples(
-        self, image: Image.Image
-    ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-        """The high and the low bytes of the samples, a plane each: Pillow's color has only high."""
+    def _samples(self, image: Image.Image) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """The high and the low bytes of each 16-bit sample: Pillow's color has the high ones."""
         if self.color == _GRAY:
             values = np.asarray(image)
-            return [(values >> 8).astype(np.uint8)], [values.astype(np.uint8)]
-        if self.color == _GRAY_ALPHA:  # A pixel has as many bytes as one of RGBA in 8 bits.
-            gray, gray_low, alpha, alpha_low = _planes(self._decoded_as("RGBA"))
-            return [gray, alpha], [gray_low, alpha_low]
-        return _planes(image), _planes(self._decoded_as(_LOW_BYTES[self.color]))
+            yield (values >> 8).astype(np.uint8), values.astype(np.uint8)
+        elif self.color == _GRAY_ALPHA:  # A pixel has as many bytes as one of RGBA in 8 bits.
+            gray, gray_low, alpha, alpha_low = self._decoded_as("RGBA").split()
+            yield np.asarray(gray), np.asarray(gray_low)
+            yield np.asarray(alpha), np.asarray(alpha_low)
+        else:
+            lower = self._decoded_as(_LOW_BYTES[self.color])
+            for band in image.getbands():
+                yield np.asarray(image.getchannel(band)), np.asarray(lower.getchannel(band))
 
     def _decoded_as(self, raw_mode: str) -> Image.Image:
         """The rows decoded once more, their bytes unpacked in another way."""
@@ -270,10 +278,6 @@ def _inflate_profile(body: bytes) -> bytes | None:
     return profile or None
 
 
-def _planes(image: Image.Image) -> list[NDArray[np.uint8]]:
-    return [np.asarray(band) for band in image.split()]
-
-
 def _rounded(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(256 high + low) / 257 to nearest, which is high + (low - high) / 257."""
     more = low > (wide := high.astype(np.int16)) + 128
@@ -281,9 +285,5 @@ def _rounded(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint
     return high + more.astype(np.uint8) - less.astype(np.uint8)
 
 
-def _opacity(planes: list[NDArray[np.uint8]], key: list[int]) -> Image.Image:
-    """0 where every plane has its value of the key, 255 elsewhere."""
-    opaque = np.zeros(planes[0].shape, bool)
-    for plane, value in zip(planes, key, strict=True):
-        opaque |= plane != value
+def _opacity(opaque: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
