@@ -213,7 +213,11 @@ DAMAGED = {
     "no palette": png(*SIZE, bytes(33 * 32), depth=8, colour=3),
     "palette cut": png(*SIZE, bytes(33 * 32), depth=8, colour=3, more=png_chunk(b"PLTE", b"ab")),
     "beyond the palette": png(
-        *SIZE, bytes(33 * 31) + b"\0" + b"\7" * 32, depth=8, colour=3, more=png_chunk(b"PLTE", b"abc")
+        *SIZE,
+        bytes(33 * 31) + b"\0" + b"\7" * 32,
+        depth=8,
+        colour=3,
+        more=png_chunk(b"PLTE", b"abc"),
     ),
     "no pixels": png(0, 5, bytes(5), depth=8, colour=2),
 }
