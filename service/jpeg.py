@@ -13,6 +13,9 @@ from service.errors import InvalidImage
 MAX_SCANS = 100
 """A usual progressive JPEG has ten scans; thousands cost minutes of decoding in a few kilobytes."""
 
+MAX_SEGMENTS = 10_000
+"""A file of 10 MB needs 160 segments for its metadata; each of millions would cost microseconds."""
+
 MAX_EXTRA_BYTES = 16
 """Bytes of any value that may follow the scan data; damaged data usually leave more."""
 
@@ -46,8 +49,8 @@ class Jpeg:
     def parse(cls, data: bytes) -> Jpeg:
         """Walk the markers up to EOI; what follows it is not looked at.
 
-        Raises InvalidImage where a segment is cut off, EOI is missing, a component has no scan or
-        there are more than MAX_SCANS scans.
+        Raises InvalidImage where a segment is cut off, EOI is missing, a component has no scan, or
+        there are more than MAX_SCANS scans or MAX_SEGMENTS segments.
         """
         return _Walk(data).jpeg()
 
@@ -92,7 +95,7 @@ class _Walk:
 
     def jpeg(self) -> Jpeg:
         position = 2
-        while True:
+        for _ in range(MAX_SEGMENTS):
             found = _MARKER.search(self._data, position)
             if found is None:
                 raise InvalidImage("The JPEG is truncated: it has no end marker")
@@ -101,6 +104,8 @@ class _Walk:
                 break
             if marker not in _STANDALONE:
                 position = self._segment(marker, position)
+        else:
+            raise InvalidImage(f"The JPEG has more than {MAX_SEGMENTS} segments")
         if self._frame is None or self._components:
             raise InvalidImage("The JPEG is truncated or broken: a color component has no data")
         profile = b"".join(part[14:] for part in sorted(self._profile))

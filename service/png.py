@@ -16,6 +16,9 @@ from PIL import Image
 from service.color import MAX_PROFILE_BYTES
 from service.errors import InvalidImage
 
+MAX_CHUNKS = 100_000
+"""A file of 10 MB has some thousand chunks; each of a million would cost microseconds."""
+
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _RGB, _PALETTE, _GRAY_ALPHA, _RGBA = 0, 2, 3, 4, 6
 _SAMPLES = {_GRAY: 1, _RGB: 3, _PALETTE: 1, _GRAY_ALPHA: 2, _RGBA: 4}
@@ -240,8 +243,8 @@ def _checked(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Type and content of the chunks up to IEND, those with a right checksum."""
     if not data.startswith(_SIGNATURE):
         raise InvalidImage("The PNG is broken: its signature is not whole")
-    position, kind = len(_SIGNATURE), b""
-    while kind != b"IEND":
+    position = len(_SIGNATURE)
+    for _ in range(MAX_CHUNKS):
         length = int.from_bytes(data[position : position + 4], "big")
         kind = data[position + 4 : position + 8]
         content = data[position + 8 : position + 8 + length]
@@ -253,6 +256,9 @@ def _checked(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield kind, content
         elif _is_critical(kind):
             raise InvalidImage(f"The PNG is broken: the chunk {_name(kind)} has a wrong checksum")
+        if kind == b"IEND":
+            return
+    raise InvalidImage(f"The PNG has more than {MAX_CHUNKS} chunks")
 
 
 def _is_critical(kind: bytes) -> bool:

@@ -154,6 +154,7 @@ def test_scan_bombs_are_refused() -> None:
     [
         (PLAIN[:-2], "no end marker"),
         (PLAIN[:40], "cut off"),
+        (PLAIN[:2] + segment(0xFE, b"") * 10_001 + PLAIN[2:], "more than 10000 segments"),
         (PLAIN[:2] + PLAIN[2:].replace(b"\xff\xc0", b"\xff\xf0"), "unknown marker 0xf0"),
         (PLAIN[:2] + segment(0xC0, b"\x08\0\x10\0\x10\1\1\x11\0") + PLAIN[2:], "two frame headers"),
         (b"\xff\xd8" + END, "no data"),

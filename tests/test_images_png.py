@@ -219,6 +219,7 @@ DAMAGED = {
         colour=3,
         more=png_chunk(b"PLTE", b"abc"),
     ),
+    "too many chunks": with_chunk(png_chunk(b"tEXt", b"") * 100_001),
     "no pixels": png(0, 5, bytes(5), depth=8, colour=2),
 }
 
