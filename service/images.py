@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import Backlog, InvalidImage, TooLarge, UnsupportedMedia
-
-MOST_JPEG_SCANS = 100
-"""A usual progressive JPEG has ten scans; thousands cost minutes of decoding in a few kilobytes."""
+from service.color import to_srgb
+from service.errors import Backlog, InvalidImage, Problem, TooLarge, UnsupportedMedia
+from service.jpeg import Jpeg
+from service.png import Png
+from service.webp import WebP
 
 MOST_ELONGATED = 100
 """Longest side over shortest: what a thin strip becomes at the resolution is bounded by this."""
 
-_JPEG = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,28 +41,23 @@ class ImageLimits:
 
 
 def decode(data: bytes, resolution: int, limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
-    """The image as uint8 (3, resolution, resolution), RGB: shorter side resized, centre cropped.
+    """The image as uint8 (3, resolution, resolution), RGB: shorter side resized, center cropped.
 
-    JPEG, PNG or WebP, told by content. The EXIF orientation is applied; transparent pixels are laid
-    on white; 16-bit grey is rounded to 8; CMYK, grey and palettes become RGB; colour profiles are
-    ignored. An image of the right size is not resampled: its pixels stay as they are. A JPEG whose
-    sides are four times too large, or more, is read at a half, a quarter or an eighth.
+    JPEG, PNG or WebP, told by content, decoded at full size. 16-bit samples are rounded to 8 bits.
+    CMYK, gray and palettes become RGB; the colors of an embedded ICC profile become sRGB.
+    Transparent pixels are laid on white, and the EXIF orientation is applied. An image of the right
+    size is not resampled: its pixels stay as they are.
 
     Raises UnsupportedMedia for anything else, TooLarge beyond the limits, and InvalidImage for
-    a broken, animated or extremely elongated one.
+    a broken, truncated, animated or extremely elongated one; nothing but these.
     """
     _check_bytes(data, limits.bytes)
-    image = _open(data, limits.pixels)
-    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
-        raise InvalidImage("The image is animated: send one frame")
-    if max(image.size) > MOST_ELONGATED * min(image.size):
-        raise InvalidImage(
-            f"The image is {image.width} by {image.height} pixels: the longer side may be at most "
-            f"{MOST_ELONGATED} times the shorter"
-        )
-    image.draft(None, (2 * resolution, 2 * resolution))
-    upright = _load(image)
-    return _fit(_as_rgb(upright), resolution)
+    try:
+        return _decode(_parse(data), resolution, limits.pixels)
+    except Problem:
+        raise
+    except Exception as error:  # A decoder's failure, of whatever class, is the image's.
+        raise InvalidImage("The image is truncated or broken: it cannot be decoded") from error
 
 
 def _check_bytes(data: bytes, most: int) -> None:
@@ -70,21 +65,40 @@ def _check_bytes(data: bytes, most: int) -> None:
         raise InvalidImage("The image is empty: it has 0 bytes")
     if len(data) > most:
         raise TooLarge(f"The image has {len(data)} bytes: at most {most} are read", limit=most)
-    # Entropy-coded data escapes 0xFF, so this counts scans (and those of an embedded thumbnail).
-    if data.startswith(_JPEG) and data.count(b"\xff\xda") > MOST_JPEG_SCANS:
-        raise InvalidImage(f"The JPEG has more than {MOST_JPEG_SCANS} scans")
 
 
-def _open(data: bytes, most_pixels: int) -> Image.Image:
+def _parse(data: bytes) -> Jpeg | Png | WebP:
+    if data.startswith(b"\xff\xd8\xff"):
+        return Jpeg.parse(data)
+    if data.startswith(b"\x89PNG"):
+        return Png.parse(data)
+    if (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+        return WebP.parse(data)
+    raise UnsupportedMedia("The image is not a JPEG, PNG or WebP")
+
+
+def _decode(source: Jpeg | Png | WebP, resolution: int, most_pixels: int) -> NDArray[np.uint8]:
+    image = _open(source, most_pixels)
+    if getattr(image, "is_animated", False):
+        raise InvalidImage("The image is animated: send one frame")
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        raise InvalidImage(
+            f"The image is {image.width} by {image.height} pixels: the longer side may be at most "
+            f"{MOST_ELONGATED} times the shorter"
+        )
+    source.check()
+    _load(image)
+    colors, opacity = source.layers(image)
+    shown = _on_white(to_srgb(colors, source.icc), opacity)
+    return _fit(_upright(shown, source.exif), resolution)
+
+
+def _open(source: Jpeg | Png | WebP, most_pixels: int) -> Image.Image:
     """Read the header alone; the size is checked before any pixel is decoded."""
     try:
-        image = Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image = Image.open(BytesIO(source.file), formats=(source.format,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(most_pixels) from error
-    except Exception as error:  # A decoder's failure, of whatever class, is the image's.
-        if data.startswith((_JPEG, b"\x89PNG")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
-            raise InvalidImage("The image is broken: its header cannot be read") from error
-        raise UnsupportedMedia("The image is not a JPEG, PNG or WebP") from error
     if image.width * image.height > most_pixels:
         raise _too_many_pixels(most_pixels)
     return image
@@ -94,44 +108,34 @@ def _too_many_pixels(most: int) -> TooLarge:
     return TooLarge(f"The image has too many pixels: at most {most} are decoded", limit=most)
 
 
-def _load(image: Image.Image) -> Image.Image:
-    """Decode the pixels and turn them upright."""
+def _load(image: Image.Image) -> None:
+    """Decode the pixels."""
+    image.load()
+
+
+def _on_white(image: Image.Image, opacity: Image.Image | None) -> Image.Image:
+    if opacity is None:
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=opacity)  # Exact where a pixel is opaque.
+    return white
+
+
+def _upright(image: Image.Image, block: bytes | None) -> Image.Image:
+    """The image turned as its EXIF block says; a block that cannot be read turns nothing."""
+    if block is None:
+        return image
+    exif = Image.Exif()
     try:
-        image.load()
-    except Exception as error:  # As above: OSError, SyntaxError, ValueError, EOFError and others.
-        raise InvalidImage("The image is truncated or broken: it cannot be decoded") from error
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        exif.load(block)
+        turn = _UPRIGHT.get(exif.get(_ORIENTATION, 1))
     except Exception:
-        turn = None  # Unreadable metadata does not spoil readable pixels.
+        return image  # Unreadable metadata do not spoil readable pixels.
     return image if turn is None else image.transpose(turn)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I;16":
-        image = _as_eight_bits(image)
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    seen = image if image.mode == "RGBA" else image.convert("RGBA")
-    on_white = Image.new("RGB", seen.size, "white")
-    on_white.paste(seen, mask=seen)  # Exact where a pixel is opaque.
-    return on_white
-
-
-def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey (v / 257, to nearest) as 8-bit grey, its transparent value kept transparent."""
-    values = np.array(image, dtype=np.uint32)
-    opaque = values != image.info.get("transparency", -1)
-    values += 128
-    values //= 257
-    grey = Image.fromarray(values.astype(np.uint8))
-    if opaque.all():
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(opaque.astype(np.uint8) * 255)))
-
-
 def _fit(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
-    """Shorter side to the resolution (bicubic, antialiased), then the centre square."""
+    """Shorter side to the resolution (bicubic, antialiased), then the center square."""
     shorter = min(image.size)
     if shorter != resolution:
         width, height = (max(resolution, round(side * resolution / shorter)) for side in image.size)

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 import threading
-import zlib
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,33 +11,7 @@ from PIL import Image
 from service import images
 from service.errors import Backlog, InvalidImage, TooLarge, UnsupportedMedia
 from service.images import ImageLimits, ImageReader, decode
-
-RESOLUTION = 32
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    stream = BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def random_pixels(height: int = RESOLUTION, width: int = RESOLUTION, planes: int = 3) -> Any:
-    drawn = np.random.default_rng(7).integers(0, 256, (height, width, planes), dtype=np.uint8)
-    return drawn if planes > 1 else drawn[..., 0]
-
-
-def png_chunk(kind: bytes, payload: bytes) -> bytes:
-    checked = kind + payload
-    return struct.pack(">I", len(payload)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-
-def png(
-    width: int, height: int, rows: bytes, *, depth: int, colour: int, more: bytes = b""
-) -> bytes:
-    """A PNG written by hand, for the kinds that Pillow reads but does not write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = png_chunk(b"IHDR", header) + more + png_chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+from tests.pictures import RESOLUTION, encoded, png, random_pixels
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -81,17 +52,6 @@ def test_resize_is_antialiased_bicubic() -> None:
     expected = source.resize((38, 32), Image.Resampling.BICUBIC).crop((3, 0, 35, 32))
     decoded = decode(encoded(source), RESOLUTION)
     np.testing.assert_array_equal(decoded, np.asarray(expected).transpose(2, 0, 1))
-
-
-def test_huge_jpeg_is_read_small() -> None:
-    """A JPEG far above the resolution is decoded at a reduced size to nearly the same pixels."""
-    gradient = np.linspace(0, 255, 1024, dtype=np.uint8)
-    source = Image.fromarray(
-        np.stack(np.broadcast_arrays(gradient, gradient[:, None], np.uint8(80)), -1)
-    )
-    decoded = decode(encoded(source, "JPEG", quality=95), RESOLUTION).astype(int)
-    small = np.asarray(source.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert np.abs(decoded - small).max() <= 4
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -180,36 +140,6 @@ def test_sixteen_bit_grey_is_scaled() -> None:
     np.testing.assert_array_equal(decoded, np.broadcast_to(expected, (3, 32, 32)))
 
 
-def test_sixteen_bit_grey_keeps_its_transparency() -> None:
-    """The grey value that a 16-bit PNG names as transparent shows white."""
-    values = np.full((32, 32), 5000, ">u2")
-    values[0, 0] = 5001
-    rows = b"".join(b"\0" + row.tobytes() for row in values)
-    named = png_chunk(b"tRNS", struct.pack(">H", 5000))
-    decoded = decode(png(32, 32, rows, depth=16, colour=0, more=named), RESOLUTION)
-    assert decoded[0, 0, :2].tolist() == [19, 255]
-
-
-@pytest.mark.parametrize(("colour", "planes"), [(2, 3), (4, 2), (6, 4)])
-def test_sixteen_bit_colour(colour: int, planes: int) -> None:
-    """16-bit colour, with and without alpha, is within one level of the exact 8-bit value."""
-    values = np.random.default_rng(3).integers(0, 65536, (32, 32, planes))
-    if planes != 3:
-        values[..., -1] = 65535
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    decoded = decode(png(32, 32, rows, depth=16, colour=colour), RESOLUTION).transpose(1, 2, 0)
-    shown = values[..., :3] if planes > 2 else values[..., :1]
-    assert np.abs(decoded - shown / 257.0).max() <= 1.0
-
-
-def test_sixteen_bit_colour_with_a_transparent_colour() -> None:
-    """A 16-bit PNG that names a transparent colour is answered, not an error of the service."""
-    rows = b"".join(b"\0" + bytes(6 * 32) for _ in range(32))
-    named = png_chunk(b"tRNS", struct.pack(">HHH", 65535, 1, 2))
-    decoded = decode(png(32, 32, rows, depth=16, colour=2, more=named), RESOLUTION)
-    assert decoded.max() == 0
-
-
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_animation_is_refused(kind: str) -> None:
     """More than one frame is refused: there is no single image to certify."""
@@ -286,15 +216,6 @@ def test_strips_are_refused() -> None:
     """A strip that would grow out of all bounds when its short side is resized is refused."""
     with pytest.raises(InvalidImage, match="100 times"):
         decode(encoded(Image.new("L", (101, 1))), RESOLUTION)
-
-
-def test_scan_bombs_are_refused() -> None:
-    """A JPEG with hundreds of scans, each costing a pass over all pixels, is refused unread."""
-    data = encoded(Image.new("RGB", (32, 32)), "JPEG", progressive=True)
-    start = data.index(b"\xff\xda")
-    with pytest.raises(InvalidImage, match="scans"):
-        decode(data[:start] + data[start:-2] * 101, RESOLUTION)
-    assert decode(data, RESOLUTION).shape[0] == 3
 
 
 async def test_reader_decodes() -> None:

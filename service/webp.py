@@ -1,0 +1,38 @@
+"""WebP files: the picture's metadata; libwebp itself refuses damage that it notices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class WebP:
+    """A WebP beside its EXIF block and its ICC profile."""
+
+    file: bytes
+    exif: bytes | None
+    icc: bytes | None
+
+    format = "WEBP"
+
+    @classmethod
+    def parse(cls, data: bytes) -> WebP:
+        """Walk the chunks; of several of a kind the first one counts."""
+        chunks: dict[bytes, bytes] = {}
+        position = 12
+        while position + 8 <= len(data):
+            size = int.from_bytes(data[position + 4 : position + 8], "little")
+            body = data[position + 8 : position + 8 + size]
+            chunks.setdefault(data[position : position + 4], body)
+            position += 8 + size + size % 2
+        return cls(data, chunks.get(b"EXIF"), chunks.get(b"ICCP"))
+
+    def check(self) -> None:
+        """Nothing: decoding raises where the data are cut off."""
+
+    def layers(self, image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+        """The decoded image as RGB, and its opacity where it has an alpha channel."""
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        return image.convert("RGB"), alpha
