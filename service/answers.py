@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from models.bundle import Bundle
 from models.certificates import Certificate, certify, predict
 from service.errors import JobCancelled, Problem
-from service.jobs import JobStatus, Mode, State
+from service.jobs import Job, JobStatus, Mode, State
 from service.schemas import JobResponse, LabelCount, PredictResponse, Timing
 
 
@@ -22,7 +23,7 @@ def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
 
 
 def certificate(status: JobStatus) -> Certificate:
-    """What a succeeded job's votes prove."""
+    """What a succeeded job's votes prove; its `method` is that of the job's noise key."""
     job = status.job
     blur = total_variation(job.shape, job.sigma)
     if job.mode is Mode.PREDICT:
@@ -36,15 +37,15 @@ def certificate(status: JobStatus) -> Certificate:
     )
 
 
-def answer(status: JobStatus, bundle: Bundle) -> PredictResponse:
-    """The answer of a succeeded job, in the words of its task."""
+def answer(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
+    """The answer of a succeeded job, in the labels of the bundle that it was asked of."""
     job, proven = status.job, certificate(status)
-    votes = sorted(zip(status.estimation, bundle.labels, strict=True), key=lambda vote: -vote[0])
+    votes = sorted(zip(status.estimation, labels, strict=True), key=lambda vote: -vote[0])
     return PredictResponse(
         id=job.id,
         task=job.task,
         mode=job.mode,
-        label=None if proven.label is None else bundle.labels[proven.label],
+        label=None if proven.label is None else labels[proven.label],
         label_index=proven.label,
         abstained=proven.abstained,
         certified=job.mode is Mode.CERTIFY and not proven.abstained,
@@ -63,8 +64,33 @@ def answer(status: JobStatus, bundle: Bundle) -> PredictResponse:
     )
 
 
-def job_response(status: JobStatus, bundle: Bundle | None) -> JobResponse:
-    """The job as it stands; `bundle`, in whose words it answers, is needed once it succeeded."""
+def example() -> PredictResponse:
+    """An answer for /docs, computed as every answer is: 970 frogs and 30 cats of 1000 rows."""
+    labels = ("cat", "frog")
+    job = Job(
+        id="rB3hYbY0mPz2kQ9xW1cVdA",
+        task="default",
+        task_digest="",
+        bundle=hashlib.sha256(b"example").hexdigest(),
+        mode=Mode.CERTIFY,
+        sigma=0.25,
+        alpha=0.001,
+        n0=100,
+        n=1000,
+        classes=len(labels),
+        shape=(3, 32, 32),
+        pixels=b"",
+        key=b"",
+        created=0.0,
+    )
+    ended = JobStatus(
+        job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426
+    )
+    return answer(ended, labels)
+
+
+def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse:
+    """The job as it stands; `labels`, in which it answers, are needed once it succeeded."""
     job = status.job
     return JobResponse(
         id=job.id,
@@ -77,7 +103,7 @@ def job_response(status: JobStatus, bundle: Bundle | None) -> JobResponse:
         created=job.created,
         started=status.started,
         finished=status.finished,
-        result=answer(status, bundle) if bundle else None,
+        result=answer(status, labels) if labels else None,
         problem=problem(status),
     )
 

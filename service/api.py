@@ -12,6 +12,7 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from service import errors, telemetry
+from service.answers import example
 from service.config import Settings
 from service.engine import Engine
 from service.health import Companion, Companions, Health
@@ -125,6 +126,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
     tags=["predictions"],
     response_model=PredictResponse,
     responses={
+        200: {"content": {"application/json": {"example": example().model_dump(mode="json")}}},
         202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
         **problem_responses(
             errors.MalformedRequest,

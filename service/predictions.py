@@ -165,7 +165,7 @@ class Predictions:
     def told(self, status: JobStatus) -> JobResponse:
         """The job as it stands; raises NotFound for an answer of a bundle that is gone."""
         succeeded = status.state is State.SUCCEEDED
-        return job_response(status, self._bundle_of(status.job) if succeeded else None)
+        return job_response(status, self._bundle_of(status.job).labels if succeeded else None)
 
     async def withdraw(self, task: str) -> None:
         """Cancel the jobs of a task that is served no more, or not as it was when they were asked.
@@ -189,7 +189,7 @@ class Predictions:
         """
         if (refusal := problem(status)) is not None:
             raise JobFailed(refusal)
-        return answer(status, self._bundle_of(status.job))
+        return answer(status, self._bundle_of(status.job).labels)
 
     def drain(self, grace_seconds: float) -> None:
         """Let waiting callers go: whoever has no answer after the grace is told to ask again."""

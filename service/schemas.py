@@ -108,33 +108,6 @@ class Timing(BaseModel):
 class PredictResponse(BaseModel):
     """An answer: certified means stable, not correct."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "id": "rB3hYbY0mPz2kQ9xW1cVdA",
-                "task": "default",
-                "mode": "certify",
-                "label": "frog",
-                "label_index": 6,
-                "abstained": False,
-                "certified": True,
-                "radius": 0.4098992906156954,
-                "sigma": 0.25,
-                "alpha": 0.001,
-                "n0": 100,
-                "n": 1000,
-                "rows_used": 1100,
-                "p_lower": 0.9494555232586466,
-                "counts": [{"label": "frog", "count": 970}, {"label": "cat", "count": 30}],
-                "method": "cohen-certify",
-                "resolution": 32,
-                "bundle": "9f2c4d5e6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c5d6e7f",
-                "timing_ms": {"queue": 2.1, "inference": 840.5, "total": 842.6},
-                "certificate": None,
-            }
-        }
-    )
-
     id: str = Field(description="The job's id, for /jobs/{id}.")
     task: str = Field(description="The task that was asked for.")
     mode: AnyMode = Field(description="The mode that was asked for.")
@@ -164,7 +137,6 @@ class PredictResponse(BaseModel):
     resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
     bundle: str = Field(description="SHA-256 of the task's artefact with the numerics used.")
     timing_ms: Timing = Field(description="Where the time went.")
-    certificate: None = Field(default=None, description="Null: certificates are not yet documents.")
 
 
 class ProblemResponse(BaseModel):

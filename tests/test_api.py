@@ -48,7 +48,6 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "method": "cohen",
         "resolution": RESOLUTION,
         "bundle": DIGEST,
-        "certificate": None,
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, norm
 
 from models.certificates import (
     Certificate,
@@ -96,6 +96,26 @@ def test_certify_fills_every_field() -> None:
     assert all(type(count) is int for count in got.counts)
     assert (got.n0, got.n, got.alpha, got.sigma) == (100, 1000, 0.001, 0.5)
     assert got.method == "cohen"
+
+
+@pytest.mark.parametrize("votes", [(30, 70), (5, 20, 3), (1, 17)])
+def test_predict_pays_for_noise_that_is_not_ideal(votes: tuple[int, ...]) -> None:
+    """It abstains where the p-value is above alpha less n times a row's total variation: each row
+    as drawn may differ from an ideal one by that much."""
+    n, (second, top) = sum(votes), sorted(votes)[-2:]
+    p = binomtest(top, top + second, 0.5).pvalue
+    room = 1e-6
+    for distance, abstains in ((0.0, False), (0.9 * room / n, False), (1.1 * room / n, True)):
+        got = predict(votes, p + room, total_variation=distance)
+        assert got.abstained == abstains
+
+
+def test_predictions_that_the_noise_alone_makes_impossible_are_refused() -> None:
+    """Where n rows spend all of alpha no votes could answer; an alpha that works is named."""
+    with pytest.raises(ValueError, match=r"^alpha = 1e-08 with n = 100000 .* is about 8e-08$"):
+        check_predict(100_000, 1e-8, 8e-13)
+    check_predict(100_000, 8.1e-8, 8e-13)
+    check_predict(1_000, 1e-8, 8e-13)
 
 
 def test_predict_proves_no_radius() -> None:
