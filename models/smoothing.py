@@ -272,7 +272,7 @@ def load(
     load_classifier = CLASSIFIERS[bundle.classifier.kind]
     classifier = load_classifier(
         bundle.classifier.verified(),
-        bundle.labels,
+        bundle.words,
         bundle.template,
         device,
         weights,
