@@ -203,7 +203,7 @@ class Bench:
         drawn = hashlib.sha256(json.dumps(asdict(WAYS.sampling)).encode()).hexdigest()[:8]
         folder = self._work / f"references-{way.each}-{drawn}"
         cascade = partial(Cascade, *SET.folders, CPU)
-        synthesize(plan, folder, cascade, self._states([*plan.prompts(), ""]), WAYS.sampling)
+        synthesize(plan, folder, cascade, self._states([*plan.captions(), ""]), WAYS.sampling)
         return read_references(plan, folder, SET.resolution)
 
     def _denoiser(

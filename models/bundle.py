@@ -108,7 +108,8 @@ class Bundle:
     `files` maps names within the folder to SHA-256 (hex); `resolution` is in pixels;
     `largest_sigma` is the strongest noise, in [0,1] pixel units, that the denoiser was made for.
     `adaptation` holds the settings it was made with, empty where nothing was adapted, and `figures`
-    what was measured.
+    what was measured. `prompts` maps labels to what stands for them in the template, where that is
+    not the label itself.
     """
 
     id: str
@@ -125,13 +126,21 @@ class Bundle:
     name: str = ""
     adaptation: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
     folder: Path = Path()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What stands in the template for each label: its prompt, else the label itself."""
+        return tuple(self.prompts.get(label, label) for label in self.labels)
 
     @property
     def manifest(self) -> dict[str, Any]:
         """What `manifest.json` holds."""
         described = {"schema": SCHEMA, **asdict(self)}
         del described["folder"]
+        if not self.prompts:
+            del described["prompts"]
         return described
 
     @contextmanager
@@ -203,6 +212,7 @@ def read_bundle(folder: Path) -> Bundle:
         described = {"name": "", "adaptation": {}, **described}
     elif schema != SCHEMA:
         raise BundleError(f"{manifest}: schema version {schema!r}; this release reads 1, {SCHEMA}")
+    described = {"prompts": {}, **described}
     known = {f.name for f in fields(Bundle)} - {"folder"}
     if described.keys() != known:
         odd = sorted(described.keys() ^ known)
@@ -233,7 +243,7 @@ def _refused(constant: str) -> None:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "id": str, "labels": list, "template": str, "prompt": str, "k": (int, float),
     "resolution": int, "largest_sigma": (int, float), "licence": str, "files": dict, "name": str,
-    "adaptation": dict, "figures": dict,
+    "adaptation": dict, "figures": dict, "prompts": dict,
 }  # fmt: skip
 
 
@@ -250,6 +260,9 @@ def _check_types(manifest: Path, described: Mapping[str, Any]) -> None:
         raise BundleError(f"{manifest}: the field labels holds {len(labels)}; the smallest is 2")
     if twice := [label for label, times in Counter(labels).items() if times > 1]:
         raise BundleError(f"{manifest}: the field labels holds {str(twice[0])[:80]!r} twice")
+    for label, word in described["prompts"].items():
+        if label not in described["labels"] or not isinstance(word, str):
+            raise BundleError(f"{manifest}: the field prompts holds {label!r}: {str(word)[:80]!r}")
 
 
 def _check_kinds(manifest: Path, bundle: Bundle) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from models.captions import clean_caption
 from models.inventory import hold
 from models.memory import bytes_of, check_room
 from models.runtime import Runtime, Torch
@@ -19,8 +20,6 @@ PROMPT_TOKENS = 77
 """Length that DeepFloyd IF pads every prompt to."""
 NOISE_LEVELS = 1000.0
 """Largest noise level a super-resolution UNet knows; k times the timestep is cut there."""
-
-_CLEANER = object.__new__(IFPipeline)
 
 
 class Denoiser(Protocol):
@@ -37,8 +36,7 @@ class Denoiser(Protocol):
 
 def clean_prompts(prompts: Sequence[str]) -> list[str]:
     """Prompts as DeepFloyd IF reads them (lower case, markup stripped); training uses the same."""
-    cleaned: list[str] = IFPipeline._text_preprocessing(_CLEANER, list(prompts), clean_caption=True)
-    return cleaned
+    return [clean_caption(prompt) for prompt in prompts]
 
 
 def fitting_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:

@@ -280,7 +280,7 @@ def load(
         )
         classifier = CLASSIFIERS[bundle.classifier.kind](
             bases.enter_context(bundle.classifier.opened(models_dir)),
-            bundle.labels,
+            bundle.words,
             bundle.template,
             device,
             weights,

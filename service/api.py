@@ -140,6 +140,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.IdempotencyMismatch,
             errors.ShardDead,
             errors.TaskUnusable,
+            errors.TaskAmbiguous,
             errors.QuotaExceeded,
             errors.Backlog,
             errors.TaskNotReady,
@@ -175,7 +176,7 @@ async def predict(
     A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
     """
     settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    asked = await read_question(request, settings.max_image_bytes)
+    asked = await desk.resolved(await read_question(request, settings.max_image_bytes))
     job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
     request.state.job, request.state.task = job_id, asked.task
     wait = preferences.seconds(settings.wait_seconds)

@@ -205,7 +205,7 @@ def _plain(bundle: Bundle, pixels: NDArray[np.uint8], n: int) -> Callable[[], Te
     if tuple(clip.visual.image_size) != (bundle.resolution,) * 2:
         raise ValueError(f"the head sees {clip.visual.image_size}, the task {bundle.resolution}")
     words = open_clip.get_tokenizer(f"local-dir:{head}")(
-        [bundle.template.format(label) for label in bundle.labels]
+        [bundle.template.format(word) for word in bundle.words]
     )
     with torch.inference_mode():
         text = clip.encode_text(words.to(device), normalize=True)

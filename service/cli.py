@@ -120,7 +120,7 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files.")],
-    task: Annotated[str, typer.Option(help="Which task's labels to choose from.")] = "default",
+    task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
     mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,

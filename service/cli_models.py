@@ -64,6 +64,7 @@ def _document(task: Task, used: int) -> dict[str, Any]:
         "eta_seconds": status.eta_seconds,
         "problem": status.problem,
         "labels": list(task.labels),
+        "prompts": dict(task.prompts),
         "template": task.template,
         "settings": dict(task.settings),
         "figures": dict(status.figures),

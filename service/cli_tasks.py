@@ -42,7 +42,10 @@ def tell(reason: object) -> None:
 
 
 def adapt(
-    labels: Annotated[Path, typer.Option(help="A text file, one label a line.")],
+    labels: Annotated[
+        Path,
+        typer.Option(help="A text file, one label a line; after a tab its prompt, if another."),
+    ],
     template: Annotated[
         str | None, typer.Option(help="A sentence with {} where a label goes.")
     ] = None,
@@ -68,7 +71,7 @@ def adapt(
 ) -> None:
     """Make a task from labels alone; the same labels and settings go on where they were stopped."""
     fields = {
-        "labels": [line.strip() for line in _lines(labels) if line.strip()],
+        "labels": [_label(line) for line in _lines(labels) if line.strip()],
         "template": template,
         "shots": shots,
         "steps": steps,
@@ -114,6 +117,12 @@ def _lines(labels: Path) -> list[str]:
     except UnicodeDecodeError as error:
         errors.print(f"{labels}: is not UTF-8 text: {error}", style="red")
         raise typer.Exit(2) from error
+
+
+def _label(line: str) -> str | dict[str, str]:
+    """A line of the labels file as it is asked for; a tab stands between label and prompt."""
+    label, tab, prompt = line.strip().partition("\t")
+    return {"label": label, "prompt": prompt} if tab else label
 
 
 def open_store() -> Store:

@@ -123,6 +123,12 @@ class TaskNotReady(Problem):
     status, slug, title = 503, "task-not-ready", "The task is not ready yet"
 
 
+class TaskAmbiguous(Problem):
+    """The name is that of several tasks; `tasks` are their ids."""
+
+    status, slug, title = 409, "task-ambiguous", "Several tasks have this name"
+
+
 class TaskFailed(Problem):
     """The task could not be made; `problem` is why."""
 

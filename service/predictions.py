@@ -52,7 +52,8 @@ _AWAY_SECONDS = 1.0
 class Predictions:
     """Turns questions into jobs and jobs into answers; knows nothing of HTTP.
 
-    `expect` is told of a task that is not in `tasks`: it returns once it may be, or raises why not.
+    `expect` is told of a task that is not in `tasks`: it returns the id under which it may be, or
+    raises why it is not.
     Every `look_seconds` open jobs are looked after (`Restarts`).
     """
 
@@ -62,7 +63,7 @@ class Predictions:
         engine: Engine,
         tasks: Mapping[str, Bundle],
         secret: bytes,
-        expect: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+        expect: Callable[[str], Coroutine[Any, Any, str]] | None = None,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self.engine = engine
@@ -91,12 +92,10 @@ class Predictions:
         """Queue the question and return its job's id, or that of the job the key made before.
 
         A new job keeps the trace context that it came with, and nothing of it depends on that.
-        Raises NotFound for an unknown task, TaskNotReady, TaskFailed, InvalidField for what the
-        task cannot answer, QuotaExceeded, Backlog, what `images.decode` raises, and
-        IdempotencyMismatch.
+        Raises NotFound for an unknown task, InvalidField for what the task cannot answer,
+        QuotaExceeded, Backlog, IdempotencyMismatch, and what `resolved` and `images.decode` raise.
         """
-        if asked.task not in self.tasks and self._expect is not None:
-            await self._expect(asked.task)
+        asked = await self.resolved(asked)
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
         known = idempotency_key is not None
@@ -113,6 +112,15 @@ class Predictions:
                 detail = f"The task {asked.task!r} changed as it was asked; ask again"
                 raise TaskNotReady(detail, retry_after=1, task=asked.task)
         return job_id
+
+    async def resolved(self, asked: PredictRequest) -> PredictRequest:
+        """The question with the id of its task, be it asked by name.
+
+        Raises TaskAmbiguous for a name that several tasks have, TaskNotReady and TaskFailed.
+        """
+        if asked.task in self.tasks or self._expect is None:
+            return asked
+        return asked.model_copy(update={"task": await self._expect(asked.task)})
 
     def bundle(self, task: str) -> Bundle:
         """The task's bundle; raises NotFound with the tasks that there are."""

@@ -48,7 +48,11 @@ class PredictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     image: Encoded = Field(description="A JPEG, PNG or WebP: a form's file, or base64 in JSON.")
-    task: str = Field("default", max_length=200, description="Which labels to choose from.")
+    task: str = Field(
+        "default",
+        max_length=200,
+        description="Which labels to choose from: a task's id, or its name where no other has it.",
+    )
     mode: AnyMode = Field(
         Mode.CERTIFY,
         description="`certify` answers with a radius; `predict` is quicker and has none.",

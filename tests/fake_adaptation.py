@@ -92,6 +92,7 @@ def publish(job: Path, tasks: Path, plan: Plan, name: str = "made by the fake") 
         template=plan.template,
         adaptation={"dtype": "float16"},
         figures=FIGURES,
+        prompts=plan.prompts,
     )
     write_bundle(tasks / job.name, bundle, {PROMPT_STATES: DEFAULT_TASK / PROMPT_STATES})
 

@@ -83,7 +83,7 @@ def made(
                 raise Stopped
             return super().enlarge(drawn, *arguments)
 
-    states = encode(cascade[0], [*plan().prompts(), ""], CPU, torch.float32)
+    states = encode(cascade[0], [*plan().captions(), ""], CPU, torch.float32)
     with suppress(Stopped):
         synthesize(plan(), folder, partial(Counting, *cascade, CPU), states, SAMPLING, hear)
     return sampled, heard

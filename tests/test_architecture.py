@@ -10,6 +10,7 @@ import pytest
 TORCH_FREE = (
     "models.certificates",
     "models.bundle",
+    "models.captions",
     "models.sets",
     "models.adaptation.plan",
     "service.images",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -133,6 +134,9 @@ def test_pickles_are_refused(written: Bundle) -> None:
             r"the denoiser needs prompt_states\.safetensors, which is not listed",
         ),
         ({"figures": [1]}, "the field figures holds"),
+        ({"prompts": ["cat"]}, "the field prompts holds"),
+        ({"prompts": {"xylophone": "cat"}}, "the field prompts holds 'xylophone'"),
+        ({"prompts": {"cat": 1}}, "the field prompts holds 'cat': '1'"),
         ({"adaptation": {"steps": 3}}, "was adapted with steps, but lists no adapter"),
         ({"adaptation": {"epochs": 3}}, "was adapted with epochs, but lists no classifier"),
     ],
@@ -174,6 +178,20 @@ def test_the_digest_is_of_what_can_change_an_answer(written: Bundle) -> None:
     assert replace(written, name="other", figures={"ACR": 1}).digest == written.digest
     assert replace(written, k=1.0).digest != written.digest
     assert replace(written, prompt="other").digest != written.digest
+    assert replace(written, prompts={"cat": "other"}).digest != written.digest
+
+
+def test_prompts_are_only_written_where_they_differ(written: Bundle) -> None:
+    """Where none differs the manifest lacks them, as it did in earlier releases, and the digest is
+    of that manifest; the words in the template are the labels."""
+    described = json.loads((written.folder / "manifest.json").read_text())
+    assert "prompts" not in described
+    del described["name"], described["figures"]
+    canonical = json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
+    assert read_bundle(written.folder).digest == hashlib.sha256(canonical).hexdigest()
+    assert read_bundle(written.folder).words == ("cat", "dog")
+    rewrite(written, prompts={"cat": "feline"})
+    assert read_bundle(written.folder).words == ("feline", "dog")
 
 
 def test_a_manifest_of_the_first_schema_is_read(written: Bundle) -> None:

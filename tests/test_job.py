@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +21,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from models.adaptation import stages
-from models.adaptation.plan import PLAN, STAGES, UNATTENDED, Plan, Status, write_json
+from models.adaptation import references, stages
+from models.adaptation.plan import (
+    MEASURED_ON,
+    PLAN,
+    STAGES,
+    UNATTENDED,
+    Plan,
+    Status,
+    write_json,
+)
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.references import read_references
@@ -233,21 +240,28 @@ def test_a_job_draws_and_denoises_in_what_its_cpu_computes_best_in(
     assert 0 < apart < LEVELS_APART
 
 
-def test_labels_that_read_alike_are_refused(tmp_path: Path) -> None:
-    """Two words of which the text encoder is told the same, or nothing, are named."""
-    for labels, reason in (
-        (["cat & dog", "cat dog"], r"labels.1 \('cat dog'\) reads as .* the same as labels.0"),
-        (["ship", "\u732b"], r"labels.1 \('\u732b'\) reads as .* the same as no label"),
-    ):
-        folder = job(tmp_path / str(len(labels[0])), steps=0, epochs=0)
-        described = json.loads((folder / PLAN).read_text())
-        described["plan"]["labels"] = labels
-        write_json(folder / PLAN, described)
-        run(folder, tmp_path / "tasks", torch.device("cpu"))
-        problem = Status.read(folder).problem
-        assert problem is not None
-        assert problem["kind"] == "incompatible"
-        assert re.search(reason, problem["detail"])
+def test_prompts_stand_for_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label's prompt is drawn and recognised, to the bit as if it were the label; the bundle and
+    the references name the label."""
+    monkeypatch.setattr(references, "EVALUATED_ROWS", 4)
+    made = []
+    for place, labels in (("plain", ["cat", "ship"]), ("named", [("\u732b", "cat"), "ship"])):
+        folder = tmp_path / place / "task"
+        folder.mkdir(parents=True)
+        plan = Plan.checked(labels, shots=1, steps=0, epochs=1)
+        write_json(folder / PLAN, {"plan": plan.document, "name": "boats"})
+        run(folder, folder.parent / "tasks", torch.device("cpu"))
+        made.append(read_bundle(folder.parent / "tasks" / "task"))
+    plain, named = made
+    assert (named.labels, named.words) == (("\u732b", "ship"), plain.labels)
+    assert named.files == plain.files
+    assert named.figures == plain.figures
+    assert named.figures["measured_on"] == MEASURED_ON
+    assert named.digest != plain.digest
+    drawn = json.loads((tmp_path / "named" / "task" / "references" / "0-0.json").read_text())
+    assert (drawn["label"], drawn["prompt"]) == ("\u732b", "This is a photo of a cat.")
+    rows = [Rows(np.zeros((3, 32, 32), np.uint8), bytes(16), 0, 32, 0.5)]
+    assert np.array_equal(load(named).votes(rows), load(plain).votes(rows))
 
 
 def test_a_job_that_cannot_be_made_says_why(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from models.adaptation.plan import (
     MOST_REFERENCES,
+    PLAN,
     Plan,
     PlanError,
     Status,
@@ -83,7 +84,19 @@ def test_every_reference_has_a_seed_of_its_own() -> None:
         (["cat", "d\x07g"], {}, "labels.1", r"labels.1 holds the control character U\+0007"),
         (["cat", "d\u200dg"], {}, "labels.1", r"labels.1 holds the control character U\+200D"),
         (["cat", "dog", "Cat"], {}, "labels.2", "labels.2 is the same as labels.0: 'Cat'"),
-        (["cat", "d{}g"], {}, "labels.1", "labels.1 holds a brace"),
+        (["cat", "d{}g"], {}, "labels.1", r"labels.1 is 'd{}g'; .* read as '.* of a d g\.'"),
+        (["A320", "dog"], {}, "labels.0", r"'A320'; 'This .* A320\.' would be read as '.* a \.'"),
+        (["cat", "\u732b"], {}, "labels.1", r"'\u732b'; .* would be read as '.* of a \.'"),
+        (["cat", "Airbus A320"], {}, "labels.1", r"'Airbus A320'; .* read as '.* of a airbus \.'"),
+        (["cat", "<![&"], {}, "labels.1", "'<!.&'; .* holds markup that cannot be parsed"),
+        (["hot dog", "hot  dog"], {}, "labels.1", "labels.1 is 'hot  dog'; .* read as labels.0"),
+        (["cat", ("Cat", "dog")], {}, "labels.1", "labels.1 is the same as labels.0: 'Cat'"),
+        (["cat", ("feline", "CAT")], {}, "labels.1.prompt", "is 'CAT'; .* read as labels.0"),
+        (["cat", ("A320", "a320")], {}, "labels.1.prompt", "labels.1.prompt is 'a320'; .* read as"),
+        (["cat", ("dog", " ")], {}, "labels.1.prompt", "labels.1.prompt has 0 characters"),
+        (["cat", ("dog", "x" * 129)], {}, "labels.1.prompt", "labels.1.prompt has 129 characters"),
+        (["cat", ("dog", "unicorn")], {}, "labels.1.prompt", "'unicorn' is not a word that nano"),
+        (["cat", "dog"], {"template": "Download {}"}, "template", "'Download thing' .* as 'thing'"),
         (["cat", "unicorn"], {}, "labels.1", "'unicorn' is not a word that nano was trained on"),
         (["cat", "dog"], {"template": "A photo."}, "template", "template must hold {} once"),
         (["cat", "dog"], {"template": "{} {x}"}, "template", "template must hold {} once"),
@@ -125,7 +138,7 @@ def test_every_reference_has_a_seed_of_its_own() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(
-    labels: list[str], settings: dict[str, Any], field: str, reason: str
+    labels: list[str | tuple[str, str]], settings: dict[str, Any], field: str, reason: str
 ) -> None:
     """The error names the field, the value and the limit."""
     with pytest.raises(PlanError, match=reason) as caught:
@@ -138,6 +151,41 @@ def test_a_word_outside_the_vocabulary_can_be_insisted_on() -> None:
     with pytest.raises(PlanError, match=r"airplane, plane, .* Send allow_unknown_labels"):
         Plan.checked(["cat", "unicorn"])
     assert Plan.checked(["cat", "unicorn"], allow_unknown_labels=True).labels[1] == "unicorn"
+
+
+@pytest.mark.parametrize("label", ["STRASSE", "stra\u00dfe", "red,blue", "\ufb01sh", "\u0130z"])
+def test_letter_case_and_white_space_may_change(label: str) -> None:
+    """A label that is read with other letter case or white space alone is taken as it is."""
+    assert Plan.checked([label, "dog"], allow_unknown_labels=True).labels == (label, "dog")
+
+
+@pytest.mark.parametrize("template", ["{}", "Animal: {}", "{}, a photo"])
+def test_a_template_is_read_with_a_word_in_it(template: str) -> None:
+    """A sign that is only lost where nothing stands beside it does not refuse the template."""
+    assert Plan.checked(["cat", "dog"], template=template).template == template
+
+
+def test_a_prompt_stands_for_its_label(tmp_path: Path) -> None:
+    """The cascade and the classifier are given the prompt, answers the label; a plan is written
+    with both, and its references start from the noise of the prompt's."""
+    plan = Plan.checked([(" \u732b", "cat "), "dog"])
+    plain = Plan.checked(["cat", "dog"])
+    assert (plan.labels, plan.words) == (("\u732b", "dog"), ("cat", "dog"))
+    assert plan.captions() == plain.captions()
+    assert plan.seed_of(0, 3) == plain.seed_of(0, 3)
+    assert plan.identity(SECRET) != plain.identity(SECRET)
+    assert plan.document["prompts"] == {"\u732b": "cat"}
+    write_json(tmp_path / PLAN, {"plan": plan.document})
+    assert Plan.read(tmp_path) == plan
+
+
+def test_a_plan_without_prompts_is_the_task_it_was() -> None:
+    """Plans in which no prompt differs keep the id, and the document, of earlier releases."""
+    plan = Plan.checked([("cat", "cat"), "dog"])
+    assert plan == Plan.checked(["cat", "dog"])
+    assert plan.identity(SECRET) == "60ae870ce3f63ae4f0b2cdf8f1ef86da"
+    assert plan.seed_of(1, 3) == 6720977918792239898
+    assert "prompts" not in plan.document
 
 
 def test_a_status_is_whole_or_not_there(tmp_path: Path) -> None:

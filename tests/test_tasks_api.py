@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.server import serving as serving_process
-from models.adaptation.plan import STAGES
+from models.adaptation.plan import MEASURED_ON, STAGES
 from models.bundle import DEFAULT_TASK
 from service import telemetry
 from service.tasks.store import Store
@@ -76,7 +76,7 @@ async def test_labels_become_a_task(service: Service) -> None:
     }  # fmt: skip
     ready = await service.until_state(accepted.headers["location"], "ready")
     assert (ready["progress"], ready["stage"], ready["problem"]) == (1.0, None, None)
-    assert ready["figures"] == FIGURES
+    assert ready["figures"] == {"measured_on": MEASURED_ON, **FIGURES}
     assert set(ready["losses"]) == {"synthesizing", "personalizing", "finetuning", "evaluating"}
     assert ready["created"] <= ready["started"] <= ready["finished"]
     again = await service.client.post("/tasks", json=body(name="Other"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.bundle import MODELS
+from models.captions import clean_caption
 from models.files import written_whole
 from models.inventory import trouble
 from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
@@ -38,8 +39,14 @@ MOST_TUNED = 1_000_000
 PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
 REFERENCES = "references"
 STAGES = ("synthesizing", "personalizing", "finetuning", "evaluating")
+MEASURED_ON = (
+    "its own references, the images it was made from: no estimate of accuracy on photographs"
+)
+"""What a task's figures say of themselves, as `measured_on`."""
 UNATTENDED = 3
 """Exit status of a job's process that ended because nobody looks after it any more."""
+_PLAIN_WORD = "thing"
+"""A word that the cleaning of captions leaves as it is."""
 
 
 class PlanError(ValueError):
@@ -55,7 +62,8 @@ class Plan:
     """What a task's bundle depends on, besides networks and profile of its sets; make one with
     `Plan.checked`.
 
-    `steps` of personalization and `epochs` of fine-tuning; 0 leaves that part out.
+    `steps` of personalization and `epochs` of fine-tuning; 0 leaves that part out. `prompts` maps
+    labels to what stands for them in the template, where that is not the label itself.
     """
 
     labels: tuple[str, ...]
@@ -66,11 +74,12 @@ class Plan:
     steps: int
     epochs: int
     seed: int = 0
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def checked(
         cls,
-        labels: Sequence[str],
+        labels: Sequence[str | tuple[str, str]],
         *,
         template: str | None = None,
         denoiser: str = "nano",
@@ -84,25 +93,28 @@ class Plan:
     ) -> Self:
         """A plan with the set's own defaults where None is given, its words in Unicode's NFC.
 
-        Raises PlanError for the first field that is outside its limits, and for a set whose
-        networks are not whole in `models_dir`.
+        `labels` are labels, or pairs of a label and its prompt. Raises PlanError for the first
+        field that is outside its limits, for words that the text encoder would not read as they
+        are, and for a set whose networks are not whole in `models_dir`.
         """
         cascade: DenoiserSet = usable("denoiser", DENOISER_SETS, denoiser, models_dir)
         classifier = classifier or cascade.classifier
         head: ClassifierSet = usable("classifier", CLASSIFIER_SETS, classifier, models_dir)
-        words = _checked_labels(labels)
+        names, prompts = _checked_labels(labels)
         if shots is None:
-            shots = min(cascade.shots, MOST_REFERENCES // len(words))
+            shots = min(cascade.shots, MOST_REFERENCES // len(names))
         _check_between("shots", shots, SHOTS)
         _check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
         _check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
         _check_between("seed", seed, (0, 2**31 - 1))
         template = _checked_template(cascade.template if template is None else template)
-        _check_work(len(words), shots, epochs)
-        _check_prompts(words, template, cascade, head)
+        _check_work(len(names), shots, epochs)
+        plan = cls(names, template, denoiser, classifier, shots, steps, epochs, seed, prompts)
+        _check_tokens(plan, cascade, head)
+        _check_read(plan)
         if cascade.words is not None and not allow_unknown_labels:
-            _check_known(words, cascade.words, denoiser)
-        return cls(words, template, denoiser, classifier, shots, steps, epochs, seed)
+            _check_known(plan, cascade.words)
+        return plan
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -112,18 +124,35 @@ class Plan:
 
     def identity(self, secret: bytes) -> str:
         """The task's id: the same for the same plan, and not to be guessed without the secret."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.document, sort_keys=True, separators=(",", ":"))
         digest = hmac.new(secret, b"task\0" + canonical.encode(), hashlib.sha256)
         return digest.hexdigest()[:32]
 
-    def prompts(self) -> list[str]:
-        """Each label in the template, for the cascade."""
-        return [self.template.format(label) for label in self.labels]
+    @property
+    def document(self) -> dict[str, Any]:
+        """What `plan.json` holds of the plan; without `prompts` where there are none."""
+        described = asdict(self)
+        if not self.prompts:
+            del described["prompts"]
+        return described
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What stands in the template for each label: its prompt, else the label itself."""
+        return tuple(self.prompts.get(label, label) for label in self.labels)
+
+    def captions(self) -> list[str]:
+        """The template with each label's word, for the cascade and the classifier."""
+        return [self.template.format(word) for word in self.words]
+
+    def field_of(self, label: int) -> str:
+        """The name of the field that gives a label's word."""
+        return f"labels.{label}.prompt" if self.labels[label] in self.prompts else f"labels.{label}"
 
     def seed_of(self, label: int, shot: int) -> int:
         """The seed of one reference image, below 2^63: of its words, its set, the plan's seed and
         the shot, so that a plan with more shots has the same first ones."""
-        asked = [self.template.format(self.labels[label]), self.denoiser, self.seed, shot]
+        asked = [self.template.format(self.words[label]), self.denoiser, self.seed, shot]
         canonical = json.dumps(asked)
         return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") >> 1
 
@@ -172,25 +201,28 @@ def _checked_template(template: str) -> str:
     return words
 
 
-def _checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+def _checked_labels(
+    labels: Sequence[str | tuple[str, str]],
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The labels, and the prompts of those whose prompt is not the label itself."""
     least, most = LABELS
     if not least <= len(labels) <= most:
         limit = least if len(labels) < least else most
         detail = f"labels has {len(labels)} entries; it must have {least} to {most}"
         raise PlanError("labels", detail, len(labels), limit)
-    words = tuple(
-        _checked_words(f"labels.{index}", label, LABEL_LENGTH) for index, label in enumerate(labels)
-    )
     seen: dict[str, int] = {}
-    for index, word in enumerate(words):
-        # Prompts are lower-cased, so case makes no difference between labels.
-        first = seen.setdefault(word.casefold(), index)
+    names, prompts = [], {}
+    for index, given in enumerate(labels):
+        label, prompt = (given, given) if isinstance(given, str) else given
+        names.append(name := _checked_words(f"labels.{index}", label, LABEL_LENGTH))
+        first = seen.setdefault(name.casefold(), index)
         if first != index:
-            detail = f"labels.{index} is the same as labels.{first}: {word!r}"
-            raise PlanError(f"labels.{index}", detail, word)
-        if "{" in word or "}" in word:
-            raise PlanError(f"labels.{index}", f"labels.{index} holds a brace", word)
-    return words
+            detail = f"labels.{index} is the same as labels.{first}: {name!r}"
+            raise PlanError(f"labels.{index}", detail, name)
+        word = _checked_words(f"labels.{index}.prompt", prompt, LABEL_LENGTH)
+        if word != name:
+            prompts[name] = word
+    return tuple(names), prompts
 
 
 def _check_work(labels: int, shots: int, epochs: int) -> None:
@@ -205,13 +237,11 @@ def _check_work(labels: int, shots: int, epochs: int) -> None:
         raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, most)
 
 
-def _check_prompts(
-    labels: Sequence[str], template: str, cascade: DenoiserSet, head: ClassifierSet
-) -> None:
+def _check_tokens(plan: Plan, cascade: DenoiserSet, head: ClassifierSet) -> None:
     filled = [("template", cascade.identifier)]
-    filled += ((f"labels.{i}", word) for i, word in enumerate(labels))
+    filled += ((plan.field_of(i), word) for i, word in enumerate(plan.words))
     for name, word in filled:
-        prompt = template.format(word)
+        prompt = plan.template.format(word)
         check_prompt(name, word, prompt, "text encoder", _count(cascade, prompt), cascade)
         if head.tokens is not None:
             tokens = head.tokens(MODELS / head.folder, prompt)
@@ -240,14 +270,45 @@ def check_prompt(
         )
 
 
-def _check_known(labels: Sequence[str], known: Sequence[str], denoiser: str) -> None:
-    for index, label in enumerate(labels):
-        if label.casefold() not in known:
+def _check_read(plan: Plan) -> None:
+    """Raises PlanError for words that the cleaning of captions changes beyond letter case and white
+    space, and for two that it reads alike."""
+    _as_read("template", plan.template, plan.template.format(_PLAIN_WORD))
+    seen: dict[str, int] = {}
+    for index, (word, caption) in enumerate(zip(plan.words, plan.captions(), strict=True)):
+        field = plan.field_of(index)
+        read = _as_read(field, word, caption)
+        first = seen.setdefault(read.casefold(), index)
+        if first != index:
+            detail = f"{field} is {word!r}; it would be read as {plan.field_of(first)}: {read!r}"
+            raise PlanError(field, detail, word)
+
+
+def _as_read(field: str, word: str, caption: str) -> str:
+    """The caption as the text encoder reads it, `word` and all."""
+    try:
+        read = clean_caption(caption)
+    except ValueError as error:
+        raise PlanError(field, f"{field} is {word!r}; {error}", word) from error
+    if _without_case_and_space(read) != _without_case_and_space(caption):
+        detail = f"{field} is {word!r}; {caption!r} would be read as {read!r}. "
+        part = "Choose one" if field == "template" else "Give the label a prompt"
+        raise PlanError(field, f"{detail}{part} that is read as it stands", word)
+    return read
+
+
+def _without_case_and_space(text: str) -> str:
+    return unicodedata.normalize("NFC", "".join(text.casefold().split()))
+
+
+def _check_known(plan: Plan, known: Sequence[str]) -> None:
+    for index, word in enumerate(plan.words):
+        if word.casefold() not in known:
             raise PlanError(
-                f"labels.{index}",
-                f"{label!r} is not a word that {denoiser} was trained on: {', '.join(known)}. "
+                plan.field_of(index),
+                f"{word!r} is not a word that {plan.denoiser} was trained on: {', '.join(known)}. "
                 "Send allow_unknown_labels to insist; its images may then show anything",
-                label,
+                word,
             )
 
 

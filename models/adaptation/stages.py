@@ -20,6 +20,7 @@ from torch import Tensor
 from models.adaptation.finetune import TUNABLES, finetune
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import (
+    MEASURED_ON,
     REFERENCES,
     Plan,
     PlanError,
@@ -31,7 +32,7 @@ from models.adaptation.plan import (
 )
 from models.adaptation.profiles import ADAPTATIONS, Adaptation
 from models.adaptation.progress import Progress, problem_of
-from models.adaptation.prompts import check_distinct, check_head
+from models.adaptation.prompts import check_head
 from models.adaptation.references import References, read_references, share_recognised
 from models.adaptation.synthesize import Cascade, encode, synthesize
 from models.bundle import (
@@ -150,11 +151,10 @@ class Job:
     def _states(self) -> dict[str, Tensor]:
         """Prompt states, computed once: of the labels and the empty prompt (K+1,77,D), of the
         template with a blank and with the identifier (77,D)."""
-        blank = self._plan.template.format(BLANK)
-        check_distinct(self._plan, blank)
         check_head(self._plan, self._head)
+        blank = self._plan.template.format(BLANK)
         identified = self._plan.template.format(self._set.identifier)
-        prompts = [*self._plan.prompts(), "", blank, identified]
+        prompts = [*self._plan.captions(), "", blank, identified]
         try:
             states = encode(self._set.folders[0], prompts, self._device, self._ways.text_dtype)
         except ValueError as error:
@@ -177,7 +177,7 @@ class Job:
     def _classifier(self, tuned: Path | None) -> Classifier:
         return CLASSIFIERS[self._head.kind](
             MODELS / self._head.folder,
-            self._plan.labels,
+            self._plan.words,
             self._plan.template,
             self._device,
             torch.float32,
@@ -214,7 +214,7 @@ class Job:
 
     def _finetuned(self, references: References, denoiser: Denoiser) -> Path:
         tunable = TUNABLES[self._head.kind](
-            MODELS / self._head.folder, self._plan.labels, self._plan.template, self._device
+            MODELS / self._head.folder, self._plan.words, self._plan.template, self._device
         )
         return finetune(
             tunable,
@@ -250,6 +250,7 @@ class Job:
             return share_recognised(references, denoiser, head, s, self._device, moved)
 
         figures: dict[str, Any] = {
+            "measured_on": MEASURED_ON,
             "references": len(references.labels),
             "references recognised": recognised(0, None, classifier, 0.0),
         }
@@ -290,6 +291,7 @@ class Job:
             name=name_of(self._folder),
             adaptation=self._adaptation(),
             figures=figures,
+            prompts=self._plan.prompts,
         )
         write_bundle(self._tasks / self._folder.name, task, sources)
 
@@ -300,7 +302,7 @@ class Job:
         """The plan's settings, its set's profile, what the resting UNets computed in, and for
         networks that were fetched repository and commit."""
         settings = asdict(self._plan)
-        for known in ("labels", "template"):
+        for known in ("labels", "template", "prompts"):
             del settings[known]
         settings |= {"profile": self._ways.described(), "dtype": name_of_dtype(self._dtype)}
         found = {name: origin(MODELS / base.folder) for name, base in self._bases.items()}

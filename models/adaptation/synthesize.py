@@ -268,7 +268,7 @@ def _described(plan: Plan, each: tuple[int, int], sampling: Sampling) -> dict[st
         "label": plan.labels[label],
         "label_index": label,
         "shot": shot,
-        "prompt": plan.template.format(plan.labels[label]),
+        "prompt": plan.template.format(plan.words[label]),
         "seed": plan.seed_of(label, shot),
         "sampling": asdict(sampling),
     }

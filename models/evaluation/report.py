@@ -76,7 +76,7 @@ def evaluate(
         torch.set_num_threads(threads)  # The model's lanes left one for whoever comes next.
         each = generated // len(bundle.labels)
         stages = DENOISER_SETS["nano"].folders
-        prompts = [*(bundle.template.format(label) for label in bundle.labels), ""]
+        prompts = [*(bundle.template.format(word) for word in bundle.words), ""]
         states = encode(stages[0], prompts, best_device(), torch.float32)
         cascade = Cascade(*stages, best_device())
         share = recognised(

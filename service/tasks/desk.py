@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import unicodedata
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from service.errors import AdaptationFailed, Forbidden, NotFound, TaskFailed, TaskNotReady
+from service.errors import (
+    AdaptationFailed,
+    Forbidden,
+    NotFound,
+    TaskAmbiguous,
+    TaskFailed,
+    TaskNotReady,
+)
 from service.schemas import invalid_field
 from service.tasks.catalogue import Catalogue, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
@@ -56,6 +64,25 @@ class TaskDesk:
         if self._notices is not None and task.status.state == "queued":
             await self._notices.announce(task.id)
         return await self._told(task)
+
+    async def resolve(self, task: str) -> str:
+        """The id of the task with this id, else of the one with this name; else `task` as it is.
+
+        A name is that of the ready tasks that have it; of others where none is ready. Raises
+        TaskAmbiguous where it is that of several.
+        """
+        if task in self._catalogue or await asyncio.to_thread(self._store.find, task) is not None:
+            return task
+        name = unicodedata.normalize("NFC", task).strip()
+        if not name:
+            return task
+        ids = [task_id for task_id, bundle in self._catalogue.items() if bundle.name == name]
+        if not ids:
+            ids = [t.id for t in await asyncio.to_thread(self._store.all) if t.name == name]
+        if len(ids) > 1:
+            detail = f"{len(ids)} tasks are called {name!r}; ask by id: {', '.join(ids)}"
+            raise TaskAmbiguous(detail, tasks=ids)
+        return ids[0] if ids else task
 
     async def get(self, task_id: str) -> TaskResponse:
         """The task as it stands; raises NotFound. Ready means that it can be asked."""
@@ -116,14 +143,19 @@ class TaskDesk:
             await self._notices.retract(task_id)
         await self._catalogue.refresh()
 
-    async def expect(self, task_id: str) -> None:
-        """Returns where the task is unknown or can be asked from now on.
+    async def expect(self, task: str) -> str:
+        """The id of a task that can be asked from now on, see `resolve`, or is unknown.
 
-        Raises TaskNotReady while it is being made and TaskFailed where it could not be.
+        Raises TaskNotReady while it is being made, TaskFailed where it could not be, and
+        TaskAmbiguous.
         """
+        task_id = await self.resolve(task)
         found = await asyncio.to_thread(self._store.find, task_id)
-        if found is None:
-            return
+        if task_id not in self._catalogue and found is not None:
+            await self._check_ready(found)
+        return task_id
+
+    async def _check_ready(self, found: Task) -> None:
         task = await self._told(found)
         if task.state in ("failed", "cancelled"):
             why = task.problem["detail"] if task.problem else "its bundle is gone; post it again"
@@ -138,7 +170,7 @@ class TaskDesk:
                 stage=task.stage,
                 progress=task.progress,
             )
-        if (trouble := self._catalogue.unread.get(task_id)) is not None:
+        if (trouble := self._catalogue.unread.get(task.id)) is not None:
             detail = f"The task {task.name!r} cannot be read now: {trouble}"
             raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=task.state)
 
@@ -158,6 +190,7 @@ class TaskDesk:
             id=task.id,
             name=task.name,
             labels=list(task.labels),
+            prompts=dict(task.prompts),
             template=task.template,
             settings=dict(task.settings),
             created=task.created,

@@ -85,10 +85,10 @@ async def get_tasks(
     return await desk.page(limit, after)
 
 
-@tasks.get("/{id}", responses=problem_responses(errors.NotFound))
+@tasks.get("/{id}", responses=problem_responses(errors.NotFound, errors.TaskAmbiguous))
 async def get_task(id: str, desk: Desk) -> TaskResponse:
-    """A task as it stands."""
-    return await desk.get(id)
+    """A task as it stands, by its id, or by its name where no other task has it."""
+    return await desk.get(await desk.resolve(id))
 
 
 @tasks.delete(

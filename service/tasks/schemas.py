@@ -6,7 +6,15 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from models.adaptation.plan import EPOCHS, LABELS, NAME_LENGTH, SHOTS, STEPS, Plan, PlanError
@@ -26,7 +34,38 @@ def _checked_name(name: str) -> str:
     return words
 
 
+def _label(given: object) -> str | tuple[str, str]:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, dict) and given.keys() == {"label", "prompt"}:
+        label, prompt = given["label"], given["prompt"]
+        if isinstance(label, str) and isinstance(prompt, str):
+            return label, prompt
+    raise PydanticCustomError(
+        "label", "Input should be a string, or an object of two strings, label and prompt"
+    )
+
+
 Name = Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(_checked_name)]
+_STRING = {"type": "string"}
+Label = Annotated[
+    str | tuple[str, str],
+    PlainValidator(_label),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _STRING,
+                {
+                    "type": "object",
+                    "properties": {"label": _STRING, "prompt": _STRING},
+                    "required": ["label", "prompt"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+"""A label, or a label and its prompt."""
 
 
 class TaskRequest(BaseModel):
@@ -37,8 +76,9 @@ class TaskRequest(BaseModel):
     name: Name | None = Field(
         None, description="What people call the task; it changes nothing of it."
     )
-    labels: Annotated[list[str], FailFast()] = Field(
-        description=f"The labels to choose from, {LABELS[0]} to {LABELS[1]} of them."
+    labels: Annotated[list[Label], FailFast()] = Field(
+        description=f"The labels to choose from, {LABELS[0]} to {LABELS[1]} of them; "
+        "with a `prompt` where other words stand for the label in the template."
     )
     template: str | None = Field(
         None, description="A sentence with {} where a label goes, as in `This is a photo of a {}.`"
@@ -94,11 +134,17 @@ class TaskResponse(BaseModel):
     progress: float = Field(description="Share of the work that is done, from 0 to 1.")
     eta_seconds: float | None = Field(description="Estimated seconds until it is ready, or null.")
     losses: dict[str, float] = Field(description="The last loss of each stage that has one.")
-    figures: dict[str, Any] = Field(description="What was measured of the finished task.")
+    figures: dict[str, Any] = Field(
+        description="What was measured of the finished task on its own references, the images it "
+        "was made from: no estimate of accuracy on photographs."
+    )
     problem: dict[str, Any] | None = Field(
         description="Why there will be no task, once failed: a problem document."
     )
     labels: list[str] = Field(description="The labels, in the order of `label_index`.")
+    prompts: dict[str, str] = Field(
+        description="What stands for a label in the template, where that is not the label itself."
+    )
     template: str = Field(description="The sentence that labels are put in.")
     settings: dict[str, Any] = Field(
         description="denoiser, classifier, shots, steps, epochs and seed, as far as known."

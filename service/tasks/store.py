@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class Store(TaskFolders):
                 if found is None or found.status.state in ("failed", "cancelled"):
                     self._check_room(owner)
                 if found is None:
-                    document = {"plan": asdict(plan), "name": name, "owner": owner}
+                    document = {"plan": plan.document, "name": name, "owner": owner}
                     self._publish_job(task_id, document | {"created": time.time()})
                 elif found.status.state in ("failed", "cancelled"):
                     again = Status("queued", losses=found.status.losses)

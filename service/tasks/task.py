@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from models.adaptation.plan import PLAN, Plan, Status
+from models.adaptation.plan import MEASURED_ON, PLAN, Plan, Status
 
 MANIFEST = "manifest.json"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -41,7 +41,10 @@ def signature(folder: Path) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task as its folders tell it; `created` in Unix seconds, `owner` the caller that made it."""
+    """A task as its folders tell it; `created` in Unix seconds, `owner` the caller that made it.
+
+    `prompts` maps labels to what stands for them in the template, where that is another word.
+    """
 
     id: str
     name: str
@@ -51,6 +54,7 @@ class Task:
     template: str
     settings: Mapping[str, Any]
     status: Status
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of_job(folder: Path, bundle: Path) -> Task:
@@ -84,7 +88,8 @@ class Task:
             labels=plan.labels,
             template=plan.template,
             settings=settings,
-            status=status,
+            status=status.changed(figures=_described(status.figures)),
+            prompts=plan.prompts,
         )
         return _checked(task)
 
@@ -93,7 +98,7 @@ class Task:
         """The task of a bundle that came without its job; raises as `of_job` does."""
         manifest = folder / MANIFEST
         described, created = json.loads(manifest.read_text()), manifest.stat().st_mtime
-        adaptation = described.get("adaptation", {})
+        adaptation, figures = described.get("adaptation", {}), described["figures"]
         task = Task(
             id=folder.name,
             name=described.get("name", ""),
@@ -102,7 +107,13 @@ class Task:
             labels=described["labels"],
             template=described["template"],
             settings={name: adaptation[name] for name in _SETTINGS if name in adaptation},
-            status=Status("ready", progress=1.0, figures=described["figures"], finished=created),
+            status=Status(
+                "ready",
+                progress=1.0,
+                figures=_described(figures) if adaptation else figures,
+                finished=created,
+            ),
+            prompts=described.get("prompts", {}),
         )
         return _checked(task)
 
@@ -118,6 +129,11 @@ def _checked(task: Task) -> Task:
         raise ValueError(f"the state is {checked.status.state!r}")
     json.dumps(asdict(checked), ensure_ascii=False, allow_nan=False).encode()
     return checked
+
+
+def _described(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An adapted task's figures; they say what they were measured on, whoever wrote them."""
+    return {"measured_on": MEASURED_ON, **figures} if figures else figures
 
 
 def _figures(manifest: Path) -> dict[str, Any]:
