@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import OrderedDict
+from dataclasses import dataclass
 
 from models.bundle import Bundle
 from service.admission import full, most_rows, over_quota, served_otherwise, unserved
@@ -15,17 +18,38 @@ ANNOUNCING_SECONDS = 5.0
 """How long questions wait for a live worker to announce a task, since it was first asked for."""
 
 
+MOST_SIGMAS = 128
+"""Sigmas whose thresholds a worker keeps (`models.noise`); any other is prepared again."""
+
+
+def sigma_seconds(sigma: float) -> float:
+    """About how long a worker takes to prepare a sigma that is new to it, on one core."""
+    return 0.05 + 0.2 * sigma
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a question that was let in is computed under, and charged with besides its rows."""
+
+    digest: str
+    setup_rows: int
+
+
 class Door:
     """Admits questions by what the engine can take, within the bounds of the settings."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self._settings, self._engine = settings, engine
         self._asked: dict[str, float] = {}  # by task: when it was first asked for
+        self._sigmas: OrderedDict[float, None] = OrderedDict()  # by last use, the oldest first
 
     async def admit(
         self, asked: PredictRequest, bundle: Bundle, owner: str | None, *, may_be_known: bool
-    ) -> str:
+    ) -> Admission:
         """The digest under which live workers serve this bundle of the task, if the rows fit.
+
+        A sigma that was not asked for lately is charged with the rows that a worker could have
+        computed in the time that it takes to prepare.
 
         What `may_be_known` is not refused by its rows here: the engine may have its answer already.
         Raises InvalidField, QuotaExceeded and Backlog.
@@ -41,15 +65,30 @@ class Door:
             detail = f"n = {asked.n} makes {asked.rows} rows, more than may ever wait at once"
             raise invalid_field("n", detail, asked.n, most)
         waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
-        if not may_be_known and owner is not None and owned + asked.rows > quota:
-            raise over_quota(asked.rows, owned, quota, speed)
-        if not may_be_known and waiting + asked.rows > bound:
-            raise full(asked.rows, waiting, speed)
-        return digests[0] if digests else ""  # The engine refuses a new job of no digest.
+        setup_rows = min(self._setup_rows(asked.sigma, speed), most - asked.rows)
+        charge = asked.rows + setup_rows
+        if not may_be_known and owner is not None and owned + charge > quota:
+            raise over_quota(charge, owned, quota, speed)
+        if not may_be_known and waiting + charge > bound:
+            raise full(charge, waiting, speed)
+        self._remember(asked.sigma)
+        # The engine refuses a new job of no digest.
+        return Admission(digests[0] if digests else "", setup_rows)
 
     def forget(self, task: str) -> None:
         """The task is gone, or another by now, which is new to the workers too."""
         self._asked.pop(task, None)
+
+    def _setup_rows(self, sigma: float, rows_per_second: float) -> int:
+        if sigma in self._sigmas:
+            return 0
+        return math.ceil(sigma_seconds(sigma) * rows_per_second)
+
+    def _remember(self, sigma: float) -> None:
+        self._sigmas[sigma] = None
+        self._sigmas.move_to_end(sigma)
+        if len(self._sigmas) > MOST_SIGMAS:
+            self._sigmas.popitem(last=False)
 
     async def _announced(self, task: str, bundle: Bundle, owner: str | None) -> Capacity:
         """The engine's capacity; a live worker is given some seconds to find a task that is new."""

@@ -232,7 +232,7 @@ class MemoryEngine:
         now = self._clock()
         records = self._lines.lane(lane)
         waiting = (now - record.submitted for record in records if record.waiting)
-        rows = sum(record.job.rows - record.rows_done for record in records)
+        rows = sum(record.job.charge - record.rows_done for record in records)
         return LaneState(rows, max(waiting, default=0.0))
 
     def _find(self, job_id: str) -> Record | None:
@@ -267,7 +267,7 @@ class MemoryEngine:
         )
         if self._books.rows == 0:
             self._speed.work_begins(record.submitted)
-        self._books.book(job, job.rows)
+        self._books.book(job, job.charge)
         self._open[job.id] = record
         if caller_key is not None:
             self._caller_keys[caller_key] = record
@@ -328,7 +328,7 @@ class MemoryEngine:
         record.waiting.clear()
         self._void(record)
         record.shards, record.counted = (), set()
-        self._books.book(job, record.rows_done - job.rows)
+        self._books.book(job, record.rows_done - job.charge)
         self._ended[job.id] = self._open.pop(job.id)
         self._lines.remove(record)
         record.changed.ring()

@@ -77,7 +77,8 @@ class Job:
     the digest of the bundle in whose words it is answered, and `bundle` the same bundle's with the
     numerics; `key` the job's noise key (32 bytes); `classes` how many labels the task has;
     `created` is in Unix seconds; `owner` names the caller's key; `traceparent` is the W3C trace
-    context that it came with, for logs: no row or key depends on it.
+    context that it came with, for logs: no row or key depends on it. `setup_rows` is what its
+    preparation costs a worker, in rows.
     """
 
     id: str
@@ -96,11 +97,17 @@ class Job:
     created: float
     owner: str | None = None
     traceparent: str | None = None
+    setup_rows: int = 0
 
     @property
     def rows(self) -> int:
         """Noise rows the whole job needs: n0 + n, or n in predict mode (n0 is 0 there)."""
         return self.n0 + self.n
+
+    @property
+    def charge(self) -> int:
+        """Rows that the backlog and its owner's quota are charged with while it is open."""
+        return self.rows + self.setup_rows
 
     def shards(self, most_rows: int) -> tuple[Shard, ...]:
         """The job's rows cut into shards of at most `most_rows` (>= 1), selection first."""
@@ -125,7 +132,7 @@ class Job:
     def decode(cls, encoded: bytes, pixels: bytes) -> Job:
         """Read what `encode` wrote; unknown or missing fields raise TypeError.
 
-        Only `owner` and `traceparent`, which a job may be without, may be missing.
+        Only what a job may be without may be missing: owner, traceparent and setup rows.
         """
         readers: dict[str, Callable[[Any], Any]] = {
             "key": b64decode,

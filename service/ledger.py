@@ -150,10 +150,10 @@ class Books:
         if (job.task, job.bundle) not in served:
             raise unserved(job.task)
         of_owner, quota = self.of(job.owner), None if job.owner is None else self._owner_bound
-        if quota is not None and of_owner + job.rows > quota:
-            raise over_quota(job.rows, of_owner, quota, speed)
-        if self.rows + job.rows > self._bound:
-            raise full(job.rows, self.rows, speed)
+        if quota is not None and of_owner + job.charge > quota:
+            raise over_quota(job.charge, of_owner, quota, speed)
+        if self.rows + job.charge > self._bound:
+            raise full(job.charge, self.rows, speed)
 
     def book(self, job: Job, rows: int) -> None:
         """So many rows more are open, of everyone and of the job's owner."""

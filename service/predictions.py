@@ -24,7 +24,7 @@ from models.certificates import (
 from service import telemetry
 from service.answers import answer, job_response, problem, total_variation
 from service.config import Settings
-from service.door import Door
+from service.door import Admission, Door
 from service.engine import RETRY_SECONDS, Engine
 from service.errors import (
     Backlog,
@@ -99,9 +99,9 @@ class Predictions:
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
         known = idempotency_key is not None
-        served = await self._door.admit(asked, bundle, owner, may_be_known=known)
+        admission = await self._door.admit(asked, bundle, owner, may_be_known=known)
         pixels = await self._reader.read(asked.image, bundle.resolution)
-        job = self._job(asked, pixels, bundle, served, owner, traceparent)
+        job = self._job(asked, pixels, bundle, admission, owner, traceparent)
         job_id = await self.engine.submit(
             job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
         )
@@ -218,7 +218,7 @@ class Predictions:
         asked: PredictRequest,
         pixels: NDArray[np.uint8],
         bundle: Bundle,
-        served: str,
+        admission: Admission,
         owner: str | None,
         traceparent: str | None,
     ) -> Job:
@@ -227,7 +227,7 @@ class Predictions:
             id=secrets.token_urlsafe(16),
             task=asked.task,
             task_digest=bundle.digest,
-            bundle=served,
+            bundle=admission.digest,
             mode=asked.mode,
             sigma=asked.sigma,
             alpha=asked.alpha,
@@ -240,6 +240,7 @@ class Predictions:
             created=time.time(),
             owner=owner,
             traceparent=traceparent,
+            setup_rows=admission.setup_rows,
         )
         return replace(job, key=noise_key(self._secret, job))
 

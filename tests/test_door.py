@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from models import noise
 from service import door as doors
 from service.config import Settings
-from service.door import Door
+from service.door import MOST_SIGMAS, Door, sigma_seconds
 from service.engine import Capacity, Worker
 from service.engine_memory import MemoryEngine
 from service.errors import Backlog
@@ -37,7 +39,7 @@ def door(engine: MemoryEngine, tmp_path: Path) -> Door:
 
 
 async def admitted(door: Door) -> str:
-    return await door.admit(ASKED, TASKS["default"], None, may_be_known=False)
+    return (await door.admit(ASKED, TASKS["default"], None, may_be_known=False)).digest
 
 
 async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> None:
@@ -86,3 +88,41 @@ async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: P
     await engine.pull(Worker("w", {"birds": digest}, [NUMERICS]), 1)
     assert await asking
     await desk.close()
+
+
+async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: Door) -> None:
+    """Preparing it costs a worker time, which is charged in rows at the measured speed; a sigma
+    among those asked for lately costs nothing."""
+    await engine.pull(Worker("w", {"birds": BIRDS}, [NUMERICS]), 1)
+    engine._speed.count(1000, engine._clock())
+    speed = (await engine.capacity()).rows_per_second
+    assert speed > 0
+
+    async def charged(sigma: float) -> int:
+        asked = ASKED.model_copy(update={"sigma": sigma})
+        return (await door.admit(asked, TASKS["default"], None, may_be_known=False)).setup_rows
+
+    most = door._settings.backlog_rows - ASKED.rows
+    assert await charged(0.5) == min(most, math.ceil(sigma_seconds(0.5) * speed)) > 0
+    assert await charged(0.5) == 0
+    for number in range(MOST_SIGMAS - 1):
+        assert await charged(0.6 + number / 1000) > 0
+    assert await charged(0.5) == 0
+    assert await charged(0.4) > 0
+    assert await charged(0.6) > 0
+
+
+async def test_a_new_sigma_never_makes_a_question_too_large(
+    engine: MemoryEngine, tmp_path: Path
+) -> None:
+    """A question of as many rows as may wait is let in, whatever its sigma."""
+    await engine.pull(Worker("w", {"birds": BIRDS}, [NUMERICS]), 1)
+    engine._speed.count(1000, engine._clock())
+    tight = Door(Settings(data_dir=tmp_path, backlog_rows=ASKED.rows), engine)
+    admission = await tight.admit(ASKED, TASKS["default"], None, may_be_known=False)
+    assert (admission.digest, admission.setup_rows) == (BIRDS, 0)
+
+
+def test_the_door_knows_how_many_sigmas_a_worker_keeps() -> None:
+    """The door remembers as many sigmas as a worker keeps."""
+    assert noise._computed_table.cache_parameters()["maxsize"] == MOST_SIGMAS

@@ -777,6 +777,20 @@ async def test_owner_beyond_its_quota_is_refused(harness: Harness) -> None:
         await engine.submit(make_job(f"of-{owner}", owner=owner))
 
 
+async def test_what_preparing_a_job_costs_is_charged_while_it_is_open(engine: Engine) -> None:
+    """Setup rows count against backlog and quota until the job ends, and are never computed."""
+    job = replace(make_job("a", owner="ada"), setup_rows=25)
+    await engine.submit(job)
+    assert (await engine.capacity("ada")).backlog_rows == await owned(engine, "ada") == 65
+    with pytest.raises(QuotaExceeded):
+        await engine.submit(make_job("b", owner="ada", n=OWNER_ROWS - 10 - 65 + 1))
+    await compute(engine, await engine.pull(ALPHA, 30))
+    assert await owned(engine, "ada") == 35
+    await finish_everything(engine)
+    assert_exact(await status_of(engine, "a"))
+    assert (await engine.capacity("ada")).backlog_rows == await owned(engine, "ada") == 0
+
+
 async def test_rows_without_an_owner_have_no_quota(engine: Engine) -> None:
     """Where everyone may call only the backlog bounds the rows."""
     for number in range(BACKLOG_ROWS // 40):

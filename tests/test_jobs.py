@@ -35,6 +35,7 @@ JOBS = st.builds(
     created=POSITIVE,
     owner=st.none() | st.text(),
     traceparent=st.none() | st.text(),
+    setup_rows=st.integers(0, 1000),
 )
 TRIAL = replace(make_job("trial"), pixels=bytes(12))
 SECRET = b"s" * 32

@@ -163,10 +163,10 @@ class RedisEngine:
             case b"quota":
                 open_rows, most, rows, seconds = figures
                 speed = rows_per_second(int(rows), float(seconds))
-                raise over_quota(job.rows, int(open_rows), int(most), speed)
+                raise over_quota(job.charge, int(open_rows), int(most), speed)
             case b"full":
                 waiting, rows, seconds = figures
-                raise full(job.rows, int(waiting), rows_per_second(int(rows), float(seconds)))
+                raise full(job.charge, int(waiting), rows_per_second(int(rows), float(seconds)))
         return str(figures[0].decode())
 
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:

@@ -272,6 +272,11 @@ local function lane_of(job)
   return job.mode == 'predict' and 'hi' or 'lo'
 end
 
+-- Rows that an open job is charged with, from its JSON: its own, and what preparing it costs.
+local function charge_of(job)
+  return job.n0 + job.n + (job.setup_rows or 0)
+end
+
 -- What the messages of all shards of a job say of it.
 local function labels(job, submitted)
   return {bundle = job.bundle, submitted = submitted,

@@ -10,7 +10,7 @@ if not OPEN[state] then
 end
 local asked = cjson.decode(text)
 if redis.call('HEXISTS', key('backlog'), 'rows:' .. id) == 0 then
-  open(id, asked.owner ~= cjson.null and asked.owner or nil, asked.n0 + asked.n - done,
+  open(id, asked.owner ~= cjson.null and asked.owner or nil, charge_of(asked) - done,
     lane_of(asked))
 end
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')

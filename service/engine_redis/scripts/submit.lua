@@ -4,7 +4,7 @@ sweep()
 local text, image, caller, fingerprint, line, most_rows = unpack(ARGV, 3, 8)
 local job = cjson.decode(text)
 local owner = job.owner ~= cjson.null and job.owner or nil
-local id, rows = job.id, job.n0 + job.n
+local id, rows, charge = job.id, job.n0 + job.n, charge_of(job)
 if caller ~= '' then
   local earlier = redis.call('GET', key('caller', caller))
   local asked = earlier and redis.call('HGET', key('job', earlier), 'fingerprint')
@@ -27,12 +27,12 @@ if not served then
 end
 if owner and TERMS.owner_rows ~= cjson.null then
   local of_owner = open_rows(owner)
-  if of_owner + rows > TERMS.owner_rows then
+  if of_owner + charge > TERMS.owner_rows then
     return {'quota', of_owner, TERMS.owner_rows, speed()}
   end
 end
 local waiting = backlog()
-if waiting + rows > TERMS.backlog_rows then
+if waiting + charge > TERMS.backlog_rows then
   return {'full', waiting, speed()}
 end
 
@@ -52,7 +52,7 @@ if caller ~= '' then
 end
 -- Where something waits already, nobody who could take it is idle, so there is nobody to tell.
 local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
-open(id, owner, rows, lane)
+open(id, owner, charge, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)
 local fields = labels(job, stamp(NOW))
