@@ -50,7 +50,12 @@ Desk = Annotated[Predictions, Depends(_predictions)]
 keyed = APIRouter(
     dependencies=[Depends(caller)],
     responses=problem_responses(
-        errors.Unauthorized, errors.TooManyOpen, errors.EngineUnavailable, errors.Overloaded
+        errors.Unauthorized,
+        errors.OriginRefused,
+        errors.HostRefused,
+        errors.TooManyOpen,
+        errors.EngineUnavailable,
+        errors.Overloaded,
     ),
 )
 keyed.include_router(metrics)
@@ -145,9 +150,11 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.ShardDead,
             errors.TaskUnusable,
             errors.QuotaExceeded,
+            errors.TooManyOpen,
             errors.Backlog,
             errors.TaskNotReady,
             errors.EngineUnavailable,
+            errors.Overloaded,
             errors.DeadlinePassed,
         ),
     },

@@ -100,13 +100,13 @@ class Settings(BaseSettings):
     )
     wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
     max_open_requests: int = Field(
-        600,
+        2_000,
         ge=2,
         description="Requests that may be open at once, above all callers who wait for an answer; "
         "event streams, probes and /metrics are not counted. One key may have half.",
     )
     max_event_streams: int = Field(
-        200, ge=2, description="Event streams that may be open at once. One key may have half."
+        500, ge=2, description="Event streams that may be open at once. One key may have half."
     )
     max_body_bytes_in_flight: int = Field(
         256 * 2**20,
