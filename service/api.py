@@ -18,6 +18,7 @@ from service.engine import Engine
 from service.health import Companion, Companions, Health
 from service.intake import Preferences, caller, read_question
 from service.jobs import State
+from service.middleware import add_bounds, admitted
 from service.page import docs_assets, pages
 from service.predictions import Predictions, job_lost
 from service.probes import ERRORS, metrics, probes
@@ -49,7 +50,14 @@ Desk = Annotated[Predictions, Depends(_predictions)]
 
 keyed = APIRouter(
     dependencies=[Depends(caller)],
-    responses=problem_responses(errors.Unauthorized, errors.EngineUnavailable),
+    responses=problem_responses(
+        errors.Unauthorized,
+        errors.OriginRefused,
+        errors.HostRefused,
+        errors.TooManyOpen,
+        errors.EngineUnavailable,
+        errors.Overloaded,
+    ),
 )
 keyed.include_router(metrics)
 
@@ -91,6 +99,7 @@ def create_app(
         version=telemetry.VERSION,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        dependencies=[Depends(admitted)],
         openapi_url=None,
         exception_handlers=dict.fromkeys(ERRORS, render_problem),
     )
@@ -105,7 +114,8 @@ def create_app(
         open_jobs=store.open_jobs,
         workers_elsewhere=settings.redis_url is not None,
     )
-    app.add_middleware(telemetry.RequestTelemetry)
+    add_bounds(app, settings)
+    app.add_middleware(telemetry.RequestTelemetry)  # Outermost: refusals are recorded too.
     app.include_router(probes)
     app.include_router(keyed)
     app.include_router(tasks)
@@ -131,6 +141,7 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
         **problem_responses(
             errors.MalformedRequest,
             errors.NotFound,
+            errors.BodyTimeout,
             errors.JobCancelled,
             errors.TaskFailed,
             errors.TooLarge,
@@ -142,10 +153,12 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
             errors.TaskUnusable,
             errors.TaskAmbiguous,
             errors.QuotaExceeded,
+            errors.TooManyOpen,
             errors.Backlog,
             errors.TaskNotReady,
             errors.EngineUnavailable,
             errors.JobLost,
+            errors.Overloaded,
             errors.DeadlinePassed,
         ),
     },
@@ -176,9 +189,11 @@ async def predict(
     A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
     """
     settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    asked = await desk.resolved(await read_question(request, settings.max_image_bytes))
+    asked = await desk.resolved(await read_question(request, settings.max_body_bytes))
     job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
     request.state.job, request.state.task = job_id, asked.task
+    del asked  # The image of a caller who waits would fill the memory.
+    request.state.body.release()
     wait = preferences.seconds(settings.wait_seconds)
     leaving = None if idempotency_key else partial(_left, request)
     if (status := await desk.ended(job_id, wait, leaving)) is not None:

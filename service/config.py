@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -23,7 +24,10 @@ from pydantic_settings import (
 from models.files import written_once
 
 SECRET_BYTES = 32
+_ROOM_FOR_FIELDS = 64 * 2**10
 _MARK = "noise.sha256"
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
+_ORIGIN = re.compile(rf"https?://({_HOST.pattern})(:[0-9]+)?")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -95,6 +99,34 @@ class Settings(BaseSettings):
         "info", description="What the log holds; debug adds a worker's device batches."
     )
     wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
+    max_open_requests: int = Field(
+        2_000,
+        ge=2,
+        description="Requests that may be open at once, above all callers who wait for an answer; "
+        "event streams, probes and /metrics are not counted. One key may have half.",
+    )
+    max_event_streams: int = Field(
+        500, ge=2, description="Event streams that may be open at once. One key may have half."
+    )
+    max_body_bytes_in_flight: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="Bytes of request bodies held at once, over all requests. One key may have "
+        "half.",
+    )
+    body_seconds: float = Field(
+        60.0, gt=0, description="Longest time for a whole request body to arrive."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts to answer besides this machine's own, as names without a port, split "
+        "by commas; `*` is any. Unless given, API keys allow any host.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call, as `https://host[:port]`, split by commas; `*` "
+        "is any.",
+    )
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")
     max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")
     decode_seconds: float = Field(10.0, gt=0, description="Longest time to decode one image.")
@@ -140,12 +172,34 @@ class Settings(BaseSettings):
         """Where fetched networks lie, absolute."""
         return (self.models_dir or self.data_dir / "models").resolve()
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split_at_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_have_no_port(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if host != "*" and not _HOST.fullmatch(host):
+                raise ValueError(
+                    f"allowed_hosts has {host!r}: write a name or an address without scheme or "
+                    "port, IPv6 in brackets, or *"
+                )
+        return tuple(host.lower() for host in value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_whole(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors_origins has {origin!r}: write scheme and host, https://app.example, "
+                    "without a path, or *"
+                )
+        return tuple(origin.lower() for origin in value)
 
     @field_validator("redis_url")
     @classmethod
@@ -167,6 +221,22 @@ class Settings(BaseSettings):
         if not self.callers() and self.api_keys_file is not None:
             raise ValueError(f"{self.api_keys_file}: holds no key, so everyone could call")
         return self
+
+    @model_validator(mode="after")
+    def _two_bodies_fit(self) -> Self:
+        """One key may have half of all bodies, so the largest body must fit in that."""
+        least = 2 * self.max_body_bytes
+        if self.max_body_bytes_in_flight < least:
+            raise ValueError(
+                f"max_body_bytes_in_flight is {self.max_body_bytes_in_flight}; two bodies of the "
+                f"largest image (max_image_bytes, as base64) need {least}"
+            )
+        return self
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body of a question: the largest image as base64, and the other fields."""
+        return -(-self.max_image_bytes // 3) * 4 + _ROOM_FOR_FIELDS
 
     def callers(self) -> dict[bytes, str]:
         """SHA-256 of every key -> the name of the caller it belongs to; empty where all may call.

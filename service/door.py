@@ -23,8 +23,8 @@ MOST_SIGMAS = 128
 
 
 def sigma_seconds(sigma: float) -> float:
-    """About how long a worker takes to prepare a sigma that is new to it, on one core."""
-    return 0.05 + 0.2 * sigma
+    """About how long one core takes to prepare a sigma that is new to a worker (measured)."""
+    return 0.01 + 0.09 * sigma
 
 
 @dataclass(frozen=True, slots=True)

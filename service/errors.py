@@ -111,6 +111,37 @@ class QuotaExceeded(Problem):
     status, slug, title = 429, "quota", "This key has too much work waiting"
 
 
+class Overloaded(Problem):
+    """Open requests, event streams or bodies in memory are at their limit, over all callers."""
+
+    status, slug, title = 503, "overloaded", "The service has too much open at once"
+
+
+class TooManyOpen(Problem):
+    """One key has half of what may be open at once; `limit` says how much that is."""
+
+    status, slug, title = 429, "too-many-open", "This key has too much open at once"
+
+
+class BodyTimeout(Problem):
+    """The request's body did not arrive in time; the server closes the connection."""
+
+    status, slug, title = 408, "body-timeout", "The body did not arrive in time"
+    headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
+
+
+class HostRefused(Problem):
+    """The `Host` header names neither this machine nor a host that the settings allow."""
+
+    status, slug, title = 421, "host-refused", "The host is not answered here"
+
+
+class OriginRefused(Problem):
+    """A page of another origin sent a request that changes something."""
+
+    status, slug, title = 403, "origin-refused", "The origin may not do this"
+
+
 class StorageFull(Problem):
     """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Request, Security
@@ -24,7 +25,6 @@ LONGEST_WAIT = 600
 """Seconds: a longer `Prefer: wait` is cut to this."""
 
 _JSON = "application/json"
-_ROOM_FOR_FIELDS = 64 * 2**10
 _MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
 _bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
@@ -44,10 +44,15 @@ def caller(
         return None
     if credentials is None:
         raise Unauthorized("Send a key: Authorization: Bearer <key>")
-    name = callers.get(hashlib.sha256(credentials.credentials.encode()).digest())
+    name = owner_of(credentials.credentials, callers)
     if name is None:
         raise Unauthorized("The key is not known here")
     return name
+
+
+def owner_of(key: str, callers: Mapping[bytes, str]) -> str | None:
+    """The name that a key belongs to, or None where it is not known."""
+    return callers.get(hashlib.sha256(key.encode()).digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Preferences:
         return 0 if self.respond_async else default
 
 
-async def read_question(request: Request, most_image_bytes: int) -> PredictRequest:
+async def read_question(request: Request, max_body_bytes: int) -> PredictRequest:
     """The question in a form or in JSON, its body bounded while it is read.
 
     Raises UnsupportedMedia, TooLarge, MalformedRequest, or InvalidField with every bad field.
@@ -81,10 +86,9 @@ async def read_question(request: Request, most_image_bytes: int) -> PredictReque
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == _JSON:
-            most = -(-most_image_bytes // 3) * 4 + _ROOM_FOR_FIELDS
-            return _read_json(await _bounded(request, most).body(), PredictRequest)
+            return _read_json(await _whole_body(request, max_body_bytes), PredictRequest)
         if kind == "multipart/form-data":
-            fields = await _form_fields(_bounded(request, most_image_bytes + _ROOM_FOR_FIELDS))
+            fields = await _form_fields(_bounded(request, max_body_bytes))
             return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
@@ -96,7 +100,7 @@ async def read_document(request: Request, kind: type[Document], most_bytes: int)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
         raise UnsupportedMedia(f"Send {_JSON}")
     try:
-        return _read_json(await _bounded(request, most_bytes).body(), kind)
+        return _read_json(await _whole_body(request, most_bytes), kind)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
 
@@ -114,6 +118,17 @@ def _check_fields(body: bytes) -> None:
         raise MalformedRequest(f"The body is not JSON: {error}") from error
     if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
         raise MalformedRequest(f"The body has {len(fields)} fields; the limit is {_MOST_FIELDS}")
+
+
+async def _whole_body(request: Request, most: int) -> bytes:
+    """The body, of `most` bytes at most, kept off the heap as it arrives.
+
+    Small parts on the heap keep its pages from the operating system long after they were freed.
+    """
+    with mmap(-1, most) as arrived:
+        async for part in _bounded(request, most).stream():
+            arrived.write(part)
+        return arrived[: arrived.tell()]
 
 
 def _bounded(request: Request, most: int) -> Request:

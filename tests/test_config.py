@@ -355,3 +355,35 @@ def test_file_that_cannot_be_read_is_told_in_one_line(secrets: Path, tmp_path: P
     told = "".join(ended.stderr.splitlines())
     assert told.startswith(f"vouchsafe: VOUCHSAFE_SECRETS_DIR {secrets}: ")
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("allowed_hosts", "http://a.example", "allowed_hosts has 'http://a.example'"),
+        ("allowed_hosts", "a.example,b.example:80", "allowed_hosts has 'b.example:80'"),
+        ("allowed_hosts", "::1", "IPv6 in brackets"),
+        ("cors_origins", "a.example", "cors_origins has 'a.example'"),
+        ("cors_origins", "https://a.example/", "without a path"),
+        ("cors_origins", "null", "cors_origins has 'null'"),
+        ("max_body_bytes_in_flight", "28000000", "need 28"),
+        ("max_open_requests", "1", "greater than or equal to 2"),
+        ("max_event_streams", "1", "greater than or equal to 2"),
+        ("body_seconds", "0", "greater than 0"),
+    ],
+)
+def test_bounds_at_the_door_are_checked(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host or origin in another form, and a bound that lets nobody in, are refused by name."""
+    monkeypatch.setenv(f"VOUCHSAFE_{name.upper()}", value)
+    with pytest.raises(ValidationError, match=message):
+        Settings()
+
+
+def test_the_largest_image_fits_in_what_one_key_may_hold() -> None:
+    """A larger image needs a larger bound on bodies, for a key may have half of it."""
+    largest = Settings(max_image_bytes=90_000_000, max_body_bytes_in_flight=241_000_000)
+    assert 2 * largest.max_body_bytes <= 241_000_000
+    with pytest.raises(ValidationError, match="max_image_bytes, as base64"):
+        Settings(max_image_bytes=90_000_000, max_body_bytes_in_flight=240_000_000)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
 
@@ -254,6 +257,27 @@ def test_thresholds_are_exact(sigma: float) -> None:
     assert (boundaries[0], boundaries[-1]) == (0, 2**63 - 1)
     assert list(boundaries) == sorted(boundaries)
     assert half < 2**15
+
+
+def test_threads_that_need_a_new_sigma_compute_its_thresholds_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four threads that draw with one new sigma together compute its slivers once."""
+    together = threading.Barrier(2)
+    computed: list[float] = []
+
+    def watched(sigma: float, bits: int) -> tuple[int, ...]:
+        computed.append(sigma)
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.5)  # A second thread would come here meanwhile.
+        return slivers(sigma, bits)
+
+    monkeypatch.setattr(noise, "slivers", watched)
+    with ThreadPoolExecutor(4) as threads:
+        drawing = [threads.submit(discrete_gaussian, KEY, 0, 2, CIFAR, 0.123456) for _ in range(4)]
+        rows = [each.result() for each in drawing]
+    assert computed == [0.123456]
+    assert all(torch.equal(row, rows[0]) for row in rows)
 
 
 @pytest.mark.parametrize(("sigma", "bits"), [(0.02, 8), (0.05, 9), (0.12, 10), (0.12, 12)])

@@ -37,6 +37,7 @@ class Listener:
         self._altered = asyncio.Event()
         self._answered: PubSub | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._closing = False
 
     @property
     def steady(self) -> bool:
@@ -70,18 +71,19 @@ class Listener:
                 self._altered.set()
 
     async def close(self) -> None:
-        """Hear no more."""
-        while self._reading is not None and not self._reading.done():
-            self._reading.cancel()  # One that comes while the client connects may get lost there.
-            await asyncio.wait({self._reading}, timeout=0.1)
+        """Hear no more: bells are silent from here on, and no task is left."""
+        self._closing = True
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
 
     def _start(self) -> None:
-        if self._reading is None or self._reading.done():
+        if not self._closing and (self._reading is None or self._reading.done()):
             self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
         failures = 0
-        while True:
+        while not self._closing:  # A cancellation may get lost where the client connects.
             began = asyncio.get_running_loop().time()
             try:
                 async with self._redis.pubsub() as pubsub:
@@ -101,21 +103,23 @@ class Listener:
         clock = asyncio.get_running_loop().time
         subscribed: set[bytes] = set()
         reading: asyncio.Task[Any] | None = None
+        altered: asyncio.Task[Any] | None = None
         pinged, limit = False, clock() + _SILENCE_SECONDS
         self._altered.set()
         try:
-            while True:
+            while not self._closing:
                 if self._altered.is_set():
                     self._altered.clear()
+                    altered = None
                     subscribed = await self._subscribe(pubsub, subscribed)
+                    continue
                 reading = reading or asyncio.create_task(pubsub.get_message(timeout=None))
-                altered = asyncio.create_task(self._altered.wait())
+                altered = altered or asyncio.create_task(self._altered.wait())
                 await asyncio.wait(
                     {reading, altered},
                     timeout=max(0.0, limit - clock()),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                altered.cancel()
                 if reading.done():
                     message, reading = reading.result(), None
                     self._answered = pubsub
@@ -131,9 +135,9 @@ class Listener:
                     limit = clock() + _SILENCE_SECONDS
         finally:
             self._answered = None
-            if reading is not None:
-                reading.cancel()
-                await asyncio.wait({reading}, timeout=0.1)
+            for task in (altered, reading):
+                if task is not None:
+                    await _end(task)
 
     async def _subscribe(self, pubsub: PubSub, subscribed: set[bytes]) -> set[bytes]:
         wanted = set(self._bells)
@@ -142,3 +146,10 @@ class Listener:
         if old := subscribed - wanted:
             await pubsub.unsubscribe(*old)
         return wanted
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task until it has ended: the client may lose a cancellation as it connects."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
