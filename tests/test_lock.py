@@ -26,8 +26,8 @@ sys.exit(f"reached {{sys.argv[1:]}}")
 
 def pins(lock: str) -> dict[str, str]:
     lines = (ROOT / lock).read_text().splitlines()
-    found = (line.split("==") for line in lines if "==" in line and not line.startswith(" "))
-    return {name: version for name, version in found}
+    found = (tuple(line.split("==")) for line in lines if "==" in line and not line.startswith(" "))
+    return dict(found)
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-api.lock"])
