@@ -51,7 +51,7 @@ def test_predict_prints_a_table_and_reports_what_failed(tmp_path: Path) -> None:
 def test_predict_names_a_field_that_is_off() -> None:
     """Impossible settings are refused with the smallest n that works."""
     result = runner.invoke(app, ["predict", str(SHIP), "--n", "9"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "the smallest n that works is 10" in " ".join(result.stderr.split())
 
 

@@ -262,4 +262,4 @@ def test_predict_asks_a_task(store: Store) -> None:
     adapt("fail", "--shots", "1")
     failed = next(t for t in store.all() if t.id != task.id)
     refused = runner.invoke(app, [*question, failed.id])
-    assert (refused.exit_code, "could not be made" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "could not be made" in refused.stderr) == (2, True)
