@@ -329,10 +329,12 @@ def test_empty_keys_file_does_not_open_the_service(tmp_path: Path) -> None:
     path.write_text("# nothing yet\n")
     with pytest.raises(ValidationError, match="holds no key"):
         Settings(api_keys_file=path)
-    with pytest.raises(SecretError, match="VOUCHSAFE_API_KEYS_FILE: .*/missing: No such file"):
+    with pytest.raises(SecretError, match=r"VOUCHSAFE_API_KEYS_FILE: .*/missing: No such file"):
         Settings(api_keys_file=tmp_path / "missing")
     path.write_bytes(b"caf\xe9")
-    with pytest.raises(SecretError, match="VOUCHSAFE_API_KEYS_FILE: .*/keys: it is not UTF-8 text"):
+    with pytest.raises(
+        SecretError, match=r"VOUCHSAFE_API_KEYS_FILE: .*/keys: it is not UTF-8 text"
+    ):
         Settings(api_keys_file=path)
 
 
