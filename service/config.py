@@ -26,7 +26,7 @@ from models.files import written_once
 PREFIX = "VOUCHSAFE_"
 SECRET_BYTES = 32
 _MARK = "noise.sha256"
-_OWN_NAMES = {"noise.secret", _MARK, "tasks", "jobs", "models"}
+_FOLDERS = {"tasks", "jobs", "models"}
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -292,10 +292,11 @@ def _close_to_others(folder: Path) -> None:
     if not mode & 0o077:
         return
     names = {path.name for path in folder.iterdir()}
-    if mode & stat.S_ISVTX or (names and not names & _OWN_NAMES):
+    was_used = bool(names & {"noise.secret", _MARK})
+    if mode & stat.S_ISVTX or not (was_used or names <= _FOLDERS):
         raise SecretError(
-            f"{folder}: others may enter it (mode {mode:04o}), and it holds other files; name a "
-            f"directory of its own in {variable('data_dir')}, or run chmod 700 on this one"
+            f"{folder}: others may enter it (mode {mode:04o}), and it is not Vouchsafe's alone; "
+            f"name a directory of its own in {variable('data_dir')}"
         )
     try:
         folder.chmod(0o700)

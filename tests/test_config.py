@@ -122,17 +122,26 @@ def test_an_open_data_directory_is_closed(
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize(("mode", "name"), [(0o755, "letters.txt"), (0o1777, "noise.secret")])
+def test_a_directory_of_fetched_networks_alone_is_closed(tmp_path: Path) -> None:
+    """Networks may have been fetched before the first start, to a directory open to others."""
+    (tmp_path / "data" / "models").mkdir(parents=True)
+    load_secret(tmp_path / "data")
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(0o755, "letters.txt"), (0o750, "service"), (0o1777, "noise.secret")]
+)
 def test_a_directory_of_other_things_is_left_open(tmp_path: Path, mode: int, name: str) -> None:
     """A home, or /tmp, is not closed to others: it is refused, and nothing is written to it."""
     folder = tmp_path / "home"
-    folder.mkdir()
+    (folder / "models").mkdir(parents=True)
     (folder / name).touch()
     folder.chmod(mode)
     with pytest.raises(SecretError, match=f"{folder}: others may enter it .mode {mode:04o}."):
         load_secret(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == mode
-    assert [path.name for path in folder.iterdir()] == [name]
+    assert {path.name for path in folder.iterdir()} == {"models", name}
 
 
 def test_another_users_data_directory_is_refused(
