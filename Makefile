@@ -3,13 +3,16 @@ PYTHON ?= python3.11
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+# The releases of Python for which requirements.lock resolves; as in pyproject.toml.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: setup serve test check check-deploy format bench demo lock clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c "$(SUPPORTED)" 2>/dev/null \
+		|| { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
@@ -40,7 +43,7 @@ bench: setup
 demo: setup
 	$(BIN)/python -m models.evaluation.demo --out demo.png
 
-# Pins every dependency, direct or not, for CPython 3.11 on Linux x86-64.
+# Pins every dependency, direct or not, for CPython 3.11 to 3.13 on Linux x86-64. Run it with 3.11.
 lock:
 	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-index-url --no-emit-find-links \
 		--no-emit-trusted-host --allow-unsafe --extra torch --extra dev --output-file requirements.lock pyproject.toml

@@ -232,8 +232,7 @@ async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]
         await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             raise RuntimeError("the service stopped before it was ready")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield app.state.predictions, f"http://127.0.0.1:{port}"
+        yield app.state.predictions, server.url
     finally:
         ready.cancel()
         server.stop()

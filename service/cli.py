@@ -5,77 +5,94 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table
 
 from models.bundle import BundleError
-from service import cli_models, cli_tasks, cli_worker, logs
-from service.cli_tasks import errors, tell
+from service import cli_models, cli_predict, cli_tasks, cli_worker
+from service.cli_console import read_settings, tell
+from service.cli_predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
-from service.errors import Problem
-from service.jobs import Mode
-from service.schemas import MOST_ROWS, PredictRequest, PredictResponse, invalid_fields
+from service.schemas import MOST_ROWS
+from service.telemetry import VERSION
 
 if TYPE_CHECKING:
-    from service.embedded import Embedded
-    from service.predictions import Predictions
+    from fastapi import FastAPI
+
     from service.server import DrainingServer
+
+logger = logging.getLogger("vouchsafe")
 
 app = typer.Typer(
     help="Image classification whose every answer carries a provable l2 radius.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+app.command()(cli_predict.predict)
 app.command()(cli_tasks.adapt)
 app.command()(cli_worker.worker)
 app.add_typer(cli_models.models, name="models")
-T = TypeVar("T")
 
-
-class DeviceError(RuntimeError):
-    """The networks cannot be used any more."""
-
-
-Sigma = Annotated[float, typer.Option(help="Noise strength in [0,1] pixel units.")]
-Alpha = Annotated[float, typer.Option(help="Chance at which a certificate may be wrong.")]
-SelectionRows = Annotated[int, typer.Option("--n0", help="Noise rows that choose the label.")]
+_MOST_NAMED = 5
+"""Tasks that the line of a ready server names."""
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
         app()
-    except (SecretError, ValidationError, BundleError, OSError) as error:
+    except (SecretError, BundleError, OSError) as error:
         tell(error)
         raise SystemExit(2) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vouchsafe {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Image classification whose every answer carries a provable l2 radius."""
 
 
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
 ) -> None:
     """Serve predictions over HTTP, and make the tasks that are asked for.
 
     With VOUCHSAFE_REDIS_URL the work is done by `vouchsafe worker`, on this machine or others.
     """
+    settings = read_settings(log=True)
     from service.server import DrainingServer
 
-    settings, server = Settings(), DrainingServer(host, port)
-    logs.set_up(settings)
-    if settings.redis_url is None:
-        _serve_embedded(settings, server)
-        return
-    _serve_fleet(settings, server)
+    try:
+        server = DrainingServer(host, port)
+    except OSError as error:
+        tell(error)
+        raise typer.Exit(1) from error
+    try:
+        if settings.redis_url is None:
+            _serve_embedded(settings, server)
+        else:
+            _serve_fleet(settings, server)
+    finally:
+        server.close()
 
 
 def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
@@ -88,7 +105,8 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
         reasons.append(reason)
         server.stop()
 
-    server.serve_app(frontend(settings, on_stranger=end))
+    served = frontend(settings, on_stranger=end)
+    server.serve_app(served, lambda: _announce(settings, server, served))
     if reasons:
         tell(reasons[0])
         raise typer.Exit(2)
@@ -112,118 +130,33 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
         ],
     )
     try:
-        server.serve_app(served)
+        server.serve_app(served, lambda: _announce(settings, server, served))
     finally:
         leave_if_hung(embedded)
 
 
-@app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files.")],
-    task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
-    mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
-    sigma: Sigma = 0.25,
-    alpha: Alpha = 0.001,
-    n0: SelectionRows = 100,
-    n: Annotated[
-        int | None, typer.Option("--n", help="Noise rows; 1000, or 100 to predict.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON answer a line.")] = False,
-) -> None:
-    """Classify images on this machine; exits with 1 where one of them has no answer."""
-    fields = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
-    if n is not None:
-        fields["n"] = n
-    from service.embedded import Embedded, leave_if_hung
-
-    embedded = Embedded(Settings())
-    answers = asyncio.run(_predict_all(embedded, images, fields, quiet=as_json))
-    if as_json:
-        for _, answer in answers:
-            print(answer.model_dump_json())
-    elif answers:
-        Console().print(_table(answers))
-    leave_if_hung(embedded)
-    if len(answers) < len(images):
-        raise typer.Exit(1)
-
-
-async def _predict_all(
-    embedded: Embedded, images: list[Path], fields: dict[str, object], *, quiet: bool
-) -> list[tuple[Path, PredictResponse]]:
-    from service.predictions import Predictions
-    from service.tasks.desk import TaskDesk
-
-    tasks = TaskDesk(embedded.store, embedded.tasks)
-    desk = Predictions(
-        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
+async def _announce(settings: Settings, server: DrainingServer, served: FastAPI) -> None:
+    """Log one line once the process can answer; in a fleet, as soon as it listens."""
+    while settings.redis_url is None and await served.state.health.ready():  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    catalogue = served.state.predictions.tasks
+    with suppress(OSError):  # Whoever follows the folder logs what is wrong with it.
+        await catalogue.refresh()
+    names = [
+        f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalogue.items()
+    ]
+    more = len(names) - _MOST_NAMED
+    logger.info(
+        "ready at %s; tasks: %s; data directory: %s",
+        server.url,
+        ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else ""),
+        settings.data_dir.resolve(),
+        extra={
+            "address": server.url,
+            "tasks": list(catalogue),
+            "data_dir": str(settings.data_dir.resolve()),
+        },
     )
-    answers: list[tuple[Path, PredictResponse]] = []
-    stop = asyncio.Event()
-    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
-    try:
-        await _while_alive(working, embedded.ready())
-        with Progress(console=errors, disable=quiet, transient=True) as progress:
-            for path in images:
-                try:
-                    asking = _predict_one(desk, path, fields, progress)
-                    answers.append((path, await _while_alive(working, asking)))
-                except (Problem, OSError) as problem:
-                    errors.print(f"{path}: {problem}", style="red")
-    except DeviceError as error:
-        errors.print(f"vouchsafe: {error}", style="red")
-    finally:
-        stop.set()
-        await asyncio.gather(working, desk.close(), return_exceptions=True)
-    return answers
-
-
-async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, T]) -> T:
-    """What `wanted` returns; raises DeviceError where the worker ends first."""
-    task = asyncio.create_task(wanted)
-    await asyncio.wait({task, working}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        task.cancel()
-        raise DeviceError(f"the networks stopped: {working.exception()}")
-    return await task
-
-
-async def _predict_one(
-    desk: Predictions, path: Path, fields: dict[str, object], progress: Progress
-) -> PredictResponse:
-    try:
-        data = await asyncio.to_thread(path.read_bytes)
-        asked = PredictRequest.model_validate({"image": data, **fields})
-    except ValidationError as error:
-        raise invalid_fields(error.errors()) from error
-    job_id = await desk.submit(asked, None, None)
-    bar = progress.add_task(path.name, total=asked.rows)
-    async for status in desk.engine.watch(job_id):
-        progress.update(bar, completed=status.rows_done)
-    progress.remove_task(bar)
-    return desk.answer(await desk.status(job_id, None))
-
-
-def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
-    table = Table("image", "label", "radius", "p lower", "votes", caption=(
-        "Certified means stable, not correct: no change of l2 norm below the radius, "
-        "pixels in [0,1], changes the label. The radius is of the image as resized and cropped."
-    ))  # fmt: skip
-    for path, told in answers:
-        votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
-        table.add_row(
-            escape(str(path)),
-            escape(told.label) if told.label else "(abstained)",
-            "" if told.radius is None else f"{_floor(told.radius):.3f}",
-            "" if told.p_lower is None else f"{_floor(told.p_lower):.3f}",
-            f"{votes} of {told.n}",
-        )
-    return table
-
-
-def _floor(value: float) -> float:
-    """Rounded down to three places, for a bound must not be shown larger than it is."""
-    return int(value * 1000) / 1000
 
 
 @app.command()
@@ -260,7 +193,7 @@ def evaluate(
         k=k,
         generated=generated,
         log=log,
-        runtime=RUNTIMES[Settings().runtime](),
+        runtime=RUNTIMES[read_settings().runtime](),
     )
     print(json.dumps(figures, indent=2))
 
@@ -283,6 +216,6 @@ def bench(
     from service.bench import bench as run
 
     logging.basicConfig(level=logging.WARNING)
-    figures = run(Plan(n, requests, rounds), Settings().runtime)
+    figures = run(Plan(n, requests, rounds), read_settings().runtime)
     print(figures.pop("plain loop"))
     print(json.dumps(figures, indent=2))

@@ -16,8 +16,8 @@ from models.bundle import DEFAULT_TASK, BundleError, read_bundle
 from models.inventory import Holding, Inventory, inspect
 from models.memory import needs
 from models.sources import FETCHABLE, SOURCES
-from service.cli_tasks import errors, open_store
-from service.config import Settings
+from service.cli_console import errors, read_settings
+from service.cli_tasks import open_store
 from service.errors import Problem
 from service.tasks.store import Store
 from service.tasks.task import Task
@@ -78,7 +78,7 @@ def _document(task: Task, used: int) -> dict[str, Any]:
 @models.command("list")
 def list_tasks(as_json: AsJson = False) -> None:
     """List every task, ready or not."""
-    store = open_store()
+    store = open_store(read_settings())
     used = store.usage()
     told = [_document(task, used.get(task.id, 0)) for task in _all(store)]
     if as_json:
@@ -95,7 +95,7 @@ def list_tasks(as_json: AsJson = False) -> None:
 @models.command()
 def show(task_id: TaskId, as_json: AsJson = False) -> None:
     """Show all that is known of one task."""
-    store = open_store()
+    store = open_store(read_settings())
     told = _document(_found(store, task_id), store.usage().get(task_id, 0))
     if as_json:
         print(json.dumps(told, indent=2))
@@ -112,7 +112,7 @@ def verify(
     task_id: Annotated[str | None, typer.Argument(help="One task's id; all unless given.")] = None,
 ) -> None:
     """Check every hash of a task's bundle and of the networks it builds on; 1 where one differs."""
-    store = open_store()
+    store = open_store(read_settings())
     tasks = [_found(store, task_id)] if task_id else _all(store)
     wrong = 0
     for task in tasks:
@@ -120,7 +120,8 @@ def verify(
             print(f"{task.id}: {task.status.state}, nothing to verify")
             continue
         try:
-            _verify(DEFAULT_TASK if task.id == "default" else store.tasks / task.id, task.id)
+            folder = DEFAULT_TASK if task.id == "default" else store.tasks / task.id
+            _verify(folder, task.id, store.models)
             print(f"{task.id}: as its manifest states")
         except BundleError as error:
             wrong += 1
@@ -129,19 +130,19 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verify(folder: Path, task_id: str) -> None:
+def _verify(folder: Path, task_id: str, models_dir: Path) -> None:
     bundle = read_bundle(folder)
     if bundle.id != task_id:
         raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
     for network in (bundle.denoiser, bundle.classifier):
-        network.verified(Settings().models_folder)
+        network.verified(models_dir)
 
 
 @models.command()
 def remove(task_id: TaskId) -> None:
     """Remove a task and end its job."""
     try:
-        open_store().delete(task_id)
+        open_store(read_settings()).delete(task_id)
     except Problem as problem:
         detail = "the default task ships with the project" if task_id == "default" else problem
         errors.print(f"vouchsafe: {detail}", style="red")
@@ -169,15 +170,16 @@ def fetch(
         revisions[folder] = asked
     from service.hub import FetchError, fetch
 
+    models_dir = read_settings().models_folder
     for folder in FETCHABLE[name]:
         print(f"{folder}: from {SOURCES[folder].repository}; {SOURCES[folder].licence}")
         try:
-            found = fetch(folder, Settings().models_folder, revisions.get(folder))
+            found = fetch(folder, models_dir, revisions.get(folder))
         except FetchError as error:
             errors.print(f"vouchsafe: {error}", style="red")
             raise typer.Exit(1) from error
         print(f"{folder}: is {found.origin}, in {found.folder}")
-    raise typer.Exit(_report(Settings().models_folder, FETCHABLE[name]))
+    raise typer.Exit(_report(models_dir, FETCHABLE[name]))
 
 
 @models.command()
@@ -190,7 +192,7 @@ def check(
     ] = False,
 ) -> None:
     """Tell what is there of the networks that are fetched; 1 where they cannot be used."""
-    models_dir = (path or Settings().models_folder).resolve()
+    models_dir = (path or read_settings().models_folder).resolve()
     wrong = _report(models_dir, tuple(SOURCES))
     if hashes:
         from service.hub import changed_files

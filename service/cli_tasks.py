@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from models.adaptation.plan import Status
-from service import logs
+from service.cli_console import errors, read_settings
 from service.config import Settings, load_secret
 from service.errors import Problem
 from service.schemas import invalid_fields
@@ -27,18 +25,10 @@ from service.tasks.store import Store
 from service.tasks.task import Task
 
 LOOK_SECONDS = 0.2
+LINE_SECONDS = 10.0
+"""Seconds from line to line of one stage, where the standard error is no terminal."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
-
-errors = Console(stderr=True, markup=False, highlight=False)
-
-
-def tell(reason: object) -> None:
-    """Say in one line why the process ends, as a record where its log is in JSON."""
-    if logs.in_json():
-        logging.getLogger("vouchsafe").critical("%s", reason)
-    else:
-        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
 
 
 def adapt(
@@ -82,8 +72,9 @@ def adapt(
         "classifier": classifier,
         "allow_unknown_labels": allow_unknown_labels,
     }
-    with _disk_trouble_told(Settings().data_dir):
-        store = open_store()
+    settings = read_settings()
+    with _disk_trouble_told(settings.data_dir):
+        store = open_store(settings)
         task = _made(store, fields)
     with _disk_trouble_told(store.jobs / task.id):
         ended = _run(store, task)
@@ -125,9 +116,8 @@ def _label(line: str) -> str | dict[str, str]:
     return {"label": label, "prompt": prompt} if tab else label
 
 
-def open_store() -> Store:
+def open_store(settings: Settings) -> Store:
     """The tasks of the settings' data directory."""
-    settings = Settings()
     return Store(settings, load_secret(settings.data_dir, settings.noise_secret_file))
 
 
@@ -151,13 +141,10 @@ def _run(store: Store, task: Task) -> Task | None:
     """The task once its job has ended here or in a server, or None where it was removed."""
     job = store.jobs / task.id
     run = runs.Run(job, store.tasks, runs.JOB, models=store.models)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
     try:
-        with Progress(*columns, console=errors, transient=True) as progress:
-            bar = progress.add_task("queued", total=1.0)
+        with _progress() as show:
             while not run.step():
-                status = Status.read(job)
-                progress.update(bar, completed=status.progress, description=_described(status))
+                show(Status.read(job))
                 time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         errors.print(
@@ -168,6 +155,36 @@ def _run(store: Store, task: Task) -> Task | None:
     finally:
         run.stop()
     return store.find(task.id)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Status], None]]:
+    """Shows a job's status on the standard error: as a bar on a terminal, else in lines."""
+    if not errors.is_terminal:
+        yield ProgressLines().show
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    with Progress(*columns, console=errors, transient=True) as progress:
+        bar = progress.add_task("queued", total=1.0)
+        yield lambda status: progress.update(
+            bar, completed=status.progress, description=_described(status)
+        )
+
+
+class ProgressLines:
+    """A job's progress as lines on the standard error: one a stage, and one every 10 seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stage = ""
+        self._printed = 0.0
+
+    def show(self, status: Status) -> None:
+        """Print a line where the stage is another, or the last line is 10 seconds old."""
+        stage, now = status.stage or status.state, self._clock()
+        if stage != self._stage or now - self._printed >= LINE_SECONDS:
+            self._stage, self._printed = stage, now
+            errors.print(f"{status.progress:4.0%} {_described(status)}", soft_wrap=True)
 
 
 def _described(status: Status) -> str:

@@ -10,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-from service import logs
-from service.cli_tasks import tell
-from service.config import Settings
+from service.cli_console import read_settings, tell
 
 
 def worker(
@@ -25,8 +23,7 @@ def worker(
     """Compute what a fleet's API processes ask through VOUCHSAFE_REDIS_URL, until told to stop."""
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda *_: os._exit(0))  # Nothing is in hand before `run`.
-    settings = Settings()
-    logs.set_up(settings)
+    settings = read_settings(log=True)
 
     from service.device import DeviceFailed
     from service.engine_redis.server import RedisUnsuitable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import stat
@@ -23,12 +24,17 @@ from pydantic_settings import (
 
 from models.files import written_once
 
+PREFIX = "VOUCHSAFE_"
 SECRET_BYTES = 32
 _ROOM_FOR_FIELDS = 64 * 2**10
 _MARK = "noise.sha256"
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _ORIGIN = re.compile(rf"https?://({_HOST.pattern})(:[0-9]+)?")
+_FOLDERS = {"tasks", "jobs", "models"}
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+logger = logging.getLogger("vouchsafe")
 
 
 class SecretError(RuntimeError):
@@ -43,7 +49,7 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="VOUCHSAFE_", frozen=True, extra="ignore", hide_input_in_errors=True
+        env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True
     )
 
     data_dir: Path = Field(Path(".vouchsafe"), description="Where secrets, tasks and jobs lie.")
@@ -218,8 +224,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _keys_are_whole(self) -> Self:
-        if not self.callers() and self.api_keys_file is not None:
-            raise ValueError(f"{self.api_keys_file}: holds no key, so everyone could call")
+        file = self.api_keys_file
+        try:
+            if not self.callers() and file is not None:
+                raise ValueError(f"{variable('api_keys_file')}: {file} holds no key: all may call")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise SecretError(f"{variable('api_keys_file')}: {file}: {reason}") from error
         return self
 
     @model_validator(mode="after")
@@ -243,11 +254,18 @@ class Settings(BaseSettings):
 
         Raises ValueError for an empty key and OSError where the keys' file cannot be read.
         """
-        lines = [key.get_secret_value() for key in self.api_keys]
+        keys = [key.get_secret_value() for key in self.api_keys]
+        callers = dict(_caller(line, "api_keys") for line in keys)
         if self.api_keys_file is not None:
-            text = self.api_keys_file.read_text().splitlines()
-            lines += [line.strip() for line in text if line.strip() and line.strip()[0] != "#"]
-        return dict(map(_caller, lines))
+            text = self.api_keys_file.read_text("utf-8").splitlines()
+            lines = [line.strip() for line in text if line.strip() and line.strip()[0] != "#"]
+            callers |= dict(_caller(line, "api_keys_file") for line in lines)
+        return callers
+
+
+def variable(field: str) -> str:
+    """The environment variable of a setting."""
+    return f"{PREFIX}{field.upper()}"
 
 
 def _names_a_server(url: SplitResult) -> bool:
@@ -257,11 +275,14 @@ def _names_a_server(url: SplitResult) -> bool:
         return False
 
 
-def _caller(line: str) -> tuple[bytes, str]:
+def _caller(line: str, field: str) -> tuple[bytes, str]:
     named = ":" in line
     name, key = line.split(":", 1) if named else ("", line)
     if not key or (named and not name):
-        raise ValueError("an API key is empty or has an empty name: write `name:key` or `key`")
+        raise ValueError(
+            f"{variable(field)}: an API key is empty or has an empty name: write `name:key` or "
+            "`key`"
+        )
     digest = hashlib.sha256(key.encode())
     return digest.digest(), name or f"key-{digest.hexdigest()[:12]}"
 
@@ -296,10 +317,14 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     the data directory it must be this user's alone, and no link. A given `file` may be as secrets
     are mounted: a link, root's, readable by its group; but all who share the data directory need
     the same, and none may lie there.
+
+    Without a `file` an existing data directory is closed to other users (`_close_to_others`). With
+    one it is shared on purpose, and its owner and mode are the operator's choice.
     """
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     own = data_dir / "noise.secret"
     if file is None:
+        _close_to_others(data_dir)
         return _made_secret(own, mounted=False)
     if own.is_symlink() or own.exists():
         raise SecretError(
@@ -317,6 +342,39 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
         raise SecretError(f"{file}: is not there, nor to be made: {error.strerror}") from error
     _check_is_the_folders(data_dir, file, secret)
     return secret
+
+
+def _close_to_others(folder: Path) -> None:
+    """Give the data directory mode 0700 where others may enter it.
+
+    Raises SecretError for another user's directory, and where the mode cannot or must not be
+    changed: in a directory such as /tmp or a home, what lies there is not Vouchsafe's.
+    """
+    status = folder.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid():
+        raise SecretError(
+            f"{folder}: belongs to another user (uid {status.st_uid}), who could exchange the "
+            f"noise secret in it; name a directory of this user's in {variable('data_dir')}, or, "
+            "for one that is shared on purpose, a private file in "
+            f"{variable('noise_secret_file')}"
+        )
+    if not mode & 0o077:
+        return
+    names = {path.name for path in folder.iterdir()}
+    was_used = bool(names & {"noise.secret", _MARK})
+    if mode & stat.S_ISVTX or not (was_used or names <= _FOLDERS):
+        raise SecretError(
+            f"{folder}: others may enter it (mode {mode:04o}), and it is not Vouchsafe's alone; "
+            f"name a directory of its own in {variable('data_dir')}"
+        )
+    try:
+        folder.chmod(0o700)
+    except OSError as error:
+        raise SecretError(
+            f"{folder}: others may enter it (mode {mode:04o}), and chmod fails: {error.strerror}"
+        ) from error
+    logger.warning("%s: was open to other users (mode %04o); its mode is 0700 now", folder, mode)
 
 
 def _made_secret(path: Path, *, mounted: bool) -> bytes:

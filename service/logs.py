@@ -49,12 +49,13 @@ FORMATTERS = {"text": TextFormatter, "json": json_formatter}
 def set_up(settings: Settings) -> None:
     """Log everything of this process, its libraries included, in the settings' format and level.
 
-    Below `info` only the service's own records are told.
+    Libraries log from `warning` on; at `debug` from `info` on.
     """
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    libraries = logging.INFO if level < logging.INFO else max(level, logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(FORMATTERS[settings.log_format]())
-    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
+    logging.basicConfig(level=libraries, handlers=[handler], force=True)
     logging.getLogger("vouchsafe").setLevel(level)
     logging.captureWarnings(settings.log_format == "json")
 

@@ -4,10 +4,12 @@ serve beside a process's own work."""
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,7 +18,35 @@ DRAIN_SECONDS = 5.0
 """How long callers who wait for an answer may go on waiting once the service is told to stop."""
 
 
-class DrainingServer(uvicorn.Server):
+class _BoundServer(uvicorn.Server):
+    """Listens as soon as it is made, before there is an app to serve.
+
+    Raises OSError, which names the address, where it cannot.
+    """
+
+    def __init__(self, config: uvicorn.Config, host: str, port: int) -> None:
+        super().__init__(config)
+        self._sockets = _listening(host, port)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, whichever was asked for."""
+        return int(self._sockets[0].getsockname()[1])
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on the sockets that it has listened on from the beginning."""
+        try:
+            await super().serve(sockets or self._sockets)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Listen no more, whether or not it has served."""
+        for each in self._sockets:
+            each.close()
+
+
+class DrainingServer(_BoundServer):
     """Serves one app on one address until SIGTERM or SIGINT, then drains and returns."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -28,15 +58,26 @@ class DrainingServer(uvicorn.Server):
             log_config=None,
             timeout_graceful_shutdown=10,
         )
-        super().__init__(config)
+        super().__init__(config, host, port)
+        self._once_listening: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._beside: asyncio.Task[None] | None = None
 
-    def serve_app(self, app: FastAPI) -> None:
-        """Serve until told to stop.
+    @property
+    def url(self) -> str:
+        """The address that callers use on this machine."""
+        host = self.config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def serve_app(
+        self, app: FastAPI, once_listening: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> None:
+        """Serve until told to stop; `once_listening` runs beside it as soon as calls are answered.
 
         Uvicorn raises a signal again once it has drained; by then the process has ended well, so
         both signals do no more than ask it to stop.
         """
         self.config.app = app
+        self._once_listening = once_listening
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, lambda *_: self.stop())
         self.run()
@@ -45,34 +86,35 @@ class DrainingServer(uvicorn.Server):
         """Drain and return."""
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's own, and what is to run once it listens."""
+        await super().startup(sockets)
+        if self.started and self._once_listening is not None:
+            self._beside = asyncio.create_task(self._once_listening())
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's own, after telling the app to let go of waiting callers."""
+        if self._beside is not None:
+            self._beside.cancel()
         app = self.config.app
         if isinstance(app, FastAPI):
             app.state.predictions.drain(DRAIN_SECONDS)
         await super().shutdown(sockets)
 
 
-class SideServer(uvicorn.Server):
+class SideServer(_BoundServer):
     """Serves an app for as long as a process works, and leaves the signals to it."""
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                timeout_graceful_shutdown=2,
-            )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
         )
-        self._socket = _listening(host, port)
-
-    @property
-    def port(self) -> int:
-        """The port it listens on, whichever was asked for."""
-        return int(self._socket.getsockname()[1])
+        super().__init__(config, host, port)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -82,7 +124,7 @@ class SideServer(uvicorn.Server):
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve within the context."""
-        running = asyncio.create_task(self.serve([self._socket]))
+        running = asyncio.create_task(self.serve())
         try:
             yield
         finally:
@@ -90,10 +132,18 @@ class SideServer(uvicorn.Server):
             await running
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; raises OSError that names it."""
+def _listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to every address of the host; raises OSError that names host and port."""
+    sockets: list[socket.socket] = []
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((each[0], each[4][0]) for each in found):
+            port = sockets[0].getsockname()[1] if sockets else port
+            sockets.append(socket.create_server((str(address), port), family=family))
     except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        for each in sockets:
+            each.close()
+        unknown_host = isinstance(error, socket.gaierror)  # Its number is not the system's.
+        reason = error.strerror if unknown_host else os.strerror(error.errno or 0)
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
+    return sockets

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.cli_console import unknown_variables
 
-SHIP = Path(__file__).parents[1] / "docs" / "ship.png"
 runner = CliRunner()
 
 
@@ -29,30 +30,32 @@ def test_help_lists_what_works_and_nothing_else() -> None:
     assert " verify " not in text
 
 
-def test_predict_prints_one_answer_a_line_and_repeats_itself() -> None:
-    """`--json` prints the service's own answer; the same question has the same counts again."""
-    question = ["predict", str(SHIP), "--json", "--n", "60", "--n0", "10"]
-    first, second = (json.loads(runner.invoke(app, question).stdout) for _ in range(2))
-    assert first["label"] == "ship"
-    assert first["counts"] == second["counts"]
-    assert sum(count["count"] for count in first["counts"]) == 60
+def test_version_is_the_installed_one() -> None:
+    """`--version` prints the release and ends well, without a command."""
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"vouchsafe {version('vouchsafe')}\n"
 
 
-def test_predict_prints_a_table_and_reports_what_failed(tmp_path: Path) -> None:
-    """A file that is no image is reported and makes the exit status 1; the others are answered."""
-    text = tmp_path / "text.png"
-    text.write_text("no image")
-    result = runner.invoke(app, ["predict", str(text), str(SHIP), "--mode", "predict", "--n", "20"])
-    assert result.exit_code == 1
-    assert "ship" in result.stdout
-    assert "text.png" in result.stderr
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown(monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    """`--show-completion` prints a script for the shell that asks the command for its words."""
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: shell)
+    result = runner.invoke(app, ["--show-completion"], prog_name="vouchsafe")
+    assert result.exit_code == 0
+    assert f"_VOUCHSAFE_COMPLETE=complete_{shell}" in result.stdout
 
 
-def test_predict_names_a_field_that_is_off() -> None:
-    """Impossible settings are refused with the smallest n that works."""
-    result = runner.invoke(app, ["predict", str(SHIP), "--n", "9"])
-    assert result.exit_code == 1
-    assert "the smallest n that works is 10" in " ".join(result.stderr.split())
+def test_completion_knows_the_commands() -> None:
+    """A half-written command is completed, and the variable that asks for it is no setting."""
+    asked = {
+        "_VOUCHSAFE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "vouchsafe pr",
+        "COMP_CWORD": "1",
+    }
+    result = runner.invoke(app, [], prog_name="vouchsafe", env=asked)
+    assert result.stdout.split() == ["predict"]
+    assert unknown_variables(asked) == {}
 
 
 def test_evaluate_prints_every_setting_beside_the_figures(tmp_path: Path) -> None:

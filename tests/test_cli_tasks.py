@@ -7,23 +7,27 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
 from service.cli import app
+from service.cli_tasks import ProgressLines
 from service.config import Settings, load_secret
 from service.tasks import runs
 from service.tasks.runs import Run
 from service.tasks.store import Store
 from tests.adapting import FAKE, FAST, is_alive, starts, wait_until
 from tests.fake_adaptation import GO
+from tests.fakes import FakeClock
 
 ADAPT = (
     "from service import cli; from service.tasks import runs;"
@@ -96,6 +100,48 @@ def test_what_cannot_be_is_refused(options: list[str], word: str, tmp_path: Path
     said = " ".join(result.stderr.split()).replace("allow_unknown_labels", "--allow-unknown-labels")
     assert word in said
     assert len(listed()) == 1
+
+
+def test_off_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line comes with each stage, and with every 10 seconds of one; none between."""
+    clock = FakeClock()
+    lines = ProgressLines(clock)
+    running = Status("running", stage="personalizing", losses={"personalizing": 0.25})
+    seen = [
+        (0.0, Status("queued")),
+        (0.2, Status("queued")),
+        (0.2, Status("running", stage="synthesizing", progress=0.01, eta_seconds=83)),
+        (9.9, Status("running", stage="synthesizing", progress=0.3, eta_seconds=50)),
+        (0.1, Status("running", stage="synthesizing", progress=0.31, eta_seconds=49)),
+        (9.9, replace(running, progress=0.4)),
+        (9.9, replace(running, progress=0.5)),
+        (0.2, replace(running, progress=0.6)),
+    ]
+    for seconds, status in seen:
+        clock.advance(seconds)
+        lines.show(status)
+    assert capsys.readouterr().err.splitlines() == [
+        "  0% queued",
+        "  1% synthesizing, 1:23 left",
+        " 31% synthesizing, 0:49 left",
+        " 40% personalizing, loss 0.25",
+        " 60% personalizing, loss 0.25",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_adapt_shows_lines_or_a_bar(
+    monkeypatch: pytest.MonkeyPatch, store: Store, terminal: bool
+) -> None:
+    """What is no terminal gets whole lines; a terminal keeps the bar, which is drawn over."""
+    monkeypatch.setattr("service.cli_tasks.errors", Console(stderr=True, force_terminal=terminal))
+    result = adapt("plain", "--shots", "1")
+    assert result.exit_code == 0, result.output
+    assert ("\x1b[" in result.stderr) is terminal
+    assert ("\r" in result.stderr) is terminal
+    if not terminal:
+        assert all(line[3:5] == "% " for line in result.stderr.splitlines())
+        assert result.stderr.startswith("  0% queued\n")
 
 
 def test_a_failure_is_told(store: Store) -> None:
@@ -263,4 +309,4 @@ def test_predict_asks_a_task(store: Store) -> None:
     adapt("fail", "--shots", "1")
     failed = next(t for t in store.all() if t.id != task.id)
     refused = runner.invoke(app, [*question, failed.id])
-    assert (refused.exit_code, "could not be made" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "could not be made" in refused.stderr) == (2, True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,99 @@ def test_secret_that_is_a_link_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "noise.secret").symlink_to(tmp_path / target)
     with pytest.raises(SecretError, match="cannot be read"):
         load_secret(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o701, 0o2770])
+@pytest.mark.parametrize("used", [False, True])
+def test_an_open_data_directory_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, used: bool
+) -> None:
+    """An existing directory that others may enter gets mode 0700, which is logged with its path."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if used:
+        load_secret(folder)
+        (folder / "notes").touch()
+    caplog.clear()
+    folder.chmod(mode)
+    load_secret(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    (record,) = caplog.records
+    assert str(folder) in record.message
+    assert f"{mode:04o}" in record.message
+    load_secret(folder)
+    assert len(caplog.records) == 1
+
+
+def test_a_directory_of_fetched_networks_alone_is_closed(tmp_path: Path) -> None:
+    """Networks may have been fetched before the first start, to a directory open to others."""
+    (tmp_path / "data" / "models").mkdir(parents=True)
+    load_secret(tmp_path / "data")
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [(0o755, "letters.txt"), (0o750, "service"), (0o1777, "noise.secret")]
+)
+def test_a_directory_of_other_things_is_left_open(tmp_path: Path, mode: int, name: str) -> None:
+    """A home, or /tmp, is not closed to others: it is refused, and nothing is written to it."""
+    folder = tmp_path / "home"
+    (folder / "models").mkdir(parents=True)
+    (folder / name).touch()
+    folder.chmod(mode)
+    with pytest.raises(SecretError, match=f"{folder}: others may enter it .mode {mode:04o}."):
+        load_secret(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert {path.name for path in folder.iterdir()} == {"models", name}
+
+
+def test_another_users_data_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory of another user holds no secret: the message names it and both ways out."""
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr("service.config.os.geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(SecretError, match="belongs to another user") as refused:
+        load_secret(folder)
+    assert str(folder) in str(refused.value)
+    assert "VOUCHSAFE_DATA_DIR" in str(refused.value)
+    assert "VOUCHSAFE_NOISE_SECRET_FILE" in str(refused.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system keeps the mode, the directory and the reason are named."""
+
+    def fails(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", fails)
+    with pytest.raises(SecretError, match=f"{tmp_path}: .* chmod fails: Read-only file system"):
+        load_secret(tmp_path)
+
+
+def test_a_directory_that_is_shared_on_purpose_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the noise secret elsewhere, neither the directory's mode nor its owner matters."""
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o2775)
+    load_secret(data, tmp_path / "private" / "noise.secret")
+    look = Path.stat
+
+    def another_users(path: Path, **options: bool) -> os.stat_result:
+        seen = list(look(path, **options))
+        seen[4] += path == data
+        return os.stat_result(seen)
+
+    monkeypatch.setattr(Path, "stat", another_users)
+    load_secret(data, tmp_path / "private" / "noise.secret")
+    assert stat.S_IMODE(look(data).st_mode) == 0o2775
 
 
 @pytest.fixture
@@ -244,8 +338,13 @@ def test_empty_keys_file_does_not_open_the_service(tmp_path: Path) -> None:
     path.write_text("# nothing yet\n")
     with pytest.raises(ValidationError, match="holds no key"):
         Settings(api_keys_file=path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SecretError, match=r"VOUCHSAFE_API_KEYS_FILE: .*/missing: No such file"):
         Settings(api_keys_file=tmp_path / "missing")
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(
+        SecretError, match=r"VOUCHSAFE_API_KEYS_FILE: .*/keys: it is not UTF-8 text"
+    ):
+        Settings(api_keys_file=path)
 
 
 def test_keys_are_not_printed() -> None:

@@ -157,7 +157,9 @@ async def test_its_log_can_be_json_throughout(
             server.terminate()
             assert await asyncio.to_thread(server.wait, 30) == 0
     records = [json.loads(line) for line in written.read_text().splitlines()]
-    assert {"vouchsafe.access", "uvicorn.error"} <= {record["logger"] for record in records}
+    assert {record["logger"] for record in records} == {"vouchsafe.access", "vouchsafe"}
+    (ready,) = [record for record in records if "address" in record]
+    assert (ready["address"], ready["tasks"], ready["data_dir"]) == (url, ["default"], str(data))
     assert {"time", "level", "message"} <= set.intersection(*map(set, records))
     (asked,) = [record for record in records if record.get("job_id") == told["id"]]
     assert (asked["route"], asked["trace_id"]) == ("/predict", TRACE)

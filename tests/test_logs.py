@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from service import logs
-from service.cli_tasks import tell
+from service.cli_console import tell
 from service.config import Settings
 from tests.fakes import make_job
 from tests.test_traces import TRACE, VALID
@@ -82,15 +82,15 @@ def test_libraries_log_alike(capsys: pytest.CaptureFixture[str]) -> None:
     """Uvicorn's records, those of other libraries and Python's warnings are such lines too."""
     logs.set_up(Settings(log_format="json"))
     uvicorn.Config("", log_config=None, access_log=False)
-    coloured = {"color_message": "\x1b[1mStarted\x1b[0m"}
-    logging.getLogger("uvicorn.error").info("Started", extra=coloured)
+    coloured = {"color_message": "\x1b[1mInvalid\x1b[0m"}
+    logging.getLogger("uvicorn.error").warning("Invalid", extra=coloured)
     logging.getLogger("redis").warning("a %s", "word")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old ways", DeprecationWarning, stacklevel=1)
-    started, word, warning = records(capsys)
-    assert (started["logger"], started["message"]) == ("uvicorn.error", "Started")
-    assert "color_message" not in started
+    invalid, word, warning = records(capsys)
+    assert (invalid["logger"], invalid["message"]) == ("uvicorn.error", "Invalid")
+    assert "color_message" not in invalid
     assert word["message"] == "a word"
     assert "old ways" in warning["message"]
 
@@ -102,26 +102,36 @@ def test_text_has_the_ids_behind_the_message(capsys: pytest.CaptureFixture[str])
     log.info("a %s", "message", extra=several)
     log.info("task %s is there", "cats", extra=logs.naming(task_id="cats"))
     log.error("failed", exc_info=ValueError("that was it"))
-    logging.getLogger("uvicorn.error").info("Started")
+    logging.getLogger("uvicorn.error").warning("Invalid")
     assert capsys.readouterr().err.splitlines() == [
         "INFO vouchsafe.test a message job_id=a,b task_id=default",
         "INFO vouchsafe.test task cats is there",
         "ERROR vouchsafe.test failed",
         "ValueError: that was it",
-        "INFO uvicorn.error Started",
+        "WARNING uvicorn.error Invalid",
     ]
 
 
-def test_debug_is_the_services_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """At `debug` libraries say no more than at `info`, and at `warning` they say that alone."""
-    for level, told in (("debug", ["ours"]), ("warning", [])):
-        logs.set_up(Settings.model_validate({"log_level": level, "log_format": "json"}))
-        log.debug("ours")
-        logging.getLogger("asyncio").debug("theirs")
-        assert [record["message"] for record in records(capsys)] == told
-    logging.getLogger("httpx").info("theirs")
-    logging.getLogger("httpx").warning("heard")
-    assert [record["message"] for record in records(capsys)] == ["heard"]
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [
+        ("debug", ["ours debug", "ours info", "theirs info", "theirs warning", "theirs error"]),
+        ("info", ["ours info", "theirs warning", "theirs error"]),
+        ("warning", ["theirs warning", "theirs error"]),
+        ("error", ["theirs error"]),
+    ],
+)
+def test_libraries_are_quieter_than_the_service(
+    capsys: pytest.CaptureFixture[str], level: str, told: list[str]
+) -> None:
+    """Libraries log from `warning` on, and from `info` on only where the service logs `debug`."""
+    logs.set_up(Settings.model_validate({"log_level": level, "log_format": "json"}))
+    log.debug("ours debug")
+    log.info("ours info")
+    for name, severity in (("httpx", "debug"), ("uvicorn.error", "info"), ("httpx", "warning")):
+        getattr(logging.getLogger(name), severity)("theirs %s", severity)
+    logging.getLogger().error("theirs error")  # Some libraries log on the root logger.
+    assert [record["message"] for record in records(capsys)] == told
 
 
 def test_why_a_process_ends_is_told_in_the_logs_format(capsys: pytest.CaptureFixture[str]) -> None:

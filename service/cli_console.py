@@ -1,0 +1,89 @@
+"""The console that every command shares: its settings, and the line that says why it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import typer
+from pydantic import SecretStr, ValidationError
+from rich.console import Console
+
+from service import logs
+from service.config import PREFIX, Settings, variable
+
+_LONGEST_SHOWN = 80
+
+errors = Console(stderr=True, markup=False, highlight=False)
+
+
+def tell(reason: object) -> None:
+    """Say in one line why the process ends, as a record where its log is in JSON."""
+    if logs.in_json():
+        logging.getLogger("vouchsafe").critical("%s", reason)
+    else:
+        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
+
+
+def read_settings(*, log: bool = False) -> Settings:
+    """The settings of this process, whose log is set up by them where `log` says so.
+
+    Variables that look like settings and are none are warned of. Exits with 2 and one line for a
+    value that is refused; raises SecretError as `Settings` does.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        tell(explain(error))
+        raise typer.Exit(2) from error
+    if log:
+        logs.set_up(settings)
+    for name, nearest in unknown_variables(os.environ).items():
+        meant = f"; did you mean {nearest}?" if nearest else ""
+        logging.getLogger("vouchsafe").warning("%s is not a setting%s", name, meant)
+    return settings
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Environment variables that look like settings and are none -> the nearest setting's, if any.
+
+    `names` are those of the environment. Case does not matter, as to `Settings`.
+    """
+    known = [field.upper() for field in Settings.model_fields]
+    found: dict[str, str | None] = {}
+    for name in sorted(names):
+        setting = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and setting not in known:
+            nearest = get_close_matches(setting, known, n=1)
+            found[name] = variable(nearest[0]) if nearest else None
+    return found
+
+
+def explain(error: ValidationError) -> str:
+    """The refused settings in one line: for each its variable, the limit, and its value.
+
+    The value of a secret is left out.
+    """
+    return "; ".join(_explained(each["loc"], each["msg"], each["input"]) for each in error.errors())
+
+
+def _explained(location: tuple[int | str, ...], message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:  # Of the settings as a whole: the message begins with the field's name.
+        field = message.partition(" ")[0]
+        return f"{variable(field)}: {message}" if field in Settings.model_fields else message
+    field = str(location[0])
+    if _is_secret(Settings.model_fields[field].annotation):
+        return f"{variable(field)}: {message}"
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    if len(shown) > _LONGEST_SHOWN:
+        shown = f"{shown[: _LONGEST_SHOWN - 3]}..."
+    return f"{variable(field)}: {message} (it is {shown})"
+
+
+def _is_secret(annotation: Any) -> bool:
+    return annotation is SecretStr or any(map(_is_secret, get_args(annotation)))

@@ -1,0 +1,266 @@
+"""The command that classifies images on this machine: `predict`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from models.bundle import DEFAULT_TASK, read_bundle
+from service.cli_console import errors, read_settings, tell
+from service.config import Settings, load_secret
+from service.errors import InvalidImage, Problem
+from service.jobs import Mode
+from service.schemas import PredictRequest, PredictResponse, invalid_fields
+
+if TYPE_CHECKING:
+    from service.embedded import Embedded
+    from service.predictions import Predictions
+
+T = TypeVar("T")
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+"""Which files of a folder are its pictures."""
+_NAMED_SUFFIXES = ", ".join(SUFFIXES)
+
+Sigma = Annotated[float, typer.Option(help="Noise strength in [0,1] pixel units.")]
+Alpha = Annotated[float, typer.Option(help="Chance at which a certificate may be wrong.")]
+SelectionRows = Annotated[int, typer.Option("--n0", help="Noise rows that choose the label.")]
+
+
+class DeviceError(RuntimeError):
+    """The networks cannot be used any more."""
+
+
+def predict(
+    images: Annotated[
+        list[str], typer.Argument(help="JPEG, PNG or WebP files, folders of them, or patterns.")
+    ],
+    task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
+    mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
+    sigma: Sigma = 0.25,
+    alpha: Alpha = 0.001,
+    n0: SelectionRows = 100,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Noise rows; 1000, or 100 to predict.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line an image: its answer or its problem.")
+    ] = False,
+) -> None:
+    """Classify images on this machine.
+
+    Exits with 1 where one of them has no answer, and with 2 before it begins where a path or a
+    field cannot be used.
+    """
+    settings = read_settings()
+    fields = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
+    if n is not None:
+        fields["n"] = n
+    try:
+        paths = pictures(images)
+        asyncio.run(_check(settings, fields))
+    except (OSError, Problem) as error:
+        _refuse(error)
+
+    from service.embedded import Embedded, leave_if_hung
+
+    embedded = Embedded(settings)
+    answered = asyncio.run(_print_all(embedded, paths, fields, as_json=as_json))
+    leave_if_hung(embedded)
+    if answered < len(paths):
+        raise typer.Exit(1)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    tell(error)
+    raise typer.Exit(2) from error
+
+
+def pictures(arguments: Sequence[str]) -> list[Path]:
+    """The files that the arguments name, in their order: files, folders' pictures, patterns.
+
+    Raises OSError naming what cannot be read, a pattern without a match, and a folder without a
+    picture.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        if not Path(argument).exists() and has_magic(argument):
+            if not (found := sorted(glob(argument, recursive=True))):
+                raise FileNotFoundError(f"{argument}: matches no file")
+            paths += [path for match in found for path in _pictures_at(Path(match))]
+        else:
+            paths += _pictures_at(Path(argument))
+    return paths
+
+
+def _pictures_at(path: Path) -> list[Path]:
+    try:
+        if not path.is_dir():
+            if path.is_file() or not path.exists():  # What is read once, like a pipe, stays as is.
+                path.open("rb").close()
+            return [path]
+        found = sorted(
+            each
+            for each in path.iterdir()
+            if each.suffix.lower() in SUFFIXES and not each.name.startswith(".")
+        )
+        for each in found:
+            each.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{error.filename or path}: {error.strerror}") from error
+    if not found:
+        raise FileNotFoundError(f"{path}: the folder holds no file that ends in {_NAMED_SUFFIXES}")
+    return found
+
+
+async def _check(settings: Settings, fields: dict[str, object]) -> None:
+    """Raises Problem for fields that no image can be asked with; no networks are loaded for it.
+
+    A question about an empty image is refused for that image only where its fields are right.
+    """
+    from service.engine import Worker
+    from service.engine_memory import MemoryEngine
+    from service.predictions import Predictions
+    from service.tasks.catalogue import Catalogue
+    from service.tasks.desk import TaskDesk
+    from service.tasks.store import Store
+
+    asked = _question(b"", fields)
+    secret = load_secret(settings.data_dir, settings.noise_secret_file)
+    catalogue = Catalogue(
+        {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
+    )
+    await catalogue.refresh()
+    engine = MemoryEngine(shard_rows=settings.shard_rows, poll_seconds=0)
+    served = {task: bundle.served_digest({}) for task, bundle in catalogue.items()}
+    await engine.pull(Worker("check", served, [{}]), 0)
+    tasks = TaskDesk(Store(settings, secret), catalogue)
+    desk = Predictions(settings, engine, catalogue, secret, tasks.expect)
+    try:
+        await desk.submit(asked, None, None)
+    except InvalidImage:
+        return
+    finally:
+        await desk.close()
+
+
+def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
+    try:
+        return PredictRequest.model_validate({"image": image, **fields})
+    except ValidationError as error:
+        raise invalid_fields(error.errors()) from error
+
+
+async def _print_all(
+    embedded: Embedded, paths: Sequence[Path], fields: dict[str, object], *, as_json: bool
+) -> int:
+    """Print what is answered, as JSON a line as soon as it is known; returns how many answers."""
+    answers: list[tuple[Path, PredictResponse]] = []
+    async for path, told in _answers(embedded, paths, fields, quiet=as_json):
+        if isinstance(told, PredictResponse):
+            answers.append((path, told))
+            document = told.model_dump(mode="json")
+        else:
+            document = {"problem": told.document()}
+        if as_json:
+            print(json.dumps({"image": str(path), **document}, ensure_ascii=False), flush=True)
+        elif isinstance(told, Problem):
+            errors.print(f"{path}: {told}", style="red", soft_wrap=True)
+    if answers and not as_json:
+        Console().print(_table(answers))
+    return len(answers)
+
+
+async def _answers(
+    embedded: Embedded, paths: Sequence[Path], fields: dict[str, object], *, quiet: bool
+) -> AsyncIterator[tuple[Path, PredictResponse | Problem]]:
+    """Each path with its answer or its problem, in order.
+
+    Where the networks stop, that is the problem of every path that is left.
+    """
+    from service.predictions import Predictions
+    from service.tasks.desk import TaskDesk
+
+    tasks = TaskDesk(embedded.store, embedded.tasks)
+    desk = Predictions(
+        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
+    )
+    stop = asyncio.Event()
+    working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
+    stopped: DeviceError | None = None
+    try:
+        with Progress(console=errors, disable=quiet, transient=True) as progress:
+            for path in paths:
+                try:
+                    await _while_alive(working, embedded.ready())
+                    asking = _predict_one(desk, path, fields, progress)
+                    yield path, await _while_alive(working, asking)
+                except DeviceError as error:
+                    if stopped is None:
+                        tell(error)
+                    stopped = error
+                    yield path, Problem(str(error))
+                except Problem as problem:
+                    yield path, problem
+    finally:
+        stop.set()
+        await asyncio.gather(working, desk.close(), return_exceptions=True)
+
+
+async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, T]) -> T:
+    """What `wanted` returns; raises DeviceError where the worker ends first."""
+    task = asyncio.create_task(wanted)
+    await asyncio.wait({task, working}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        raise DeviceError(f"the networks stopped: {working.exception()}")
+    return await task
+
+
+async def _predict_one(
+    desk: Predictions, path: Path, fields: dict[str, object], progress: Progress
+) -> PredictResponse:
+    try:
+        data = await asyncio.to_thread(path.read_bytes)
+    except OSError as error:
+        raise InvalidImage(f"The file cannot be read: {error.strerror}") from error
+    asked = _question(data, fields)
+    job_id = await desk.submit(asked, None, None)
+    bar = progress.add_task(path.name, total=asked.rows)
+    async for status in desk.engine.watch(job_id):
+        progress.update(bar, completed=status.rows_done)
+    progress.remove_task(bar)
+    return desk.answer(await desk.status(job_id, None))
+
+
+def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
+    table = Table("image", "label", "radius", "p lower", "votes", caption=(
+        "Certified means stable, not correct: no change of l2 norm below the radius, "
+        "pixels in [0,1], changes the label. The radius is of the image as resized and cropped."
+    ))  # fmt: skip
+    for path, told in answers:
+        votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
+        table.add_row(
+            escape(str(path)),
+            escape(told.label) if told.label else "(abstained)",
+            "" if told.radius is None else f"{_floor(told.radius):.3f}",
+            "" if told.p_lower is None else f"{_floor(told.p_lower):.3f}",
+            f"{votes} of {told.n}",
+        )
+    return table
+
+
+def _floor(value: float) -> float:
+    """Rounded down to three places, for a bound must not be shown larger than it is."""
+    return int(value * 1000) / 1000
