@@ -49,6 +49,7 @@ class DrainingServer(uvicorn.Server):
         """Uvicorn's own, after telling the app to let go of waiting callers."""
         app = self.config.app
         if isinstance(app, FastAPI):
+            app.state.draining = True
             app.state.predictions.drain(DRAIN_SECONDS)
         await super().shutdown(sockets)
 
@@ -67,6 +68,7 @@ class SideServer(uvicorn.Server):
                 timeout_graceful_shutdown=2,
             )
         )
+        self._app = app
         self._socket = _listening(host, port)
 
     @property
@@ -86,6 +88,7 @@ class SideServer(uvicorn.Server):
         try:
             yield
         finally:
+            self._app.state.draining = True
             self.should_exit = True
             await running
 
