@@ -15,7 +15,7 @@ from service import errors, telemetry
 from service.config import Settings
 from service.engine import Engine
 from service.health import Companion, Companions, Health
-from service.http_semantics import ConnectionClose, HeadRequests
+from service.http_semantics import HeadRequests
 from service.intake import Preferences, caller, read_question
 from service.jobs import State
 from service.page import docs_assets, pages
@@ -107,7 +107,6 @@ def create_app(
     )
     app.add_middleware(HeadRequests)
     app.add_middleware(telemetry.RequestTelemetry)
-    app.add_middleware(ConnectionClose)
     app.include_router(probes)
     app.include_router(keyed)
     app.include_router(tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,13 +49,18 @@ class ConnectionClose:
     """Adds `Connection: close` to each answer after which the connection does not stay open.
 
     These are answers that begin before the request's body was read to its end, and all answers
-    once `app.state.draining` is set. The rest of the body is discarded for `linger_seconds` at most
+    where `is_stopping` says so. The rest of the body is discarded for `linger_seconds` at most
     before the connection ends: closing on bytes that are still arriving would reset it, and the
     caller could lose the answer.
     """
 
-    def __init__(self, app: ASGIApp, linger_seconds: float = LINGER_SECONDS) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        is_stopping: Callable[[], bool],
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
+        self._app, self._is_stopping = app, is_stopping
         self._linger_seconds = linger_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +80,7 @@ class ConnectionClose:
             nonlocal lingers, held_back
             if message["type"] == "http.response.start":
                 lingers = unread
-                if unread or getattr(scope["app"].state, "draining", False):
+                if unread or self._is_stopping():
                     MutableHeaders(scope=message)["Connection"] = "close"
             elif lingers and not message.get("more_body"):
                 held_back = True

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from service import errors, telemetry
 from service.health import Health
-from service.http_semantics import ConnectionClose, HeadRequests
+from service.http_semantics import HeadRequests
 from service.problems import render_problem
 from service.schemas import HealthResponse
 
@@ -37,7 +37,6 @@ def probes_app(health: Health) -> FastAPI:
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(ERRORS, render_problem))
     app.state.health = health
     app.add_middleware(HeadRequests)
-    app.add_middleware(ConnectionClose)
     app.include_router(probes)
     app.include_router(metrics)
     return app

@@ -12,11 +12,23 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_semantics import ConnectionClose
+
 DRAIN_SECONDS = 5.0
 """How long callers who wait for an answer may go on waiting once the service is told to stop."""
 
 
-class DrainingServer(uvicorn.Server):
+class _AnnouncingServer(uvicorn.Server):
+    """Says `Connection: close` in each answer after which it closes the connection."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's own, with the app that the configuration has loaded wrapped."""
+        app = self.config.loaded_app
+        self.config.loaded_app = ConnectionClose(app, lambda: self.should_exit)
+        await super().startup(sockets)
+
+
+class DrainingServer(_AnnouncingServer):
     """Serves one app on one address until SIGTERM or SIGINT, then drains and returns."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -49,12 +61,11 @@ class DrainingServer(uvicorn.Server):
         """Uvicorn's own, after telling the app to let go of waiting callers."""
         app = self.config.app
         if isinstance(app, FastAPI):
-            app.state.draining = True
             app.state.predictions.drain(DRAIN_SECONDS)
         await super().shutdown(sockets)
 
 
-class SideServer(uvicorn.Server):
+class SideServer(_AnnouncingServer):
     """Serves an app for as long as a process works, and leaves the signals to it."""
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
@@ -68,7 +79,6 @@ class SideServer(uvicorn.Server):
                 timeout_graceful_shutdown=2,
             )
         )
-        self._app = app
         self._socket = _listening(host, port)
 
     @property
@@ -88,7 +98,6 @@ class SideServer(uvicorn.Server):
         try:
             yield
         finally:
-            self._app.state.draining = True
             self.should_exit = True
             await running
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from benchmarks.server import free_port
 from service.http_semantics import ConnectionClose
 from service.server import DrainingServer, SideServer
 from tests.serving import PNG, Service, serving
@@ -195,30 +196,26 @@ async def test_an_unforeseen_error_says_that_the_connection_ends(
 
 
 class Watched(DrainingServer):
-    """Says when it listens and when it has begun to drain."""
+    """Says when it listens."""
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(host, port)
-        self.listening, self.draining = asyncio.Event(), asyncio.Event()
+        self.listening = asyncio.Event()
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
-
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        self.draining.set()
-        await super().shutdown(sockets)
 
 
 async def test_a_draining_server_says_that_the_connection_ends() -> None:
     """A caller who waits as the server is told to stop gets an answer with `Connection: close`."""
     service = Service()
     service.voter.open.clear()
-    server = Watched("127.0.0.1", 0)
+    server = Watched("127.0.0.1", port := free_port())
     server.config.app = service.app
     running = asyncio.create_task(server.serve())
     await server.listening.wait()
-    connection = await Connection.open(server.servers[0].sockets[0].getsockname()[1])
+    connection = await Connection.open(port)
     parts = [b"--b", b'Content-Disposition: form-data; name="image"; filename="i"', b"", PNG]
     body = b"\r\n".join([*parts, b"--b--", b""])
     kind = "multipart/form-data; boundary=b"
@@ -227,7 +224,6 @@ async def test_a_draining_server_says_that_the_connection_ends() -> None:
     await connection.send("POST /predict", headers, body)
     await service.voter.busy.wait()
     server.stop()
-    await server.draining.wait()
     service.voter.open.set()
     status, told = await connection.answer()
     assert (status, told["connection"]) == (200, "close")
@@ -252,9 +248,9 @@ async def test_a_body_that_never_ends_is_not_waited_for() -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
         await send({"type": "http.response.body", "body": b"no"})
 
-    scope = {"type": "http", "app": Service(companions=[]).app}
-    scope["headers"] = [(b"content-length", b"9")]
-    await ConnectionClose(refuses, linger_seconds=0.0)(scope, silent, send)
+    scope = {"type": "http", "headers": [(b"content-length", b"9")]}
+    app = ConnectionClose(refuses, lambda: False, linger_seconds=0.0)
+    await app(scope, silent, send)
     assert [(part.get("body"), part.get("more_body")) for part in sent[1:]] == [
         (b"no", True),
         (None, None),
