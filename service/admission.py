@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from service.engine import RETRY_SECONDS, retry_seconds
-from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
+from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded, as_json
 from service.jobs import Job
 
 Served = Counter[tuple[str, str]]
@@ -50,7 +50,7 @@ def too_large(job: Job, bound: int) -> InvalidField:
 
 def unserved(task: str) -> Backlog:
     """The refusal of a job whose bundle no live worker serves."""
-    return Backlog(f"No live worker serves task {task!r} now.", retry_after=RETRY_SECONDS)
+    return Backlog(f"No live worker serves task {as_json(task)} now.", retry_after=RETRY_SECONDS)
 
 
 def full(rows: int, backlog_rows: int, rows_per_second: float) -> Backlog:

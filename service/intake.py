@@ -27,6 +27,7 @@ _JSON = "application/json"
 _ROOM_FOR_FIELDS = 64 * 2**10
 _MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
+_TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
 _bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
 
 
@@ -145,6 +146,8 @@ async def _form_fields(request: Request) -> dict[str, Any]:
                 raise invalid_field(name, f"The field {name} is given more than once")
             if name == "image" and not isinstance(value, UploadFile):
                 raise invalid_field(name, "image must be sent as a file, with a file name")
+            if name in _TEXT_FIELDS and isinstance(value, UploadFile):
+                raise invalid_field(name, f"{name} must be sent as text, without a file name")
             fields[name] = await value.read() if isinstance(value, UploadFile) else value
     return fields
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.serving import Service, problem, serving
+from tests.serving import PNG, Service, problem, serving
 
 
 @pytest.mark.parametrize("path", ["/models", "/metrics", "/docs", "/openapi.json", "/", "/jobs/x"])
@@ -58,6 +58,25 @@ async def test_bad_bodies_are_problems(
     """A body of another kind, or one that breaks its own format, is a problem document."""
     headers = {"Content-Type": kind}
     problem(await service.client.post("/predict", content=body, headers=headers), status, slug)
+
+
+@pytest.mark.parametrize("name", ["file", "picture.png"])
+async def test_a_file_under_another_name_is_not_repeated(service: Service, name: str) -> None:
+    """A file in a field that does not exist is refused with `image`, and no byte of it."""
+    response = await service.client.post("/predict", files={name: ("x.png", PNG)})
+    document = problem(response, 422, "invalid-field")
+    detail = f"there is no field '{name}'; did you mean image?"
+    assert document["detail"] == detail
+    assert document["errors"] == [{"field": name, "detail": detail}]
+
+
+async def test_a_file_in_a_text_field_is_not_repeated(service: Service) -> None:
+    """A file in a field that is text is refused by name, without a byte of it."""
+    for content in (PNG, b"of words"):
+        response = await service.client.post("/predict", files={"task": ("x.png", content)})
+        document = problem(response, 422, "invalid-field")
+        assert document["detail"] == "task must be sent as text, without a file name"
+        assert document["errors"] == [{"field": "task", "detail": document["detail"]}]
 
 
 async def test_form_fields_must_be_single_and_images_files(service: Service) -> None:

@@ -139,11 +139,15 @@ def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | N
     Raises PlanError where there is none, or where its networks cannot be used.
     """
     if name not in known:
-        detail = f"There is no {field} set {name!r}; there are {', '.join(sorted(known))}"
+        detail = f"There is no {field} set {_quoted(name)}; there are {', '.join(sorted(known))}"
         raise PlanError(field, detail, name)
     if (why := trouble(known[name].fetched, models_dir)) is not None:
-        raise PlanError(field, f"The {field} set {name!r} cannot be used: {why}", name)
+        raise PlanError(field, f"The {field} set {_quoted(name)} cannot be used: {why}", name)
     return known[name].below(models_dir)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_between(field: str, value: int, limits: tuple[int, int]) -> None:
@@ -233,7 +237,7 @@ def check_prompt(
     if part.prompt_tokens and tokens > part.prompt_tokens:
         raise PlanError(
             field,
-            f"the prompt {prompt!r} has {tokens} tokens; the {reader} reads at most "
+            f"the prompt {_quoted(prompt)} has {tokens} tokens; the {reader} reads at most "
             f"{part.prompt_tokens}",
             word,
             part.prompt_tokens,
