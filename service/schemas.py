@@ -227,7 +227,10 @@ class HealthResponse(BaseModel):
     """A probe's answer."""
 
     status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
-    detail: str = Field(description="What the probe is waiting for, empty when ok.")
+    detail: str = Field(
+        description="What the probe is waiting for. With `ok` it is empty, or says that no live "
+        "worker serves any task of a fleet: new questions get 503 until one does."
+    )
 
 
 def invalid_field(
