@@ -110,7 +110,7 @@ def create_app(
     app.include_router(probes)
     app.include_router(keyed)
     app.include_router(tasks)
-    app.include_router(pages, dependencies=[Depends(caller)])
+    app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
     return app
 

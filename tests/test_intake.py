@@ -7,9 +7,9 @@ import pytest
 from tests.serving import PNG, Service, problem, serving
 
 
-@pytest.mark.parametrize("path", ["/models", "/metrics", "/docs", "/openapi.json", "/", "/jobs/x"])
+@pytest.mark.parametrize("path", ["/models", "/metrics", "/tasks", "/jobs/x", "/jobs/x/events"])
 async def test_keys_are_asked_for(path: str) -> None:
-    """With keys configured, every route but the probes needs one."""
+    """With keys configured, every route with data needs one."""
     async with serving(api_keys="ann:key-of-ann") as service:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic YTpi"}):
             response = await service.client.get(path, headers=headers)
@@ -19,8 +19,29 @@ async def test_keys_are_asked_for(path: str) -> None:
             await service.client.get(path, headers={"Authorization": "Bearer key-of-ann"})
         ).status_code in (200, 404)
         problem(await service.ask(), 401, "unauthorized")
-        for probe in ("/livez", "/readyz", "/startupz"):
-            assert (await service.client.get(probe)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/startupz", "/", "/docs", "/docs/assets/swagger-ui.css"]
+)
+async def test_probes_and_pages_need_no_key(path: str) -> None:
+    """With keys configured, probes, the page and /docs are answered without one."""
+    async with serving(api_keys="ann:key-of-ann") as service:
+        assert (await service.client.get(path)).status_code == 200
+
+
+async def test_the_interface_says_where_keys_are_needed() -> None:
+    """/openapi.json loads without a key and declares it on each route but the probes."""
+    async with serving(api_keys="ann:key-of-ann") as service:
+        described = (await service.client.get("/openapi.json")).json()
+    free = {
+        path
+        for path, operations in described["paths"].items()
+        if not all(operation.get("security") for operation in operations.values())
+    }
+    assert free == {"/livez", "/readyz", "/startupz"}
+    (scheme,) = described["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
 
 
 async def test_body_is_bounded_without_a_declared_length() -> None:
