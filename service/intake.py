@@ -139,7 +139,7 @@ def _bounded(request: Request, most: int) -> Request:
 async def _form_fields(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     async with request.form(
-        max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        max_files=_MOST_FIELDS, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
     ) as form:
         for name, value in form.multi_items():
             if name in fields:

@@ -39,7 +39,7 @@ def chromium(profile: Path) -> Iterator[Chrome]:
 
 
 def until(driver: Chrome, holds: Callable[[], object]) -> None:
-    """Wait for the page; fails where it never comes. What is looked at may be replaced meanwhile."""
+    """Wait for the page, whose elements may be replaced meanwhile; fails where it never comes."""
     replaced = [StaleElementReferenceException]
     WebDriverWait(driver, 60, ignored_exceptions=replaced).until(lambda _: holds())
 

@@ -91,6 +91,13 @@ async def test_a_file_under_another_name_is_not_repeated(service: Service, name:
     assert document["errors"] == [{"field": name, "detail": detail}]
 
 
+async def test_a_file_beside_the_image_is_named(service: Service) -> None:
+    """A second file in a field that does not exist is refused by the field's name."""
+    files = {"image": ("x.png", PNG), "masks": ("y.png", PNG)}
+    document = problem(await service.client.post("/predict", files=files), 422, "invalid-field")
+    assert [error["field"] for error in document["errors"]] == ["masks"]
+
+
 async def test_a_file_in_a_text_field_is_not_repeated(service: Service) -> None:
     """A file in a field that is text is refused by name, without a byte of it."""
     for content in (PNG, b"of words"):
