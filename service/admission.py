@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from service.engine import RETRY_SECONDS, retry_seconds
-from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
+from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded, as_json
 from service.jobs import Job, canonical_json
 
 Served = Counter[tuple[str, str]]
@@ -53,13 +53,13 @@ def too_large(job: Job, bound: int) -> InvalidField:
 
 def unserved(task: str) -> Backlog:
     """The refusal of a job whose bundle no live worker serves."""
-    return Backlog(f"No live worker serves task {task!r} now.", retry_after=RETRY_SECONDS)
+    return Backlog(f"No live worker serves task {as_json(task)} now.", retry_after=RETRY_SECONDS)
 
 
 def served_otherwise(task: str) -> Backlog:
     """The refusal of a job where live workers have another bundle under its task's name."""
     return Backlog(
-        f"Live workers have another bundle of task {task!r} than this process, so their votes are "
+        f"Live workers have another bundle of task {as_json(task)} than this process, so their votes are "
         "not about its labels. Give all processes the same tasks and the same release.",
         retry_after=RETRY_SECONDS,
     )

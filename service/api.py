@@ -16,6 +16,7 @@ from service.answers import example
 from service.config import Settings
 from service.engine import Engine
 from service.health import Companion, Companions, Health
+from service.http_semantics import HeadRequests
 from service.intake import Preferences, caller, read_question
 from service.jobs import State
 from service.middleware import add_bounds, admitted
@@ -114,12 +115,13 @@ def create_app(
         open_jobs=store.open_jobs,
         workers_elsewhere=settings.redis_url is not None,
     )
+    app.add_middleware(HeadRequests)
     add_bounds(app, settings)
     app.add_middleware(telemetry.RequestTelemetry)  # Outermost: refusals are recorded too.
     app.include_router(probes)
     app.include_router(keyed)
     app.include_router(tasks)
-    app.include_router(pages, dependencies=[Depends(caller)])
+    app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
     return app
 

@@ -137,7 +137,7 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
 
 async def _announce(settings: Settings, server: DrainingServer, served: FastAPI) -> None:
     """Log one line once the process can answer; in a fleet, as soon as it listens."""
-    while settings.redis_url is None and await served.state.health.ready():  # noqa: ASYNC110
+    while settings.redis_url is None and not (await served.state.health.ready()).is_well:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     catalogue = served.state.predictions.tasks
     with suppress(OSError):  # Whoever follows the folder logs what is wrong with it.

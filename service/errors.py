@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+MOST_SHOWN = 80
+"""Most characters of a caller's value in a problem."""
+
+
+def cut(text: str) -> str:
+    """The text, or the beginning of one that is too long to be shown."""
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def as_json(value: object) -> str:
+    """A caller's value as a detail shows it: JSON, of 80 characters at most."""
+    return cut(json.dumps(value, ensure_ascii=False))
 
 
 class Problem(Exception):

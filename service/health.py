@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from models.bundle import Bundle
 from service.engine import Capacity, Engine, QueueState
@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _ENGINE_SECONDS = 2.0
 _DISK_SECONDS = 2.0
+_NO_WORKER = "no live worker serves any task"
 _log = logging.getLogger("vouchsafe")
 
 
@@ -72,13 +73,20 @@ class Companions:
             _log.exception("A companion of the service failed; the process is not ready any more")
 
 
+class Condition(NamedTuple):
+    """What a probe reports: whether the process is well, and what it waits for or lacks."""
+
+    is_well: bool
+    detail: str = ""
+
+
 class Health:
-    """What the probes say: `ready` and `startup` return what is waited for, empty when well.
+    """What the probes report.
 
     `waiting_for` says what else the process waits for. `outage` is told where the engine does not
     answer; whoever gives one says when it answers again. `open_jobs` counts adaptation jobs that
     have not ended; it blocks on the disk. Where the workers are elsewhere a process is well without
-    them: it answers for jobs that ended, and says when to ask again.
+    them, and says that none serves: it answers for jobs that ended, and says when to ask again.
     """
 
     def __init__(
@@ -102,27 +110,27 @@ class Health:
         self._workers_elsewhere = workers_elsewhere
         self._was_ready = False
 
-    async def ready(self) -> str:
+    async def ready(self) -> Condition:
         """The process can answer: its companions live, the engine too, and its worker serves."""
         if not self._companions.started:
-            return "the service is starting or stopping"
+            return Condition(False, "the service is starting or stopping")
         if not self._companions.all_alive:
-            return "a part of the service has ended"
+            return Condition(False, "a part of the service has ended")
         if waiting_for := self._waiting_for():
-            return waiting_for
+            return Condition(False, waiting_for)
         capacity = await self.capacity()
         if capacity is None:
-            return "the engine does not answer"
+            return Condition(False, "the engine does not answer")
         served = any(capacity.digests_of(task, bundle) for task, bundle in self._tasks.items())
         if not served and not self._workers_elsewhere:
-            return "no live worker serves any task"
+            return Condition(False, _NO_WORKER)
         self._was_ready = True
-        return ""
+        return Condition(True, "" if served else _NO_WORKER)
 
-    async def startup(self) -> str:
+    async def startup(self) -> Condition:
         """Ready once; without a worker of its own it has started when it can be asked."""
         if self._was_ready or (self._companions.started and self._workers_elsewhere):
-            return ""
+            return Condition(True)
         return await self.ready()
 
     async def capacity(self) -> Capacity | None:

@@ -27,6 +27,7 @@ LONGEST_WAIT = 600
 _JSON = "application/json"
 _MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
+_TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
 _bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
 
 
@@ -153,13 +154,15 @@ def _bounded(request: Request, most: int) -> Request:
 async def _form_fields(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     async with request.form(
-        max_files=1, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        max_files=_MOST_FIELDS, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
     ) as form:
         for name, value in form.multi_items():
             if name in fields:
                 raise invalid_field(name, f"The field {name} is given more than once")
             if name == "image" and not isinstance(value, UploadFile):
                 raise invalid_field(name, "image must be sent as a file, with a file name")
+            if name in _TEXT_FIELDS and isinstance(value, UploadFile):
+                raise invalid_field(name, f"{name} must be sent as text, without a file name")
             fields[name] = await value.read() if isinstance(value, UploadFile) else value
     return fields
 

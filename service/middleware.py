@@ -21,7 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config import Settings
 from service.engine import RETRY_SECONDS
-from service.errors import BodyTimeout, HostRefused, OriginRefused, Overloaded, Problem, TooManyOpen
+from service.errors import (
+    BodyTimeout,
+    HostRefused,
+    OriginRefused,
+    Overloaded,
+    Problem,
+    TooManyOpen,
+    as_json,
+)
 from service.intake import owner_of
 from service.problems import render_problem
 
@@ -241,7 +249,7 @@ class HostCheck:
         host = ", ".join(headers.getlist("host")).lower()
         if not self._is_allowed(host, scope):
             raise HostRefused(
-                f"Host {host!r} is not answered: set API keys, or name the host in "
+                f"Host {as_json(host)} is not answered: set API keys, or name the host in "
                 "VOUCHSAFE_ALLOWED_HOSTS"
             )
         if scope["method"] in _SAFE_METHODS or "*" in self._origins:
@@ -250,8 +258,8 @@ class HostCheck:
             # A proxy that ends TLS changes the scheme, so host and port alone are compared.
             if origin not in self._origins and urlsplit(origin).netloc != host:
                 raise OriginRefused(
-                    f"Pages of {origin!r} may not send {scope['method']}: name the origin in "
-                    "VOUCHSAFE_CORS_ORIGINS"
+                    f"Pages of {as_json(origin)} may not send {scope['method']}: name the origin "
+                    "in VOUCHSAFE_CORS_ORIGINS"
                 )
 
     def _is_allowed(self, host: str, scope: Scope) -> bool:

@@ -34,6 +34,7 @@ from service.errors import (
     NotFound,
     Problem,
     TaskNotReady,
+    as_json,
 )
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
@@ -109,7 +110,7 @@ class Predictions:
             self._watch(job)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
                 await self._forget(job_id)  # A key would repeat what its caller did not end.
-                detail = f"The task {asked.task!r} changed as it was asked; ask again"
+                detail = f"The task {as_json(asked.task)} changed as it was asked; ask again"
                 raise TaskNotReady(detail, retry_after=1, task=asked.task)
         return job_id
 
@@ -126,7 +127,9 @@ class Predictions:
         """The task's bundle; raises NotFound with the tasks that there are."""
         if task not in self.tasks:
             known = sorted(self.tasks)
-            raise NotFound(f"There is no task {task!r}; there are {', '.join(known)}", tasks=known)
+            raise NotFound(
+                f"There is no task {as_json(task)}; there are {', '.join(known)}", tasks=known
+            )
         return self.tasks[task]
 
     async def status(self, job_id: str, owner: str | None) -> JobStatus:
@@ -249,7 +252,7 @@ class Predictions:
         bundle = self.tasks.get(job.task)
         if bundle is None or bundle.digest != job.task_digest:
             raise NotFound(
-                f"The task {job.task!r} that this job was asked of is gone, or another by now; ask "
+                f"The task {as_json(job.task)} that this job was asked of is gone, or another by now; ask "
                 "again, with a new Idempotency-Key if you send one",
                 job=job.id,
             )
@@ -324,7 +327,9 @@ def _check(asked: PredictRequest, bundle: Bundle) -> None:
     """Raises InvalidField for noise too strong for the task and for what could only abstain."""
     if asked.sigma > bundle.largest_sigma:
         limit = bundle.largest_sigma
-        detail = f"sigma = {asked.sigma:g}: the task {asked.task!r} supports at most {limit:g}"
+        detail = (
+            f"sigma = {asked.sigma:g}: the task {as_json(asked.task)} supports at most {limit:g}"
+        )
         raise invalid_field("sigma", detail, asked.sigma, limit)
     certifying = asked.mode is Mode.CERTIFY
     smallest_n = smallest_n_certify if certifying else smallest_n_predict

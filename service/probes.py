@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import errors, telemetry
-from service.health import Health
+from service.health import Condition, Health
+from service.http_semantics import HeadRequests
 from service.problems import render_problem
 from service.schemas import HealthResponse
 
@@ -35,6 +36,7 @@ def probes_app(health: Health) -> FastAPI:
     """An app of the probes and metrics alone, for a process that answers nothing else."""
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(ERRORS, render_problem))
     app.state.health = health
+    app.add_middleware(HeadRequests)
     app.include_router(probes)
     app.include_router(metrics)
     return app
@@ -55,7 +57,7 @@ async def livez() -> HealthResponse:
 
 @probes.get("/readyz", responses={503: {"model": HealthResponse}})
 async def readyz(health: Probe, response: Response) -> HealthResponse:
-    """The process can answer predictions now."""
+    """The process can answer now: in a fleet for jobs that ended, even while no worker lives."""
     return _probed(await health.ready(), response)
 
 
@@ -65,6 +67,7 @@ async def startupz(health: Probe, response: Response) -> HealthResponse:
     return _probed(await health.startup(), response)
 
 
-def _probed(waiting_for: str, response: Response) -> HealthResponse:
-    response.status_code = 503 if waiting_for else 200
-    return HealthResponse(status="unavailable" if waiting_for else "ok", detail=waiting_for)
+def _probed(condition: Condition, response: Response) -> HealthResponse:
+    response.status_code = 200 if condition.is_well else 503
+    status: Literal["ok", "unavailable"] = "ok" if condition.is_well else "unavailable"
+    return HealthResponse(status=status, detail=condition.detail)

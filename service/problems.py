@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
 
 from service.errors import (
     MalformedRequest,
@@ -21,14 +23,19 @@ from service.schemas import ProblemResponse, invalid_fields
 from service.telemetry import REJECTIONS
 
 MEDIA_TYPE = "application/problem+json"
+_FORESEEN = (Problem, HTTPException, RequestValidationError)
 
 
-async def render_problem(_: Request, error: Exception) -> Response:
+async def render_problem(request: Request, error: Exception) -> Response:
     """Any error as a problem document; what was not foreseen says no more than that."""
     problem = _as_problem(error)
     document = problem.document()
     REJECTIONS.labels(document["type"].rpartition(":")[2]).inc()
     headers = dict(getattr(error, "headers", None) or {})
+    if isinstance(problem, MethodNotAllowed):
+        headers["Allow"] = ", ".join(_allowed(request))
+    if not isinstance(error, _FORESEEN):
+        headers["Connection"] = "close"  # The server closes it once the error is logged.
     if problem.retry_after is not None:
         headers["Retry-After"] = str(problem.retry_after)
     if isinstance(problem, Unauthorized):
@@ -45,6 +52,19 @@ def _as_problem(error: Exception) -> Problem:
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         return kinds.get(error.status_code, MalformedRequest)(error.detail)
     return Problem("The service failed; its log says why")
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that the address takes: those of all its routes, HEAD wherever GET is one."""
+
+    def takes(method: str) -> bool:
+        asked = {**request.scope, "method": method}
+        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+
+    if isinstance(request.scope.get("endpoint"), StaticFiles):
+        return ["GET", "HEAD"]
+    methods = {method.value for method in HTTPMethod if takes(method)}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def _named(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

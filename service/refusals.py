@@ -7,6 +7,7 @@ from typing import Self
 
 from models.bundle import MODELS, Bundle, BundleError
 from models.memory import TooLittleMemory, ran_out
+from service.errors import as_json
 
 REFUSAL_SECONDS = 30.0
 """How long a task that could not be loaded is refused before it is tried again."""
@@ -36,7 +37,7 @@ class Refusal:
         if before is not None:
             doubled = min(LONGEST_REFUSAL_SECONDS, 2 * (before.until - before.since))
             seconds = max(doubled, min(REST * took, LONGEST_REST_SECONDS))
-        detail = f"Task {bundle.id!r} cannot be loaded: {_reason(error, bundle)}"
+        detail = f"Task {as_json(bundle.id)} cannot be loaded: {_reason(error, bundle)}"
         return cls(detail, now, now + seconds)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import binascii
 import hashlib
+import json
 from base64 import b64decode
-from collections.abc import Iterable, Mapping
-from math import isfinite
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from service.errors import InvalidField
+from service.errors import MOST_SHOWN, InvalidField, as_json, cut
 from service.jobs import Mode, State, canonical_json
 
 MOST_ROWS = 100_000
@@ -202,7 +203,10 @@ class HealthResponse(BaseModel):
     """A probe's answer."""
 
     status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
-    detail: str = Field(description="What the probe is waiting for, empty when ok.")
+    detail: str = Field(
+        description="What the probe is waiting for. With `ok` it is empty, or says that no live "
+        "worker serves any task of a fleet: new questions get 503 until one does."
+    )
 
 
 def invalid_field(
@@ -222,35 +226,65 @@ def invalid_fields(
     and the detail."""
     # A default that waits for another field is reported beside that field's own error.
     real = [error for error in errors if error["type"] != "default_factory_not_called"]
-    explained = [_explained(error, document) for error in real]
-    lines = (
-        f"{error['field']}: {error['detail']}"
-        + (f" (it is {error['value']!r})" if "value" in error else "")
-        for error in explained
-    )
+    meant = _meant(real, document)
+    explained, lines = [], []
+    for error in real:
+        if error["type"] == "missing" and _field(error) in meant.values():
+            continue  # It is there, under a name that does not exist.
+        if error["type"] == "extra_forbidden":
+            told = _unknown(_field(error), meant, document)
+            lines.append(told["detail"])
+        else:
+            told = _explained(error)
+            was = f" (it is {as_json(error['input'])})" if "value" in told else ""
+            lines.append(f"{told['field']}: {told['detail']}{was}")
+        explained.append(told)
     return InvalidField("; ".join(lines), errors=explained)
 
 
-def _explained(error: Mapping[str, Any], document: type[BaseModel]) -> dict[str, Any]:
-    kind, context = error["type"], error.get("ctx", {})
-    field = ".".join(map(str, error["loc"])) or "body"
-    explained = {"field": _shown(field), "detail": error["msg"]}
-    if kind == "extra_forbidden":
-        known = ", ".join(sorted(document.model_fields))
-        explained["detail"] = f"There is no such field; the fields are {known}"
-    if kind != "missing" and explained["field"] != "image":
-        explained["value"] = _shown(error.get("input"))
+def _field(error: Mapping[str, Any]) -> str:
+    return ".".join(map(str, error["loc"])) or "body"
+
+
+def _meant(errors: Sequence[Mapping[str, Any]], document: type[BaseModel]) -> dict[str, str]:
+    """Unknown fields -> the fields that were probably meant: those of the nearest name, or the one
+    that is required and missing."""
+    unknown = [_field(error) for error in errors if error["type"] == "extra_forbidden"]
+    missing = [_field(error) for error in errors if error["type"] == "missing"]
+    near = {name: get_close_matches(name.lower(), document.model_fields, 1) for name in unknown}
+    meant = {name: matches[0] for name, matches in near.items() if matches}
+    strange = [name for name in unknown if name not in meant]
+    lacking = [name for name in missing if name not in meant.values()]
+    if len(strange) == len(lacking) == 1:
+        meant[strange[0]] = lacking[0]
+    return meant
+
+
+def _unknown(field: str, meant: Mapping[str, str], document: type[BaseModel]) -> dict[str, Any]:
+    """An error about a field that does not exist, without its value: that may be a file."""
+    name = cut(field)
+    advice = f"the fields are {', '.join(sorted(document.model_fields))}"
+    if field in meant:
+        advice = f"did you mean {meant[field]}?"
+    return {"field": name, "detail": f"there is no field '{name}'; {advice}"}
+
+
+def _explained(error: Mapping[str, Any]) -> dict[str, Any]:
+    context, value = error.get("ctx", {}), error.get("input")
+    explained: dict[str, Any] = {"field": cut(_field(error)), "detail": error["msg"]}
+    is_file = isinstance(value, bytes) or explained["field"] == "image"
+    if error["type"] != "missing" and not is_file:
+        explained["value"] = _shown(value)
     limits = [context[name] for name in ("ge", "gt", "le", "lt", "max_length") if name in context]
     return explained | ({"limit": limits[0]} if limits else {})
 
 
 def _shown(value: object) -> object:
-    """The value if JSON can hold it in a line, else the beginning of what it looks like."""
-    if (
-        value is None
-        or isinstance(value, bool | int)
-        or (isinstance(value, float) and isfinite(value))
-    ):
-        return value
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """The value if its JSON is short, else the beginning of it as a string."""
+    if isinstance(value, str):
+        return cut(value)
+    try:
+        is_short = len(json.dumps(value, ensure_ascii=False, allow_nan=False)) <= MOST_SHOWN
+    except ValueError:  # NaN and infinity are no JSON.
+        is_short = False
+    return value if is_short else as_json(value)

@@ -14,14 +14,17 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_semantics import ConnectionClose
+
 DRAIN_SECONDS = 5.0
 """How long callers who wait for an answer may go on waiting once the service is told to stop."""
 
 
 class _BoundServer(uvicorn.Server):
-    """Listens as soon as it is made, before there is an app to serve.
+    """Listens as soon as it is made, before there is an app to serve, and says `Connection: close`
+    in each answer after which it closes the connection.
 
-    Raises OSError, which names the address, where it cannot.
+    Raises OSError, which names the address, where it cannot listen.
     """
 
     def __init__(self, config: uvicorn.Config, host: str, port: int) -> None:
@@ -44,6 +47,12 @@ class _BoundServer(uvicorn.Server):
         """Listen no more, whether or not it has served."""
         for each in self._sockets:
             each.close()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's own, with the app that the configuration has loaded wrapped."""
+        app = self.config.loaded_app
+        self.config.loaded_app = ConnectionClose(app, lambda: self.should_exit)
+        await super().startup(sockets)
 
 
 class DrainingServer(_BoundServer):

@@ -68,7 +68,7 @@ async def test_a_task_that_no_worker_serves_is_refused_at_once(
         looks.clear()
         if is_forgotten:
             door.forget("birds")
-        with pytest.raises(Backlog, match="No live worker serves task 'birds'"):
+        with pytest.raises(Backlog, match='No live worker serves task "birds"'):
             await admitted(door)
         assert (len(looks) > 1) == waits
 

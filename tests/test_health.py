@@ -31,10 +31,19 @@ async def test_an_api_alone_starts_but_is_not_ready() -> None:
 async def test_an_api_whose_workers_are_elsewhere_is_well_without_them() -> None:
     """It is there to say when to ask again, and what became of earlier jobs."""
     async with serving(companions=[], redis_url="redis://elsewhere") as service:
-        for probe in ("/startupz", "/readyz"):
-            assert (await service.client.get(probe)).status_code == 200
+        for probe, detail in (("/startupz", ""), ("/readyz", "no live worker serves any task")):
+            response = await service.client.get(probe)
+            assert response.status_code == 200
+            assert response.json() == {"status": "ok", "detail": detail}
         told = problem(await service.ask(), 503, "backlog")
         assert "No live worker" in told["detail"]
+
+
+async def test_a_fleet_with_a_worker_is_ready_without_a_word() -> None:
+    """The detail of an API process is empty while a worker serves."""
+    async with serving(redis_url="redis://elsewhere") as service:
+        body = {"status": "ok", "detail": ""}
+        await service.until("/readyz", lambda found: found.json() == body)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("broken"), None])

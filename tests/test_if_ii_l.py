@@ -253,7 +253,7 @@ def linked(path: Path) -> Path:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (
         lambda d: shutil.rmtree(d / "if-ii-l" / "stage1"),
-        r"denoiser set 'if-ii-l' cannot be used: .*/if-ii-l/stage1 is not there; "
+        r'denoiser set "if-ii-l" cannot be used: .*/if-ii-l/stage1 is not there; '
         r"`vouchsafe models fetch if-ii-l` fetches it",
     ),
     "a shard is missing": (
@@ -300,7 +300,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a classifier without weights": (
         lambda d: (d / "clip-vit-b-32/open_clip_model.safetensors").unlink(),
-        r"classifier set 'clip-vit-b-32' cannot be used: .*holds no open_clip_model.safetensors",
+        r'classifier set "clip-vit-b-32" cannot be used: .*holds no open_clip_model.safetensors',
     ),
 }
 

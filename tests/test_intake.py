@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.serving import Service, problem, serving
+from tests.serving import PNG, Service, problem, serving
 
 
-@pytest.mark.parametrize("path", ["/models", "/metrics", "/docs", "/openapi.json", "/", "/jobs/x"])
+@pytest.mark.parametrize("path", ["/models", "/metrics", "/tasks", "/jobs/x", "/jobs/x/events"])
 async def test_keys_are_asked_for(path: str) -> None:
-    """With keys configured, every route but the probes needs one."""
+    """With keys configured, every route with data needs one."""
     async with serving(api_keys="ann:key-of-ann") as service:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic YTpi"}):
             response = await service.client.get(path, headers=headers)
@@ -19,8 +19,29 @@ async def test_keys_are_asked_for(path: str) -> None:
             await service.client.get(path, headers={"Authorization": "Bearer key-of-ann"})
         ).status_code in (200, 404)
         problem(await service.ask(), 401, "unauthorized")
-        for probe in ("/livez", "/readyz", "/startupz"):
-            assert (await service.client.get(probe)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/startupz", "/", "/docs", "/docs/assets/swagger-ui.css"]
+)
+async def test_probes_and_pages_need_no_key(path: str) -> None:
+    """With keys configured, probes, the page and /docs are answered without one."""
+    async with serving(api_keys="ann:key-of-ann") as service:
+        assert (await service.client.get(path)).status_code == 200
+
+
+async def test_the_interface_says_where_keys_are_needed() -> None:
+    """/openapi.json loads without a key and declares it on each route but the probes."""
+    async with serving(api_keys="ann:key-of-ann") as service:
+        described = (await service.client.get("/openapi.json")).json()
+    free = {
+        path
+        for path, operations in described["paths"].items()
+        if not all(operation.get("security") for operation in operations.values())
+    }
+    assert free == {"/livez", "/readyz", "/startupz"}
+    (scheme,) = described["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
 
 
 async def test_body_is_bounded_without_a_declared_length() -> None:
@@ -58,6 +79,32 @@ async def test_bad_bodies_are_problems(
     """A body of another kind, or one that breaks its own format, is a problem document."""
     headers = {"Content-Type": kind}
     problem(await service.client.post("/predict", content=body, headers=headers), status, slug)
+
+
+@pytest.mark.parametrize("name", ["file", "picture.png"])
+async def test_a_file_under_another_name_is_not_repeated(service: Service, name: str) -> None:
+    """A file in a field that does not exist is refused with `image`, and no byte of it."""
+    response = await service.client.post("/predict", files={name: ("x.png", PNG)})
+    document = problem(response, 422, "invalid-field")
+    detail = f"there is no field '{name}'; did you mean image?"
+    assert document["detail"] == detail
+    assert document["errors"] == [{"field": name, "detail": detail}]
+
+
+async def test_a_file_beside_the_image_is_named(service: Service) -> None:
+    """A second file in a field that does not exist is refused by the field's name."""
+    files = {"image": ("x.png", PNG), "masks": ("y.png", PNG)}
+    document = problem(await service.client.post("/predict", files=files), 422, "invalid-field")
+    assert [error["field"] for error in document["errors"]] == ["masks"]
+
+
+async def test_a_file_in_a_text_field_is_not_repeated(service: Service) -> None:
+    """A file in a field that is text is refused by name, without a byte of it."""
+    for content in (PNG, b"of words"):
+        response = await service.client.post("/predict", files={"task": ("x.png", content)})
+        document = problem(response, 422, "invalid-field")
+        assert document["detail"] == "task must be sent as text, without a file name"
+        assert document["errors"] == [{"field": "task", "detail": document["detail"]}]
 
 
 async def test_form_fields_must_be_single_and_images_files(service: Service) -> None:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
 from benchmarks.server import serving
 from service.tasks.folders import REFERENCES_SHOWN
 from service.tasks.store import Store
 from tests.adapting import make_store
+from tests.browsing import ask, chromium, offered, text, until
 from tests.fake_adaptation import GO
 
 SHIP = Path(__file__).parents[1] / "docs" / "ship.png"
-ARGUMENTS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
 SERVER = (sys.executable, "-m", "tests.fake_server")
 
 
@@ -39,40 +32,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Iterator[Chrome]:
     """Chromium on the page of a fresh server; skipped where there is none, but not in CI."""
-    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if None in found.values():
-        reason = f"needs chromium and chromedriver, found {found}"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    options = ChromeOptions()
-    options.binary_location = str(found["chromium"])
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(argument)
-    with serving(store.jobs.parent, SERVER) as (url, _):
-        driver = Chrome(options, ChromeService(found["chromedriver"]))
-        try:
-            driver.get(url)
-            until(driver, lambda: Select(driver.find_element(By.ID, "task")).options)
-            driver.find_element(By.ID, "image").send_keys(str(SHIP))
-            yield driver
-        finally:
-            driver.quit()
-
-
-def until(driver: Chrome, holds: Callable[[], object]) -> None:
-    """Wait for the page; fails where it never comes."""
-    WebDriverWait(driver, 60).until(lambda _: holds())
-
-
-def text(driver: Chrome, name: str) -> str:
-    return driver.find_element(By.ID, name).text
-
-
-def ask(driver: Chrome, n: str) -> None:
-    """Fill in the number of noisy copies and press the button."""
-    field = driver.find_element(By.ID, "n")
-    field.clear()
-    field.send_keys(n)
-    driver.find_element(By.ID, "ask").click()
+    profile = tmp_path_factory.mktemp("profile")
+    with serving(store.jobs.parent, SERVER) as (url, _), chromium(profile) as driver:
+        driver.get(url)
+        until(driver, lambda: offered(driver))
+        driver.find_element(By.ID, "image").send_keys(str(SHIP))
+        yield driver
 
 
 def test_a_picture_gets_a_certified_label(browser: Chrome) -> None:
@@ -124,11 +89,6 @@ def shown(driver: Chrome, name: str, part: str) -> str:
     """The text of one part of a task's card."""
     found = card(driver, name)
     return found.find_element(By.CLASS_NAME, part).text if found else ""
-
-
-def offered(driver: Chrome) -> list[str]:
-    """The tasks that a picture can be asked about."""
-    return [option.text for option in Select(driver.find_element(By.ID, "task")).options]
 
 
 def pictured(browser: Chrome) -> list[str]:
@@ -210,3 +170,4 @@ def test_nothing_is_fetched_from_elsewhere(browser: Chrome) -> None:
     assert [address for address in fetched if not address.startswith((here, "data:"))] == []
     complaints = [entry["message"] for entry in browser.get_log("browser")]
     assert [message for message in complaints if "422" not in message] == []
+    assert not browser.find_element(By.ID, "access").is_displayed()

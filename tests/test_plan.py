@@ -120,9 +120,9 @@ def test_every_reference_has_a_seed_of_its_own() -> None:
             ["cat", "dog"],
             {"denoiser": "no"},
             "denoiser",
-            "There is no denoiser set 'no'",
+            'There is no denoiser set "no"',
         ),
-        (["cat", "dog"], {"classifier": "no"}, "classifier", "There is no classifier set 'no'"),
+        (["cat", "dog"], {"classifier": "no"}, "classifier", 'There is no classifier set "no"'),
         (
             ["cat", "dog"],
             {"template": "x" * 62 + " {}."},

@@ -124,7 +124,7 @@ async def test_in_a_fleet_a_task_is_tried_before_it_is_announced_again(harness: 
         await soon(lambda: bool(spy.asked("fail")))
         pulls = len(spy.asked("pull"))
         for tries, seconds in ((2, REFUSAL_SECONDS), (3, 2 * REFUSAL_SECONDS)):
-            with pytest.raises(Backlog, match="No live worker serves task 'a'"):
+            with pytest.raises(Backlog, match='No live worker serves task "a"'):
                 await harness.engine.submit(replace(jobs[0], id="late"))
             await harness.engine.submit(others[tries - 2])
             await assert_exact(harness.engine, others[tries - 2])

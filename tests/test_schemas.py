@@ -85,10 +85,50 @@ def test_numbers_are_finite(value: str) -> None:
 
 
 def test_unknown_fields_are_named() -> None:
-    """A field that does not exist, a misspelt or a later one, is refused with those that do."""
+    """A field that resembles none is refused with those that there are, without its value."""
     document = refusal(target_radius=0.5).document()
-    assert document["errors"][0]["field"] == "target_radius"
-    assert "alpha, image, mode, n, n0, sigma, task" in document["detail"]
+    told = (
+        "there is no field 'target_radius'; the fields are alpha, image, mode, n, n0, sigma, task"
+    )
+    assert document["detail"] == told
+    assert document["errors"] == [{"field": "target_radius", "detail": told}]
+
+
+@pytest.mark.parametrize(("name", "meant"), [("sgima", "sigma"), ("N", "n"), ("img", "image")])
+def test_the_nearest_field_is_suggested(name: str, meant: str) -> None:
+    """A misspelt field is refused with the one that was probably meant."""
+    detail = refusal(**{name: 1}).document()["detail"]
+    assert detail == f"there is no field '{name}'; did you mean {meant}?"
+
+
+def test_the_missing_field_is_suggested() -> None:
+    """One unknown field where a required one is missing is taken for it, and reported once."""
+    with pytest.raises(ValidationError) as refused:
+        PredictRequest.model_validate({"file": b"GIF89a", "sgima": "1"})
+    document = invalid_fields(refused.value.errors()).document()
+    assert [error["field"] for error in document["errors"]] == ["file", "sgima"]
+    assert "there is no field 'file'; did you mean image?" in document["detail"]
+    assert "GIF" not in json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "in_words"),
+    [
+        (True, True, "true"),
+        (None, None, "null"),
+        ("ten", "ten", '"ten"'),
+        ([1, {"a": None}], [1, {"a": None}], '[1, {"a": null}]'),
+        ("x" * 81, "x" * 77 + "...", '"' + "x" * 76 + "..."),
+        ([7] * 99, "[" + "7, " * 25 + "7...", "[" + "7, " * 25 + "7..."),
+        (float("nan"), "NaN", "NaN"),
+        (10**99, "1" + "0" * 76 + "...", "1" + "0" * 76 + "..."),
+    ],
+)
+def test_values_are_shown_as_json(value: Any, shown: Any, in_words: str) -> None:
+    """A bad value comes back as JSON, cut to 80 characters, in the error and in the detail."""
+    document = refusal(n=value).document()
+    assert document["errors"][0]["value"] == shown
+    assert document["detail"].endswith(f"(it is {in_words})")
 
 
 def test_every_bad_field_is_named_at_once() -> None:

@@ -145,7 +145,7 @@ async def test_a_task_is_named_after_its_labels(tmp_path: Path) -> None:
         ({"name": " "}, "name", " ", None),
         ({"name": "n" * 129}, "name", "n" * 77 + "...", 128),
         ({"name": "a\nb"}, "name", "a\nb", None),
-        ({"owner": "me"}, "owner", "me", None),
+        ({"owner": "me"}, "owner", None, None),
     ],
 )
 async def test_bad_fields_are_named(
@@ -155,7 +155,7 @@ async def test_bad_fields_are_named(
     async with idle(tmp_path) as service:
         response = await service.client.post("/tasks", json={**body(), **fields})
     (error,) = problem(response, 422, "invalid-field")["errors"]
-    assert (error["field"], error["value"], error.get("limit")) == (field, value, limit)
+    assert (error["field"], error.get("value"), error.get("limit")) == (field, value, limit)
     assert len(response.content) < 3_000
     assert not (tmp_path / "jobs").exists()
 
@@ -334,7 +334,7 @@ async def test_pages_that_cannot_be_are_named(
     async with idle(tmp_path) as service:
         response = await service.client.get("/tasks", params=asked)
     (error,) = problem(response, 422, "invalid-field")["errors"]
-    assert (error["field"], error["value"], error.get("limit")) == (field, value, limit)
+    assert (error["field"], error.get("value"), error.get("limit")) == (field, value, limit)
 
 
 async def test_limits_of_disk_and_queue(tmp_path: Path) -> None:

@@ -168,11 +168,15 @@ def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | N
     Raises PlanError where there is none, or where its networks cannot be used.
     """
     if name not in known:
-        detail = f"There is no {field} set {name!r}; there are {', '.join(sorted(known))}"
+        detail = f"There is no {field} set {_quoted(name)}; there are {', '.join(sorted(known))}"
         raise PlanError(field, detail, name)
     if (why := trouble(known[name].fetched, models_dir)) is not None:
-        raise PlanError(field, f"The {field} set {name!r} cannot be used: {why}", name)
+        raise PlanError(field, f"The {field} set {_quoted(name)} cannot be used: {why}", name)
     return known[name].below(models_dir)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_between(field: str, value: int, limits: tuple[int, int]) -> None:
@@ -217,7 +221,7 @@ def _checked_labels(
         names.append(name := _checked_words(f"labels.{index}", label, LABEL_LENGTH))
         first = seen.setdefault(name.casefold(), index)
         if first != index:
-            detail = f"labels.{index} is the same as labels.{first}: {name!r}"
+            detail = f"labels.{index} is the same as labels.{first}: {_quoted(name)}"
             raise PlanError(f"labels.{index}", detail, name)
         word = _checked_words(f"labels.{index}.prompt", prompt, LABEL_LENGTH)
         if word != name:
@@ -263,7 +267,7 @@ def check_prompt(
     if part.prompt_tokens and tokens > part.prompt_tokens:
         raise PlanError(
             field,
-            f"the prompt {prompt!r} has {tokens} tokens; the {reader} reads at most "
+            f"the prompt {_quoted(prompt)} has {tokens} tokens; the {reader} reads at most "
             f"{part.prompt_tokens}",
             word,
             part.prompt_tokens,
@@ -280,7 +284,7 @@ def _check_read(plan: Plan) -> None:
         read = _as_read(field, word, caption)
         first = seen.setdefault(read.casefold(), index)
         if first != index:
-            detail = f"{field} is {word!r}; it would be read as {plan.field_of(first)}: {read!r}"
+            detail = f"{field} is {_quoted(word)}; it would be read as {plan.field_of(first)}: {_quoted(read)}"
             raise PlanError(field, detail, word)
 
 
@@ -289,9 +293,11 @@ def _as_read(field: str, word: str, caption: str) -> str:
     try:
         read = clean_caption(caption)
     except ValueError as error:
-        raise PlanError(field, f"{field} is {word!r}; {error}", word) from error
+        raise PlanError(field, f"{field} is {_quoted(word)}; {error}", word) from error
     if _without_case_and_space(read) != _without_case_and_space(caption):
-        detail = f"{field} is {word!r}; {caption!r} would be read as {read!r}. "
+        detail = (
+            f"{field} is {_quoted(word)}; {_quoted(caption)} would be read as {_quoted(read)}. "
+        )
         part = "Choose one" if field == "template" else "Give the label a prompt"
         raise PlanError(field, f"{detail}{part} that is read as it stands", word)
     return read
@@ -306,7 +312,7 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
         if word.casefold() not in known:
             raise PlanError(
                 plan.field_of(index),
-                f"{word!r} is not a word that {plan.denoiser} was trained on: {', '.join(known)}. "
+                f"{_quoted(word)} is not a word that {plan.denoiser} was trained on: {', '.join(known)}. "
                 "Send allow_unknown_labels to insist; its images may then show anything",
                 word,
             )

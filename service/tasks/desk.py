@@ -15,6 +15,7 @@ from service.errors import (
     TaskAmbiguous,
     TaskFailed,
     TaskNotReady,
+    as_json,
 )
 from service.schemas import invalid_field
 from service.tasks.catalogue import Catalogue, RefusedBundle
@@ -80,7 +81,7 @@ class TaskDesk:
         if not ids:
             ids = [t.id for t in await asyncio.to_thread(self._store.all) if t.name == name]
         if len(ids) > 1:
-            detail = f"{len(ids)} tasks are called {name!r}; ask by id: {', '.join(ids)}"
+            detail = f"{len(ids)} tasks are called {as_json(name)}; ask by id: {', '.join(ids)}"
             raise TaskAmbiguous(detail, tasks=ids)
         return ids[0] if ids else task
 
@@ -159,11 +160,11 @@ class TaskDesk:
         task = await self._told(found)
         if task.state in ("failed", "cancelled"):
             why = task.problem["detail"] if task.problem else "its bundle is gone; post it again"
-            detail = f"The task {task.name!r} could not be made: {why}"
+            detail = f"The task {as_json(task.name)} could not be made: {why}"
             raise TaskFailed(detail, task=task.id, problem=task.problem)
         if task.state != "ready":
             raise TaskNotReady(
-                f"The task {task.name!r} is {task.state}, {task.progress:.0%} done",
+                f"The task {as_json(task.name)} is {task.state}, {task.progress:.0%} done",
                 retry_after=retry_after(task.eta_seconds, RETRY_SECONDS),
                 task=task.id,
                 state=task.state,
@@ -171,7 +172,7 @@ class TaskDesk:
                 progress=task.progress,
             )
         if (trouble := self._catalogue.unread.get(task.id)) is not None:
-            detail = f"The task {task.name!r} cannot be read now: {trouble}"
+            detail = f"The task {as_json(task.name)} cannot be read now: {trouble}"
             raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=task.state)
 
     async def _told(self, task: Task) -> TaskResponse:
