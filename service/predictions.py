@@ -252,8 +252,8 @@ class Predictions:
         bundle = self.tasks.get(job.task)
         if bundle is None or bundle.digest != job.task_digest:
             raise NotFound(
-                f"The task {as_json(job.task)} that this job was asked of is gone, or another by now; ask "
-                "again, with a new Idempotency-Key if you send one",
+                f"The task {as_json(job.task)} that this job was asked of is gone, or another by "
+                "now; ask again, with a new Idempotency-Key if you send one",
                 job=job.id,
             )
         return bundle

@@ -284,7 +284,8 @@ def _check_read(plan: Plan) -> None:
         read = _as_read(field, word, caption)
         first = seen.setdefault(read.casefold(), index)
         if first != index:
-            detail = f"{field} is {_quoted(word)}; it would be read as {plan.field_of(first)}: {_quoted(read)}"
+            other = f"{plan.field_of(first)}: {_quoted(read)}"
+            detail = f"{field} is {_quoted(word)}; it would be read as {other}"
             raise PlanError(field, detail, word)
 
 
@@ -312,8 +313,8 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
         if word.casefold() not in known:
             raise PlanError(
                 plan.field_of(index),
-                f"{_quoted(word)} is not a word that {plan.denoiser} was trained on: {', '.join(known)}. "
-                "Send allow_unknown_labels to insist; its images may then show anything",
+                f"{_quoted(word)} is not a word that {plan.denoiser} was trained on: "
+                f"{', '.join(known)}. Send allow_unknown_labels to insist; its images may then show anything",
                 word,
             )
 
