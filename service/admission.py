@@ -60,7 +60,8 @@ def served_otherwise(task: str) -> Backlog:
     """The refusal of a job where live workers have another bundle under its task's name."""
     return Backlog(
         f"Live workers have another bundle of task {as_json(task)} than this process, so "
-        "their votes are not about its labels. Give all processes the same tasks and the same release.",
+        "their votes are not about its labels. Give all processes the same tasks and the same "
+        "release.",
         retry_after=RETRY_SECONDS,
     )
 

@@ -314,7 +314,8 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
             raise PlanError(
                 plan.field_of(index),
                 f"{_quoted(word)} is not a word that {plan.denoiser} was trained on: "
-                f"{', '.join(known)}. Send allow_unknown_labels to insist; its images may then show anything",
+                f"{', '.join(known)}. Send allow_unknown_labels to insist; "
+                "its images may then show anything",
                 word,
             )
 
