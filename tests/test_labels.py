@@ -14,7 +14,7 @@ from models.bundle import read_bundle
 from service.cli import app
 from tests.adapting import FAKE, create, make_plan, make_store
 from tests.fake_adaptation import FIGURES, publish
-from tests.serving import DIGEST, Service, problem
+from tests.serving import Service, problem
 from tests.test_tasks_api import adapting, body, idle, made
 
 CAT = "\u732b"
@@ -24,7 +24,7 @@ PROMPTED = [{"label": CAT, "prompt": "cat"}, "dog"]
 async def ask(service: Service, task: str, task_id: str) -> dict[str, Any]:
     """What /predict answers for a task of two labels, of which all rows show the first."""
     service.voter.votes = lambda rows: [rows, 0]
-    service.voter.bundles[task_id] = DIGEST
+    service.serve(task_id)
     response = await service.ask(task=task)
     assert response.status_code == 200, response.text
     told: dict[str, Any] = response.json()
@@ -42,7 +42,8 @@ async def test_labels_that_are_not_read_are_refused(tmp_path: Path, label: str, 
         refused = await service.client.post("/tasks", json=asked)
     (error,) = problem(refused, 422, "invalid-field")["errors"]
     assert (error["field"], error["value"]) == ("labels.1", label)
-    assert f"labels.1 is {label!r}; 'plain {label}.' would be read as {read!r}" in error["detail"]
+    read_as = f'labels.1 is "{label}"; "plain {label}." would be read as "{read}"'
+    assert read_as in error["detail"]
     assert not (tmp_path / "jobs").exists()
 
 
@@ -71,10 +72,10 @@ async def test_a_label_may_have_a_prompt(tmp_path: Path) -> None:
         ({"label": "dog"}, "labels.1", "a string, or an object of two strings"),
         ({"label": "dog", "prompt": None}, "labels.1", "a string, or an object of two strings"),
         ({"label": "dog", "prompt": "dog", "x": 1}, "labels.1", "a string, or an object of two"),
-        ({"label": "Hund", "prompt": "A320"}, "labels.1.prompt", "'A320'; 'plain A320' would be"),
+        ({"label": "Hund", "prompt": "A320"}, "labels.1.prompt", '"A320"; "plain A320" would be'),
         ({"label": "Hund", "prompt": "cat"}, "labels.1.prompt", "would be read as labels.0"),
-        ({"label": "Hund", "prompt": "wug"}, "labels.1.prompt", "'wug' is not a word that nano"),
-        ({"label": "CAT", "prompt": "dog"}, "labels.1", "labels.1 is the same as labels.0: 'CAT'"),
+        ({"label": "Hund", "prompt": "wug"}, "labels.1.prompt", '"wug" is not a word that nano'),
+        ({"label": "CAT", "prompt": "dog"}, "labels.1", 'labels.1 is the same as labels.0: "CAT"'),
     ],
 )
 async def test_bad_labels_and_prompts_are_named(
@@ -174,4 +175,4 @@ def test_the_command_line_takes_prompts(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "labels.txt").write_text("cat\nA320\n")
     refused = CliRunner().invoke(app, [*command, "--allow-unknown-labels"])
     assert refused.exit_code == 2
-    assert "labels.1 is 'A320'" in refused.stderr
+    assert 'labels.1 is "A320"' in refused.stderr

@@ -136,7 +136,7 @@ def test_a_task_that_cannot_be_says_why(browser: Chrome) -> None:
     """Labels that are refused keep the form as it was; a job that fails shows its problem."""
     wish(browser, "cat\nxylophone", "odd")
     until(browser, lambda: text(browser, "refusal"))
-    assert "'xylophone' is not a word" in text(browser, "refusal")
+    assert '"xylophone" is not a word' in text(browser, "refusal")
     assert browser.find_element(By.ID, "labels").get_property("value") == "cat\nxylophone"
     browser.find_element(By.ID, "insist").click()
     wish(browser, "cat\nxylophone", "fail for me")

@@ -71,7 +71,7 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
     for desk in desks:
         desk._door._asked["pets"] = float("-inf")  # It was waited for already.
     await works(engine, theirs)
-    with pytest.raises(Backlog, match="Live workers have another bundle of task 'pets'"):
+    with pytest.raises(Backlog, match='Live workers have another bundle of task "pets"'):
         await desks[0].submit(asked, None, None)
     await works(engine, ours)
     jobs = [await desk.submit(asked, None, None) for desk in desks]
