@@ -118,7 +118,7 @@ def test_a_file_that_may_not_be_read_is_named(
         (["pics", "--sigma", "9"], "sigma: Input should be less than or equal to 4 (it is 9.0)"),
         (["pics", "--alpha", "0.5"], "alpha: Input should be less than 0.5 (it is 0.5)"),
         (["pics", "--n0", "0"], "n0: Input should be greater than or equal to 1 (it is 0)"),
-        (["pics", "--task", "pets"], "There is no task 'pets'; there are default"),
+        (["pics", "--task", "pets"], 'There is no task "pets"; there are default'),
     ],
 )
 def test_it_is_refused_before_anything_loads(folder: Path, arguments: list[str], line: str) -> None:

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from service import cli
 from service.config import Settings
+from service.health import Condition
 from service.server import DrainingServer
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
@@ -113,9 +114,9 @@ async def test_many_tasks_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
         async def refresh(self) -> None:
             self.update({task: SimpleNamespace(name=name) for task, name in names.items()})
 
-    waits = iter(("not yet", "not yet", ""))
+    waits = iter([Condition(False, "not yet"), Condition(False, "not yet"), Condition(True)])
 
-    async def ready() -> str:
+    async def ready() -> Condition:
         return next(waits)
 
     app, server = FastAPI(), DrainingServer("127.0.0.1", 0)

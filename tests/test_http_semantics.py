@@ -99,7 +99,7 @@ class Connection:
 
     async def send(self, request_line: str, headers: dict[str, Any], body: bytes = b"") -> None:
         """Write a request's head, and as much of its body as is given."""
-        named = {"Host": "service", **headers}
+        named = {"Host": "localhost", **headers}
         lines = [f"{request_line} HTTP/1.1", *(f"{name}: {named[name]}" for name in named)]
         await self.send_more("\r\n".join([*lines, "", ""]).encode() + body)
 
