@@ -160,7 +160,9 @@ def test_what_cannot_be_loaded_is_refused_for_a_while() -> None:
     shelf = Shelf(bundles("default", "a"))
     shelf.failures = [BundleError(f"{TASKS['default'].folder.parent}/a: 'x' is missing")]
     for _ in range(3):
-        with pytest.raises(ModelUnavailable, match="Task 'a' cannot be loaded: a: 'x' is missing"):
+        with pytest.raises(
+            ModelUnavailable, match="Task \"a\" cannot be loaded: a: 'x' is missing"
+        ):
             shelf.use("a")
     assert shelf.loads == ["a"]
     shelf.use("default")
@@ -354,7 +356,7 @@ def test_below_the_smallest_batch_another_task_is_refused() -> None:
     with pytest.raises(ShapeLowered):
         shelf.use("a")
     model = shelf.networks["a"]
-    with pytest.raises(ModelUnavailable, match=r"'a' .* a batch of 2 rows does not fit"):
+    with pytest.raises(ModelUnavailable, match=r'"a" .* a batch of 2 rows does not fit'):
         ask(model, replace(ROWS, stop=2))
     assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(2), False)
     shelf.room = 99
@@ -383,7 +385,7 @@ def test_a_task_that_cannot_be_lowered_is_refused_alone(error: Exception) -> Non
     shelf.room, shelf.failures = 3, [error, error]
     model = shelf.networks["a"]
     for _ in range(2):
-        with pytest.raises(ModelUnavailable, match=f"Task 'a' cannot be loaded: .*{error}"):
+        with pytest.raises(ModelUnavailable, match=f'Task "a" cannot be loaded: .*{error}'):
             ask(model)
     assert (shelf.loaded, model.digest, model.is_lowering) == ({"default"}, digest_in(4), False)
     assert shelf.fresh == 1
