@@ -97,7 +97,7 @@ class Base:
             yield copies
 
     def _check_listed(self, folder: Path) -> None:
-        if self.folder and not any(name.endswith(SAFETENSORS) for name in self.files):
+        if self.kind != "none" and not any(name.endswith(SAFETENSORS) for name in self.files):
             raise BundleError(f"{folder}: no safetensors file is listed for the base network")
 
 

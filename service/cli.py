@@ -45,8 +45,15 @@ def main() -> None:
     try:
         app()
     except (SecretError, BundleError, OSError) as error:
-        tell(error)
+        tell(_reason(error))
         raise SystemExit(2) from error
+
+
+def _reason(error: Exception) -> object:
+    """The error in one line; of a file its name first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return error
 
 
 def _print_version(wanted: bool) -> None:

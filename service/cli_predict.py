@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -95,6 +96,8 @@ def pictures(arguments: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for argument in arguments:
+        if not argument:
+            raise FileNotFoundError("an image's path is empty")
         if not Path(argument).exists() and has_magic(argument):
             if not (found := sorted(glob(argument, recursive=True))):
                 raise FileNotFoundError(f"{argument}: matches no file")
@@ -113,7 +116,9 @@ def _pictures_at(path: Path) -> list[Path]:
         found = sorted(
             each
             for each in path.iterdir()
-            if each.suffix.lower() in SUFFIXES and not each.name.startswith(".")
+            if each.suffix.lower() in SUFFIXES
+            and not each.name.startswith(".")
+            and not each.is_dir()
         )
         for each in found:
             each.open("rb").close()
@@ -174,9 +179,9 @@ async def _print_all(
         else:
             document = {"problem": told.document()}
         if as_json:
-            print(json.dumps({"image": str(path), **document}, ensure_ascii=False), flush=True)
+            print(json.dumps({"image": _shown(path), **document}, ensure_ascii=False), flush=True)
         elif isinstance(told, Problem):
-            errors.print(f"{path}: {told}", style="red", soft_wrap=True)
+            errors.print(f"{_shown(path)}: {told}", style="red", soft_wrap=True)
     if answers and not as_json:
         Console().print(_table(answers))
     return len(answers)
@@ -237,11 +242,16 @@ async def _predict_one(
         raise InvalidImage(f"The file cannot be read: {error.strerror}") from error
     asked = _question(data, fields)
     job_id = await desk.submit(asked, None, None)
-    bar = progress.add_task(path.name, total=asked.rows)
+    bar = progress.add_task(_shown(Path(path.name)), total=asked.rows)
     async for status in desk.engine.watch(job_id):
         progress.update(bar, completed=status.rows_done)
     progress.remove_task(bar)
     return desk.answer(await desk.status(job_id, None))
+
+
+def _shown(path: Path) -> str:
+    """The path as text; bytes of its name that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
@@ -252,7 +262,7 @@ def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
     for path, told in answers:
         votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
         table.add_row(
-            escape(str(path)),
+            escape(_shown(path)),
             escape(told.label) if told.label else "(abstained)",
             "" if told.radius is None else f"{_floor(told.radius):.3f}",
             "" if told.p_lower is None else f"{_floor(told.p_lower):.3f}",

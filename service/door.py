@@ -71,7 +71,6 @@ class Door:
             raise over_quota(charge, owned, quota, speed)
         if not may_be_known and waiting + charge > bound:
             raise full(charge, waiting, speed)
-        self._remember(asked.sigma)
         # The engine refuses a new job of no digest.
         return Admission(digests[0] if digests else "", setup_rows)
 
@@ -84,7 +83,8 @@ class Door:
             return 0
         return math.ceil(sigma_seconds(sigma) * rows_per_second)
 
-    def _remember(self, sigma: float) -> None:
+    def prepared(self, sigma: float) -> None:
+        """A question of this sigma was queued, so a worker prepares it."""
         self._sigmas[sigma] = None
         self._sigmas.move_to_end(sigma)
         if len(self._sigmas) > MOST_SIGMAS:

@@ -140,7 +140,7 @@ class TooManyOpen(Problem):
 class BodyTimeout(Problem):
     """The request's body did not arrive in time; the server closes the connection."""
 
-    status, slug, title = 408, "body-timeout", "The body did not arrive in time"
+    status, slug, title = 503, "body-timeout", "The body did not arrive in time"
     headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
 
 

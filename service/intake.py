@@ -16,7 +16,8 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from service.errors import MalformedRequest, TooLarge, Unauthorized, UnsupportedMedia
+from service.engine import RETRY_SECONDS
+from service.errors import MalformedRequest, Overloaded, TooLarge, Unauthorized, UnsupportedMedia
 from service.schemas import PredictRequest, invalid_field, invalid_fields
 
 Document = TypeVar("Document", bound=BaseModel)
@@ -152,6 +153,14 @@ def _bounded(request: Request, most: int) -> Request:
 
 
 async def _form_fields(request: Request) -> dict[str, Any]:
+    try:
+        return await _read_form(request)
+    except OSError as error:
+        detail = f"The upload cannot be kept in the folder of temporary files: {error.strerror}"
+        raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
+
+
+async def _read_form(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     async with request.form(
         max_files=_MOST_FIELDS, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES

@@ -32,6 +32,7 @@ _TABLES = {0xC4, 0xCC, 0xDB, 0xDD}
 _SKIPPED = {0x01, 0xDC, 0xFE, *range(0xD0, 0xD8), *range(0xE0, 0xF0)}
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 
+_ALL_BITS = 16
 _JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"
 
 
@@ -91,6 +92,7 @@ class _Walk:
         self._profile: list[bytes] = []
         self._frame: int | None = None
         self._components: set[int] = set()
+        self._missing: dict[int, list[int]] = {}  # by component: bits to come of each coefficient
         self._scans = 0
 
     def jpeg(self) -> Jpeg:
@@ -108,6 +110,8 @@ class _Walk:
             raise InvalidImage(f"The JPEG has more than {MAX_SEGMENTS} segments")
         if self._frame is None or self._components:
             raise InvalidImage("The JPEG is truncated or broken: a color component has no data")
+        if self._frame in _PROGRESSIVE and any(map(any, self._missing.values())):
+            raise InvalidImage("The JPEG is truncated: its last scans are missing")
         profile = b"".join(part[14:] for part in sorted(self._profile))
         return Jpeg(b"".join([*self._kept, b"\xff\xd9"]), self._exif, profile or None)
 
@@ -140,6 +144,7 @@ class _Walk:
             raise InvalidImage("The JPEG is broken: it has two frame headers")
         self._frame = marker
         self._components = set(payload[6::3])
+        self._missing = {component: [_ALL_BITS] * 64 for component in self._components}
 
     def _scan(self, payload: bytes, start: int) -> int:
         self._scans += 1
@@ -149,6 +154,10 @@ class _Walk:
             payload = payload[:-3] + b"\x00\x3f\x00"
         if self._frame not in _PROGRESSIVE or payload[-3:-2] == b"\0":
             self._components -= set(payload[1:-3:2])
+        for component in set(payload[1:-3:2]) & self._missing.keys():
+            first, last, bits = payload[-3:]
+            for coefficient in range(first, min(last, 63) + 1):
+                self._missing[component][coefficient] = bits & 15
         found = _SCAN_END.search(self._data, start)
         end = len(self._data) if found is None else found.start()
         self._keep(_SOS, payload)

@@ -162,7 +162,7 @@ class Body:
 
     def _too_slow(self) -> BodyTimeout:
         detail = f"The body has not arrived whole in {self._seconds:g} s (VOUCHSAFE_BODY_SECONDS)"
-        return BodyTimeout(detail, limit=self._seconds)
+        return BodyTimeout(detail, retry_after=RETRY_SECONDS, limit=self._seconds)
 
 
 class RequestBounds:
@@ -256,7 +256,7 @@ class HostCheck:
             return
         for origin in map(str.lower, headers.getlist("origin")):
             # A proxy that ends TLS changes the scheme, so host and port alone are compared.
-            if origin not in self._origins and urlsplit(origin).netloc != host:
+            if origin not in self._origins and _netloc(origin) != host:
                 raise OriginRefused(
                     f"Pages of {as_json(origin)} may not send {scope['method']}: name the origin "
                     "in VOUCHSAFE_CORS_ORIGINS"
@@ -270,6 +270,14 @@ class HostCheck:
         name = parts[1]
         here, _ = scope.get("server") or ("", None)
         return name in self._hosts or name.strip("[]") == here or _is_local(name)
+
+
+def _netloc(origin: str) -> str:
+    """Host and port of an origin; empty where it names none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _is_local(name: str) -> bool:

@@ -108,6 +108,7 @@ class Predictions:
         )
         if job_id == job.id:
             self._watch(job)
+            self._door.prepared(job.sigma)
             if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
                 await self._forget(job_id)  # A key would repeat what its caller did not end.
                 detail = f"The task {as_json(asked.task)} changed as it was asked; ask again"

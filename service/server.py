@@ -74,7 +74,8 @@ class DrainingServer(_BoundServer):
     @property
     def url(self) -> str:
         """The address that callers use on this machine."""
-        host = self.config.host
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+        host = anywhere.get(self.config.host, self.config.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def serve_app(
@@ -149,10 +150,14 @@ def _listening(host: str, port: int) -> list[socket.socket]:
         for family, address in dict.fromkeys((each[0], each[4][0]) for each in found):
             port = sockets[0].getsockname()[1] if sockets else port
             sockets.append(socket.create_server((str(address), port), family=family))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         for each in sockets:
             each.close()
-        unknown_host = isinstance(error, socket.gaierror)  # Its number is not the system's.
-        reason = error.strerror if unknown_host else os.strerror(error.errno or 0)
+        if isinstance(error, UnicodeError):
+            reason = "no host can have that name"
+        elif isinstance(error, socket.gaierror):  # Its number is not the system's.
+            reason = error.strerror or "unknown host"
+        else:
+            reason = os.strerror(error.errno or 0)
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
     return sockets

@@ -59,6 +59,8 @@ def test_a_folder_stands_for_its_pictures_sorted(folder: Path) -> None:
     found = ["pics/a.png", "pics/b.PNG", "pics/c.jpeg", "pics/d.jpg", "pics/e.webp"]
     assert named(["pics"]) == found
     assert named(["pics/f.txt", "pics"]) == ["pics/f.txt", *found]
+    (folder / "pics" / "sub.png").mkdir()
+    assert named(["pics"]) == found
 
 
 def test_patterns_are_expanded_in_order(folder: Path) -> None:
@@ -83,6 +85,7 @@ def test_a_file_whose_name_is_a_pattern_is_itself(folder: Path) -> None:
         ("nope.png", "nope.png: No such file or directory"),
         ("pics/nope.png", "pics/nope.png: No such file or directory"),
         ("*.gif", "*.gif: matches no file"),
+        ("", "an image's path is empty"),
         ("empty", "empty: the folder holds no file that ends in .jpeg, .jpg, .png, .webp"),
         ("pics/a.png/b", "pics/a.png/b: Not a directory"),
     ],
@@ -240,3 +243,10 @@ def test_without_json_it_prints_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "ship" in result.stdout
     assert f"{text}: The image is not a JPEG, PNG or WebP" in result.stderr
+
+
+def test_names_that_are_not_utf8_are_shown() -> None:
+    """Bytes of a file's name that no text has are replaced, so that every line can be written."""
+    shown = cli_predict._shown(Path(os.fsdecode(b"pics/b\xff.png")))
+    assert shown == "pics/b\ufffd.png"
+    assert json.loads(json.dumps({"image": shown}).encode()) == {"image": shown}

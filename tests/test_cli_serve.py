@@ -129,3 +129,18 @@ async def test_many_tasks_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "tasks: default (nano), a (Pets), b, c, d and 2 more; data" in record.message
     assert record.__dict__["tasks"] == list(names)
     assert next(waits, None) is None
+
+
+@pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])  # noqa: S104
+def test_the_address_that_is_shown_can_be_asked(host: str, shown: str) -> None:
+    """Where a server listens on every address, the line names one that it answers."""
+    server = DrainingServer(host, 0)
+    assert server.url == f"http://{shown}:{server.port}"
+    server.close()
+
+
+@pytest.mark.parametrize("host", ["...", "a" * 70])
+def test_a_host_that_cannot_be_is_an_error_of_one_line(host: str) -> None:
+    """A name that no host can have is refused as an address is."""
+    with pytest.raises(OSError, match=f"cannot listen on {re.escape(host)} port 0: no host can"):
+        DrainingServer(host, 0)

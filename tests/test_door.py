@@ -100,7 +100,11 @@ async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: Door) -> 
 
     async def charged(sigma: float) -> int:
         asked = ASKED.model_copy(update={"sigma": sigma})
-        return (await door.admit(asked, TASKS["default"], None, may_be_known=False)).setup_rows
+        rows = (await door.admit(asked, TASKS["default"], None, may_be_known=False)).setup_rows
+        again = await door.admit(asked, TASKS["default"], None, may_be_known=False)
+        assert again.setup_rows == rows  # It is charged until a question of it is queued.
+        door.prepared(sigma)
+        return rows
 
     most = door._settings.backlog_rows - ASKED.rows
     assert await charged(0.5) == min(most, math.ceil(sigma_seconds(0.5) * speed)) > 0

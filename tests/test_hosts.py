@@ -94,7 +94,10 @@ async def test_keys_answer_any_host_unless_hosts_are_named() -> None:
         problem(await service.ask(headers=bearer), 421, "host-refused")
 
 
-@pytest.mark.parametrize("origin", [FOREIGN, "null", "http://localhost:9000", "http://localhost"])
+@pytest.mark.parametrize(
+    "origin",
+    [FOREIGN, "null", "http://localhost:9000", "http://localhost", "http://[x", "http://[x]y"],
+)
 async def test_forms_of_other_origins_are_refused(service: Service, origin: str) -> None:
     """A POST or DELETE that another origin's page sends is a 403 that names the setting; its GET,
     whose answer that page cannot read, is answered."""

@@ -85,6 +85,15 @@ def test_every_scan_is_checked(scan: int) -> None:
         decode(PROGRESSIVE[:half].rstrip(b"\xff") + PROGRESSIVE[end:], RESOLUTION)
 
 
+@pytest.mark.parametrize("scans", range(1, PROGRESSIVE.count(SCAN)))
+def test_a_progressive_jpeg_without_its_last_scans_is_refused(scans: int) -> None:
+    """A file that was cut between two scans shows a coarse picture, and is not the whole one."""
+    assert decode(PROGRESSIVE, RESOLUTION).shape == (3, RESOLUTION, RESOLUTION)
+    whole_scans = PROGRESSIVE[: PROGRESSIVE.index(b"\xff\xc4", scan_start(PROGRESSIVE, scans - 1))]
+    with pytest.raises(InvalidImage, match=r"truncated|broken"):
+        decode(whole_scans + END, RESOLUTION)
+
+
 def test_garbled_scan_data_are_refused() -> None:
     """A hole, foreign bytes and a lost restart in the middle of the scan data are refused."""
     middle = (scan_start(PLAIN) + len(PLAIN)) // 2

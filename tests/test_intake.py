@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from service import intake
 from tests.serving import PNG, Service, problem, serving
 
 
@@ -124,3 +126,16 @@ async def test_form_fields_must_be_single_and_images_files(service: Service) -> 
 async def test_odd_preferences_are_no_errors(service: Service, prefer: str, status: int) -> None:
     """A preference that cannot be honoured is ignored or cut to its bounds, never refused."""
     assert (await service.ask(headers={"Prefer": prefer})).status_code == status
+
+
+async def test_an_upload_that_finds_no_room_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder of temporary files is full, a form is a 503 with Retry-After."""
+
+    async def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(intake, "_read_form", full)
+    async with serving() as service:
+        refused = await service.ask()
+    assert "No space left on device" in problem(refused, 503, "overloaded")["detail"]
+    assert refused.headers["Retry-After"] == "10"

@@ -229,11 +229,11 @@ async def test_a_slow_body_after_the_answer_is_a_caller_who_left() -> None:
 
 
 async def test_a_body_that_stops_is_a_problem_that_closes_the_connection() -> None:
-    """A body of which nothing more comes is a 408 that says that the connection ends."""
+    """A body of which nothing more comes is a 503 that says that the connection ends."""
     async with serving(body_seconds=0.2) as service:
         upload = Upload(b"{")
         refused = await uploading(service, upload)
-        document = problem(refused, 408, "body-timeout")
+        document = problem(refused, 503, "body-timeout")
     assert document["limit"] == 0.2
     assert refused.headers["connection"] == "close"
 

@@ -355,3 +355,31 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
     assert tries == 2
     assert "trying again" in caplog.text
     await desk.close()
+
+
+@pytest.mark.parametrize("folder", ["../../elsewhere", "/"])
+async def test_base_networks_elsewhere_are_refused_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """A folder outside of package and models directory is refused by name, and never walked."""
+    base = Base("super-resolution", folder, {"model.safetensors": "0" * 64})
+    put(tmp_path / "tasks", "pets", denoiser=asdict(base))
+    walked: list[Path] = []
+
+    def noted(path: Path) -> Signature:
+        walked.append(path)
+        return signature(path)
+
+    monkeypatch.setattr(catalogues, "signature", noted)
+    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path / "models")
+    await catalogue.refresh()
+    assert repr(folder) in catalogue.refused["pets"].reason
+    assert walked == [tmp_path / "tasks" / "pets"]
+
+
+async def test_a_network_without_weights_is_not_served(tmp_path: Path) -> None:
+    """A bundle that lists no weights for a network that has some is refused, not ready."""
+    put(tmp_path, "pets", denoiser=asdict(Base("super-resolution")))
+    catalogue = Catalogue(TASKS, tmp_path)
+    await catalogue.refresh()
+    assert "no safetensors file is listed" in catalogue.refused["pets"].reason

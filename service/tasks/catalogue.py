@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
+from models.integrity import base_folder
 from service.health import passed
 from service.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature
@@ -174,6 +175,7 @@ class Catalogue(Mapping[str, Bundle]):
 
         `states` are the signatures of base networks' folders as this look has found them.
         """
+        base_folder(base.folder, self._models_dir)  # Before anything elsewhere is looked at.
         if base.folder not in states:
             states[base.folder] = signature(MODELS / base.folder) if base.folder else ()
         state = base.folder, tuple(sorted(base.files.items())), states[base.folder]
