@@ -336,7 +336,7 @@ async def test_a_task_that_changes_as_it_is_asked_is_another_question(
     desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
     monkeypatch.setattr(desk._restarts, "begin", lambda job: begun.append(job.task_digest))
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
-    with pytest.raises(TaskNotReady, match="'default' changed as it was asked; ask again") as told:
+    with pytest.raises(TaskNotReady, match='"default" changed as it was asked; ask again') as told:
         await desk.submit(asked, "ada", "key")
     assert told.value.retry_after == 1
     assert begun == [TASKS["default"].digest]
