@@ -7,6 +7,7 @@ HuggingFace Team, Apache-2.0), step by step, and equal to it in every character.
 from __future__ import annotations
 
 import html
+import json
 import re
 from io import StringIO
 from urllib.parse import unquote_plus
@@ -100,7 +101,8 @@ def _cleaned(caption: str) -> str:
         # A stream, for BeautifulSoup warns of strings that look like a path.
         caption = BeautifulSoup(StringIO(caption), features="html.parser").text
     except ParserRejectedMarkup as error:
-        raise ValueError(f"{caption!r} holds markup that cannot be parsed") from error
+        shown = json.dumps(caption, ensure_ascii=False)
+        raise ValueError(f"{shown} holds markup that cannot be parsed") from error
     caption = _replaced(caption, _AFTER_MARKUP)
     if len(_JOINER.findall(caption)) > _MOST_JOINERS:
         caption = _JOINER.sub(" ", caption)

@@ -178,7 +178,8 @@ def check_certify(n0: int, n: int, sigma: float, alpha: float) -> None:
 def check_predict(n: int, alpha: float, total_variation: float = 0.0) -> None:
     """Raises ValueError, naming field, value and limit, where PREDICT could only ever abstain.
 
-    With a `total_variation` a row that is also so where n rows spend all of alpha by theirs.
+    `total_variation` is one row's, between the noise as drawn and the ideal: n rows spend n of it
+    from alpha.
     """
     _check_alpha(alpha)
     _check_rows(n, alpha, smallest_n_predict(alpha))

@@ -147,7 +147,7 @@ async def _announce(settings: Settings, server: DrainingServer, served: FastAPI)
     while settings.redis_url is None and not (await served.state.health.ready()).is_well:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     catalogue = served.state.predictions.tasks
-    with suppress(OSError):  # Whoever follows the folder logs what is wrong with it.
+    with suppress(OSError):  # The catalogue logs what is wrong with its folder.
         await catalogue.refresh()
     names = [
         f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalogue.items()

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from service import logs
 from service.config import PREFIX, Settings, variable
-
-_LONGEST_SHOWN = 80
+from service.errors import cut
 
 errors = Console(stderr=True, markup=False, highlight=False)
 
@@ -79,9 +78,7 @@ def _explained(location: tuple[int | str, ...], message: str, value: object) -> 
     field = str(location[0])
     if _is_secret(Settings.model_fields[field].annotation):
         return f"{variable(field)}: {message}"
-    shown = json.dumps(value, default=str, ensure_ascii=False)
-    if len(shown) > _LONGEST_SHOWN:
-        shown = f"{shown[: _LONGEST_SHOWN - 3]}..."
+    shown = cut(json.dumps(value, default=str, ensure_ascii=False))
     return f"{variable(field)}: {message} (it is {shown})"
 
 

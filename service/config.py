@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Hosts to answer besides this machine's own, as names without a port, split "
+        description="Hosts to answer, as well as this machine's own: names without a port, split "
         "by commas; `*` is any. Unless given, API keys allow any host.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(

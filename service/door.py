@@ -29,7 +29,7 @@ def sigma_seconds(sigma: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a question that was let in is computed under, and charged with besides its rows."""
+    """An admitted question's bundle digest, and the rows that preparing its sigma is charged as."""
 
     digest: str
     setup_rows: int
@@ -54,8 +54,7 @@ class Door:
         What `may_be_known` is not refused by its rows here: the engine may have its answer already.
         Raises InvalidField, QuotaExceeded and Backlog.
         """
-        capacity = await self._announced(asked.task, bundle, owner)
-        digests = capacity.digests_of(asked.task, bundle)
+        capacity, digests = await self._announced(asked.task, bundle, owner)
         if not digests and not may_be_known:
             other = asked.task in capacity.digests
             raise served_otherwise(asked.task) if other else unserved(asked.task)
@@ -90,14 +89,19 @@ class Door:
         if len(self._sigmas) > MOST_SIGMAS:
             self._sigmas.popitem(last=False)
 
-    async def _announced(self, task: str, bundle: Bundle, owner: str | None) -> Capacity:
-        """The engine's capacity; a live worker is given some seconds to find a task that is new."""
+    async def _announced(
+        self, task: str, bundle: Bundle, owner: str | None
+    ) -> tuple[Capacity, tuple[str, ...]]:
+        """The engine's capacity, and the bundle's digests that live workers serve.
+
+        A live worker is given some seconds to find a task that is new.
+        """
         deadline = self._asked.setdefault(task, time.monotonic()) + ANNOUNCING_SECONDS
         pause = 0.05
         while True:
             capacity = await self._engine.capacity(owner)
-            found = capacity.digests_of(task, bundle) or not capacity.digests
-            if found or time.monotonic() > deadline:
-                return capacity
+            digests = capacity.digests_of(task, bundle)
+            if digests or not capacity.digests or time.monotonic() > deadline:
+                return capacity, digests
             await asyncio.sleep(pause)
             pause = min(1.0, 2 * pause)

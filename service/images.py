@@ -87,7 +87,7 @@ def _decode(source: Jpeg | Png | WebP, resolution: int, most_pixels: int) -> NDA
             f"{MOST_ELONGATED} times the shorter"
         )
     source.check()
-    _load(image)
+    image.load()
     colors, opacity = source.layers(image)
     shown = _on_white(to_srgb(colors, source.icc), opacity)
     return _fit(_upright(shown, source.exif), resolution)
@@ -106,11 +106,6 @@ def _open(source: Jpeg | Png | WebP, most_pixels: int) -> Image.Image:
 
 def _too_many_pixels(most: int) -> TooLarge:
     return TooLarge(f"The image has too many pixels: at most {most} are decoded", limit=most)
-
-
-def _load(image: Image.Image) -> None:
-    """Decode the pixels."""
-    image.load()
 
 
 def _on_white(image: Image.Image, opacity: Image.Image | None) -> Image.Image:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.color import MAX_PROFILE_BYTES
-from service.errors import InvalidImage
+from service.errors import InvalidImage, as_json
 
 MAX_CHUNKS = 100_000
 """A file of 10 MB has some thousand chunks; each of a million would cost microseconds."""
@@ -266,7 +266,7 @@ def _is_critical(kind: bytes) -> bool:
 
 
 def _name(kind: bytes) -> str:
-    return repr(kind.decode("latin-1"))
+    return as_json(kind.decode("latin-1"))
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

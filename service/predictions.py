@@ -53,8 +53,8 @@ _AWAY_SECONDS = 1.0
 class Predictions:
     """Turns questions into jobs and jobs into answers; knows nothing of HTTP.
 
-    `expect` is told of a task that is not in `tasks`: it returns the id under which it may be, or
-    raises why it is not.
+    `expect` is called with a task that is not in `tasks`: it returns the id under which it may be
+    there, or raises the reason why it is not.
     Every `look_seconds` open jobs are looked after (`Restarts`).
     """
 
@@ -93,8 +93,8 @@ class Predictions:
         """Queue the question and return its job's id, or that of the job the key made before.
 
         A new job keeps the trace context that it came with, and nothing of it depends on that.
-        Raises NotFound for an unknown task, InvalidField for what the task cannot answer,
-        QuotaExceeded, Backlog, IdempotencyMismatch, and what `resolved` and `images.decode` raise.
+        Raises InvalidField for what the task cannot answer, QuotaExceeded, Backlog,
+        IdempotencyMismatch, and what `resolved` and `images.decode` raise.
         """
         asked = await self.resolved(asked)
         bundle = self.bundle(asked.task)
@@ -118,11 +118,13 @@ class Predictions:
     async def resolved(self, asked: PredictRequest) -> PredictRequest:
         """The question with the id of its task, be it asked by name.
 
-        Raises TaskAmbiguous for a name that several tasks have, TaskNotReady and TaskFailed.
+        Raises NotFound for an unknown task, TaskAmbiguous for a name that several tasks have,
+        TaskNotReady and TaskFailed.
         """
-        if asked.task in self.tasks or self._expect is None:
-            return asked
-        return asked.model_copy(update={"task": await self._expect(asked.task)})
+        if asked.task not in self.tasks and self._expect is not None:
+            asked = asked.model_copy(update={"task": await self._expect(asked.task)})
+        self.bundle(asked.task)
+        return asked
 
     def bundle(self, task: str) -> Bundle:
         """The task's bundle; raises NotFound with the tasks that there are."""

@@ -19,7 +19,7 @@ GUARANTEE = Path(__file__).parents[1] / "docs" / "guarantee.md"
 
 
 def test_the_snippet_that_recomputes_an_answer_gives_its_digits() -> None:
-    """What docs/guarantee.md tells a reader to run prints the example's own bound and radius."""
+    """The command in docs/guarantee.md prints the example's own bound and radius."""
     section = GUARANTEE.read_text().partition("## Check a radius yourself")[2]
     (snippet,) = re.findall(r'python -c "\n(.*?)"\n', section, re.DOTALL)
     printed = StringIO()

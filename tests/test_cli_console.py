@@ -37,7 +37,7 @@ def vouchsafe(*arguments: str, folder: Path, **variables: str) -> subprocess.Com
     ],
 )
 def test_unknown_variables_have_a_nearest(name: str, nearest: str | None) -> None:
-    """A name that is no setting is told with the setting that is meant, if one looks like it."""
+    """The warning of an unknown variable names the setting that looks like it, if there is one."""
     others = ("PATH", "VOUCHSAFE_DATA_DIR", "vouchsafe_shard_rows", "MY_VOUCHSAFE_THING")
     assert unknown_variables([name, *others]) == {name: nearest}
 

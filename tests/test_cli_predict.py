@@ -236,7 +236,7 @@ def test_predict_repeats_itself() -> None:
 
 
 def test_without_json_it_prints_a_table(tmp_path: Path) -> None:
-    """A file that is no image is told on the standard error; the others are in the table."""
+    """A file that is no image is an error line on standard error; the table has the others."""
     text = tmp_path / "text.png"
     text.write_text("no image")
     result = runner.invoke(app, ["predict", str(text), str(SHIP), *QUICK])

@@ -208,7 +208,7 @@ class Watched(DrainingServer):
 
 
 async def test_a_draining_server_says_that_the_connection_ends() -> None:
-    """A caller who waits as the server is told to stop gets an answer with `Connection: close`."""
+    """A caller who waits while the server drains gets an answer with `Connection: close`."""
     service = Service()
     service.voter.open.clear()
     server = Watched("127.0.0.1", port := free_port())

@@ -23,7 +23,7 @@ MEGABYTES = zlib.compress(bytes(8 * 2**20))
 
 
 def packed(values: Any, depth: int) -> bytes:
-    """Rows of samples (height, width, planes) in so many bits, none filtered."""
+    """Unfiltered PNG rows of samples (height, width, planes), each packed into `depth` bits."""
     rows = []
     for row in values.reshape(len(values), -1):
         if depth == 16:

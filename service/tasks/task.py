@@ -132,7 +132,7 @@ def _checked(task: Task) -> Task:
 
 
 def _described(figures: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An adapted task's figures; they say what they were measured on, whoever wrote them."""
+    """An adapted task's figures, with what they were measured on where the file leaves it out."""
     return {"measured_on": MEASURED_ON, **figures} if figures else figures
 
 

@@ -221,7 +221,7 @@ local function close(id)
   redis.call('ZREM', key('opened'), id)
 end
 
--- Who watches a job that was cancelled is told so for a while; one that is gone without was lost.
+-- A cancelled job leaves a mark, for a while, that its watchers read; a job gone without one was lost.
 local function erase(id)
   local caller, state = unpack(redis.call('HMGET', key('job', id), 'caller', 'state'))
   if state == 'cancelled' then
