@@ -18,9 +18,9 @@ from typing import Any
 from redis.asyncio import Redis
 
 from benchmarks.redis_shards import LABELS, WORKER_BUNDLES, made_up_job, made_up_votes
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from service.jobs import Job
 
 Tallies = list[tuple[int, ...]]

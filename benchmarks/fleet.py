@@ -30,9 +30,9 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.evaluation.datasets import evaluation_slice
 from models.runtime import Torch
 from models.smoothing import Rows, SmoothedModel, load, numerics, votes
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.jobs import Domain, Job, JobStatus, Mode, State, noise_key
 
 T = TypeVar("T")

@@ -29,7 +29,7 @@ from models.bundle import DEFAULT_TASK, read_bundle
 from service.bench import SELECTION_ROWS, ask_desk, driven, percentiles, png
 from service.config import Settings, load_secret
 from service.embedded import Embedded
-from service.engine_redis.engine import RedisEngine
+from service.engine.redis.engine import RedisEngine
 from service.predictions import Predictions
 
 IN_PROCESS = "in process"

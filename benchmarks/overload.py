@@ -26,8 +26,8 @@ from redis.asyncio import Redis
 from benchmarks.open_loop import IMAGE, ROWS, Load, ask, offered, summary
 from benchmarks.processes import Running, api_process, redis_server, worker_process
 from service.bench import SIGMA, driven
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from service.jobs import Mode
 
 CALLERS = 2

@@ -16,9 +16,9 @@ import secrets
 import time
 from typing import Any
 
-from service.engine import Lease, Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import Lease, Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from service.jobs import Job, Mode
 
 WORKER_BUNDLES = {"default": "d" * 64}

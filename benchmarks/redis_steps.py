@@ -17,9 +17,9 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 
 from benchmarks.redis_shards import WORKER_BUNDLES, made_up_job, made_up_votes
-from service.engine import Lease, Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import Lease, Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 
 Step = Callable[[], Awaitable[object]]
 

@@ -41,7 +41,7 @@ from benchmarks.fleet import (
 from benchmarks.server import serving
 from models.noise import discrete_gaussian
 from models.smoothing import Rows, SmoothedModel
-from service.engine_redis.engine import PREFIX
+from service.engine.redis.engine import PREFIX
 from service.jobs import Domain
 
 Args = tuple[int, ...]

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from service import errors, telemetry
 from service.answers import example
 from service.config import Settings
-from service.engine import Engine
+from service.engine.protocol import Engine
 from service.health import Companion, Companions, Health
 from service.http_semantics import HeadRequests
 from service.intake import Preferences, caller, read_question

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import Lease
+from service.engine.protocol import Lease
 
 
 @dataclass(frozen=True, slots=True)

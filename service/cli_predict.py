@@ -134,8 +134,8 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
 
     A question about an empty image is refused for that image only where its fields are right.
     """
-    from service.engine import Worker
-    from service.engine_memory import MemoryEngine
+    from service.engine.memory import MemoryEngine
+    from service.engine.protocol import Worker
     from service.predictions import Predictions
     from service.tasks.catalogue import Catalogue
     from service.tasks.desk import TaskDesk

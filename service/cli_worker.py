@@ -26,7 +26,7 @@ def worker(
     settings = read_settings(log=True)
 
     from service.device import DeviceFailed
-    from service.engine_redis.server import RedisUnsuitable
+    from service.engine.redis.requirements import RedisUnsuitable
     from service.fleet import FleetWorker
     from service.model import ModelUnavailable
     from service.serving import leave

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from models.bundle import Bundle
-from service.admission import full, most_rows, over_quota, served_otherwise, unserved
 from service.config import Settings
-from service.engine import Capacity, Engine
+from service.engine.limits import full, most_rows, over_quota, served_otherwise, unserved
+from service.engine.protocol import Capacity, Engine
 from service.schemas import PredictRequest, invalid_field
 
 ANNOUNCING_SECONDS = 5.0

@@ -15,12 +15,12 @@ from pydantic import SecretStr
 
 from service import telemetry
 from service.config import Settings
-from service.engine_redis.adaptations import Adaptations
-from service.engine_redis.engine import RedisEngine
-from service.engine_redis.server import RedisUnsuitable, check_server
+from service.engine.connection import EngineAway, Reach
+from service.engine.redis.adaptations import Adaptations
+from service.engine.redis.engine import RedisEngine
+from service.engine.redis.requirements import RedisUnsuitable, check_server
 from service.health import Companion, Companions, Health
 from service.probes import probes_app
-from service.reach import EngineAway, Reach
 from service.server import SideServer
 from service.serving import Serving
 from service.tasks.fleet import adapting

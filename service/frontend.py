@@ -12,9 +12,9 @@ from starlette.responses import Response
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.api import create_app
 from service.config import Settings, load_secret
-from service.engine import RETRY_SECONDS
-from service.engine_redis.adaptations import Adaptations
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import RETRY_SECONDS
+from service.engine.redis.adaptations import Adaptations
+from service.engine.redis.engine import RedisEngine
 from service.errors import EngineUnavailable
 from service.problems import render_problem
 from service.tasks.catalogue import Catalogue

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from models.bundle import Bundle
-from service.engine import Capacity, Engine, QueueState
-from service.outage import Outage
+from service.engine.outage import Outage
+from service.engine.protocol import Capacity, Engine, QueueState
 
 Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from models.smoothing import Rows
 from service.batching import Packer, Slice
-from service.engine import Lease
+from service.engine.protocol import Lease
 from service.model import Model
 
 

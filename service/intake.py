@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from service.engine import RETRY_SECONDS
+from service.engine.protocol import RETRY_SECONDS
 from service.errors import MalformedRequest, Overloaded, TooLarge, Unauthorized, UnsupportedMedia
 from service.schemas import PredictRequest, invalid_field, invalid_fields
 

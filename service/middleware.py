@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config import Settings
-from service.engine import RETRY_SECONDS
+from service.engine.protocol import RETRY_SECONDS
 from service.errors import (
     BodyTimeout,
     HostRefused,

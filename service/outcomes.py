@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import telemetry
-from service.engine import FAILURES_ALLOWED, Engine, Lease
+from service.engine.connection import EngineAway, Reach
+from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
 from service.logs import about
 from service.model import ModelUnavailable
-from service.reach import EngineAway, Reach
 
 logger = logging.getLogger("vouchsafe.worker")
 

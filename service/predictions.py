@@ -25,7 +25,8 @@ from service import telemetry
 from service.answers import answer, job_response, problem, total_variation
 from service.config import Settings
 from service.door import Admission, Door
-from service.engine import RETRY_SECONDS, Engine
+from service.engine.outage import AWAY
+from service.engine.protocol import RETRY_SECONDS, Engine
 from service.errors import (
     Backlog,
     JobCancelled,
@@ -39,7 +40,6 @@ from service.errors import (
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.logs import about
-from service.outage import AWAY
 from service.restarts import LOOK_SECONDS, Restarts
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from models.bundle import Bundle
 from service import telemetry
-from service.engine import Capacity, Engine
+from service.engine.outage import AWAY
+from service.engine.protocol import Capacity, Engine
 from service.jobs import Job, noise_key
 from service.logs import about
-from service.outage import AWAY
 
 logger = logging.getLogger("vouchsafe")
 

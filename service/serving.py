@@ -19,11 +19,11 @@ from models.runtime import RUNTIMES, Runtime
 from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
 from service.device import ComputeThread, DeviceFailed
-from service.engine import Engine
+from service.engine.outage import Outage
+from service.engine.protocol import Engine
 from service.loading import Loading, Networks
 from service.logs import naming
 from service.model import warm_up
-from service.outage import Outage
 from service.tasks.catalogue import Catalogue
 from service.worker import work
 

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import traces
-from service.engine import QueueState
+from service.engine.protocol import QueueState
 from service.jobs import Mode
 from service.logs import naming
 

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from models.memory import let_go_of
 from models.smoothing import Rows
-from service.admission import distinct
 from service.batching import Slice
 from service.device import ComputeThread, DeviceFailed
-from service.engine import Engine, Lease, Worker
+from service.engine.connection import LEAVING_SECONDS, EngineAway, Reach
+from service.engine.limits import distinct
+from service.engine.outage import Outage
+from service.engine.protocol import Engine, Lease, Worker
 from service.holdings import Holdings, Lot, leases_of, rows_of
 from service.measures import about_batch, measure
 from service.model import Model, ModelUnavailable, ShapeLowered
-from service.outage import Outage
 from service.outcomes import Outcomes
-from service.reach import LEAVING_SECONDS, EngineAway, Reach
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from service.config import Settings
-from service.engine_redis.adaptations import Adaptations
-from service.engine_redis.client import connect
+from service.engine.redis.adaptations import Adaptations
+from service.engine.redis.client import connect
 from service.tasks.fleet import adapting
 from service.tasks.folders import TaskFolders
 from tests.adapting import FAKE, FAST

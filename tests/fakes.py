@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import smoothing
-from service.engine import Engine
+from service.engine.protocol import Engine
 from service.jobs import Domain, Job, Mode
 from service.model import ShapeLowered, warm_up
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.fleet import counted_exactly
 from models.smoothing import SmoothedModel
-from service.engine_redis.engine import RedisEngine
+from service.engine.redis.engine import RedisEngine
 from service.jobs import JobStatus
 
 

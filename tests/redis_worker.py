@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from tests.fakes import fake_votes
 
 

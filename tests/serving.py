@@ -18,8 +18,8 @@ from PIL import Image
 from models.bundle import Base, Bundle
 from service.api import create_app
 from service.config import Settings
-from service.engine import Lease, Worker
-from service.engine_memory import MemoryEngine
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import Lease, Worker
 from service.health import Companion
 from service.tasks.catalogue import Catalogue
 from tests.fakes import FakeClock

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.batching import Packer, Slice
-from service.engine import Lease
+from service.engine.protocol import Lease
 from service.jobs import Domain, Shard
 from tests.fakes import fake_votes, make_job
 

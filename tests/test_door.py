@@ -14,8 +14,8 @@ from models import noise
 from service import door as doors
 from service.config import Settings
 from service.door import MOST_SIGMAS, Door, sigma_seconds
-from service.engine import Capacity, Worker
-from service.engine_memory import MemoryEngine
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import Capacity, Worker
 from service.errors import Backlog
 from service.predictions import Predictions
 from service.schemas import PredictRequest

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import pytest
 
 from benchmarks.redis_server import age, stored_bytes
-from service.engine import (
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
     Engine,
@@ -28,9 +29,8 @@ from service.engine import (
     Lease,
     Worker,
 )
-from service.engine_memory import MemoryEngine
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Worker
+from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Worker
 from service.errors import Backlog, IdempotencyMismatch, QuotaExceeded
 from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import make_job, true_votes

@@ -21,10 +21,10 @@ from redis.exceptions import RedisError
 
 from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, age, written
 from service.config import Settings
-from service.engine import FAILURES_ALLOWED, Lease, Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import PREFIX, RedisEngine
-from service.engine_redis.listener import Listener
+from service.engine.protocol import FAILURES_ALLOWED, Lease, Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
+from service.engine.redis.subscriber import Listener
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, Mode, State
 from tests.fakes import FakeClock, fake_votes, make_job, true_votes
@@ -680,7 +680,7 @@ async def test_a_dead_connection_is_noticed(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that says nothing, and cuts nothing, is not heard; one that answers a PING is."""
-    monkeypatch.setattr("service.engine_redis.listener._SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("service.engine.redis.subscriber._SILENCE_SECONDS", 0.5)
     redis = connect(own_server.url)
     listener = Listener(redis, "{prefix}:channel")
     ring = listener.always.next_ring

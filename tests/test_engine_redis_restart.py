@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, age, written
-from service.engine import FAILURES_ALLOWED, Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.protocol import FAILURES_ALLOWED, Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 from service.jobs import State
 from tests.fakes import make_job
 from tests.test_engine_redis import (

@@ -1,4 +1,4 @@
-"""service/engine_redis/server.py: which Redis is refused, and which is warned of."""
+"""service/engine/redis/requirements.py: which Redis is refused, and which is warned of."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
 from benchmarks.redis_server import RedisServer
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
-from service.engine_redis.server import RedisUnsuitable, check_server
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
+from service.engine.redis.requirements import RedisUnsuitable, check_server
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -34,9 +34,9 @@ from models.runtime import Torch
 from models.smoothing import SmoothedModel, numerics
 from service.config import Settings
 from service.embedded import Embedded
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.jobs import State
 from service.serving import Serving
 from tests.fleet import assert_counted_exactly, last_status, rows_done

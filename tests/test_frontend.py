@@ -20,9 +20,9 @@ from benchmarks.redis_server import RedisServer
 from benchmarks.server import serving as serving_process
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from tests.serving import NUMERICS, PNG, problem
 from tests.test_traces import TRACE, VALID

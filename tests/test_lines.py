@@ -1,4 +1,4 @@
-"""service/lines.py: whose shards of the in-process engine are next."""
+"""service/engine/queues.py: whose shards of the in-process engine are next."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from service.engine import Worker
+from service.engine.memory_state import Record
+from service.engine.protocol import Worker
+from service.engine.queues import Lines
 from service.jobs import Domain
-from service.ledger import Record
-from service.lines import Lines
 from tests.fakes import make_job
 
 NEWER = Worker("newer", {"default": "bundle-n"})

@@ -1,4 +1,4 @@
-"""service/engine_redis/listener.py: what is left of it once it is closed."""
+"""service/engine/redis/subscriber.py: what is left of it once it is closed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from benchmarks.redis_server import RedisServer
-from service.engine_redis.client import connect
-from service.engine_redis.listener import Listener
+from service.engine.redis.client import connect
+from service.engine.redis.subscriber import Listener
 
 
 class FakeConnection:

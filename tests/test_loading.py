@@ -24,8 +24,8 @@ from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import serving, telemetry
 from service.device import ComputeThread, DeviceFailed
-from service.engine import Worker
-from service.engine_memory import MemoryEngine
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import Worker
 from service.loading import Loading, Networks, TaskModel
 from service.model import ModelUnavailable, ShapeLowered
 from service.refusals import REFUSAL_SECONDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from service.engine import Engine
+from service.engine.protocol import Engine
 from service.jobs import JobStatus, State
 from service.predictions import Predictions
 from tests.fakes import EngineSpy, make_job
@@ -43,7 +43,7 @@ async def test_who_waits_for_a_lost_job_is_told_to_ask_again() -> None:
     async with serving() as service:
         service.voter.open.clear()
         predictions: Predictions = service.app.state.predictions
-        forgetful = Forgetful(service.engine)
+        forgetful = Forgetful(service.engine.protocol)
         predictions.engine = forgetful  # type: ignore[assignment]
         waiting = asyncio.create_task(service.ask())
         await service.voter.busy.wait()

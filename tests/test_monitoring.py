@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.monitoring.dashboard import COLUMNS, PATH, dashboard
 from deploy.monitoring.panels import ROWS, filled_in
-from service.engine import LaneState, QueueState
+from service.engine.protocol import LaneState, QueueState
 from service.jobs import Mode
 from service.telemetry import exposition
 

@@ -1,10 +1,10 @@
-"""service/offers.py: whose turn it is."""
+"""service/engine/scheduling.py: whose turn it is."""
 
 from __future__ import annotations
 
 import pytest
 
-from service.offers import Offer, next_offer
+from service.engine.scheduling import Offer, next_offer
 
 SLOW, FAST = Offer("slow", False, 0.9), Offer("fast", True, 0.1)
 STARVED, STARVED_LONGER = Offer("starved", False, 1.5), Offer("longer", False, 2.5)

@@ -15,9 +15,9 @@ from benchmarks.open_loop import ROWS, Load, ask, offered, summary
 from benchmarks.redis_server import RedisServer, age
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
-from service.engine import Worker
-from service.engine_redis.client import connect
-from service.engine_redis.engine import PREFIX, RedisEngine
+from service.engine.protocol import Worker
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.frontend import frontend
 from service.jobs import Mode
 from tests.serving import NUMERICS

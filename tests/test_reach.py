@@ -1,4 +1,4 @@
-"""service/reach.py, service/outage.py: an engine that does not answer, and what the log says."""
+"""service/engine/connection.py, service/engine/outage.py: an engine that does not answer, and what the log says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 import pytest
 from redis.exceptions import RedisError
 
-from service import reach as reaches
 from service.device import ComputeThread
-from service.outage import Outage
-from service.reach import EngineAway, Reach
+from service.engine import connection as reaches
+from service.engine.connection import EngineAway, Reach
+from service.engine.outage import Outage
 from service.worker import work
 from tests.fakes import FakeModel
 

@@ -22,8 +22,8 @@ from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory
 from service.config import Settings
 from service.device import DeviceFailed
-from service.engine import Engine, Worker
-from service.engine_memory import MemoryEngine
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import Engine, Worker
 from service.errors import Backlog
 from service.jobs import Job, Mode, State
 from service.loading import ROOM_SECONDS

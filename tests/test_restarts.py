@@ -20,7 +20,7 @@ from service import predictions, telemetry
 from service.config import Settings
 from service.device import DeviceFailed
 from service.embedded import Embedded
-from service.engine import Capacity, Engine, Worker
+from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.predictions import Predictions

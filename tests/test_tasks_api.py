@@ -271,7 +271,7 @@ async def test_a_deleted_task_is_asked_no_more(service: Service) -> None:
     problem(await service.ask(task=task_id), 404, "not-found")
     job = problem(await waiting, 409, "cancelled")["job"]
     assert (await service.client.get(f"/jobs/{job}")).json()["state"] == "cancelled"
-    assert (await service.engine.capacity()).backlog_rows == 0
+    assert (await service.engine.protocol.capacity()).backlog_rows == 0
 
 
 async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:

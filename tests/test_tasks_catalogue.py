@@ -14,8 +14,8 @@ import pytest
 from models import integrity
 from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
 from service.config import Settings
-from service.engine import Worker
-from service.engine_memory import MemoryEngine
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
 from service.predictions import Predictions
 from service.schemas import PredictRequest

@@ -27,8 +27,8 @@ from benchmarks.redis_server import GROUP, RedisServer
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
 from service.config import Settings
-from service.engine_redis.adaptations import Adaptations, AnotherVolume
-from service.engine_redis.client import connect
+from service.engine.redis.adaptations import Adaptations, AnotherVolume
+from service.engine.redis.client import connect
 from service.errors import NotFound
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk

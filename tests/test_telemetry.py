@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service import telemetry, traces
 from service.config import Settings
-from service.engine import LaneState, QueueState
+from service.engine.protocol import LaneState, QueueState
 from service.logs import IDS
 from service.telemetry import VERSION
 from tests.serving import Service, nine_of_ten, serving, split
@@ -114,7 +114,7 @@ async def test_queue_figures_are_those_of_the_scrape() -> None:
             told = await service.ask(mode=mode, n="120", headers={"Prefer": "respond-async"})
             assert told.status_code == 202
         await service.voter.busy.wait()
-        service.engine._clock.advance(7)
+        service.engine.protocol._clock.advance(7)
         asked = {"labels": ["cat", "dog"]}
         assert (await service.client.post("/tasks", json=asked)).status_code == 202
         samples = scraped(await service.client.get("/metrics"))

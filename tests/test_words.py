@@ -15,7 +15,7 @@ import pytest
 
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from service.config import Settings
-from service.engine import Engine, Worker
+from service.engine.protocol import Engine, Worker
 from service.errors import Backlog, NotFound
 from service.predictions import Predictions
 from service.schemas import PredictRequest

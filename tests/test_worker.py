@@ -18,12 +18,12 @@ from prometheus_client import REGISTRY
 
 from service import telemetry
 from service.device import ComputeThread, DeviceFailed
-from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
-from service.engine_memory import MemoryEngine
+from service.engine.connection import Reach
+from service.engine.memory import MemoryEngine
+from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.model import ModelUnavailable, ShapeLowered
 from service.outcomes import Outcomes
-from service.reach import Reach
 from service.worker import work
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 from tests.test_engine_conformance import HARNESSES, LEASE, Harness

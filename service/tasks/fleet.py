@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from models.adaptation.plan import Status
-from service.engine_redis.adaptations import Adaptations, AnotherVolume
+from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.health import Companion
 from service.logs import naming
 from service.tasks.folders import TaskFolders

@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from service.engine.outage import AWAY, Outage
 from service.health import passed
-from service.outage import AWAY, Outage
 
 T = TypeVar("T")
 

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.admission import Served, another_request, distinct, served_digests
-from service.engine import (
+from service.engine.limits import Served, another_request, distinct, served_digests
+from service.engine.memory_state import Bell, Books, CallerKey, Record, Speedometer
+from service.engine.protocol import (
     Capacity,
     LaneState,
     Lease,
@@ -21,9 +22,8 @@ from service.engine import (
     checked_counts,
     died_over,
 )
+from service.engine.queues import Lines
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.ledger import Bell, Books, CallerKey, Record, Speedometer
-from service.lines import Lines
 
 
 @dataclass(slots=True, eq=False)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from service.engine import Worker
-from service.ledger import Record
-from service.offers import FAST_PULLS, Offer, next_offer
+from service.engine.memory_state import Record
+from service.engine.protocol import Worker
+from service.engine.scheduling import FAST_PULLS, Offer, next_offer
 
 
 @dataclass(slots=True, eq=False)

@@ -16,8 +16,8 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from service.engine_redis.client import connect
-from service.engine_redis.engine import RedisEngine
+from service.engine.redis.client import connect
+from service.engine.redis.engine import RedisEngine
 
 LEAST_VERSION = (7, 0)
 

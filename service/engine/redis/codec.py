@@ -1,4 +1,4 @@
-"""What the engine reads of Redis, as the types of service.jobs and service.engine."""
+"""What the engine reads of Redis, as the types of service.jobs and service.engine.protocol."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from service.admission import Served
-from service.engine import Lease, died_over
+from service.engine.limits import Served
+from service.engine.protocol import Lease, died_over
 from service.errors import ShardDead
 from service.jobs import Domain, Job, JobStatus, Shard, State, canonical_json
 

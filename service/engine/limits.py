@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.engine import RETRY_SECONDS, retry_seconds
+from service.engine.protocol import RETRY_SECONDS, retry_seconds
 from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExceeded, as_json
 from service.jobs import Job, canonical_json
 

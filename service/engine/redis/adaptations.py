@@ -8,8 +8,8 @@ from typing import Any, Self
 from redis.asyncio import Redis
 
 from service.config import Settings
-from service.engine_redis.client import Scripts, connect
-from service.engine_redis.engine import PREFIX
+from service.engine.redis.client import Scripts, connect
+from service.engine.redis.engine import PREFIX
 
 _STAY_SECONDS = 86_400.0
 """How long Redis keeps what nobody touches; the jobs' folders are looked through far oftener."""

@@ -7,8 +7,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.admission import Served, full, most_rows, over_quota, too_large, unserved
-from service.engine import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
+from service.engine.limits import Served, full, most_rows, over_quota, too_large, unserved
+from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
 from service.jobs import Domain, Job, JobStatus, Shard, State
 
 CallerKey = tuple[str | None, str]

@@ -7,11 +7,11 @@ from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 
-from service.engine import Lease, Worker
-from service.engine_redis.client import Scripts, answered
-from service.engine_redis.records import lease_of, line_of, lost, trial_of
+from service.engine.protocol import Lease, Worker
+from service.engine.redis.client import Scripts, answered
+from service.engine.redis.codec import lease_of, line_of, lost, trial_of
+from service.engine.scheduling import Offer, next_offer
 from service.jobs import Job, State, canonical_json
-from service.offers import Offer, next_offer
 
 
 class Puller:

@@ -13,7 +13,8 @@ from typing import Any, Self
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from service.admission import (
+from service.config import Settings
+from service.engine.limits import (
     another_request,
     distinct,
     full,
@@ -23,8 +24,7 @@ from service.admission import (
     too_large,
     unserved,
 )
-from service.config import Settings
-from service.engine import (
+from service.engine.protocol import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
     Capacity,
@@ -35,11 +35,8 @@ from service.engine import (
     checked_counts,
     rows_per_second,
 )
-from service.engine_redis.client import Scripts, answered, connect, persists
-from service.engine_redis.listener import Listener
-from service.engine_redis.pulling import Puller
-from service.engine_redis.reconciling import reconcile
-from service.engine_redis.records import (
+from service.engine.redis.client import Scripts, answered, connect, persists
+from service.engine.redis.codec import (
     caller_digest,
     flat,
     job_status,
@@ -51,8 +48,11 @@ from service.engine_redis.records import (
     served,
     shards_of,
 )
+from service.engine.redis.puller import Puller
+from service.engine.redis.reconciler import reconcile
+from service.engine.redis.subscriber import Listener
+from service.engine.scheduling import FAST_PULLS
 from service.jobs import Job, JobStatus, State, canonical_json
-from service.offers import FAST_PULLS
 
 PREFIX = "{vouchsafe}:"
 """Before every key and channel; the braces keep them in one slot of a cluster."""
