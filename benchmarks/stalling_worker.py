@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.runtime import RUNTIMES, Network, Torch
 from service import serving
 from service.cli import main
-from service.device import ComputeThread
+from service.worker.compute import ComputeThread
 
 
 class Stalling(Torch):

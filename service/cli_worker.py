@@ -25,11 +25,11 @@ def worker(
         signal.signal(caught, lambda *_: os._exit(0))  # Nothing is in hand before `run`.
     settings = read_settings(log=True)
 
-    from service.device import DeviceFailed
     from service.engine.redis.requirements import RedisUnsuitable
     from service.fleet import FleetWorker
-    from service.model import ModelUnavailable
     from service.serving import leave
+    from service.worker.compute import DeviceFailed
+    from service.worker.model import ModelUnavailable
 
     try:
         process = FleetWorker(settings)

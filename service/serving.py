@@ -18,14 +18,14 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.runtime import RUNTIMES, Runtime
 from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
-from service.device import ComputeThread, DeviceFailed
 from service.engine.outage import Outage
 from service.engine.protocol import Engine
-from service.loading import Loading, Networks
 from service.logs import naming
-from service.model import warm_up
 from service.tasks.catalogue import Catalogue
-from service.worker import work
+from service.worker.compute import ComputeThread, DeviceFailed
+from service.worker.loop import work
+from service.worker.model import warm_up
+from service.worker.model_cache import Loading, Networks
 
 logger = logging.getLogger("vouchsafe")
 
@@ -106,7 +106,7 @@ class Serving:
     async def work(
         self, engine: Engine, worker_id: str, stop: asyncio.Event, outage: Outage | None = None
     ) -> None:
-        """Work for `engine` until `stop`; see `service.worker.work`."""
+        """Work for `engine` until `stop`; see `service.worker.loop.work`."""
         if not stop.is_set():
             await work(
                 engine,

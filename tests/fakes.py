@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models import smoothing
 from service.engine.protocol import Engine
 from service.jobs import Domain, Job, Mode
-from service.model import ShapeLowered, warm_up
+from service.worker.model import ShapeLowered, warm_up
 
 FAKE_NUMERICS = smoothing.Numerics("fake", "none", 16, 1, "fake", "0")
 

@@ -14,7 +14,7 @@ TORCH_FREE = (
     "models.sets",
     "models.adaptation.plan",
     "service.images",
-    "service.batching",
+    "service.worker.batching",
     "service.jobs",
     "service.schemas",
     "service.engine.memory",

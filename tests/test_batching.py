@@ -1,4 +1,4 @@
-"""service/batching.py: every row of every lease in exactly one slice, and full batches."""
+"""service/worker/batching.py: every row of every lease in exactly one slice, and full batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.batching import Packer, Slice
 from service.engine.protocol import Lease
 from service.jobs import Domain, Shard
+from service.worker.batching import Packer, Slice
 from tests.fakes import fake_votes, make_job
 
 SHARDS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), max_size=12)

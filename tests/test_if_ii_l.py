@@ -33,8 +33,8 @@ from models.sets import DENOISER_SETS
 from models.smoothing import Rows, load
 from service.cli import app
 from service.config import Settings, load_secret
-from service.model import ModelUnavailable
 from service.tasks.store import Store
+from service.worker.model import ModelUnavailable
 from tests import deepfloyd, miniatures
 from tests.quick_adaptation import EVALUATED_ROWS, quick
 from tests.serving import problem, serving

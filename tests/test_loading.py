@@ -23,13 +23,13 @@ from models.memory import TooLittleMemory, let_go_of, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import serving, telemetry
-from service.device import ComputeThread, DeviceFailed
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Worker
-from service.loading import Loading, Networks, TaskModel
-from service.model import ModelUnavailable, ShapeLowered
-from service.refusals import REFUSAL_SECONDS
 from service.serving import load_and_warm
+from service.worker.backoff import REFUSAL_SECONDS
+from service.worker.compute import ComputeThread, DeviceFailed
+from service.worker.model import ModelUnavailable, ShapeLowered
+from service.worker.model_cache import Loading, Networks, TaskModel
 from tests.fakes import FakeClock, FakeModel, make_job
 from tests.serving import TASKS
 from tests.test_worker import assert_exact, final, working

@@ -8,11 +8,11 @@ import time
 import pytest
 from redis.exceptions import RedisError
 
-from service.device import ComputeThread
 from service.engine import connection as reaches
 from service.engine.connection import EngineAway, Reach
 from service.engine.outage import Outage
-from service.worker import work
+from service.worker.compute import ComputeThread
+from service.worker.loop import work
 from tests.fakes import FakeModel
 
 

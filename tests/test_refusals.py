@@ -1,4 +1,4 @@
-"""service/refusals.py: a task that cannot be loaded, alone or among workers that may load it."""
+"""service/worker/backoff.py: a task that cannot be loaded, alone or among workers that may load it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from benchmarks.redis_server import RedisServer
 from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory
 from service.config import Settings
-from service.device import DeviceFailed
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Engine, Worker
 from service.errors import Backlog
 from service.jobs import Job, Mode, State
-from service.loading import ROOM_SECONDS
-from service.model import ModelUnavailable
-from service.refusals import (
+from service.serving import Serving
+from service.worker.backoff import (
     LONGEST_REFUSAL_SECONDS,
     LONGEST_REST_SECONDS,
     REFUSAL_SECONDS,
     REST,
 )
-from service.serving import Serving
+from service.worker.compute import DeviceFailed
+from service.worker.model import ModelUnavailable
+from service.worker.model_cache import ROOM_SECONDS
 from tests.fakes import EngineSpy, FakeModel, make_job
 from tests.test_engine_conformance import HARNESSES, Harness, RedisHarness
 from tests.test_loading import Shelf, bundles

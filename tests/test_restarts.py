@@ -18,7 +18,6 @@ from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
 from service import predictions, telemetry
 from service.config import Settings
-from service.device import DeviceFailed
 from service.embedded import Embedded
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
@@ -26,6 +25,7 @@ from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.predictions import Predictions
 from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.schemas import PredictRequest
+from service.worker.compute import DeviceFailed
 from tests import fakes
 from tests.fakes import EngineSpy, fake_votes, true_votes
 from tests.serving import DIGEST, SECRET, TASKS, Service, png

@@ -1,4 +1,4 @@
-"""service/worker.py: the loop between an engine and a device, in good and in bad times."""
+"""service/worker/loop.py: the loop between an engine and a device, in good and in bad times."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
 from service import telemetry
-from service.device import ComputeThread, DeviceFailed
 from service.engine.connection import Reach
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.model import ModelUnavailable, ShapeLowered
-from service.outcomes import Outcomes
-from service.worker import work
+from service.worker.compute import ComputeThread, DeviceFailed
+from service.worker.loop import work
+from service.worker.model import ModelUnavailable, ShapeLowered
+from service.worker.reporter import Outcomes
 from tests.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 from tests.test_engine_conformance import HARNESSES, LEASE, Harness
 from tests.test_traces import TRACE, VALID

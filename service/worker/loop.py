@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from models.memory import let_go_of
 from models.smoothing import Rows
-from service.batching import Slice
-from service.device import ComputeThread, DeviceFailed
 from service.engine.connection import LEAVING_SECONDS, EngineAway, Reach
 from service.engine.limits import distinct
 from service.engine.outage import Outage
 from service.engine.protocol import Engine, Lease, Worker
-from service.holdings import Holdings, Lot, leases_of, rows_of
-from service.measures import about_batch, measure
-from service.model import Model, ModelUnavailable, ShapeLowered
-from service.outcomes import Outcomes
+from service.worker.batch_metrics import about_batch, measure
+from service.worker.batching import Slice
+from service.worker.compute import ComputeThread, DeviceFailed
+from service.worker.in_flight import Holdings, Lot, leases_of, rows_of
+from service.worker.model import Model, ModelUnavailable, ShapeLowered
+from service.worker.reporter import Outcomes
 
 T = TypeVar("T")
 

@@ -17,10 +17,10 @@ from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service import telemetry
-from service.device import DeviceFailed
 from service.logs import naming
-from service.model import ModelUnavailable, ShapeLowered, warm_up
-from service.refusals import Refusal
+from service.worker.backoff import Refusal
+from service.worker.compute import DeviceFailed
+from service.worker.model import ModelUnavailable, ShapeLowered, warm_up
 
 T = TypeVar("T")
 

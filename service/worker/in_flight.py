@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.smoothing import Rows
-from service.batching import Packer, Slice
 from service.engine.protocol import Lease
-from service.model import Model
+from service.worker.batching import Packer, Slice
+from service.worker.model import Model
 
 
 @dataclass(slots=True, eq=False)

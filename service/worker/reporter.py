@@ -15,7 +15,7 @@ from service.engine.connection import EngineAway, Reach
 from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
 from service.logs import about
-from service.model import ModelUnavailable
+from service.worker.model import ModelUnavailable
 
 logger = logging.getLogger("vouchsafe.worker")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from service import telemetry
-from service.batching import Slice
 from service.logs import about
-from service.model import Model
+from service.worker.batching import Slice
+from service.worker.model import Model
 
 logger = logging.getLogger("vouchsafe.worker")
 
