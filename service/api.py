@@ -11,18 +11,19 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from service import errors, telemetry
+from service import errors
 from service.answers import example
 from service.config import Settings
 from service.engine.protocol import Engine
-from service.health import Companion, Companions, Health
-from service.http_semantics import HeadRequests
 from service.intake import Preferences, caller, read_question
 from service.jobs import State
 from service.middleware import add_bounds, admitted
+from service.operations import metrics as telemetry
+from service.operations.health import Companion, Companions, Health
+from service.operations.http_semantics import HeadRequests
+from service.operations.probes import ERRORS, metrics, probes
 from service.page import docs_assets, pages
 from service.predictions import Predictions, job_lost
-from service.probes import ERRORS, metrics, probes
 from service.problems import problem_responses, render_problem
 from service.schemas import (
     JobResponse,

@@ -36,9 +36,9 @@ from models.smoothing import Rows, best_device, votes
 from service.api import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
+from service.operations.server import DrainingServer
 from service.predictions import Predictions
 from service.schemas import PredictRequest
-from service.server import DrainingServer
 
 CONCURRENCIES = (1, 4, 16)
 SIGMA = 0.25

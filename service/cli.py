@@ -16,13 +16,13 @@ from service import cli_models, cli_predict, cli_tasks, cli_worker
 from service.cli_console import read_settings, tell
 from service.cli_predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
+from service.operations.metrics import VERSION
 from service.schemas import MOST_ROWS
-from service.telemetry import VERSION
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from service.server import DrainingServer
+    from service.operations.server import DrainingServer
 
 logger = logging.getLogger("vouchsafe")
 
@@ -86,7 +86,7 @@ def serve(
     With VOUCHSAFE_REDIS_URL the work is done by `vouchsafe worker`, on this machine or others.
     """
     settings = read_settings(log=True)
-    from service.server import DrainingServer
+    from service.operations.server import DrainingServer
 
     try:
         server = DrainingServer(host, port)

@@ -13,9 +13,9 @@ import typer
 from pydantic import SecretStr, ValidationError
 from rich.console import Console
 
-from service import logs
 from service.config import PREFIX, Settings, variable
 from service.errors import cut
+from service.operations import logs
 
 errors = Console(stderr=True, markup=False, highlight=False)
 

@@ -13,15 +13,15 @@ from functools import partial
 
 from pydantic import SecretStr
 
-from service import telemetry
 from service.config import Settings
 from service.engine.connection import EngineAway, Reach
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
-from service.health import Companion, Companions, Health
-from service.probes import probes_app
-from service.server import SideServer
+from service.operations import metrics as telemetry
+from service.operations.health import Companion, Companions, Health
+from service.operations.probes import probes_app
+from service.operations.server import SideServer
 from service.serving import Serving
 from service.tasks.fleet import adapting
 from service.tasks.folders import TaskFolders

@@ -21,7 +21,6 @@ from models.certificates import (
     smallest_n_certify,
     smallest_n_predict,
 )
-from service import telemetry
 from service.answers import answer, job_response, problem, total_variation
 from service.config import Settings
 from service.door import Admission, Door
@@ -39,7 +38,8 @@ from service.errors import (
 )
 from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
-from service.logs import about
+from service.operations import metrics as telemetry
+from service.operations.logs import about
 from service.restarts import LOOK_SECONDS, Restarts
 from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 

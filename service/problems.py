@@ -19,8 +19,8 @@ from service.errors import (
     Problem,
     Unauthorized,
 )
+from service.operations.metrics import REJECTIONS
 from service.schemas import ProblemResponse, invalid_fields
-from service.telemetry import REJECTIONS
 
 MEDIA_TYPE = "application/problem+json"
 _FORESEEN = (Problem, HTTPException, RequestValidationError)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from models.bundle import Bundle
-from service import telemetry
 from service.engine.outage import AWAY
 from service.engine.protocol import Capacity, Engine
 from service.jobs import Job, noise_key
-from service.logs import about
+from service.operations import metrics as telemetry
+from service.operations.logs import about
 
 logger = logging.getLogger("vouchsafe")
 

@@ -20,7 +20,7 @@ from models.smoothing import SmoothedModel, best_device, best_dtype, load, numer
 from service.config import Settings
 from service.engine.outage import Outage
 from service.engine.protocol import Engine
-from service.logs import naming
+from service.operations.logs import naming
 from service.tasks.catalogue import Catalogue
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work

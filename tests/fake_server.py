@@ -8,7 +8,7 @@ import sys
 from service.api import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
-from service.server import DrainingServer
+from service.operations.server import DrainingServer
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE
 

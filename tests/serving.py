@@ -20,7 +20,7 @@ from service.api import create_app
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Lease, Worker
-from service.health import Companion
+from service.operations.health import Companion
 from service.tasks.catalogue import Catalogue
 from tests.fakes import FakeClock
 

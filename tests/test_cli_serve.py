@@ -21,8 +21,8 @@ from fastapi import FastAPI
 
 from service import cli
 from service.config import Settings
-from service.health import Condition
-from service.server import DrainingServer
+from service.operations.health import Condition
+from service.operations.server import DrainingServer
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
 FORMS = {"embedded": {}, "fleet": {"VOUCHSAFE_REDIS_URL": "redis://127.0.0.1:1/0"}}

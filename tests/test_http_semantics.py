@@ -10,8 +10,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from benchmarks.server import free_port
-from service.http_semantics import ConnectionClose
-from service.server import DrainingServer, SideServer
+from service.operations.http_semantics import ConnectionClose
+from service.operations.server import DrainingServer, SideServer
 from tests.serving import PNG, Service, serving
 
 KEY = {"Authorization": "Bearer key-of-ann"}

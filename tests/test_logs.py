@@ -1,4 +1,4 @@
-"""service/logs.py: what a line of the log looks like in either format."""
+"""service/operations/logs.py: what a line of the log looks like in either format."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service import logs
 from service.cli_console import tell
 from service.config import Settings
+from service.operations import logs
 from tests.fakes import make_job
 from tests.test_traces import TRACE, VALID
 

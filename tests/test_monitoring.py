@@ -18,7 +18,7 @@ from deploy.monitoring.dashboard import COLUMNS, PATH, dashboard
 from deploy.monitoring.panels import ROWS, filled_in
 from service.engine.protocol import LaneState, QueueState
 from service.jobs import Mode
-from service.telemetry import exposition
+from service.operations.metrics import exposition
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "deploy" / "monitoring"

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
-from service import predictions, telemetry
+from service import predictions
 from service.config import Settings
 from service.embedded import Embedded
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
+from service.operations import metrics as telemetry
 from service.predictions import Predictions
 from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.schemas import PredictRequest

@@ -1,4 +1,4 @@
-"""service/server.py: addresses are taken before anything is served on them."""
+"""service/operations/server.py: addresses are taken before anything is served on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.server import DrainingServer, SideServer
+from service.operations.server import DrainingServer, SideServer
 
 Server = DrainingServer | SideServer
 MAKERS: dict[str, Callable[[str, int], Server]] = {

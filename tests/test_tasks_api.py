@@ -16,7 +16,7 @@ import pytest
 from benchmarks.server import serving as serving_process
 from models.adaptation.plan import MEASURED_ON, STAGES
 from models.bundle import DEFAULT_TASK
-from service import telemetry
+from service.operations import metrics as telemetry
 from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until

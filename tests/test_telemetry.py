@@ -9,11 +9,12 @@ from prometheus_client import REGISTRY, Metric
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from service import telemetry, traces
 from service.config import Settings
 from service.engine.protocol import LaneState, QueueState
-from service.logs import IDS
-from service.telemetry import VERSION
+from service.operations import metrics as telemetry
+from service.operations import tracing as traces
+from service.operations.logs import IDS
+from service.operations.metrics import VERSION
 from tests.serving import Service, nine_of_ten, serving, split
 from tests.test_traces import TRACE, VALID
 

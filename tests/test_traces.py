@@ -1,10 +1,10 @@
-"""service/traces.py: what W3C Trace Context says of valid headers, and of the others."""
+"""service/operations/tracing.py: what W3C Trace Context says of valid headers, and of the others."""
 
 from __future__ import annotations
 
 import pytest
 
-from service.traces import begun, received, trace_id
+from service.operations.tracing import begun, received, trace_id
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 VALID = f"00-{TRACE}-{PARENT}-01"

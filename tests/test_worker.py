@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
-from service import telemetry
 from service.engine.connection import Reach
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.jobs import Domain, Job, JobStatus, Mode, State
+from service.operations import metrics as telemetry
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import ModelUnavailable, ShapeLowered

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from service.engine.outage import AWAY, Outage
-from service.health import passed
+from service.operations.health import passed
 
 T = TypeVar("T")
 

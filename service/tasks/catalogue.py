@@ -11,8 +11,8 @@ from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
 from models.integrity import base_folder
-from service.health import passed
-from service.logs import naming
+from service.operations.health import passed
+from service.operations.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")

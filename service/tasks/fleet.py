@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 
 from models.adaptation.plan import Status
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
-from service.health import Companion
-from service.logs import naming
+from service.operations.health import Companion
+from service.operations.logs import naming
 from service.tasks.folders import TaskFolders
 from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
 from service.tasks.runs import JOB, Patience

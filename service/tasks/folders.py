@@ -22,7 +22,7 @@ from models.bundle import WRITERS
 from models.files import flush
 from service.config import Settings
 from service.errors import NotFound
-from service.logs import naming
+from service.operations.logs import naming
 from service.tasks.task import MANIFEST, Signature, Task, is_task_id, signature
 
 logger = logging.getLogger("vouchsafe.tasks")

@@ -11,7 +11,7 @@ from typing import TypeVar
 from redis.exceptions import RedisError
 
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
-from service.health import passed
+from service.operations.health import passed
 from service.tasks.folders import TaskFolders
 from service.tasks.store import Store
 

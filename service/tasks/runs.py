@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.adaptation.plan import STATUS, UNATTENDED, Status
-from service.logs import naming
+from service.operations.logs import naming
 from service.tasks.folders import is_running
 
 logger = logging.getLogger("vouchsafe.tasks")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from models.adaptation.plan import Status
-from service import telemetry
-from service.health import passed
-from service.logs import naming
+from service.operations import metrics as telemetry
+from service.operations.health import passed
+from service.operations.logs import naming
 from service.tasks.folders import TaskFolders
 from service.tasks.runs import JOB, Patience, Run
 from service.tasks.task import Task

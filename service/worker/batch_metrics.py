@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from service import telemetry
-from service.logs import about
+from service.operations import metrics as telemetry
+from service.operations.logs import about
 from service.worker.batching import Slice
 from service.worker.model import Model
 

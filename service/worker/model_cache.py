@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
-from service import telemetry
-from service.logs import naming
+from service.operations import metrics as telemetry
+from service.operations.logs import naming
 from service.worker.backoff import Refusal
 from service.worker.compute import DeviceFailed
 from service.worker.model import ModelUnavailable, ShapeLowered, warm_up

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service import telemetry
 from service.engine.connection import EngineAway, Reach
 from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
-from service.logs import about
+from service.operations import metrics as telemetry
+from service.operations.logs import about
 from service.worker.model import ModelUnavailable
 
 logger = logging.getLogger("vouchsafe.worker")

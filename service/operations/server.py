@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from service.http_semantics import ConnectionClose
+from service.operations.http_semantics import ConnectionClose
 
 DRAIN_SECONDS = 5.0
 """How long callers who wait for an answer may go on waiting once the service is told to stop."""

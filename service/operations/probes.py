@@ -11,9 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service import errors, telemetry
-from service.health import Condition, Health
-from service.http_semantics import HeadRequests
+from service import errors
+from service.operations import metrics as telemetry
+from service.operations.health import Condition, Health
+from service.operations.http_semantics import HeadRequests
 from service.problems import render_problem
 from service.schemas import HealthResponse
 

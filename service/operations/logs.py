@@ -11,7 +11,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from service.config import Settings
 from service.jobs import Job
-from service.traces import trace_id
+from service.operations.tracing import trace_id
 
 IDS = ("request_id", "job_id", "task_id", "trace_id")
 """What a record may be about, as its `extra`; of several it has a list."""
