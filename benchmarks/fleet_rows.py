@@ -30,7 +30,7 @@ from service.bench import SELECTION_ROWS, ask_desk, driven, percentiles, png
 from service.config import Settings, load_secret
 from service.embedded import Embedded
 from service.engine.redis.engine import RedisEngine
-from service.predictions import Predictions
+from service.predictions.service import Predictions
 
 IN_PROCESS = "in process"
 METRICS = {

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from service.jobs import Mode
-from service.schemas import DEFAULT_ROWS, PredictRequest
+from service.predictions.schemas import DEFAULT_ROWS, PredictRequest
 
 IMAGE = (Path(__file__).parents[1] / "docs" / "ship.png").read_bytes()
 ROWS: dict[Mode, int] = {

@@ -12,7 +12,6 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from service import errors
-from service.answers import example
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.intake import Preferences, caller, read_question
@@ -23,15 +22,16 @@ from service.operations.health import Companion, Companions, Health
 from service.operations.http_semantics import HeadRequests
 from service.operations.probes import ERRORS, metrics, probes
 from service.page import docs_assets, pages
-from service.predictions import Predictions, job_lost
-from service.problems import problem_responses, render_problem
-from service.schemas import (
+from service.predictions.results import example
+from service.predictions.schemas import (
     JobResponse,
     ModelResponse,
     ModelsResponse,
     PredictRequest,
     PredictResponse,
 )
+from service.predictions.service import Predictions, job_lost
+from service.problems import problem_responses, render_problem
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import Notices, TaskDesk
 from service.tasks.routes import tasks

@@ -37,8 +37,8 @@ from service.api import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
 from service.operations.server import DrainingServer
-from service.predictions import Predictions
-from service.schemas import PredictRequest
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
 
 CONCURRENCIES = (1, 4, 16)
 SIGMA = 0.25

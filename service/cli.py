@@ -17,7 +17,7 @@ from service.cli_console import read_settings, tell
 from service.cli_predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
 from service.operations.metrics import VERSION
-from service.schemas import MOST_ROWS
+from service.predictions.schemas import MOST_ROWS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

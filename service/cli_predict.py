@@ -22,11 +22,11 @@ from service.cli_console import errors, read_settings, tell
 from service.config import Settings, load_secret
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode
-from service.schemas import PredictRequest, PredictResponse, invalid_fields
+from service.predictions.schemas import PredictRequest, PredictResponse, invalid_fields
 
 if TYPE_CHECKING:
     from service.embedded import Embedded
-    from service.predictions import Predictions
+    from service.predictions.service import Predictions
 
 T = TypeVar("T")
 
@@ -136,7 +136,7 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     """
     from service.engine.memory import MemoryEngine
     from service.engine.protocol import Worker
-    from service.predictions import Predictions
+    from service.predictions.service import Predictions
     from service.tasks.catalogue import Catalogue
     from service.tasks.desk import TaskDesk
     from service.tasks.store import Store
@@ -194,7 +194,7 @@ async def _answers(
 
     Where the networks stop, that is the problem of every path that is left.
     """
-    from service.predictions import Predictions
+    from service.predictions.service import Predictions
     from service.tasks.desk import TaskDesk
 
     tasks = TaskDesk(embedded.store, embedded.tasks)

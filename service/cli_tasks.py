@@ -17,7 +17,7 @@ from models.adaptation.plan import Status
 from service.cli_console import errors, read_settings
 from service.config import Settings, load_secret
 from service.errors import Problem
-from service.schemas import invalid_fields
+from service.predictions.schemas import invalid_fields
 from service.tasks import runs
 from service.tasks.schemas import TaskRequest
 from service.tasks.sheet import contact_sheet

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import MalformedRequest, Overloaded, TooLarge, Unauthorized, UnsupportedMedia
-from service.schemas import PredictRequest, invalid_field, invalid_fields
+from service.predictions.schemas import PredictRequest, invalid_field, invalid_fields
 
 Document = TypeVar("Document", bound=BaseModel)
 

@@ -20,7 +20,7 @@ from service.errors import (
     Unauthorized,
 )
 from service.operations.metrics import REJECTIONS
-from service.schemas import ProblemResponse, invalid_fields
+from service.predictions.schemas import ProblemResponse, invalid_fields
 
 MEDIA_TYPE = "application/problem+json"
 _FORESEEN = (Problem, HTTPException, RequestValidationError)

@@ -1,4 +1,4 @@
-"""service/answers.py: what votes become, and that a reader can recompute it."""
+"""service/predictions/results.py: what votes become, and that a reader can recompute it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from service.answers import answer, certificate, example
 from service.jobs import JobStatus, Mode, State
-from service.schemas import PredictResponse
+from service.predictions.results import answer, certificate, example
+from service.predictions.schemas import PredictResponse
 from tests.fakes import make_job
 from tests.serving import serving
 
@@ -57,5 +57,5 @@ def test_predict_abstains_by_the_noise_as_drawn(monkeypatch: pytest.MonkeyPatch)
     status = JobStatus(job, State.SUCCEEDED, job.rows, (0, 0, 0), (70, 30, 0))
     labels = ("ant", "bee", "cat")
     assert answer(status, labels).label == "ant"
-    monkeypatch.setattr("service.answers.total_variation", lambda *_: 9.5e-6)
+    monkeypatch.setattr("service.predictions.results.total_variation", lambda *_: 9.5e-6)
     assert answer(status, labels).abstained

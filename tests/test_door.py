@@ -1,4 +1,4 @@
-"""service/door.py: how long a question waits for a worker that serves its task."""
+"""service/predictions/admission.py: how long a question waits for a worker that serves its task."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from models import noise
-from service import door as doors
 from service.config import Settings
-from service.door import MOST_SIGMAS, Door, sigma_seconds
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Capacity, Worker
 from service.errors import Backlog
-from service.predictions import Predictions
-from service.schemas import PredictRequest
+from service.predictions import admission as doors
+from service.predictions.admission import MOST_SIGMAS, Door, sigma_seconds
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
 from tests.serving import NUMERICS, SECRET, TASKS, png
 
 BIRDS = TASKS["default"].served_digest(NUMERICS)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from service import images
 from service.errors import Backlog, InvalidImage, TooLarge, UnsupportedMedia
-from service.images import ImageLimits, ImageReader, decode
+from service.predictions.images import reader as images
+from service.predictions.images.reader import ImageLimits, ImageReader, decode
 from tests.pictures import RESOLUTION, encoded, png, random_pixels
 
 

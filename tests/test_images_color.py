@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from service import color
-from service.images import decode
+from service.predictions.images import color
+from service.predictions.images.reader import decode
 from tests.pictures import RESOLUTION, encoded, random_pixels
 
 PIXELS = random_pixels()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from service.errors import InvalidImage, Problem
-from service.images import decode
+from service.predictions.images.reader import decode
 from tests.pictures import FIELD, RESOLUTION, l2
 from tests.serving import problem, serving
 

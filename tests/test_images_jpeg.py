@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from service.errors import InvalidImage
-from service.images import decode
+from service.predictions.images.reader import decode
 from tests.pictures import RESOLUTION, encoded, random_pixels
 
 NOISE = Image.fromarray(random_pixels(100, 100))

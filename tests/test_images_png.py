@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from service.errors import InvalidImage
-from service.images import decode
+from service.predictions.images.reader import decode
 from tests.pictures import PNG_SIGNATURE, RESOLUTION, encoded, png, png_chunk, random_pixels
 
 SIZE = (RESOLUTION, RESOLUTION)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from service.engine.protocol import Engine
 from service.jobs import JobStatus, State
-from service.predictions import Predictions
+from service.predictions.service import Predictions
 from tests.fakes import EngineSpy, make_job
 from tests.serving import problem, serving
 from tests.test_engine_redis import ALPHA, Fleet, fleet, steady

@@ -23,7 +23,7 @@ from scipy.stats import chisquare
 
 from models import noise
 from models.noise import discrete_gaussian, philox4x32, slivers, total_variation
-from service import answers
+from service.predictions import results as answers
 
 KEY = bytes(range(16))
 CIFAR = (3, 32, 32)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import answers
+from service.predictions import results as answers
 from tests.serving import PNG, Service, png, problem, serving
 
 ANN = {"Authorization": "Bearer key-of-ann"}

@@ -1,4 +1,4 @@
-"""service/restarts.py: jobs whose digest is served no more, and the shape that memory lowers."""
+"""service/predictions/restarts.py: jobs whose digest is served no more, and the shape that memory lowers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
-from service import predictions
 from service.config import Settings
 from service.embedded import Embedded
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
 from service.operations import metrics as telemetry
-from service.predictions import Predictions
-from service.restarts import MOST_RESTARTS, PATIENCE, Restarts
-from service.schemas import PredictRequest
+from service.predictions import service as predictions
+from service.predictions.restarts import MOST_RESTARTS, PATIENCE, Restarts
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
 from service.worker.compute import DeviceFailed
 from tests import fakes
 from tests.fakes import EngineSpy, fake_votes, true_votes

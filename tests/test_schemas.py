@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service.errors import InvalidField
 from service.jobs import Mode
-from service.schemas import PredictRequest, PredictResponse, invalid_fields
+from service.predictions.schemas import PredictRequest, PredictResponse, invalid_fields
 
 IMAGE = b64encode(b"picture").decode()
 

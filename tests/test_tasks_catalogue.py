@@ -17,8 +17,8 @@ from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
-from service.predictions import Predictions
-from service.schemas import PredictRequest
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
 from service.tasks import catalogue as catalogues
 from service.tasks.catalogue import Catalogue
 from service.tasks.desk import TaskDesk

@@ -17,8 +17,8 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from service.config import Settings
 from service.engine.protocol import Engine, Worker
 from service.errors import Backlog, NotFound
-from service.predictions import Predictions
-from service.schemas import PredictRequest
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
 from service.tasks.catalogue import Catalogue
 from tests.serving import NUMERICS, SECRET, TASKS, Service, png, problem, serving
 from tests.test_engine_conformance import HARNESSES

@@ -15,8 +15,8 @@ from service import errors
 from service.operations import metrics as telemetry
 from service.operations.health import Condition, Health
 from service.operations.http_semantics import HeadRequests
+from service.predictions.schemas import HealthResponse
 from service.problems import render_problem
-from service.schemas import HealthResponse
 
 ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
 """What an app answers with a problem document."""

@@ -17,7 +17,7 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.schemas import invalid_field
+from service.predictions.schemas import invalid_field
 from service.tasks.catalogue import Catalogue, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after

@@ -10,7 +10,7 @@ from typing import Any
 from models.certificates import Certificate, certify, predict
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
-from service.schemas import JobResponse, LabelCount, PredictResponse, Timing
+from service.predictions.schemas import JobResponse, LabelCount, PredictResponse, Timing
 
 
 def total_variation(shape: tuple[int, int, int], sigma: float) -> float:

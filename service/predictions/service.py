@@ -21,9 +21,7 @@ from models.certificates import (
     smallest_n_certify,
     smallest_n_predict,
 )
-from service.answers import answer, job_response, problem, total_variation
 from service.config import Settings
-from service.door import Admission, Door
 from service.engine.outage import AWAY
 from service.engine.protocol import RETRY_SECONDS, Engine
 from service.errors import (
@@ -36,12 +34,14 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.images import ImageLimits, ImageReader
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.operations import metrics as telemetry
 from service.operations.logs import about
-from service.restarts import LOOK_SECONDS, Restarts
-from service.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
+from service.predictions.admission import Admission, Door
+from service.predictions.images.reader import ImageLimits, ImageReader
+from service.predictions.restarts import LOOK_SECONDS, Restarts
+from service.predictions.results import answer, job_response, problem, total_variation
+from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
 
 T = TypeVar("T")
 

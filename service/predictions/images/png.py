@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.color import MAX_PROFILE_BYTES
 from service.errors import InvalidImage, as_json
+from service.predictions.images.color import MAX_PROFILE_BYTES
 
 MAX_CHUNKS = 100_000
 """A file of 10 MB has some thousand chunks; each of a million would cost microseconds."""

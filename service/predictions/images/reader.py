@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.color import to_srgb
 from service.errors import Backlog, InvalidImage, Problem, TooLarge, UnsupportedMedia
-from service.jpeg import Jpeg
-from service.png import Png
-from service.webp import WebP
+from service.predictions.images.color import to_srgb
+from service.predictions.images.jpeg import Jpeg
+from service.predictions.images.png import Png
+from service.predictions.images.webp import WebP
 
 MOST_ELONGATED = 100
 """Longest side over shortest: what a thin strip becomes at the resolution is bounded by this."""
