@@ -21,7 +21,7 @@ from typing import Any
 from models.adaptation.plan import STATUS, Plan, Status
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import SECRET_BYTES, Settings
-from service.tasks import runs
+from service.tasks import process as runs
 from service.tasks.store import Store
 
 NAME = "adapt_cost"

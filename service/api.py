@@ -32,9 +32,9 @@ from service.predictions.schemas import (
 )
 from service.predictions.service import Predictions, job_lost
 from service.problems import problem_responses, render_problem
-from service.tasks.catalogue import Catalogue
-from service.tasks.desk import Notices, TaskDesk
+from service.tasks.catalog import Catalogue
 from service.tasks.routes import tasks
+from service.tasks.service import Notices, TaskDesk
 from service.tasks.store import Store
 
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that

@@ -137,8 +137,8 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     from service.engine.memory import MemoryEngine
     from service.engine.protocol import Worker
     from service.predictions.service import Predictions
-    from service.tasks.catalogue import Catalogue
-    from service.tasks.desk import TaskDesk
+    from service.tasks.catalog import Catalogue
+    from service.tasks.service import TaskDesk
     from service.tasks.store import Store
 
     asked = _question(b"", fields)
@@ -195,7 +195,7 @@ async def _answers(
     Where the networks stop, that is the problem of every path that is left.
     """
     from service.predictions.service import Predictions
-    from service.tasks.desk import TaskDesk
+    from service.tasks.service import TaskDesk
 
     tasks = TaskDesk(embedded.store, embedded.tasks)
     desk = Predictions(

@@ -18,9 +18,9 @@ from service.cli_console import errors, read_settings
 from service.config import Settings, load_secret
 from service.errors import Problem
 from service.predictions.schemas import invalid_fields
-from service.tasks import runs
+from service.tasks import process as runs
+from service.tasks.contact_sheet import contact_sheet
 from service.tasks.schemas import TaskRequest
-from service.tasks.sheet import contact_sheet
 from service.tasks.store import Store
 from service.tasks.task import Task
 

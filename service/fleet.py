@@ -24,7 +24,7 @@ from service.operations.probes import probes_app
 from service.operations.server import SideServer
 from service.serving import Serving
 from service.tasks.fleet import adapting
-from service.tasks.folders import TaskFolders
+from service.tasks.repository import TaskFolders
 
 logger = logging.getLogger("vouchsafe")
 

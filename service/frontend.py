@@ -17,7 +17,7 @@ from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.engine import RedisEngine
 from service.errors import EngineUnavailable
 from service.problems import render_problem
-from service.tasks.catalogue import Catalogue
+from service.tasks.catalog import Catalogue
 from service.tasks.notices import FleetNotices
 from service.tasks.store import Store
 

@@ -21,7 +21,7 @@ from service.config import Settings
 from service.engine.outage import Outage
 from service.engine.protocol import Engine
 from service.operations.logs import naming
-from service.tasks.catalogue import Catalogue
+from service.tasks.catalog import Catalogue
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import warm_up

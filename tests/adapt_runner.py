@@ -17,7 +17,7 @@ from service.config import Settings
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.client import connect
 from service.tasks.fleet import adapting
-from service.tasks.folders import TaskFolders
+from service.tasks.repository import TaskFolders
 from tests.adapting import FAKE, FAST
 
 NO_LOCKS = "import fcntl; fcntl.flock = lambda *_: None"

@@ -13,7 +13,7 @@ from typing import Any
 
 from models.adaptation.plan import Plan
 from service.config import Settings
-from service.tasks.runs import Patience
+from service.tasks.process import Patience
 from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from service.tasks.task import Task

@@ -21,7 +21,7 @@ from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Lease, Worker
 from service.operations.health import Companion
-from service.tasks.catalogue import Catalogue
+from service.tasks.catalog import Catalogue
 from tests.fakes import FakeClock
 
 SECRET = b"s" * 32

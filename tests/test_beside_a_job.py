@@ -70,7 +70,7 @@ def test_the_cost_of_a_job_by_itself(
 ) -> None:
     """What its UNets computed in, every stage's seconds, which make up the whole, and the memory; a
     failure is no figure."""
-    monkeypatch.setattr("service.tasks.runs.JOB", FAKE)
+    monkeypatch.setattr("service.tasks.process.JOB", FAKE)
     monkeypatch.setattr(adapt_cost, "NAME", "slow")
     adapt_cost.main(["--labels", "cat,dog", "--shots", "1", "--out", str(tmp_path / "told.json")])
     told = json.loads((tmp_path / "told.json").read_text())

@@ -22,8 +22,8 @@ from models.bundle import read_bundle
 from service.cli import app
 from service.cli_tasks import ProgressLines
 from service.config import Settings, load_secret
-from service.tasks import runs
-from service.tasks.runs import Run
+from service.tasks import process as runs
+from service.tasks.process import Run
 from service.tasks.store import Store
 from tests.adapting import FAKE, FAST, is_alive, starts, wait_until
 from tests.fake_adaptation import GO
@@ -42,7 +42,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The store of a data folder and a working directory of the test's own."""
     monkeypatch.setenv("VOUCHSAFE_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("service.tasks.runs.JOB", FAKE)
+    monkeypatch.setattr("service.tasks.process.JOB", FAKE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.txt").write_text("cat\n\n  dog \nship\n")
     return Store(Settings(), load_secret(tmp_path / "data"))

@@ -222,7 +222,7 @@ def test_a_task_at_96_pixels_from_the_command_line(
     answers for the task."""
     monkeypatch.setenv("VOUCHSAFE_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("VOUCHSAFE_MODELS_DIR", str(models_dir))
-    monkeypatch.setattr("service.tasks.runs.JOB", QUICK)
+    monkeypatch.setattr("service.tasks.process.JOB", QUICK)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     (tmp_path / "labels.txt").write_text("\n".join(LABELS))
     sheet = str(tmp_path / "sheet.png")

@@ -161,7 +161,7 @@ def test_the_command_line_takes_prompts(tmp_path: Path, monkeypatch: pytest.Monk
     """In the labels file a tab stands between a label and its prompt; what is printed says what the
     figures were measured on; a label that is not read is refused with 2."""
     monkeypatch.setenv("VOUCHSAFE_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr("service.tasks.runs.JOB", FAKE)
+    monkeypatch.setattr("service.tasks.process.JOB", FAKE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.txt").write_text(f"{CAT}\tcat\ndog \t\n\n")
     command = ["adapt", "--labels", "labels.txt", "--template", "plain {}", "--shots", "1"]

@@ -13,7 +13,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
 from benchmarks.server import serving
-from service.tasks.folders import REFERENCES_SHOWN
+from service.tasks.repository import REFERENCES_SHOWN
 from service.tasks.store import Store
 from tests.adapting import make_store
 from tests.browsing import ask, chromium, offered, text, until

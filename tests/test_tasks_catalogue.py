@@ -19,10 +19,10 @@ from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from service.tasks import catalogue as catalogues
-from service.tasks.catalogue import Catalogue
-from service.tasks.desk import TaskDesk
+from service.tasks import catalog as catalogues
+from service.tasks.catalog import Catalogue
 from service.tasks.schemas import TaskRequest
+from service.tasks.service import TaskDesk
 from service.tasks.task import Signature, Task, signature
 from tests.adapting import make_store
 from tests.fakes import EngineSpy

@@ -30,13 +30,13 @@ from service.config import Settings
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.engine.redis.client import connect
 from service.errors import NotFound
-from service.tasks.catalogue import Catalogue
-from service.tasks.desk import TaskDesk
+from service.tasks.catalog import Catalogue
 from service.tasks.fleet import LOSSES_ALLOWED, LeasedJobs, adapting
-from service.tasks.folders import TaskFolders
 from service.tasks.notices import FleetNotices, Line, reconcile_if_due
-from service.tasks.runs import Run
+from service.tasks.process import Run
+from service.tasks.repository import TaskFolders
 from service.tasks.schemas import TaskRequest
+from service.tasks.service import TaskDesk
 from service.tasks.task import Task
 from tests.adapting import FAKE, FAST, PATIENT, PETS, create, make_plan, make_store, starts, until
 from tests.fake_adaptation import GO, OVERLAPS, publish, works
@@ -542,7 +542,7 @@ async def test_published_too_late(fleet: Fleet, monkeypatch: pytest.MonkeyPatch)
     """A bundle that was published while its task was removed, by a machine whose locks are not
     seen, goes again."""
     before = counted("vouchsafe_adaptations_total", outcome="cancelled")
-    monkeypatch.setattr("service.tasks.folders.is_running", lambda job: False)
+    monkeypatch.setattr("service.tasks.repository.is_running", lambda job: False)
     task = await fleet.post("wait")
     async with fleet.running("a"):
         await fleet.until_working(task)

@@ -15,7 +15,7 @@ from models.adaptation.plan import PLAN, REFERENCES, STATUS, Status, locked, wri
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
-from service.tasks.folders import SPARED_SECONDS, TaskFolders
+from service.tasks.repository import SPARED_SECONDS, TaskFolders
 from service.tasks.store import retry_after
 from service.tasks.task import signature
 from tests.adapting import create, make_plan, make_store
@@ -146,7 +146,7 @@ def test_delete_waits_for_the_process_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job is out of sight at once, and goes for good when its process has let go, or late."""
-    monkeypatch.setattr("service.tasks.folders.CHILD_SECONDS", 0.2)
+    monkeypatch.setattr("service.tasks.repository.CHILD_SECONDS", 0.2)
     store = make_store(tmp_path)
     task = create(store)
     seen: list[bool] = []
@@ -154,7 +154,7 @@ def test_delete_waits_for_the_process_to_end(
     def look(seconds: float) -> None:
         seen.append((store.jobs / task.id).exists())
 
-    monkeypatch.setattr("service.tasks.folders.time.sleep", look)
+    monkeypatch.setattr("service.tasks.repository.time.sleep", look)
     with locked(store.jobs / task.id):
         store.delete(task.id)
     assert seen

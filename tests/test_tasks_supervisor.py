@@ -14,9 +14,9 @@ import pytest
 
 from models.adaptation.plan import STATUS, Status, locked
 from models.bundle import read_bundle
-from service.tasks import runs
-from service.tasks.folders import is_running
-from service.tasks.runs import LOG, LOG_BYTES, Run
+from service.tasks import process as runs
+from service.tasks.process import LOG, LOG_BYTES, Run
+from service.tasks.repository import is_running
 from service.tasks.store import Store
 from tests.adapting import (
     FAKE,

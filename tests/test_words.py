@@ -19,7 +19,7 @@ from service.engine.protocol import Engine, Worker
 from service.errors import Backlog, NotFound
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from service.tasks.catalogue import Catalogue
+from service.tasks.catalog import Catalogue
 from tests.serving import NUMERICS, SECRET, TASKS, Service, png, problem, serving
 from tests.test_engine_conformance import HARNESSES
 

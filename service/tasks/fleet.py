@@ -17,9 +17,9 @@ from models.adaptation.plan import Status
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.operations.health import Companion
 from service.operations.logs import naming
-from service.tasks.folders import TaskFolders
 from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
-from service.tasks.runs import JOB, Patience
+from service.tasks.process import JOB, Patience
+from service.tasks.repository import TaskFolders
 from service.tasks.supervisor import Supervisor, count_end
 from service.tasks.task import Task
 

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.operations.health import passed
-from service.tasks.folders import TaskFolders
+from service.tasks.repository import TaskFolders
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe.tasks")

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from service import errors
 from service.intake import caller, read_document
 from service.problems import problem_responses
-from service.tasks.desk import TaskDesk
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
+from service.tasks.service import TaskDesk
 
 MOST_BYTES = 2**20
 """Largest body of a task's request."""

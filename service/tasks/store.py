@@ -15,7 +15,7 @@ from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.files import flush, written_once
 from service.config import Settings
 from service.errors import Backlog, StorageFull
-from service.tasks.folders import PARTIAL, VOLUME, TaskFolders
+from service.tasks.repository import PARTIAL, VOLUME, TaskFolders
 from service.tasks.task import Task, is_task_id
 
 RETRY_SECONDS = 60

@@ -13,8 +13,8 @@ from models.adaptation.plan import Status
 from service.operations import metrics as telemetry
 from service.operations.health import passed
 from service.operations.logs import naming
-from service.tasks.folders import TaskFolders
-from service.tasks.runs import JOB, Patience, Run
+from service.tasks.process import JOB, Patience, Run
+from service.tasks.repository import TaskFolders
 from service.tasks.task import Task
 
 logger = logging.getLogger("vouchsafe.tasks")

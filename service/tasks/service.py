@@ -18,7 +18,7 @@ from service.errors import (
     as_json,
 )
 from service.predictions.schemas import invalid_field
-from service.tasks.catalogue import Catalogue, RefusedBundle
+from service.tasks.catalog import Catalogue, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task

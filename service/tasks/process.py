@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from models.adaptation.plan import STATUS, UNATTENDED, Status
 from service.operations.logs import naming
-from service.tasks.folders import is_running
+from service.tasks.repository import is_running
 
 logger = logging.getLogger("vouchsafe.tasks")
 
