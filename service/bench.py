@@ -33,7 +33,7 @@ from models.bundle import PROMPT_STATES, Bundle
 from models.noise import discrete_gaussian
 from models.runtime import RUNTIMES, Network, Runtime
 from models.smoothing import Rows, best_device, votes
-from service.api import create_app
+from service.api.app import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
 from service.operations.server import DrainingServer

@@ -121,7 +121,7 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
 
 def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
     """Everything in this process: torch is loaded only now."""
-    from service.api import create_app
+    from service.api.app import create_app
     from service.embedded import Embedded, leave_if_hung
     from service.tasks.supervisor import Supervisor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from service.api import create_app
+from service.api.app import create_app
 from service.config import Settings
 from service.embedded import Embedded, leave_if_hung
 from service.operations.server import DrainingServer

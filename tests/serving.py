@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from models.bundle import Base, Bundle
-from service.api import create_app
+from service.api.app import create_app
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Lease, Worker

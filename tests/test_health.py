@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from service.api import create_app
+from service.api.app import create_app
 from service.config import Settings
 from tests.serving import SECRET, Service, problem, serving
 

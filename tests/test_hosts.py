@@ -1,4 +1,4 @@
-"""service/middleware.py: which hosts and origins are answered, without keys and with them."""
+"""service/api/middleware.py: which hosts and origins are answered, without keys and with them."""
 
 from __future__ import annotations
 

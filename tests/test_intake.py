@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from service import intake
+from service.api import requests as intake
 from tests.serving import PNG, Service, problem, serving
 
 

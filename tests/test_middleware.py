@@ -1,4 +1,4 @@
-"""service/middleware.py: open requests, event streams and bodies are bounded."""
+"""service/api/middleware.py: open requests, event streams and bodies are bounded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from service.api.middleware import Allowance, RequestBounds
 from service.config import Settings
 from service.errors import BodyTimeout, Overloaded, TooManyOpen
-from service.middleware import Allowance, RequestBounds
 from tests.fakes import FakeClock
 from tests.serving import PNG, Service, problem, serving
 from tests.test_telemetry import counted

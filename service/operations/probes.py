@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import errors
+from service.api.problems import render_problem
 from service.operations import metrics as telemetry
 from service.operations.health import Condition, Health
 from service.operations.http_semantics import HeadRequests
 from service.predictions.schemas import HealthResponse
-from service.problems import render_problem
 
 ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
 """What an app answers with a problem document."""

@@ -19,6 +19,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.problems import render_problem
+from service.api.requests import owner_of
 from service.config import Settings
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import (
@@ -30,8 +32,6 @@ from service.errors import (
     TooManyOpen,
     as_json,
 )
-from service.intake import owner_of
-from service.problems import render_problem
 
 _WATCHED = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})

@@ -10,8 +10,8 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from service import errors
-from service.intake import caller, read_document
-from service.problems import problem_responses
+from service.api.problems import problem_responses
+from service.api.requests import caller, read_document
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.service import TaskDesk
 

@@ -12,16 +12,18 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from service import errors
+from service.api.middleware import add_bounds, admitted
+from service.api.pages import docs_assets, pages
+from service.api.problems import problem_responses, render_problem
+from service.api.requests import Preferences, caller, read_question
+from service.api.tasks import tasks
 from service.config import Settings
 from service.engine.protocol import Engine
-from service.intake import Preferences, caller, read_question
 from service.jobs import State
-from service.middleware import add_bounds, admitted
 from service.operations import metrics as telemetry
 from service.operations.health import Companion, Companions, Health
 from service.operations.http_semantics import HeadRequests
 from service.operations.probes import ERRORS, metrics, probes
-from service.page import docs_assets, pages
 from service.predictions.results import example
 from service.predictions.schemas import (
     JobResponse,
@@ -31,9 +33,7 @@ from service.predictions.schemas import (
     PredictResponse,
 )
 from service.predictions.service import Predictions, job_lost
-from service.problems import problem_responses, render_problem
 from service.tasks.catalog import Catalogue
-from service.tasks.routes import tasks
 from service.tasks.service import Notices, TaskDesk
 from service.tasks.store import Store
 
