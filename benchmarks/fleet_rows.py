@@ -28,9 +28,9 @@ from benchmarks.processes import Running, redis_server, worker_process
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.bench import SELECTION_ROWS, ask_desk, driven, percentiles, png
 from service.config import Settings, load_secret
-from service.embedded import Embedded
 from service.engine.redis.engine import RedisEngine
 from service.predictions.service import Predictions
+from service.processes.embedded import Embedded
 
 IN_PROCESS = "in process"
 METRICS = {

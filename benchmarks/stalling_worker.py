@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from models.runtime import RUNTIMES, Network, Torch
-from service import serving
 from service.cli import main
+from service.processes import runtime as serving
 from service.worker.compute import ComputeThread
 
 

@@ -35,10 +35,10 @@ from models.runtime import RUNTIMES, Network, Runtime
 from models.smoothing import Rows, best_device, votes
 from service.api.app import create_app
 from service.config import Settings
-from service.embedded import Embedded, leave_if_hung
 from service.operations.server import DrainingServer
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
+from service.processes.embedded import Embedded, leave_if_hung
 
 CONCURRENCIES = (1, 4, 16)
 SIGMA = 0.25

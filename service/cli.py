@@ -104,7 +104,7 @@ def serve(
 
 def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
     """No torch here; exits with 2 where the fleet has another data directory."""
-    from service.frontend import frontend
+    from service.processes.api import frontend
 
     reasons: list[str] = []
 
@@ -122,7 +122,7 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
 def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
     """Everything in this process: torch is loaded only now."""
     from service.api.app import create_app
-    from service.embedded import Embedded, leave_if_hung
+    from service.processes.embedded import Embedded, leave_if_hung
     from service.tasks.supervisor import Supervisor
 
     embedded = Embedded(settings)

@@ -25,8 +25,8 @@ from service.jobs import Mode
 from service.predictions.schemas import PredictRequest, PredictResponse, invalid_fields
 
 if TYPE_CHECKING:
-    from service.embedded import Embedded
     from service.predictions.service import Predictions
+    from service.processes.embedded import Embedded
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def predict(
     except (OSError, Problem) as error:
         _refuse(error)
 
-    from service.embedded import Embedded, leave_if_hung
+    from service.processes.embedded import Embedded, leave_if_hung
 
     embedded = Embedded(settings)
     answered = asyncio.run(_print_all(embedded, paths, fields, as_json=as_json))

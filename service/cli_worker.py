@@ -26,8 +26,8 @@ def worker(
     settings = read_settings(log=True)
 
     from service.engine.redis.requirements import RedisUnsuitable
-    from service.fleet import FleetWorker
-    from service.serving import leave
+    from service.processes.runtime import leave
+    from service.processes.worker import FleetWorker
     from service.worker.compute import DeviceFailed
     from service.worker.model import ModelUnavailable
 

@@ -7,8 +7,8 @@ import sys
 
 from service.api.app import create_app
 from service.config import Settings
-from service.embedded import Embedded, leave_if_hung
 from service.operations.server import DrainingServer
+from service.processes.embedded import Embedded, leave_if_hung
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE
 

@@ -26,7 +26,7 @@ TORCH_FREE = (
     "service.cli_tasks",
     "service.cli_worker",
     "service.api.app",
-    "service.frontend",
+    "service.processes.api",
     "service.cli",
 )
 

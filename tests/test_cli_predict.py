@@ -150,7 +150,7 @@ def test_what_the_task_or_the_settings_rule_out_is_refused_too(
 ) -> None:
     """Limits that are no constants are known without networks as well."""
     monkeypatch.setenv("VOUCHSAFE_BACKLOG_ROWS", "50000")
-    monkeypatch.setitem(sys.modules, "service.embedded", None)
+    monkeypatch.setitem(sys.modules, "service.processes.embedded", None)
     result = runner.invoke(app, ["predict", "pics", *options])
     assert result.exit_code == 2
     assert line in " ".join(result.stderr.split())
@@ -216,8 +216,8 @@ def test_where_the_networks_stop_each_image_has_its_problem(
         raise RuntimeError("no device")
 
     ended: list[int] = []
-    monkeypatch.setattr("service.serving.load_and_warm", breaks)
-    monkeypatch.setattr("service.serving.leave", ended.append)
+    monkeypatch.setattr("service.processes.runtime.load_and_warm", breaks)
+    monkeypatch.setattr("service.processes.runtime.leave", ended.append)
     result = runner.invoke(app, ["predict", str(SHIP), str(SHIP), "--json", *QUICK])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(SHIP)] * 2

@@ -1,4 +1,4 @@
-"""service/fleet.py and `vouchsafe worker`: real processes, real weights, a real Redis."""
+"""service/processes/worker.py and `vouchsafe worker`: real processes, real weights, a real Redis."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from models.bundle import read_bundle
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, numerics
 from service.config import Settings
-from service.embedded import Embedded
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.jobs import State
-from service.serving import Serving
+from service.processes.embedded import Embedded
+from service.processes.runtime import Serving
 from tests.fleet import assert_counted_exactly, last_status, rows_done
 from tests.test_tasks_catalogue import put
 from tests.test_traces import TRACE, VALID
@@ -322,7 +322,7 @@ def test_stopped_while_it_starts_it_exits_0(server: RedisServer, tmp_path: Path)
 
 FORKED = """
 import json, os, sys
-import service.fleet
+import service.processes.worker
 from service.cli import main
 urls, folder = json.loads(sys.argv[1]), sys.argv[2]
 sys.argv[1:] = ["worker"]

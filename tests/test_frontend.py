@@ -23,7 +23,7 @@ from service.config import Settings
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
-from service.frontend import frontend
+from service.processes.api import frontend
 from tests.serving import NUMERICS, PNG, problem
 from tests.test_traces import TRACE, VALID
 

@@ -22,11 +22,11 @@ from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
 from models.memory import TooLittleMemory, let_go_of, ran_out, times_short
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
-from service import serving
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Worker
 from service.operations import metrics as telemetry
-from service.serving import load_and_warm
+from service.processes import runtime as serving
+from service.processes.runtime import load_and_warm
 from service.worker.backoff import REFUSAL_SECONDS
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.model import ModelUnavailable, ShapeLowered

@@ -18,8 +18,8 @@ from service.config import Settings
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
-from service.frontend import frontend
 from service.jobs import Mode
+from service.processes.api import frontend
 from tests.serving import NUMERICS
 
 KEYS = ("key-of-ann", "key-of-bob", "key-of-cyd")

@@ -25,7 +25,7 @@ from service.engine.memory import MemoryEngine
 from service.engine.protocol import Engine, Worker
 from service.errors import Backlog
 from service.jobs import Job, Mode, State
-from service.serving import Serving
+from service.processes.runtime import Serving
 from service.worker.backoff import (
     LONGEST_REFUSAL_SECONDS,
     LONGEST_REST_SECONDS,

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, BundleError
 from models.smoothing import Rows, SmoothedModel, load, votes
 from service.config import Settings
-from service.embedded import Embedded
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
@@ -26,6 +25,7 @@ from service.predictions import service as predictions
 from service.predictions.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
+from service.processes.embedded import Embedded
 from service.worker.compute import DeviceFailed
 from tests import fakes
 from tests.fakes import EngineSpy, fake_votes, true_votes

@@ -11,8 +11,8 @@ from service.config import Settings, load_secret
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Capacity
 from service.operations.health import Companion
-from service.serving import Serving
-from service.serving import leave_if_hung as leave_if_hung
+from service.processes.runtime import Serving
+from service.processes.runtime import leave_if_hung as leave_if_hung
 from service.tasks.store import Store
 
 

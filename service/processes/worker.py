@@ -22,7 +22,7 @@ from service.operations import metrics as telemetry
 from service.operations.health import Companion, Companions, Health
 from service.operations.probes import probes_app
 from service.operations.server import SideServer
-from service.serving import Serving
+from service.processes.runtime import Serving
 from service.tasks.fleet import adapting
 from service.tasks.repository import TaskFolders
 
