@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.fleet import row_hashes
 from models import smoothing
 from models.noise import discrete_gaussian
-from service.cli import main
+from service.cli.main import main
 
 
 def recorded(

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from models.runtime import RUNTIMES, Network, Torch
-from service.cli import main
+from service.cli.main import main
 from service.processes import runtime as serving
 from service.worker.compute import ComputeThread
 

@@ -22,12 +22,12 @@ TORCH_FREE = (
     "service.api.tasks",
     "service.tasks.supervisor",
     "service.tasks.fleet",
-    "service.cli_models",
-    "service.cli_tasks",
-    "service.cli_worker",
+    "service.cli.models",
+    "service.cli.adapt",
+    "service.cli.worker",
     "service.api.app",
     "service.processes.api",
-    "service.cli",
+    "service.cli.main",
 )
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.noise import discrete_gaussian
 from models.smoothing import load, votes
-from service.bench import _plain, _question, plain_loop
-from service.cli import app
+from service.cli.bench import _plain, _question, plain_loop
+from service.cli.main import app
 
 
 def test_the_plain_loop_is_short_and_computes_the_service_s_function(

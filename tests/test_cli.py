@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.cli_console import unknown_variables
+from service.cli.console import unknown_variables
+from service.cli.main import app
 
 runner = CliRunner()
 

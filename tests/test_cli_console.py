@@ -1,4 +1,4 @@
-"""service/cli_console.py: what a command says of the environment it is started in."""
+"""service/cli/console.py: what a command says of the environment it is started in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.cli_console import explain, unknown_variables
+from service.cli.console import explain, unknown_variables
 from service.config import Settings
 
-START = "from service.cli import main; main()"
+START = "from service.cli.main import main; main()"
 
 
 def vouchsafe(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service import cli_predict
-from service.cli import app
-from service.cli_predict import pictures
+from service.cli import predict as cli_predict
+from service.cli.main import app
+from service.cli.predict import pictures
 
 SHIP = Path(__file__).parents[1] / "docs" / "ship.png"
 REFUSED = """
 import sys
 sys.modules["torch"] = None
 sys.argv[0] = "vouchsafe"
-from service.cli import main
+from service.cli.main import main
 main()
 """
 QUICK = ("--mode", "predict", "--n", "20")

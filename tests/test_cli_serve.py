@@ -19,19 +19,22 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service import cli
+from service.cli import main as cli
 from service.config import Settings
 from service.operations.health import Condition
 from service.operations.server import DrainingServer
 
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli.main import main; main()"
 FORMS = {"embedded": {}, "fleet": {"VOUCHSAFE_REDIS_URL": "redis://127.0.0.1:1/0"}}
 READY = re.compile(r"INFO vouchsafe ready at (http://127\.0\.0\.1:\d+); tasks: default; .*: (.*)\n")
 
 
 @contextmanager
 def serve(
-    folder: Path, *options: str, program: str = "from service.cli import main; main()", **more: str
+    folder: Path,
+    *options: str,
+    program: str = "from service.cli.main import main; main()",
+    **more: str,
 ) -> Iterator[subprocess.Popen[str]]:
     """A server whose standard error is read; killed at the end where it still runs."""
     others = {name: text for name, text in os.environ.items() if not name.startswith("VOUCHSAFE")}

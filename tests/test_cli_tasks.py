@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
-from service.cli import app
-from service.cli_tasks import ProgressLines
+from service.cli.adapt import ProgressLines
+from service.cli.main import app
 from service.config import Settings, load_secret
 from service.tasks import process as runs
 from service.tasks.process import Run
@@ -134,7 +134,7 @@ def test_adapt_shows_lines_or_a_bar(
     monkeypatch: pytest.MonkeyPatch, store: Store, terminal: bool
 ) -> None:
     """What is no terminal gets whole lines; a terminal keeps the bar, which is drawn over."""
-    monkeypatch.setattr("service.cli_tasks.errors", Console(stderr=True, force_terminal=terminal))
+    monkeypatch.setattr("service.cli.adapt.errors", Console(stderr=True, force_terminal=terminal))
     result = adapt("plain", "--shots", "1")
     assert result.exit_code == 0, result.output
     assert ("\x1b[" in result.stderr) is terminal
@@ -175,7 +175,7 @@ def test_a_disk_that_takes_nothing_is_told_in_a_line(
         monkeypatch.setattr("service.tasks.store.write_json", takes_nothing)
         result, line = adapt(), f"{tmp_path / 'data'}: {full}"
     elif told == "the secret":
-        monkeypatch.setattr("service.cli_tasks.load_secret", is_read_only)
+        monkeypatch.setattr("service.cli.adapt.load_secret", is_read_only)
         result, line = adapt(), f"{tmp_path / 'data'}: {read_only}"
     else:
         result, line = adapt("plain", "--out", "away/sheet.png"), "No such file or directory"
@@ -245,7 +245,7 @@ def test_a_server_in_the_same_folder_is_left_to_it(
         if len(looks) == 3:
             Status("ready", progress=1.0).write(store.jobs / task.id)
 
-    monkeypatch.setattr("service.cli_tasks.time", SimpleNamespace(sleep=slept))
+    monkeypatch.setattr("service.cli.adapt.time", SimpleNamespace(sleep=slept))
     try:
         result = adapt("fail", *fields)
     finally:

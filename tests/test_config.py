@@ -445,7 +445,7 @@ def test_files_that_cannot_be_used_stop_the_start(
 def test_file_that_cannot_be_read_is_told_in_one_line(secrets: Path, tmp_path: Path) -> None:
     """A command ends with 2 and names the folder of a secret that is no text."""
     (secrets / "vouchsafe_redis_url").write_bytes(b"\xff")
-    start = "from service.cli import main; main()"
+    start = "from service.cli.main import main; main()"
     command = [sys.executable, "-c", start, "models", "list"]
     ended = subprocess.run(  # noqa: S603
         command, cwd=tmp_path, capture_output=True, text=True, check=False

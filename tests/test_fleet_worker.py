@@ -323,7 +323,7 @@ def test_stopped_while_it_starts_it_exits_0(server: RedisServer, tmp_path: Path)
 FORKED = """
 import json, os, sys
 import service.processes.worker
-from service.cli import main
+from service.cli.main import main
 urls, folder = json.loads(sys.argv[1]), sys.argv[2]
 sys.argv[1:] = ["worker"]
 children = {}

@@ -33,7 +33,7 @@ pytestmark = [  # A connection that is cut while the client makes it is left to 
 ]
 LABELS = read_bundle(DEFAULT_TASK).labels
 SERVED = read_bundle(DEFAULT_TASK).served_digest(NUMERICS)
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.cli.main import main; main()"
 
 
 def settings(server: RedisServer, tmp_path: Path) -> Settings:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from models.inventory import inspect
 from models.sources import FETCHABLE, SOURCES
-from service.cli import app
+from service.cli.main import app
 from service.hub import UNFINISHED, FetchError, make_room
 from tests import deepfloyd
 from tests.adapting import wait_until

@@ -31,7 +31,7 @@ from models.memory import TooLittleMemory, check_room, free_on_host, needs
 from models.runtime import Torch
 from models.sets import DENOISER_SETS
 from models.smoothing import Rows, load
-from service.cli import app
+from service.cli.main import app
 from service.config import Settings, load_secret
 from service.tasks.store import Store
 from service.worker.model import ModelUnavailable

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from models.adaptation.plan import MEASURED_ON
 from models.bundle import read_bundle
-from service.cli import app
+from service.cli.main import app
 from tests.adapting import FAKE, create, make_plan, make_store
 from tests.fake_adaptation import FIGURES, publish
 from tests.serving import Service, problem

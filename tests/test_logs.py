@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.cli_console import tell
+from service.cli.console import tell
 from service.config import Settings
 from service.operations import logs
 from tests.fakes import make_job

@@ -736,7 +736,14 @@ async def test_api_process_with_another_directory_ends(
     await other.claim("0" * 32)
     await other.close()
     chosen = {"VOUCHSAFE_REDIS_URL": own_server.url, "VOUCHSAFE_DATA_DIR": str(tmp_path / "own")}
-    command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from service.cli.main import main; main()",
+        "serve",
+        "--port",
+        "0",
+    ]
     ended = await asyncio.to_thread(
         subprocess.run,
         command,

@@ -16,8 +16,8 @@ from models.bundle import DEFAULT_TASK, BundleError, read_bundle
 from models.inventory import Holding, Inventory, inspect
 from models.memory import needs
 from models.sources import FETCHABLE, SOURCES
-from service.cli_console import errors, read_settings
-from service.cli_tasks import open_store
+from service.cli.adapt import open_store
+from service.cli.console import errors, read_settings
 from service.errors import Problem
 from service.tasks.store import Store
 from service.tasks.task import Task

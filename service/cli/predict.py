@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from service.cli_console import errors, read_settings, tell
+from service.cli.console import errors, read_settings, tell
 from service.config import Settings, load_secret
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service import cli_models, cli_predict, cli_tasks, cli_worker
-from service.cli_console import read_settings, tell
-from service.cli_predict import Alpha, SelectionRows, Sigma
+from service.cli import adapt as cli_tasks
+from service.cli import models as cli_models
+from service.cli import predict as cli_predict
+from service.cli import worker as cli_worker
+from service.cli.console import read_settings, tell
+from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
 from service.operations.metrics import VERSION
 from service.predictions.schemas import MOST_ROWS
@@ -219,8 +222,8 @@ def bench(
 
     The networks run as `serve` would run them (VOUCHSAFE_RUNTIME).
     """
-    from service.bench import Plan
-    from service.bench import bench as run
+    from service.cli.bench import Plan
+    from service.cli.bench import bench as run
 
     logging.basicConfig(level=logging.WARNING)
     figures = run(Plan(n, requests, rounds), read_settings().runtime)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from models.adaptation.plan import Status
-from service.cli_console import errors, read_settings
+from service.cli.console import errors, read_settings
 from service.config import Settings, load_secret
 from service.errors import Problem
 from service.predictions.schemas import invalid_fields

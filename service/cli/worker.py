@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli_console import read_settings, tell
+from service.cli.console import read_settings, tell
 
 
 def worker(

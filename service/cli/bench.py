@@ -312,7 +312,7 @@ def _peak_mib(n: int, runtime: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
         image.write_bytes(png(0, 32))
-        command = [sys.executable, "-c", "from service.cli import main; main()", "predict"]
+        command = [sys.executable, "-c", "from service.cli.main import main; main()", "predict"]
         environment = {
             **os.environ, "VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime,
         }  # fmt: skip
