@@ -38,7 +38,7 @@ from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
 from models.evaluation.tables import paired_bootstrap
 from models.files import written_whole
 from models.runtime import RUNTIMES, Runtime, Torch
-from models.sets import CLASSIFIER_SETS, DENOISER_SETS
+from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS
 
 SET, HEAD, WAYS = DENOISER_SETS["nano"], CLASSIFIER_SETS["nano"], ADAPTATIONS["nano"]
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import models.vision  # noqa: F401 - registers with timm
+import models.zoo.vision  # noqa: F401 - registers with timm
 from models.runtime import Runtime
 
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from models.captions import clean_caption
-from models.inventory import hold
 from models.memory import bytes_of, check_room
 from models.runtime import Runtime, Torch
-from models.sources import UNET, Network
+from models.zoo.captions import clean_caption
+from models.zoo.inventory import hold
+from models.zoo.sources import UNET, Network
 
 PROMPT_TOKENS = 77
 """Length that DeepFloyd IF pads every prompt to."""

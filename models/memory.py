@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.inventory import hold
-from models.sources import Network
+from models.zoo.inventory import hold
+from models.zoo.sources import Network
 
 if TYPE_CHECKING:
     import torch

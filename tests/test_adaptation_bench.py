@@ -20,8 +20,8 @@ from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import certify_images
 from models.runtime import computes_bfloat16
-from models.sets import DENOISER_SETS
 from models.smoothing import Numerics, SmoothedModel
+from models.zoo.registry import DENOISER_SETS
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 TORCH_FREE = (
     "models.certificates",
     "models.bundle",
-    "models.captions",
-    "models.sets",
+    "models.zoo.captions",
+    "models.zoo.registry",
     "models.adaptation.plan",
     "service.predictions.images.reader",
     "service.worker.batching",

@@ -11,7 +11,7 @@ from diffusers import IFPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.captions import clean_caption
+from models.zoo.captions import clean_caption
 
 ODD = (
     "A320", "Airbus A320", "\u732b", "cat", "  ", "\n", "\\n", "&quot;", "&amp;", "&lt;b&gt;",

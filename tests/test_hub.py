@@ -16,10 +16,10 @@ import pytest
 from huggingface_hub.hf_api import RepoSibling
 from typer.testing import CliRunner
 
-from models.inventory import inspect
-from models.sources import FETCHABLE, SOURCES
+from models.zoo.hub import UNFINISHED, FetchError, make_room
+from models.zoo.inventory import inspect
+from models.zoo.sources import FETCHABLE, SOURCES
 from service.cli.main import app
-from service.hub import UNFINISHED, FetchError, make_room
 from tests import deepfloyd
 from tests.adapting import wait_until
 from tests.hub_server import Hub, serving

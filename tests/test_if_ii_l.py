@@ -29,8 +29,8 @@ from models.classifier import open_clip_tokens, read_open_clip
 from models.denoiser import SuperResolutionDenoiser, load_super_resolution, read_unet
 from models.memory import TooLittleMemory, check_room, free_on_host, needs
 from models.runtime import Torch
-from models.sets import DENOISER_SETS
 from models.smoothing import Rows, load
+from models.zoo.registry import DENOISER_SETS
 from service.cli.main import app
 from service.config import Settings, load_secret
 from service.tasks.store import Store
@@ -329,7 +329,7 @@ def test_networks_that_cannot_be_read_are_refused_by_name(
     def closed(path: Path) -> NoReturn:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("models.inventory.parameters_of", closed)
+    monkeypatch.setattr("models.zoo.inventory.parameters_of", closed)
     reason = r"cannot be used: .*/stage1/text_encoder/model.fp16-\S+: Permission denied"
     with pytest.raises(PlanError, match=reason):
         Plan.checked(LABELS, denoiser="if-ii-l", models_dir=models_dir)

@@ -17,8 +17,8 @@ from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.denoiser import encode_prompts
 from models.evaluation.datasets import CIFAR10_LABELS, evaluation_slice
 from models.nano.captions import vocabulary
-from models.sets import DENOISER_SETS
 from models.smoothing import load
+from models.zoo.registry import DENOISER_SETS
 
 NANO = MODELS / "nano"
 SLICE = Path(__file__).parent / "data" / "cifar10-slice.png"

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import vision
+from models.zoo import vision
 
 
 def test_timm_builds_airbench_by_name() -> None:

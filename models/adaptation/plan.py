@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from models.bundle import MODELS
-from models.captions import clean_caption
 from models.files import written_whole
-from models.inventory import trouble
-from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
+from models.zoo.captions import clean_caption
+from models.zoo.inventory import trouble
+from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
 
 LABELS = (2, 1_000)
 """Fewest and most labels of a task."""

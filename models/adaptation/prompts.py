@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.adaptation.plan import Plan, check_prompt
 from models.bundle import MODELS
 from models.classifier import open_clip_tokens
-from models.sets import ClassifierSet
+from models.zoo.registry import ClassifierSet
 
 
 def check_head(plan: Plan, head: ClassifierSet) -> None:

@@ -51,8 +51,8 @@ from models.denoiser import DENOISERS, Denoiser, clean_prompts
 from models.files import written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch, name_of_dtype
-from models.sets import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
-from models.sources import origin
+from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
+from models.zoo.sources import origin
 
 EVALUATED_SIGMAS = (0.25, 0.5)
 

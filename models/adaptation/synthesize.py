@@ -22,9 +22,9 @@ from models.adaptation.plan import Plan, write_json
 from models.adaptation.references import name_of_image
 from models.denoiser import encode_prompts, fitting_prompts, read_unet
 from models.files import written_whole
-from models.inventory import hold
 from models.memory import bytes_of, check_room, let_go
-from models.sources import TEXT_ENCODER, Network
+from models.zoo.inventory import hold
+from models.zoo.sources import TEXT_ENCODER, Network
 
 DRAWN = "drawn"
 """Below the references: stage I's images, for as long as stage II has not enlarged them."""

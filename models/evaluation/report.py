@@ -20,8 +20,8 @@ from models.bundle import Bundle
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import accuracy, certify_images, recognised, summarise
 from models.runtime import Runtime
-from models.sets import DENOISER_SETS
 from models.smoothing import best_device, load
+from models.zoo.registry import DENOISER_SETS
 
 
 @dataclass(frozen=True, slots=True)

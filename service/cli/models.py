@@ -13,9 +13,9 @@ from rich.table import Column, Table
 
 from models.adaptation.plan import Status
 from models.bundle import DEFAULT_TASK, BundleError, read_bundle
-from models.inventory import Holding, Inventory, inspect
 from models.memory import needs
-from models.sources import FETCHABLE, SOURCES
+from models.zoo.inventory import Holding, Inventory, inspect
+from models.zoo.sources import FETCHABLE, SOURCES
 from service.cli.adapt import open_store
 from service.cli.console import errors, read_settings
 from service.errors import Problem
@@ -168,7 +168,7 @@ def fetch(
             wanted = f"FOLDER=REVISION with a folder of {', '.join(FETCHABLE[name])}"
             _refuse(f"--revision is {each!r}; it must be {wanted}")
         revisions[folder] = asked
-    from service.hub import FetchError, fetch
+    from models.zoo.hub import FetchError, fetch
 
     models_dir = read_settings().models_folder
     for folder in FETCHABLE[name]:
@@ -195,7 +195,7 @@ def check(
     models_dir = (path or read_settings().models_folder).resolve()
     wrong = _report(models_dir, tuple(SOURCES))
     if hashes:
-        from service.hub import changed_files
+        from models.zoo.hub import changed_files
 
         for folder in SOURCES:
             if inspect(folder, models_dir).origin is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bundle import PICKLES, SAFETENSORS
-from models.sources import SOURCES, Network, fetch_command, origin
+from models.zoo.sources import SOURCES, Network, fetch_command, origin
 
 MOST_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, as the format has it."""

@@ -22,8 +22,8 @@ from huggingface_hub.hf_api import RepoSibling
 from models.bundle import SAFETENSORS
 from models.files import written_whole
 from models.integrity import sha256_of
-from models.inventory import Inventory, inspect
-from models.sources import SOURCE, SOURCES, Source
+from models.zoo.inventory import Inventory, inspect
+from models.zoo.sources import SOURCE, SOURCES, Source
 
 _CACHE = ".cache"
 """Where the hub's client keeps its own notes in a folder, and a fetch its lock and its mark."""

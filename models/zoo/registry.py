@@ -10,7 +10,7 @@ from typing import Any
 
 from models.bundle import MODELS
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE, vocabulary
-from models.sources import CLIP_LICENCE, DEEPFLOYD_LICENCE, SOURCES
+from models.zoo.sources import CLIP_LICENCE, DEEPFLOYD_LICENCE, SOURCES
 
 Tokens = Callable[[Path, str], int]
 """How many tokens a prompt is to the network in a folder."""
