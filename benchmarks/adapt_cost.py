@@ -20,8 +20,9 @@ from typing import Any
 
 from models.adaptation.plan import STATUS, Plan, Status
 from models.bundle import DEFAULT_TASK, read_bundle
-from service.config import SECRET_BYTES, Settings
-from service.tasks import process as runs
+from service.config import Settings
+from service.secrets import SECRET_BYTES
+from service.tasks import process
 from service.tasks.store import Store
 
 NAME = "adapt_cost"
@@ -35,7 +36,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     store = Store(settings, bytes(SECRET_BYTES))
     task = store.create(plan, NAME, None)
     job = store.jobs / task.id
-    run = runs.Run(job, store.tasks, runs.JOB)
+    run = process.Run(job, store.tasks, process.JOB)
     stage, seconds, began = STARTING, dict[str, float](), time.perf_counter()
     since = time.time()
     try:

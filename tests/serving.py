@@ -17,10 +17,10 @@ from PIL import Image
 
 from models.bundle import Base, Bundle
 from service.api.app import create_app
+from service.background import Companion
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Lease, Worker
-from service.operations.health import Companion
 from service.tasks.catalog import Catalogue
 from tests.fakes import FakeClock
 

@@ -135,7 +135,7 @@ async def test_delete_forgets(service: Service) -> None:
     assert (response.status_code, response.content) == (204, b"")
     problem(await service.client.get(accepted.headers["location"]), 404, "not-found")
     problem(await service.client.delete(accepted.headers["location"]), 404, "not-found")
-    assert (await service.engine.protocol.capacity()).backlog_rows == 0
+    assert (await service.engine.capacity()).backlog_rows == 0
 
 
 async def test_failed_job_tells_its_problem(service: Service) -> None:
@@ -221,7 +221,7 @@ async def test_unforeseen_errors_tell_nothing(
     async def status(job_id: str) -> None:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr(service.engine.protocol, "status", status)
+    monkeypatch.setattr(service.engine, "status", status)
     response = await service.client.get("/jobs/x")
     problem(response, 500, "internal")
     assert "secret detail" not in response.text

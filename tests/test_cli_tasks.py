@@ -21,8 +21,9 @@ from models.adaptation.plan import Status
 from models.bundle import read_bundle
 from service.cli.adapt import ProgressLines
 from service.cli.main import app
-from service.config import Settings, load_secret
-from service.tasks import process as runs
+from service.config import Settings
+from service.secrets import load_secret
+from service.tasks import process
 from service.tasks.process import Run
 from service.tasks.store import Store
 from tests.adapting import FAKE, FAST, is_alive, starts, wait_until
@@ -30,9 +31,9 @@ from tests.fake_adaptation import GO
 from tests.fakes import FakeClock
 
 ADAPT = (
-    "from service import cli; from service.tasks import runs;"
+    "from service.cli import main; from service.tasks import process;"
     "from tests.adapting import FAKE;"
-    "runs.JOB = FAKE; cli.main()"
+    "process.JOB = FAKE; main.main()"
 )
 runner = CliRunner()
 
@@ -166,7 +167,7 @@ def test_a_disk_that_takes_nothing_is_told_in_a_line(
     def is_read_only(path: Path, *_: object) -> None:
         raise OSError(30, read_only, str(path))
 
-    monkeypatch.setattr(runs, "Patience", lambda: FAST)
+    monkeypatch.setattr(process, "Patience", lambda: FAST)
     if told == "the status":
         monkeypatch.setattr(Status, "write", takes_nothing)
         result = adapt("die")
@@ -199,7 +200,7 @@ def test_a_status_that_cannot_be_written_at_the_end_is_a_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Status, "write", full)
-    monkeypatch.setattr(runs, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.05)
     run.stop()
     (record,) = [entry for entry in caplog.records if "cannot be written" in entry.message]
     assert "No space left on device" in record.message

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.config import SecretError, Settings, load_secret
+from service.config import SecretError, Settings
+from service.secrets import load_secret
 
 PRINT_SECRET = (
-    "import sys, pathlib; from service.config import load_secret;"
+    "import sys, pathlib; from service.secrets import load_secret;"
     "sys.stdin.read(); print(load_secret(pathlib.Path(sys.argv[1])).hex())"
 )
 
@@ -66,7 +67,7 @@ def test_losing_the_race_takes_the_winner(tmp_path: Path, monkeypatch: pytest.Mo
         path.chmod(0o600)
         return b"l" * size
 
-    monkeypatch.setattr("service.config.os.urandom", draw_late)
+    monkeypatch.setattr("service.secrets.os.urandom", draw_late)
     assert load_secret(tmp_path) == b"w" * 32
     assert [left.name for left in tmp_path.iterdir()] == ["noise.secret"]
 
@@ -150,7 +151,7 @@ def test_another_users_data_directory_is_refused(
     """A directory of another user holds no secret: the message names it and both ways out."""
     folder = tmp_path / "data"
     folder.mkdir(mode=0o700)
-    monkeypatch.setattr("service.config.os.geteuid", lambda: folder.stat().st_uid + 1)
+    monkeypatch.setattr("service.secrets.os.geteuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(SecretError, match="belongs to another user") as refused:
         load_secret(folder)
     assert str(folder) in str(refused.value)
@@ -245,8 +246,8 @@ def test_mounted_secret_is_roots_or_ones_own(
         seen[4] = owners[owner]
         return os.stat_result(seen)
 
-    monkeypatch.setattr("service.config.os.fstat", as_if)
-    monkeypatch.setattr("service.config.os.geteuid", lambda: 4242)
+    monkeypatch.setattr("service.secrets.os.fstat", as_if)
+    monkeypatch.setattr("service.secrets.os.geteuid", lambda: 4242)
     if taken:
         assert load_secret(tmp_path / "data", mounted) == b"m" * 32
     else:

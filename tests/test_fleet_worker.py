@@ -1,4 +1,4 @@
-"""service/processes/worker.py and `vouchsafe worker`: real processes, real weights, a real Redis."""
+"""`vouchsafe worker`: real processes, real weights, a real Redis."""
 
 from __future__ import annotations
 

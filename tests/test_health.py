@@ -58,7 +58,7 @@ async def test_ended_companion_ends_readiness(
         if fault is not None:
             raise fault
 
-    app = create_app(Settings(), service.engine.protocol, service.catalogue, SECRET, [fragile])
+    app = create_app(Settings(), service.engine, service.catalogue, SECRET, [fragile])
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
     async with app.router.lifespan_context(app), client:
         assert (await client.get("/readyz")).status_code == 200
@@ -81,7 +81,7 @@ async def test_silent_engine_is_not_ready(
         raise ConnectionError("no engine")
 
     for name in ("capacity", "queue"):
-        monkeypatch.setattr(service.engine.protocol, name, silent)
+        monkeypatch.setattr(service.engine, name, silent)
     assert (await service.client.get("/readyz")).json()["detail"] == "the engine does not answer"
     metrics = (await service.client.get("/metrics")).text
     assert "vouchsafe_engine_up 0.0" in metrics

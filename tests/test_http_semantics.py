@@ -41,7 +41,7 @@ async def test_head_opens_no_event_stream(
     """HEAD of an unfinished job's events answers at once with the stream's headers alone."""
     service.voter.open.clear()
     accepted = await service.ask(headers={"Prefer": "respond-async"})
-    monkeypatch.delattr(type(service.engine.protocol), "watch")
+    monkeypatch.delattr(type(service.engine), "watch")
     response = await service.client.head(f"{accepted.headers['location']}/events")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -51,7 +51,7 @@ async def test_head_of_an_unforeseen_error_is_its_status(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler that fails answers HEAD as it answers GET."""
-    monkeypatch.delattr(type(service.engine.protocol), "status")
+    monkeypatch.delattr(type(service.engine), "status")
     assert (await service.client.head("/jobs/x")).status_code == 500
 
 
@@ -187,7 +187,7 @@ async def test_an_unforeseen_error_says_that_the_connection_ends(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server closes the connection after an error that it did not foresee, and says so."""
-    monkeypatch.delattr(type(service.engine.protocol), "status")
+    monkeypatch.delattr(type(service.engine), "status")
     async with connected(service) as connection:
         await connection.send("GET /jobs/x", {})
         status, told = await connection.answer()

@@ -32,7 +32,8 @@ from models.runtime import Torch
 from models.smoothing import Rows, load
 from models.zoo.registry import DENOISER_SETS
 from service.cli.main import app
-from service.config import Settings, load_secret
+from service.config import Settings
+from service.secrets import load_secret
 from service.tasks.store import Store
 from service.worker.model import ModelUnavailable
 from tests import deepfloyd, miniatures

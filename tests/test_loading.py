@@ -24,7 +24,7 @@ from models.runtime import Torch
 from models.smoothing import Numerics, Rows, SmoothedModel
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Worker
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.processes import runtime as serving
 from service.processes.runtime import load_and_warm
 from service.worker.backoff import REFUSAL_SECONDS
@@ -293,12 +293,12 @@ def test_memory_that_runs_out_lowers_the_shape(how: str, caplog: pytest.LogCaptu
     is announced; the calls after it have another thread; and the log has the cause."""
     shelf = Shelf(bundles("default", "a", "b"), most=4)
     shelf.use("default", "a", "b")
-    model, told = shelf.networks["a"], telemetry.SHAPES_LOWERED._value.get()
+    model, told = shelf.networks["a"], metrics.SHAPES_LOWERED._value.get()
     (shelf.error, shelf.counts), shelf.room = SHORT[how], 3
     with pytest.raises(ShapeLowered, match="'a' is served under another digest"):
         ask(model)
     assert (model.digest, model.batch_rows, model.padding(3)) == (digest_in(2), 2, 1)
-    assert telemetry.SHAPES_LOWERED._value.get() == told + 1
+    assert metrics.SHAPES_LOWERED._value.get() == told + 1
     assert shelf.shapes == [4, 4, 4, 2]
     assert shelf.announced[-1] == (digest_in(4), True)
     assert shelf.alive[-1] == 0

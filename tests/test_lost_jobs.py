@@ -43,7 +43,7 @@ async def test_who_waits_for_a_lost_job_is_told_to_ask_again() -> None:
     async with serving() as service:
         service.voter.open.clear()
         predictions: Predictions = service.app.state.predictions
-        forgetful = Forgetful(service.engine.protocol)
+        forgetful = Forgetful(service.engine)
         predictions.engine = forgetful  # type: ignore[assignment]
         waiting = asyncio.create_task(service.ask())
         await service.voter.busy.wait()

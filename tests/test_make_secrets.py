@@ -16,13 +16,14 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from benchmarks.server import free_port
-from service.config import Settings, load_secret
+from service.config import Settings
 from service.engine.protocol import Worker
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import check_server
 from service.jobs import State
+from service.secrets import load_secret
 from tests.adapting import wait_until
 from tests.fakes import fake_votes, make_job
 

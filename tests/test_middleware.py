@@ -56,7 +56,7 @@ async def ended(uploads: Iterable[Upload], sending: Iterable[asyncio.Task[Any]])
 
 async def backlog_is(service: Service, rows: int) -> None:
     async with asyncio.timeout(60):
-        while (await service.engine.protocol.capacity()).backlog_rows != rows:  # noqa: ASYNC110
+        while (await service.engine.capacity()).backlog_rows != rows:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

@@ -19,7 +19,7 @@ async def test_waiting_caller_hears_of_the_cancellation(service: Service) -> Non
     waiting = asyncio.create_task(service.ask())
     await service.voter.busy.wait()
     job_id = service.voter.leases[0].job.id
-    await service.engine.protocol.cancel(job_id)
+    await service.engine.cancel(job_id)
     assert problem(await waiting, 409, "cancelled")["job"] == job_id
     job = (await service.client.get(f"/jobs/{job_id}")).json()
     assert (job["state"], job["problem"]["status"]) == ("cancelled", 409)
@@ -63,7 +63,7 @@ async def test_leaving_cancels(service: Service) -> None:
     service.voter.open.clear()
     await hang_up(service, {})
     assert service.voter.leases
-    assert (await service.engine.protocol.capacity()).backlog_rows == 0
+    assert (await service.engine.capacity()).backlog_rows == 0
 
 
 async def test_leaving_with_an_idempotency_key_does_not(service: Service) -> None:

@@ -1,4 +1,4 @@
-"""service/engine/connection.py, service/engine/outage.py: an engine that does not answer, and what the log says."""
+"""service/engine/connection.py: an engine that does not answer, and what the log says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from service.engine import connection as reaches
-from service.engine.connection import EngineAway, Reach
-from service.engine.outage import Outage
+from service.engine.connection import EngineAway, Outage, Reach
 from service.worker.compute import ComputeThread
 from service.worker.loop import work
 from tests.fakes import FakeModel

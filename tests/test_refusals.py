@@ -1,4 +1,4 @@
-"""service/worker/backoff.py: a task that cannot be loaded, alone or among workers that may load it."""
+"""service/worker/backoff.py: a task that cannot be loaded, alone or among several workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""service/predictions/restarts.py: jobs whose digest is served no more, and the shape that memory lowers."""
+"""service/predictions/restarts.py: jobs whose digest is served no more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.config import Settings
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import Domain, Job, JobStatus, State, noise_key
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.predictions import service as predictions
 from service.predictions.restarts import MOST_RESTARTS, PATIENCE, Restarts
 from service.predictions.schemas import PredictRequest
@@ -81,7 +81,7 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     engine: Engine,
 ) -> None:
     """Its votes are thrown away, its key is the new digest's own, and its answer is exact."""
-    job, told = make_job("a"), telemetry.RESTARTS._value.get()
+    job, told = make_job("a"), metrics.RESTARTS._value.get()
     await engine.submit(job)
     counted, late = await engine.pull(Worker("w", {"default": OLD}, SHAPES), 20)
     await engine.commit(counted, [10, 0, 0])
@@ -92,7 +92,7 @@ async def test_a_job_that_nobody_serves_begins_anew_under_the_digest_that_is_ser
     assert (status.state, status.rows_done, sum(status.selection)) == (State.QUEUED, 0, 0)
     assert status.job.key == noise_key(SECRET, replace(job, bundle=NEW))
     assert replace(status.job, key=job.key, bundle=OLD, pixels=job.pixels) == job
-    assert telemetry.RESTARTS._value.get() == told + 1
+    assert metrics.RESTARTS._value.get() == told + 1
     assert not await engine.commit(late, [0, 10, 0])
     for lease in await engine.pull(Worker("w", {"default": NEW}, SHAPES), 1_000):
         key, shard = lease.job.domain_key(lease.shard.domain), lease.shard

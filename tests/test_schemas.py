@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from service.errors import InvalidField
 from service.jobs import Mode
-from service.predictions.schemas import PredictRequest, PredictResponse, invalid_fields
+from service.predictions.schemas import PredictRequest, PredictResponse
+from service.validation import invalid_fields
 
 IMAGE = b64encode(b"picture").decode()
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.server import serving as serving_process
 from models.adaptation.plan import MEASURED_ON, STAGES
 from models.bundle import DEFAULT_TASK
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.tasks.store import Store
 from service.tasks.supervisor import Supervisor
 from tests.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until
@@ -271,7 +271,7 @@ async def test_a_deleted_task_is_asked_no_more(service: Service) -> None:
     problem(await service.ask(task=task_id), 404, "not-found")
     job = problem(await waiting, 409, "cancelled")["job"]
     assert (await service.client.get(f"/jobs/{job}")).json()["state"] == "cancelled"
-    assert (await service.engine.protocol.capacity()).backlog_rows == 0
+    assert (await service.engine.capacity()).backlog_rows == 0
 
 
 async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:
@@ -281,7 +281,7 @@ async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:
     task_id = location.rpartition("/")[2]
     service.serve(task_id)
     assert (await service.ask(task=task_id)).json()["abstained"]
-    telemetry.ROWS.labels(task=task_id).inc()
+    metrics.ROWS.labels(task=task_id).inc()
     await until(lambda: counted("vouchsafe_abstentions_total", task=task_id, mode="certify"))
     assert task_id in (await service.client.get("/metrics")).text
     assert (await service.client.delete(location)).status_code == 204

@@ -14,7 +14,7 @@ import pytest
 
 from models.adaptation.plan import STATUS, Status, locked
 from models.bundle import read_bundle
-from service.tasks import process as runs
+from service.tasks import process
 from service.tasks.process import LOG, LOG_BYTES, Run
 from service.tasks.repository import is_running
 from service.tasks.store import Store
@@ -345,8 +345,8 @@ def test_the_child_ends_with_a_killed_parent(store: Store) -> None:
 
 def test_the_command_is_the_models_own() -> None:
     """By default a job is run by the module that the contract names."""
-    assert runs.JOB[1:] == ("-m", "models.adaptation.job")
-    assert FAKE[0] == runs.JOB[0]
+    assert process.JOB[1:] == ("-m", "models.adaptation.job")
+    assert FAKE[0] == process.JOB[0]
 
 
 def test_a_process_ends_where_nobody_attends_to_it(store: Store) -> None:

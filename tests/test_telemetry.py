@@ -11,8 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import Settings
 from service.engine.protocol import LaneState, QueueState
-from service.operations import metrics as telemetry
-from service.operations import tracing as traces
+from service.operations import metrics, tracing
 from service.operations.logs import IDS
 from service.operations.metrics import VERSION
 from tests.serving import Service, nine_of_ten, serving, split
@@ -76,9 +75,9 @@ async def test_abstentions_are_counted_once() -> None:
 def test_the_page_names_every_metric() -> None:
     """docs/metrics.md has each metric with its type and labels, and no other."""
     queue = QueueState({lane: LaneState(1, 1.0) for lane in ("hi", "lo")}, 1.0, 1, 1, True)
-    families = text_string_to_metric_families(telemetry.exposition(queue, 1).decode())
-    metrics = [one for one in vars(telemetry).values() if isinstance(one, MetricWrapperBase)]
-    labels = {one.describe()[0].name: one._labelnames for one in metrics}
+    families = text_string_to_metric_families(metrics.exposition(queue, 1).decode())
+    declared = [one for one in vars(metrics).values() if isinstance(one, MetricWrapperBase)]
+    labels = {one.describe()[0].name: one._labelnames for one in declared}
     coded = {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,
@@ -115,7 +114,7 @@ async def test_queue_figures_are_those_of_the_scrape() -> None:
             told = await service.ask(mode=mode, n="120", headers={"Prefer": "respond-async"})
             assert told.status_code == 202
         await service.voter.busy.wait()
-        service.engine.protocol._clock.advance(7)
+        service.engine._clock.advance(7)
         asked = {"labels": ["cat", "dog"]}
         assert (await service.client.post("/tasks", json=asked)).status_code == 202
         samples = scraped(await service.client.get("/metrics"))
@@ -162,8 +161,8 @@ async def test_jobs_without_a_trace_begin_one(service: Service, headers: dict[st
     for _ in range(2):
         assert (await service.ask(headers=headers)).status_code == 200
     contexts = {lease.job.id: lease.job.traceparent for lease in service.voter.leases}
-    assert len({traces.trace_id(context) for context in contexts.values()} - {TRACE}) == 2
-    assert all(traces.received([context or ""]) == context for context in contexts.values())
+    assert len({tracing.trace_id(context) for context in contexts.values()} - {TRACE}) == 2
+    assert all(tracing.received([context or ""]) == context for context in contexts.values())
 
 
 async def test_jobs_keep_their_trace_and_are_the_same_in_any(service: Service) -> None:

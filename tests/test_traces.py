@@ -1,4 +1,4 @@
-"""service/operations/tracing.py: what W3C Trace Context says of valid headers, and of the others."""
+"""service/operations/tracing.py: what W3C Trace Context says of valid headers and others."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from service.engine.connection import Reach
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.jobs import Domain, Job, JobStatus, Mode, State
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import ModelUnavailable, ShapeLowered
@@ -233,7 +233,7 @@ async def test_a_task_that_goes_leaves_no_metrics(engine: MemoryEngine) -> None:
     async with working(engine, models):
         await soon(lambda: bool(birds.batches))
         del models["birds"]
-        telemetry.forget("birds")
+        metrics.forget("birds")
         birds.gate.set()
         await soon(lambda: metric("vouchsafe_batch_rows_count") > batches)
     for name in ("vouchsafe_rows_total", "vouchsafe_batches_total"):

@@ -22,10 +22,10 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
 - **Use**: to see the mechanism work on any machine, and to test against. Not a label-only model: it
   saw CIFAR-10's training images (the first 48,000; the last 2,000 are held back). The head never
   saw noised or denoised images; half of its training images were blurred or down- and up-sampled.
-- **Head**: a network that timm lacks (`models/zoo/vision.py`, after arXiv 2404.00498); stock open_clip
-  reads the folder once `models.zoo.vision` is imported. It was trained against one fixed direction a
-  class; its text tower then learned to say each class's captions as its direction. Words of no
-  class mean nothing to it.
+- **Head**: a network that timm lacks (`models/zoo/vision.py`, after arXiv 2404.00498); stock
+  open_clip reads the folder once `models.zoo.vision` is imported. It was trained against one fixed
+  direction a class; its text tower then learned to say each class's captions as its direction.
+  Words of no class mean nothing to it.
 - **Stage II** learns super-resolution with one row in four, and with the others the way smoothing
   calls it: the noisy image conditions itself, at noise level {k} t (Choi et al. 2024, Eq. 9). That
   differs from DeepFloyd's, which learned super-resolution alone. Its last part, `guided`, had the

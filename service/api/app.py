@@ -5,34 +5,23 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
-from sse_starlette import EventSourceResponse, JSONServerSentEvent
-from starlette.responses import JSONResponse, Response
+from fastapi import Depends, FastAPI
 
-from service import errors
+from service.api.auth import caller
 from service.api.middleware import add_bounds, admitted
 from service.api.pages import docs_assets, pages
-from service.api.problems import problem_responses, render_problem
-from service.api.requests import Preferences, caller, read_question
+from service.api.predictions import routes as predictions_routes
+from service.api.problems import KEYED, PROBLEM_HANDLERS
 from service.api.tasks import tasks
+from service.background import Companion, Companions
 from service.config import Settings
 from service.engine.protocol import Engine
-from service.jobs import State
-from service.operations import metrics as telemetry
-from service.operations.health import Companion, Companions, Health
+from service.operations import metrics
+from service.operations.health import Health
 from service.operations.http_semantics import HeadRequests
-from service.operations.probes import ERRORS, metrics, probes
-from service.predictions.results import example
-from service.predictions.schemas import (
-    JobResponse,
-    ModelResponse,
-    ModelsResponse,
-    PredictRequest,
-    PredictResponse,
-)
-from service.predictions.service import Predictions, job_lost
+from service.operations.probes import metrics_route, probe_routes
+from service.predictions.service import Predictions
 from service.tasks.catalog import Catalogue
 from service.tasks.service import Notices, TaskDesk
 from service.tasks.store import Store
@@ -40,28 +29,6 @@ from service.tasks.store import Store
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
 answer changes? **Certified means stable, not correct**: the label may be wrong, but with
 probability 1 - alpha no perturbation inside the radius changes it."""
-
-
-def _predictions(request: Request) -> Predictions:
-    predictions: Predictions = request.app.state.predictions
-    return predictions
-
-
-Caller = Annotated[str | None, Depends(caller)]
-Desk = Annotated[Predictions, Depends(_predictions)]
-
-keyed = APIRouter(
-    dependencies=[Depends(caller)],
-    responses=problem_responses(
-        errors.Unauthorized,
-        errors.OriginRefused,
-        errors.HostRefused,
-        errors.TooManyOpen,
-        errors.EngineUnavailable,
-        errors.Overloaded,
-    ),
-)
-keyed.include_router(metrics)
 
 
 def create_app(
@@ -98,12 +65,12 @@ def create_app(
     following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
         title="Vouchsafe",
-        version=telemetry.VERSION,
+        version=metrics.VERSION,
         description=_DESCRIPTION,
         lifespan=lifespan,
         dependencies=[Depends(admitted)],
         openapi_url=None,
-        exception_handlers=dict.fromkeys(ERRORS, render_problem),
+        exception_handlers=dict(PROBLEM_HANDLERS),
     )
     app.state.settings = settings
     app.state.callers = settings.callers()
@@ -118,178 +85,11 @@ def create_app(
     )
     app.add_middleware(HeadRequests)
     add_bounds(app, settings)
-    app.add_middleware(telemetry.RequestTelemetry)  # Outermost: refusals are recorded too.
-    app.include_router(probes)
-    app.include_router(keyed)
+    app.add_middleware(metrics.RequestTelemetry)  # Outermost: refusals are recorded too.
+    app.include_router(probe_routes)
+    app.include_router(metrics_route, dependencies=[Depends(caller)], responses=KEYED)
+    app.include_router(predictions_routes)
     app.include_router(tasks)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
     return app
-
-
-def _question_schema(**encoding: str) -> dict[str, Any]:
-    schema = PredictRequest.model_json_schema()
-    description = schema["properties"]["image"]["description"]
-    schema["properties"]["image"] = {"type": "string", "description": description, **encoding}
-    return {"schema": schema}
-
-
-@keyed.post(
-    "/predict",
-    tags=["predictions"],
-    response_model=PredictResponse,
-    responses={
-        200: {"content": {"application/json": {"example": example().model_dump(mode="json")}}},
-        202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
-        **problem_responses(
-            errors.MalformedRequest,
-            errors.NotFound,
-            errors.BodyTimeout,
-            errors.JobCancelled,
-            errors.TaskFailed,
-            errors.TooLarge,
-            errors.UnsupportedMedia,
-            errors.InvalidField,
-            errors.InvalidImage,
-            errors.IdempotencyMismatch,
-            errors.ShardDead,
-            errors.TaskUnusable,
-            errors.TaskAmbiguous,
-            errors.QuotaExceeded,
-            errors.TooManyOpen,
-            errors.Backlog,
-            errors.TaskNotReady,
-            errors.EngineUnavailable,
-            errors.JobLost,
-            errors.Overloaded,
-            errors.DeadlinePassed,
-        ),
-    },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": _question_schema(format="binary"),
-                "application/json": _question_schema(contentEncoding="base64"),
-            },
-        }
-    },
-)
-async def predict(
-    request: Request,
-    desk: Desk,
-    owner: Caller,
-    prefer: Annotated[
-        list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=255, description="Makes a retry find the first's job"),
-    ] = None,
-) -> Any:
-    """Classify an image, with a radius inside which the label is proven stable.
-
-    A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
-    """
-    settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    asked = await desk.resolved(await read_question(request, settings.max_body_bytes))
-    job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
-    request.state.job, request.state.task = job_id, asked.task
-    del asked  # The image of a caller who waits would fill the memory.
-    request.state.body.release()
-    wait = preferences.seconds(settings.wait_seconds)
-    leaving = None if idempotency_key else partial(_left, request)
-    if (status := await desk.ended(job_id, wait, leaving)) is not None:
-        return desk.answer(status)
-    if preferences.respond_async:
-        return _accepted(desk.told(await desk.status(job_id, owner)))
-    detail = f"Not ready after {wait} s; the job goes on: ask for /jobs/{job_id}"
-    raise errors.DeadlinePassed(detail, job=job_id)
-
-
-async def _left(request: Request) -> None:
-    """Returns when the caller has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _accepted(job: JobResponse) -> Response:
-    headers = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
-    return JSONResponse(job.model_dump(mode="json"), 202, headers)
-
-
-@keyed.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
-async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
-    """A job as it stands; `result` is what the waiting call would have answered."""
-    return desk.told(await desk.status(id, owner))
-
-
-@keyed.delete(
-    "/jobs/{id}", tags=["jobs"], status_code=204, responses=problem_responses(errors.NotFound)
-)
-async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
-    """Cancel a job and erase it at once, image and all."""
-    await desk.status(id, owner)
-    await desk.engine.forget(id)
-
-
-@keyed.get(
-    "/jobs/{id}/events",
-    tags=["jobs"],
-    response_class=EventSourceResponse,
-    responses={
-        200: {
-            "description": "`progress` events, then one `result` or `problem`",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        },
-        **problem_responses(errors.NotFound),
-    },
-)
-async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceResponse:
-    """A job's progress as server-sent events, ending with its result or its problem."""
-    await desk.status(id, owner)
-    return EventSourceResponse(_events(desk, id))
-
-
-async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
-    status = None
-    try:
-        async for status in desk.engine.watch(job_id):
-            job = desk.told(status).model_dump(mode="json")
-            if status.state is State.SUCCEEDED:
-                yield JSONServerSentEvent(job["result"], event="result")
-            elif status.state.ended:
-                yield JSONServerSentEvent(job["problem"], event="problem")
-            else:
-                progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
-                yield JSONServerSentEvent(progress, event="progress")
-        if status is None or not status.state.ended:
-            raise job_lost(job_id)
-    except errors.Problem as problem:
-        yield JSONServerSentEvent(problem.document(), event="problem")
-
-
-@keyed.get("/models", tags=["predictions"])
-async def get_models(desk: Desk) -> ModelsResponse:
-    """Every task that can be asked for, its labels, and whether a worker serves it now."""
-    capacity = await desk.engine.capacity()
-    served = {task: capacity.digests_of(task, bundle) for task, bundle in desk.tasks.items()}
-    return ModelsResponse(
-        models=[
-            ModelResponse(
-                task=task,
-                name=bundle.name,
-                id=bundle.id,
-                labels=list(bundle.labels),
-                resolution=bundle.resolution,
-                denoiser=bundle.denoiser.kind,
-                classifier=bundle.classifier.kind,
-                licence=bundle.licence,
-                k=bundle.k,
-                largest_sigma=bundle.largest_sigma,
-                bundle=next(iter(served[task]), None),
-                ready=bool(served[task]),
-            )
-            for task, bundle in desk.tasks.items()
-        ]
-    )

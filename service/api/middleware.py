@@ -19,8 +19,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.auth import owner_of
 from service.api.problems import render_problem
-from service.api.requests import owner_of
 from service.config import Settings
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import (

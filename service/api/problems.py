@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from service import errors
 from service.errors import (
     MalformedRequest,
     MethodNotAllowed,
@@ -20,10 +23,21 @@ from service.errors import (
     Unauthorized,
 )
 from service.operations.metrics import REJECTIONS
-from service.predictions.schemas import ProblemResponse, invalid_fields
+from service.validation import invalid_fields
 
 MEDIA_TYPE = "application/problem+json"
 _FORESEEN = (Problem, HTTPException, RequestValidationError)
+
+
+class ProblemResponse(BaseModel):
+    """An error, as RFC 9457 describes it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="Names the kind of error, for programs; it never changes.")
+    title: str = Field(description="The kind of error, for people.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What was wrong this time, and what to change.")
 
 
 async def render_problem(request: Request, error: Exception) -> Response:
@@ -41,6 +55,12 @@ async def render_problem(request: Request, error: Exception) -> Response:
     if isinstance(problem, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(document, document["status"], headers, media_type=MEDIA_TYPE)
+
+
+PROBLEM_HANDLERS: Mapping[int | type[Exception], Any] = dict.fromkeys(
+    (*_FORESEEN, Exception), render_problem
+)
+"""An app's `exception_handlers`: every error is a problem document."""
 
 
 def _as_problem(error: Exception) -> Problem:
@@ -87,3 +107,14 @@ def problem_responses(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
         )
         described["content"][MEDIA_TYPE]["examples"][kind.slug] = {"value": example}
     return responses
+
+
+KEYED = problem_responses(
+    errors.Unauthorized,
+    errors.OriginRefused,
+    errors.HostRefused,
+    errors.TooManyOpen,
+    errors.EngineUnavailable,
+    errors.Overloaded,
+)
+"""OpenAPI's `responses` of every route that takes a key."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from fastapi import Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
@@ -17,8 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service.engine.protocol import RETRY_SECONDS
-from service.errors import MalformedRequest, Overloaded, TooLarge, Unauthorized, UnsupportedMedia
-from service.predictions.schemas import PredictRequest, invalid_field, invalid_fields
+from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia
+from service.predictions.schemas import PredictRequest
+from service.validation import invalid_field, invalid_fields
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -29,32 +28,6 @@ _JSON = "application/json"
 _MOST_FIELDS = 20
 _MOST_FIELD_BYTES = 4 * 2**10
 _TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
-_bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
-
-
-def caller(
-    request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
-) -> str | None:
-    """The name that the bearer key belongs to, or None where everyone may call.
-
-    Keys are looked up by their SHA-256, so that timing says nothing about them. Raises
-    Unauthorized without a known key.
-    """
-    callers: Mapping[bytes, str] = request.app.state.callers
-    if not callers:
-        return None
-    if credentials is None:
-        raise Unauthorized("Send a key: Authorization: Bearer <key>")
-    name = owner_of(credentials.credentials, callers)
-    if name is None:
-        raise Unauthorized("The key is not known here")
-    return name
-
-
-def owner_of(key: str, callers: Mapping[bytes, str]) -> str | None:
-    """The name that a key belongs to, or None where it is not known."""
-    return callers.get(hashlib.sha256(key.encode()).digest())
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from service import errors
+from service.api.auth import caller
 from service.api.problems import problem_responses
-from service.api.requests import caller, read_document
+from service.api.requests import read_document
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.service import TaskDesk
 

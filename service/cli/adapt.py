@@ -15,14 +15,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from models.adaptation.plan import Status
 from service.cli.console import errors, read_settings
-from service.config import Settings, load_secret
+from service.config import Settings
 from service.errors import Problem
-from service.predictions.schemas import invalid_fields
-from service.tasks import process as runs
+from service.secrets import load_secret
+from service.tasks import process
 from service.tasks.contact_sheet import contact_sheet
 from service.tasks.schemas import TaskRequest
 from service.tasks.store import Store
 from service.tasks.task import Task
+from service.validation import invalid_fields
 
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
@@ -140,7 +141,7 @@ def _made(store: Store, fields: dict[str, Any]) -> Task:
 def _run(store: Store, task: Task) -> Task | None:
     """The task once its job has ended here or in a server, or None where it was removed."""
     job = store.jobs / task.id
-    run = runs.Run(job, store.tasks, runs.JOB, models=store.models)
+    run = process.Run(job, store.tasks, process.JOB, models=store.models)
     try:
         with _progress() as show:
             while not run.step():

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service.cli import adapt as cli_tasks
-from service.cli import models as cli_models
-from service.cli import predict as cli_predict
-from service.cli import worker as cli_worker
+from service.cli import adapt, models, predict, worker
 from service.cli.console import read_settings, tell
 from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
@@ -34,10 +31,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(cli_predict.predict)
-app.command()(cli_tasks.adapt)
-app.command()(cli_worker.worker)
-app.add_typer(cli_models.models, name="models")
+app.command()(predict.predict)
+app.command()(adapt.adapt)
+app.command()(worker.worker)
+app.add_typer(models.models, name="models")
 
 _MOST_NAMED = 5
 """Tasks that the line of a ready server names."""

@@ -19,10 +19,12 @@ from rich.table import Table
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.cli.console import errors, read_settings, tell
-from service.config import Settings, load_secret
+from service.config import Settings
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode
-from service.predictions.schemas import PredictRequest, PredictResponse, invalid_fields
+from service.predictions.schemas import PredictRequest, PredictResponse
+from service.secrets import load_secret
+from service.validation import invalid_fields
 
 if TYPE_CHECKING:
     from service.predictions.service import Predictions
@@ -164,7 +166,7 @@ def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
     try:
         return PredictRequest.model_validate({"image": image, **fields})
     except ValidationError as error:
-        raise invalid_fields(error.errors()) from error
+        raise invalid_fields(error.errors(), PredictRequest) from error
 
 
 async def _print_all(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from service.engine.outage import AWAY, Outage
-from service.operations.health import passed
+from redis.exceptions import RedisError
+
+from service.background import passed
+
+logger = logging.getLogger("vouchsafe")
 
 T = TypeVar("T")
 
 LEAVING_SECONDS = 5.0
 """How long an engine that does not answer may hold up a worker that is told to stop."""
+AWAY = (OSError, RedisError)
+"""What an engine raises that is out of reach, or that cannot do now what it is asked."""
 
 
 class EngineAway(RuntimeError):
@@ -78,3 +84,30 @@ class Reach:
 
 def _leaving_ends() -> float:
     return asyncio.get_running_loop().time() + LEAVING_SECONDS
+
+
+class Outage:
+    """Whether the engine is out of reach: a line in the log as that begins, and one at its end."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._answered = float("-inf")
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the engine did not answer when it was last asked."""
+        return self._since is not None
+
+    def begin(self, error: Exception, asked: float) -> None:
+        """What was asked then (time.monotonic) has no answer, and nothing asked since has one."""
+        if self._since is None and self._answered <= asked:
+            self._since = time.monotonic()
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            logger.warning("the engine is out of reach (%s); trying until it answers", reason)
+
+    def end(self) -> None:
+        """The engine has answered."""
+        self._answered = time.monotonic()
+        if self._since is not None:
+            logger.info("the engine answers again after %.0f s", self._answered - self._since)
+            self._since = None

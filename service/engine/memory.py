@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.limits import Served, another_request, distinct, served_digests
-from service.engine.memory_state import Bell, Books, CallerKey, Record, Speedometer
+from service.engine.memory_state import Books, CallerKey, Record, Speedometer
 from service.engine.protocol import (
     Capacity,
     LaneState,
@@ -23,6 +23,7 @@ from service.engine.protocol import (
     died_over,
 )
 from service.engine.queues import Lines
+from service.engine.signal import Bell
 from service.jobs import Domain, Job, JobStatus, Mode, State
 
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.engine.limits import Served, full, most_rows, over_quota, too_large, unserved
 from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
+from service.engine.signal import Bell
 from service.jobs import Domain, Job, JobStatus, Shard, State
 
 CallerKey = tuple[str | None, str]
 """An owner and the Idempotency-Key that came from it."""
-
-
-class Bell:
-    """Wakes everyone who has waited for `next_ring` since it last rang."""
-
-    def __init__(self) -> None:
-        self.next_ring = asyncio.Event()
-
-    def ring(self) -> None:
-        """Wake them; who waits from here on waits for the ring after this one."""
-        self.next_ring.set()
-        self.next_ring = asyncio.Event()
 
 
 class Speedometer:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.engine.protocol import QueueState
 from service.jobs import Mode
-from service.operations import tracing as traces
+from service.operations import tracing
 from service.operations.logs import naming
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
@@ -169,7 +169,7 @@ class RequestTelemetry:
             return
         status, began, request_id = 500, perf_counter(), _request_id(scope)
         headers = Headers(scope=scope).getlist("traceparent")
-        traceparent = traces.received(headers) or traces.begun()
+        traceparent = tracing.received(headers) or tracing.begun()
         scope.setdefault("state", {})["traceparent"] = traceparent
 
         async def send_on(message: Message) -> None:
@@ -201,6 +201,6 @@ def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
         request_id=request_id,
         job_id=state.get("job"),
         task_id=state.get("task"),
-        trace_id=traces.trace_id(state["traceparent"]),
+        trace_id=tracing.trace_id(state["traceparent"]),
     )
     _log.info("%s %s %d in %.4f s", method, route, status, seconds, extra=told | named)

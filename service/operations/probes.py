@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from service import errors
-from service.api.problems import render_problem
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.health import Condition, Health
 from service.operations.http_semantics import HeadRequests
-from service.predictions.schemas import HealthResponse
 
-ERRORS = (errors.Problem, HTTPException, RequestValidationError, Exception)
-"""What an app answers with a problem document."""
+
+class HealthResponse(BaseModel):
+    """A probe's answer."""
+
+    status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
+    detail: str = Field(
+        description="What the probe is waiting for. With `ok` it is empty, or says that no live "
+        "worker serves any task of a fleet: new questions get 503 until one does."
+    )
 
 
 def _health(request: Request) -> Health:
@@ -29,40 +33,40 @@ def _health(request: Request) -> Health:
 
 Probe = Annotated[Health, Depends(_health)]
 
-probes = APIRouter(tags=["operation"])
-metrics = APIRouter(tags=["operation"])
+probe_routes = APIRouter(tags=["operation"])
+metrics_route = APIRouter(tags=["operation"])
 
 
-def probes_app(health: Health) -> FastAPI:
+def probes_app(health: Health, exception_handlers: Mapping[Any, Any]) -> FastAPI:
     """An app of the probes and metrics alone, for a process that answers nothing else."""
-    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(ERRORS, render_problem))
+    app = FastAPI(openapi_url=None, exception_handlers=dict(exception_handlers))
     app.state.health = health
     app.add_middleware(HeadRequests)
-    app.include_router(probes)
-    app.include_router(metrics)
+    app.include_router(probe_routes)
+    app.include_router(metrics_route)
     return app
 
 
-@metrics.get("/metrics", response_class=Response)
+@metrics_route.get("/metrics", response_class=Response)
 async def get_metrics(health: Probe) -> Response:
     """Metrics for Prometheus."""
     queue, open_jobs = await asyncio.gather(health.queue(), health.open_jobs())
-    return Response(telemetry.exposition(queue, open_jobs), media_type=CONTENT_TYPE_LATEST)
+    return Response(metrics.exposition(queue, open_jobs), media_type=CONTENT_TYPE_LATEST)
 
 
-@probes.get("/livez")
+@probe_routes.get("/livez")
 async def livez() -> HealthResponse:
     """The process answers."""
     return HealthResponse(status="ok", detail="")
 
 
-@probes.get("/readyz", responses={503: {"model": HealthResponse}})
+@probe_routes.get("/readyz", responses={503: {"model": HealthResponse}})
 async def readyz(health: Probe, response: Response) -> HealthResponse:
     """The process can answer now: in a fleet for jobs that ended, even while no worker lives."""
     return _probed(await health.ready(), response)
 
 
-@probes.get("/startupz", responses={503: {"model": HealthResponse}})
+@probe_routes.get("/startupz", responses={503: {"model": HealthResponse}})
 async def startupz(health: Probe, response: Response) -> HealthResponse:
     """The process was ready once."""
     return _probed(await health.startup(), response)

@@ -12,7 +12,8 @@ from models.bundle import Bundle
 from service.config import Settings
 from service.engine.limits import full, most_rows, over_quota, served_otherwise, unserved
 from service.engine.protocol import Capacity, Engine
-from service.predictions.schemas import PredictRequest, invalid_field
+from service.predictions.schemas import PredictRequest
+from service.validation import invalid_field
 
 ANNOUNCING_SECONDS = 5.0
 """How long questions wait for a live worker to announce a task, since it was first asked for."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from models.bundle import Bundle
-from service.engine.outage import AWAY
+from service.engine.connection import AWAY
 from service.engine.protocol import Capacity, Engine
 from service.jobs import Job, noise_key
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.logs import about
 
 logger = logging.getLogger("vouchsafe")
@@ -110,7 +110,7 @@ class Restarts:
         key = noise_key(self._secret, replace(job, bundle=served), known.pixels_sha256)
         if await self._engine.restart(job_id, served, key):
             known.bundle, known.restarts = served, known.restarts + 1
-            telemetry.RESTARTS.inc()
+            metrics.RESTARTS.inc()
             logger.warning(
                 "a job begins anew under digest %s: no live worker serves %s any more",
                 served[:16],

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import binascii
 import hashlib
-import json
 from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from service.errors import MOST_SHOWN, InvalidField, as_json, cut
 from service.jobs import Mode, State, canonical_json
 
 MOST_ROWS = 100_000
@@ -144,17 +140,6 @@ class PredictResponse(BaseModel):
     timing_ms: Timing = Field(description="Where the time went.")
 
 
-class ProblemResponse(BaseModel):
-    """An error, as RFC 9457 describes it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str = Field(description="Names the kind of error, for programs; it never changes.")
-    title: str = Field(description="The kind of error, for people.")
-    status: int = Field(description="The HTTP status.")
-    detail: str = Field(description="What was wrong this time, and what to change.")
-
-
 class JobResponse(BaseModel):
     """A job, whether or not it has ended."""
 
@@ -197,94 +182,3 @@ class ModelsResponse(BaseModel):
     """Every task that can be asked for."""
 
     models: list[ModelResponse] = Field(description="The tasks.")
-
-
-class HealthResponse(BaseModel):
-    """A probe's answer."""
-
-    status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
-    detail: str = Field(
-        description="What the probe is waiting for. With `ok` it is empty, or says that no live "
-        "worker serves any task of a fleet: new questions get 503 until one does."
-    )
-
-
-def invalid_field(
-    field: str, detail: str, value: object = None, limit: float | None = None
-) -> InvalidField:
-    """The problem of one field; `detail` is a sentence that stands alone."""
-    explained: dict[str, Any] = {"field": field, "detail": detail}
-    explained |= {} if value is None else {"value": _shown(value)}
-    explained |= {} if limit is None else {"limit": limit}
-    return InvalidField(detail, errors=[explained])
-
-
-def invalid_fields(
-    errors: Iterable[Mapping[str, Any]], document: type[BaseModel] = PredictRequest
-) -> InvalidField:
-    """The problem for pydantic's errors about a document: for each, the field, its value, its limit
-    and the detail."""
-    # A default that waits for another field is reported beside that field's own error.
-    real = [error for error in errors if error["type"] != "default_factory_not_called"]
-    meant = _meant(real, document)
-    explained, lines = [], []
-    for error in real:
-        if error["type"] == "missing" and _field(error) in meant.values():
-            continue  # It is there, under a name that does not exist.
-        if error["type"] == "extra_forbidden":
-            told = _unknown(_field(error), meant, document)
-            lines.append(told["detail"])
-        else:
-            told = _explained(error)
-            was = f" (it is {as_json(error['input'])})" if "value" in told else ""
-            lines.append(f"{told['field']}: {told['detail']}{was}")
-        explained.append(told)
-    return InvalidField("; ".join(lines), errors=explained)
-
-
-def _field(error: Mapping[str, Any]) -> str:
-    return ".".join(map(str, error["loc"])) or "body"
-
-
-def _meant(errors: Sequence[Mapping[str, Any]], document: type[BaseModel]) -> dict[str, str]:
-    """Unknown fields -> the fields that were probably meant: those of the nearest name, or the one
-    that is required and missing."""
-    unknown = [_field(error) for error in errors if error["type"] == "extra_forbidden"]
-    missing = [_field(error) for error in errors if error["type"] == "missing"]
-    near = {name: get_close_matches(name.lower(), document.model_fields, 1) for name in unknown}
-    meant = {name: matches[0] for name, matches in near.items() if matches}
-    strange = [name for name in unknown if name not in meant]
-    lacking = [name for name in missing if name not in meant.values()]
-    if len(strange) == len(lacking) == 1:
-        meant[strange[0]] = lacking[0]
-    return meant
-
-
-def _unknown(field: str, meant: Mapping[str, str], document: type[BaseModel]) -> dict[str, Any]:
-    """An error about a field that does not exist, without its value: that may be a file."""
-    name = cut(field)
-    advice = f"the fields are {', '.join(sorted(document.model_fields))}"
-    if field in meant:
-        advice = f"did you mean {meant[field]}?"
-    return {"field": name, "detail": f"there is no field '{name}'; {advice}"}
-
-
-def _explained(error: Mapping[str, Any]) -> dict[str, Any]:
-    context, value = error.get("ctx", {}), error.get("input")
-    explained: dict[str, Any] = {"field": cut(_field(error)), "detail": error["msg"]}
-    is_file = isinstance(value, bytes) or explained["field"] == "image"
-    if error["type"] != "missing" and not is_file:
-        explained["value"] = _shown(value)
-    limits = [context[name] for name in ("ge", "gt", "le", "lt", "max_length") if name in context]
-    return explained | ({"limit": limits[0]} if limits else {})
-
-
-def _shown(value: object) -> object:
-    """The value if its JSON is short, else the beginning of it as a string."""
-    if isinstance(value, str):
-        return cut(value)
-    try:
-        is_short = len(json.dumps(value, ensure_ascii=False, allow_nan=False)) <= MOST_SHOWN
-    except ValueError:  # NaN and infinity are no JSON.
-        is_short = False
-    return value if is_short else as_json(value)

@@ -22,7 +22,7 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service.config import Settings
-from service.engine.outage import AWAY
+from service.engine.connection import AWAY
 from service.engine.protocol import RETRY_SECONDS, Engine
 from service.errors import (
     Backlog,
@@ -35,13 +35,14 @@ from service.errors import (
     as_json,
 )
 from service.jobs import Job, JobStatus, Mode, State, noise_key
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.logs import about
 from service.predictions.admission import Admission, Door
 from service.predictions.images.reader import ImageLimits, ImageReader
 from service.predictions.restarts import LOOK_SECONDS, Restarts
 from service.predictions.results import answer, job_response, problem, total_variation
-from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse, invalid_field
+from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse
+from service.validation import invalid_field
 
 T = TypeVar("T")
 
@@ -193,7 +194,7 @@ class Predictions:
                 await self.engine.cancel(job.id)
         self._door.forget(task)
         if task not in self.tasks:
-            telemetry.forget(task)
+            metrics.forget(task)
 
     def answer(self, status: JobStatus) -> PredictResponse:
         """What an ended job answers.
@@ -303,12 +304,12 @@ class Predictions:
             if status.state is State.FAILED:
                 logger.warning("a job failed: %s", error, extra=about([status.job]))
             return
-        telemetry.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
-        telemetry.ANSWERS.labels(told.task, told.mode.value).inc()
+        metrics.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
+        metrics.ANSWERS.labels(told.task, told.mode.value).inc()
         if told.abstained:
-            telemetry.ABSTENTIONS.labels(told.task, told.mode.value).inc()
+            metrics.ABSTENTIONS.labels(told.task, told.mode.value).inc()
         elif told.radius is not None:
-            telemetry.CERTIFIED_RADIUS.observe(told.radius)
+            metrics.CERTIFIED_RADIUS.observe(told.radius)
 
 
 def job_lost(job_id: str) -> JobLost:

@@ -12,11 +12,12 @@ from starlette.responses import Response
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.api.app import create_app
 from service.api.problems import render_problem
-from service.config import Settings, load_secret
+from service.config import Settings
 from service.engine.protocol import RETRY_SECONDS
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.engine import RedisEngine
 from service.errors import EngineUnavailable
+from service.secrets import load_secret
 from service.tasks.catalog import Catalogue
 from service.tasks.notices import FleetNotices
 from service.tasks.store import Store

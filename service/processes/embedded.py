@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 
 from models.runtime import Runtime
-from service.config import Settings, load_secret
+from service.background import Companion
+from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Capacity
-from service.operations.health import Companion
 from service.processes.runtime import Serving
 from service.processes.runtime import leave_if_hung as leave_if_hung
+from service.secrets import load_secret
 from service.tasks.store import Store
 
 

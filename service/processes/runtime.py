@@ -18,7 +18,7 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.runtime import RUNTIMES, Runtime
 from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
-from service.engine.outage import Outage
+from service.engine.connection import Outage
 from service.engine.protocol import Engine
 from service.operations.logs import naming
 from service.tasks.catalog import Catalogue

@@ -13,13 +13,15 @@ from functools import partial
 
 from pydantic import SecretStr
 
+from service.api.problems import PROBLEM_HANDLERS
+from service.background import Companion, Companions
 from service.config import Settings
 from service.engine.connection import EngineAway, Reach
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
-from service.operations import metrics as telemetry
-from service.operations.health import Companion, Companions, Health
+from service.operations import metrics
+from service.operations.health import Health
 from service.operations.probes import probes_app
 from service.operations.server import SideServer
 from service.processes.runtime import Serving
@@ -70,7 +72,8 @@ class FleetWorker:
         """
         for caught in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(caught, self.stop)
-        beside = SideServer(probes_app(self.health), host, port) if port is not None else None
+        app = probes_app(self.health, PROBLEM_HANDLERS)
+        beside = SideServer(app, host, port) if port is not None else None
         if beside:
             logger.info("probes and metrics are on %s port %d", host, beside.port)
         async with beside.serving() if beside else nullcontext():
@@ -134,7 +137,7 @@ class FleetWorker:
 
     async def _forget(self, task: str) -> None:
         if task not in self.serving.tasks:
-            telemetry.forget(task)
+            metrics.forget(task)
 
     async def _close(self) -> None:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
 from models.integrity import base_folder
-from service.operations.health import passed
+from service.background import passed
 from service.operations.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature
 

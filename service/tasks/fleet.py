@@ -14,8 +14,8 @@ import time
 from collections.abc import Collection, Sequence
 
 from models.adaptation.plan import Status
+from service.background import Companion
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
-from service.operations.health import Companion
 from service.operations.logs import naming
 from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
 from service.tasks.process import JOB, Patience

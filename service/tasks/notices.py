@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
+from service.background import passed
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
-from service.operations.health import passed
 from service.tasks.repository import TaskFolders
 from service.tasks.store import Store
 

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from models.adaptation.plan import EPOCHS, LABELS, NAME_LENGTH, SHOTS, STEPS, Plan, PlanError
-from service.predictions.schemas import invalid_field
+from service.validation import invalid_field
 
 STATES = Literal["queued", "running", "ready", "failed", "cancelled"]
 _SET_NAME_LENGTH = 64

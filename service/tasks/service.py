@@ -17,11 +17,11 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.predictions.schemas import invalid_field
 from service.tasks.catalog import Catalogue, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task
+from service.validation import invalid_field
 
 RETRY_SECONDS = 10
 """Retry-After of a task without an estimate."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from models.adaptation.plan import Status
-from service.operations import metrics as telemetry
-from service.operations.health import passed
+from service.background import passed
+from service.operations import metrics
 from service.operations.logs import naming
 from service.tasks.process import JOB, Patience, Run
 from service.tasks.repository import TaskFolders
@@ -128,7 +128,7 @@ class Supervisor:
             while not stop.is_set() and self._jobs.held and not run.step():
                 if not run.is_mine:
                     return False
-                telemetry.ADAPTATION_PROGRESS.set(Status.read(job).progress)
+                metrics.ADAPTATION_PROGRESS.set(Status.read(job).progress)
                 await passed(stop, self._patience.look)
             if not self._jobs.held:
                 told = naming(task_id=task.id)
@@ -150,7 +150,7 @@ class Supervisor:
             self._aside[task.id] = time.monotonic() + self._patience.aside, run
             return False
         finally:
-            telemetry.ADAPTATION_PROGRESS.set(float("nan"))
+            metrics.ADAPTATION_PROGRESS.set(float("nan"))
             run.stop()  # Where the supervisor itself is cancelled.
         return True
 
@@ -175,6 +175,6 @@ def count_end(task: Task | None) -> None:
         return
     name, named = (task.id, naming(task_id=task.id)) if task else ("(removed)", None)
     logger.info("adaptation of task %s: %s", name, status.state, extra=named)
-    telemetry.ADAPTATIONS.labels(outcome=status.state).inc()
+    metrics.ADAPTATIONS.labels(outcome=status.state).inc()
     if status.started is not None and status.finished is not None:
-        telemetry.ADAPTATION_SECONDS.observe(max(0.0, status.finished - status.started))
+        metrics.ADAPTATION_SECONDS.observe(max(0.0, status.finished - status.started))

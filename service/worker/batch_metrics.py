@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.logs import about
 from service.worker.batching import Slice
 from service.worker.model import Model
@@ -18,12 +18,12 @@ def measure(model: Model, task: str | None, batch: Sequence[Slice], seconds: flo
     """Count a batch that took so long; of no task where that is gone: its series would stay."""
     rows = sum(part.rows for part in batch)
     if task is not None:
-        telemetry.ROWS.labels(task=task).inc(rows)
-        telemetry.BATCHES.labels(task=task).inc()
-    telemetry.BATCH_ROWS.observe(rows)
-    telemetry.PADDING_ROWS.inc(model.padding(rows))
-    telemetry.BATCH_SECONDS.observe(seconds)
-    telemetry.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
+        metrics.ROWS.labels(task=task).inc(rows)
+        metrics.BATCHES.labels(task=task).inc()
+    metrics.BATCH_ROWS.observe(rows)
+    metrics.PADDING_ROWS.inc(model.padding(rows))
+    metrics.BATCH_SECONDS.observe(seconds)
+    metrics.BATCH_JOBS.observe(len({part.lease.job.id for part in batch}))
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%d rows in %.4f s", rows, seconds, extra=about_batch(batch))
 

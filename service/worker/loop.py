@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from models.memory import let_go_of
 from models.smoothing import Rows
-from service.engine.connection import LEAVING_SECONDS, EngineAway, Reach
+from service.engine.connection import LEAVING_SECONDS, EngineAway, Outage, Reach
 from service.engine.limits import distinct
-from service.engine.outage import Outage
 from service.engine.protocol import Engine, Lease, Worker
 from service.worker.batch_metrics import about_batch, measure
 from service.worker.batching import Slice

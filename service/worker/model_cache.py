@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
 from models.smoothing import Numerics, Rows, SmoothedModel
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.logs import naming
 from service.worker.backoff import Refusal
 from service.worker.compute import DeviceFailed
@@ -330,7 +330,7 @@ class TaskModel:
                 self.digest[:16],
                 extra=self._named,
             )
-            telemetry.SHAPES_LOWERED.inc()
+            metrics.SHAPES_LOWERED.inc()
 
 
 def _halved(rows: int) -> int:

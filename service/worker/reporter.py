@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from service.engine.connection import EngineAway, Reach
 from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
-from service.operations import metrics as telemetry
+from service.operations import metrics
 from service.operations.logs import about
 from service.worker.model import ModelUnavailable
 
@@ -56,11 +56,11 @@ class Outcomes:
             await self._reach.insist(lambda: self._engine.release(leases), self._seconds)
         except EngineAway:
             logger.warning("%d shards go back only when their leases run out", len(leases))
-            telemetry.SHARDS.labels(outcome="lost").inc(len(leases))
+            metrics.SHARDS.labels(outcome="lost").inc(len(leases))
         except Exception:
             logger.exception("%d shards could not be handed back", len(leases))
         else:
-            telemetry.SHARDS.labels(outcome="released").inc(len(leases))
+            metrics.SHARDS.labels(outcome="released").inc(len(leases))
 
     async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
         try:
@@ -71,13 +71,13 @@ class Outcomes:
             logger.error("votes were refused: %s", error, extra=about([lease.job]))
             await self._fail(lease, _problem(lease, error))
         else:
-            telemetry.SHARDS.labels(outcome="committed" if counted else "refused").inc()
+            metrics.SHARDS.labels(outcome="committed" if counted else "refused").inc()
 
     async def _fail(self, lease: Lease, problem: Problem) -> None:
         await self._reach.insist(
             lambda: self._engine.fail(lease, problem.document()), self._seconds
         )
-        telemetry.SHARDS.labels(outcome="failed").inc()
+        metrics.SHARDS.labels(outcome="failed").inc()
 
     def _report(self, report: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(_logged(report))
@@ -97,6 +97,6 @@ async def _logged(report: Coroutine[Any, Any, None]) -> None:
     try:
         await report
     except (EngineAway, asyncio.CancelledError):
-        telemetry.SHARDS.labels(outcome="lost").inc()
+        metrics.SHARDS.labels(outcome="lost").inc()
     except Exception:
         logger.exception("the outcome of a shard could not be reported")

@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
-from service.engine.memory_state import Bell
 from service.engine.redis.client import BACKOFF
+from service.engine.signal import Bell
 
 _STEADY_SECONDS = 5.0
 _SILENCE_SECONDS = 5.0

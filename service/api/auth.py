@@ -1,0 +1,39 @@
+"""Callers and their keys."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from service.errors import Unauthorized
+
+_bearer = HTTPBearer(auto_error=False, description="A key, where the service has any.")
+
+
+def caller(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+) -> str | None:
+    """The name that the bearer key belongs to, or None where everyone may call.
+
+    Keys are looked up by their SHA-256, so that timing says nothing about them. Raises
+    Unauthorized without a known key.
+    """
+    callers: Mapping[bytes, str] = request.app.state.callers
+    if not callers:
+        return None
+    if credentials is None:
+        raise Unauthorized("Send a key: Authorization: Bearer <key>")
+    name = owner_of(credentials.credentials, callers)
+    if name is None:
+        raise Unauthorized("The key is not known here")
+    return name
+
+
+def owner_of(key: str, callers: Mapping[bytes, str]) -> str | None:
+    """The name that a key belongs to, or None where it is not known."""
+    return callers.get(hashlib.sha256(key.encode()).digest())

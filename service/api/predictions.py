@@ -1,0 +1,205 @@
+"""Endpoints of predictions and their jobs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request
+from sse_starlette import EventSourceResponse, JSONServerSentEvent
+from starlette.responses import JSONResponse, Response
+
+from service import errors
+from service.api.auth import caller
+from service.api.problems import KEYED, problem_responses
+from service.api.requests import Preferences, read_question
+from service.jobs import State
+from service.predictions.results import example
+from service.predictions.schemas import (
+    JobResponse,
+    ModelResponse,
+    ModelsResponse,
+    PredictRequest,
+    PredictResponse,
+)
+from service.predictions.service import Predictions, job_lost
+
+
+def _predictions(request: Request) -> Predictions:
+    predictions: Predictions = request.app.state.predictions
+    return predictions
+
+
+Caller = Annotated[str | None, Depends(caller)]
+Desk = Annotated[Predictions, Depends(_predictions)]
+
+routes = APIRouter(dependencies=[Depends(caller)], responses=KEYED)
+
+
+def _question_schema(**encoding: str) -> dict[str, Any]:
+    schema = PredictRequest.model_json_schema()
+    description = schema["properties"]["image"]["description"]
+    schema["properties"]["image"] = {"type": "string", "description": description, **encoding}
+    return {"schema": schema}
+
+
+@routes.post(
+    "/predict",
+    tags=["predictions"],
+    response_model=PredictResponse,
+    responses={
+        200: {"content": {"application/json": {"example": example().model_dump(mode="json")}}},
+        202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
+        **problem_responses(
+            errors.MalformedRequest,
+            errors.NotFound,
+            errors.BodyTimeout,
+            errors.JobCancelled,
+            errors.TaskFailed,
+            errors.TooLarge,
+            errors.UnsupportedMedia,
+            errors.InvalidField,
+            errors.InvalidImage,
+            errors.IdempotencyMismatch,
+            errors.ShardDead,
+            errors.TaskUnusable,
+            errors.TaskAmbiguous,
+            errors.QuotaExceeded,
+            errors.TooManyOpen,
+            errors.Backlog,
+            errors.TaskNotReady,
+            errors.EngineUnavailable,
+            errors.JobLost,
+            errors.Overloaded,
+            errors.DeadlinePassed,
+        ),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": _question_schema(format="binary"),
+                "application/json": _question_schema(contentEncoding="base64"),
+            },
+        }
+    },
+)
+async def predict(
+    request: Request,
+    desk: Desk,
+    owner: Caller,
+    prefer: Annotated[
+        list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="Makes a retry find the first's job"),
+    ] = None,
+) -> Any:
+    """Classify an image, with a radius inside which the label is proven stable.
+
+    A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
+    """
+    settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
+    asked = await desk.resolved(await read_question(request, settings.max_body_bytes))
+    job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
+    request.state.job, request.state.task = job_id, asked.task
+    del asked  # The image of a caller who waits would fill the memory.
+    request.state.body.release()
+    wait = preferences.seconds(settings.wait_seconds)
+    leaving = None if idempotency_key else partial(_left, request)
+    if (status := await desk.ended(job_id, wait, leaving)) is not None:
+        return desk.answer(status)
+    if preferences.respond_async:
+        return _accepted(desk.told(await desk.status(job_id, owner)))
+    detail = f"Not ready after {wait} s; the job goes on: ask for /jobs/{job_id}"
+    raise errors.DeadlinePassed(detail, job=job_id)
+
+
+async def _left(request: Request) -> None:
+    """Returns when the caller has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _accepted(job: JobResponse) -> Response:
+    headers = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+    return JSONResponse(job.model_dump(mode="json"), 202, headers)
+
+
+@routes.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
+async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
+    """A job as it stands; `result` is what the waiting call would have answered."""
+    return desk.told(await desk.status(id, owner))
+
+
+@routes.delete(
+    "/jobs/{id}", tags=["jobs"], status_code=204, responses=problem_responses(errors.NotFound)
+)
+async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
+    """Cancel a job and erase it at once, image and all."""
+    await desk.status(id, owner)
+    await desk.engine.forget(id)
+
+
+@routes.get(
+    "/jobs/{id}/events",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "`progress` events, then one `result` or `problem`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problem_responses(errors.NotFound),
+    },
+)
+async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceResponse:
+    """A job's progress as server-sent events, ending with its result or its problem."""
+    await desk.status(id, owner)
+    return EventSourceResponse(_events(desk, id))
+
+
+async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
+    status = None
+    try:
+        async for status in desk.engine.watch(job_id):
+            job = desk.told(status).model_dump(mode="json")
+            if status.state is State.SUCCEEDED:
+                yield JSONServerSentEvent(job["result"], event="result")
+            elif status.state.ended:
+                yield JSONServerSentEvent(job["problem"], event="problem")
+            else:
+                progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
+                yield JSONServerSentEvent(progress, event="progress")
+        if status is None or not status.state.ended:
+            raise job_lost(job_id)
+    except errors.Problem as problem:
+        yield JSONServerSentEvent(problem.document(), event="problem")
+
+
+@routes.get("/models", tags=["predictions"])
+async def get_models(desk: Desk) -> ModelsResponse:
+    """Every task that can be asked for, its labels, and whether a worker serves it now."""
+    capacity = await desk.engine.capacity()
+    served = {task: capacity.digests_of(task, bundle) for task, bundle in desk.tasks.items()}
+    return ModelsResponse(
+        models=[
+            ModelResponse(
+                task=task,
+                name=bundle.name,
+                id=bundle.id,
+                labels=list(bundle.labels),
+                resolution=bundle.resolution,
+                denoiser=bundle.denoiser.kind,
+                classifier=bundle.classifier.kind,
+                licence=bundle.licence,
+                k=bundle.k,
+                largest_sigma=bundle.largest_sigma,
+                bundle=next(iter(served[task]), None),
+                ready=bool(served[task]),
+            )
+            for task, bundle in desk.tasks.items()
+        ]
+    )

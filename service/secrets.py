@@ -1,0 +1,137 @@
+"""The secret that every noise key is made from: made once, and read from a private file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from pathlib import Path
+
+from models.files import written_once
+from service.config import SecretError, variable
+
+logger = logging.getLogger("vouchsafe")
+
+SECRET_BYTES = 32
+
+
+_MARK = "noise.sha256"
+
+
+_FOLDERS = {"tasks", "jobs", "models"}
+
+
+def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
+    """The service's noise secret (32 bytes), made on first use.
+
+    It lies in the data directory unless a `file` is given. The folder is made with mode 0700 and
+    the file with 0600, whole or not at all: processes that start together agree on the one whose
+    file came first. Raises SecretError where the file has another length, or others may read it. In
+    the data directory it must be this user's alone, and no link. A given `file` may be as secrets
+    are mounted: a link, root's, readable by its group; but all who share the data directory need
+    the same, and none may lie there.
+
+    Without a `file` an existing data directory is closed to other users (`_close_to_others`). With
+    one it is shared on purpose, and its owner and mode are the operator's choice.
+    """
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own = data_dir / "noise.secret"
+    if file is None:
+        _close_to_others(data_dir)
+        return _made_secret(own, mounted=False)
+    if own.is_symlink() or own.exists():
+        raise SecretError(
+            f"{own}: a secret lies there, where whoever shares the folder may read it; move it to "
+            f"{file}, which VOUCHSAFE_NOISE_SECRET_FILE names"
+        )
+    if not file.exists() and (data_dir / _MARK).exists():
+        raise SecretError(
+            f"{file}: is not there, and {data_dir} was used with a secret: restore it, or delete "
+            f"{data_dir / _MARK} and accept that every image is a new trial"
+        )
+    try:
+        secret = _made_secret(file, mounted=True)
+    except OSError as error:
+        raise SecretError(f"{file}: is not there, nor to be made: {error.strerror}") from error
+    _check_is_the_folders(data_dir, file, secret)
+    return secret
+
+
+def _close_to_others(folder: Path) -> None:
+    """Give the data directory mode 0700 where others may enter it.
+
+    Raises SecretError for another user's directory, and where the mode cannot or must not be
+    changed: in a directory such as /tmp or a home, what lies there is not Vouchsafe's.
+    """
+    status = folder.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid():
+        raise SecretError(
+            f"{folder}: belongs to another user (uid {status.st_uid}), who could exchange the "
+            f"noise secret in it; name a directory of this user's in {variable('data_dir')}, or, "
+            "for one that is shared on purpose, a private file in "
+            f"{variable('noise_secret_file')}"
+        )
+    if not mode & 0o077:
+        return
+    names = {path.name for path in folder.iterdir()}
+    was_used = bool(names & {"noise.secret", _MARK})
+    if mode & stat.S_ISVTX or not (was_used or names <= _FOLDERS):
+        raise SecretError(
+            f"{folder}: others may enter it (mode {mode:04o}), and it is not Vouchsafe's alone; "
+            f"name a directory of its own in {variable('data_dir')}"
+        )
+    try:
+        folder.chmod(0o700)
+    except OSError as error:
+        raise SecretError(
+            f"{folder}: others may enter it (mode {mode:04o}), and chmod fails: {error.strerror}"
+        ) from error
+    logger.warning("%s: was open to other users (mode %04o); its mode is 0700 now", folder, mode)
+
+
+def _made_secret(path: Path, *, mounted: bool) -> bytes:
+    if not path.is_symlink() and not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written_once(path, os.urandom(SECRET_BYTES))
+    return _read_secret(path, mounted=mounted)
+
+
+def _check_is_the_folders(data_dir: Path, file: Path, secret: bytes) -> None:
+    """Raises SecretError for another secret than the one that the data directory was used with."""
+    path, told = data_dir / _MARK, hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
+    if not path.exists():
+        written_once(path, told.encode())
+    if path.read_text("ascii").strip() != told:
+        raise SecretError(
+            f"{file}: is another secret than the one that {data_dir} was used with; restore that "
+            f"one, or delete {path} and accept that every image is a new trial"
+        )
+
+
+def _read_secret(path: Path, *, mounted: bool) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | (0 if mounted else os.O_NOFOLLOW))
+        try:
+            status, secret = os.fstat(descriptor), os.read(descriptor, SECRET_BYTES + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid() and not (mounted and status.st_uid == 0):
+        raise SecretError(f"{path}: belongs to another user, who knows the noise then")
+    if mode & 0o077 and not mounted:
+        raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
+    if mode & 0o027:
+        raise SecretError(
+            f"{path}: others may read it, or its group write it (mode {mode:04o}); 0400, 0440 and "
+            "0600 are well"
+        )
+    if len(secret) != SECRET_BYTES:
+        raise SecretError(
+            f"{path}: holds {len(secret)} bytes where a secret has {SECRET_BYTES}; restore it from "
+            "a backup, or delete it and accept that every image is a new trial"
+        )
+    return secret
