@@ -24,7 +24,7 @@ from tests import deepfloyd
 from tests.adapting import wait_until
 from tests.hub_server import Hub, serving
 
-MAIN = "from service import cli; cli.main()"
+MAIN = "from service.cli import main; main.main()"
 COMMITS = {SOURCES[name].repository: SOURCES[name].revision for name in FETCHABLE["if-ii-l"]}
 STAGE1, STAGE2, CLIP = FETCHABLE["if-ii-l"]
 runner = CliRunner()
