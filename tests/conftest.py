@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from benchmarks.redis_server import RedisServer
-from tests.serving import Service, serving
+from tests.support.serving import Service, serving
 
 # A busy machine is slow, not wrong: no example has a deadline, nor the making of them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

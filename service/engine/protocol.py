@@ -1,7 +1,7 @@
 """The engine's contract: what stands between the door and the workers.
 
-Every implementation passes tests/test_engine_conformance.py: leases, attempts, dead letters, a
-bounded backlog.
+Every implementation passes tests/integration/engine/test_conformance.py: leases, attempts, dead
+letters, a bounded backlog.
 """
 
 from __future__ import annotations

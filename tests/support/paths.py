@@ -1,0 +1,9 @@
+"""Where tests find the repository, their data, and what lies beside the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+SHARED = ROOT.parent / "shared"
