@@ -23,7 +23,7 @@ def read(**fields: Any) -> PredictRequest:
 def refusal(**fields: Any) -> InvalidField:
     with pytest.raises(ValidationError) as refused:
         read(**fields)
-    return invalid_fields(refused.value.errors())
+    return invalid_fields(refused.value.errors(), PredictRequest)
 
 
 def test_defaults() -> None:
@@ -79,7 +79,7 @@ def test_numbers_are_finite(value: str) -> None:
     """Not-a-number and infinity are refused, and the document is still JSON."""
     with pytest.raises(ValidationError) as refused:
         PredictRequest.model_validate({"image": b"", "sigma": value})
-    document = invalid_fields(refused.value.errors()).document()
+    document = invalid_fields(refused.value.errors(), PredictRequest).document()
     assert document["errors"][0]["field"] == "sigma"
     json.dumps(document, allow_nan=False)
     json.dumps(refusal(sigma=float(value)).document(), allow_nan=False)
@@ -106,7 +106,7 @@ def test_the_missing_field_is_suggested() -> None:
     """One unknown field where a required one is missing is taken for it, and reported once."""
     with pytest.raises(ValidationError) as refused:
         PredictRequest.model_validate({"file": b"GIF89a", "sgima": "1"})
-    document = invalid_fields(refused.value.errors()).document()
+    document = invalid_fields(refused.value.errors(), PredictRequest).document()
     assert [error["field"] for error in document["errors"]] == ["file", "sgima"]
     assert "there is no field 'file'; did you mean image?" in document["detail"]
     assert "GIF" not in json.dumps(document)
@@ -150,7 +150,7 @@ def test_image_is_required() -> None:
     """A question without an image says which field is missing and repeats nothing else."""
     with pytest.raises(ValidationError) as refused:
         PredictRequest.model_validate_json('{"task": "default"}', strict=True)
-    (explained,) = invalid_fields(refused.value.errors()).document()["errors"]
+    (explained,) = invalid_fields(refused.value.errors(), PredictRequest).document()["errors"]
     assert explained == {"field": "image", "detail": "Field required"}
 
 
