@@ -1,12 +1,12 @@
-"""A real redis-server on a free port, its append-only file in a folder of its own."""
+"""A real redis-server on a socket in a temporary folder, which no other process can take."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import signal
-import socket
 import subprocess
+import tempfile
 import time
 from asyncio import StreamReader, StreamWriter
 from pathlib import Path
@@ -22,13 +22,17 @@ class RedisServer:
     """A server that tests start, kill and start again on the same append-only file."""
 
     def __init__(self, folder: Path, appendfsync: str = "everysec") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        # The path of a socket has 107 bytes at most, so its folder is not the server's own.
+        self._socket_folder = tempfile.TemporaryDirectory(prefix="redis-")
+        self.socket = f"{self._socket_folder.name}/redis.sock"
+        self.url = self.url_for("")
         self._folder = folder
         self._appendfsync = appendfsync
         self._process: subprocess.Popen[bytes] | None = None
+
+    def url_for(self, user: str, database: int = 0) -> str:
+        """Its URL for a user, as `name:password`."""
+        return f"unix://{user and user + '@'}{self.socket}?db={database}"
 
     def start(self, **more: str | int) -> None:
         """Returns once the server answers, with its data loaded; `more` are options of its own."""
@@ -49,8 +53,8 @@ class RedisServer:
         if (program := shutil.which("redis-server")) is None:
             raise RuntimeError("redis-server is not installed")
         options = {
-            "port": self.port,
-            "bind": "127.0.0.1",
+            "port": 0,
+            "unixsocket": self.socket,
             "dir": self._folder,
             "save": "",
             "appendonly": "yes",
@@ -89,10 +93,10 @@ class LosingReplies:
     The request is executed, and its connection cut. `lost` counts these.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, socket: str) -> None:
         self.marker = b""
         self.lost = 0
-        self._port = port
+        self._socket = socket
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -104,7 +108,7 @@ class LosingReplies:
         await self._server.wait_closed()
 
     async def _serve(self, client: StreamReader, to_client: StreamWriter) -> None:
-        server, to_server = await asyncio.open_connection("127.0.0.1", self._port)
+        server, to_server = await asyncio.open_unix_connection(self._socket)
         marked = asyncio.Event()
 
         async def requests() -> None:

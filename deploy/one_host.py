@@ -94,12 +94,13 @@ class OneHost:
         place = self._folder / "redis"
         place.mkdir()
         server = self._server = RedisServer(place)
-        self.make_secrets(f"127.0.0.1:{server.port}")
+        port = str(free_port())
+        self.make_secrets(f"127.0.0.1:{port}")
         server.url = (self.secrets / "vouchsafe_redis_url").read_text().strip()
         for name, value in _options((ROOT / "docker" / "redis.conf").read_text()).items():
             self._options[name] = self.here(value, f"redis.conf, {name}")
-        self.otherwise("redis.conf, port", self._options["port"], server.port)
-        self._options["port"] = str(server.port)
+        self.otherwise("redis.conf, port", self._options["port"], port)
+        self._options["port"] = port
         try:
             self.start_redis()
             yield

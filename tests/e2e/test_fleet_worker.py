@@ -351,7 +351,7 @@ def test_what_it_cannot_work_with_is_told(server: RedisServer, tmp_path: Path) -
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    wrong = server.url.replace("redis://", "redis://:s3cret@")
+    wrong = server.url_for(":s3cret")
     urls = {"no-url": None, "password": wrong, "damaged": server.url}
     ended = subprocess.run(  # noqa: S603
         [sys.executable, "-c", FORKED, json.dumps(urls), str(tmp_path)],

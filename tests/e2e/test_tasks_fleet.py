@@ -513,7 +513,7 @@ async def test_least_rights_are_enough(own_server: RedisServer, own_fleet: Fleet
     await own_fleet.redis.execute_command(
         "ACL", "SETUSER", "fleet", "on", ">s3cret", keys, *rights.split()
     )
-    url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
+    url = own_server.url_for("fleet:s3cret")
     fleet = Fleet(url, own_fleet.data_dir)
     fleet.prefix, fleet.stream = own_fleet.prefix, own_fleet.stream
     notices = FleetNotices(fleet.store, fleet.adaptations())

@@ -10,9 +10,11 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ConnectionError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
 )
 
@@ -41,8 +43,12 @@ async def check_server(url: SecretStr, engine: RedisEngine) -> None:
             await _warn_of_eviction(redis)
     except (ReadOnlyError, OutOfMemoryError):
         raise
-    except (AuthenticationError, AuthorizationError, ResponseError) as error:
-        raise RedisUnsuitable(f"the Redis of VOUCHSAFE_REDIS_URL refuses: {error}") from error
+    except RedisError as error:
+        # Over a Unix socket redis-py raises a refusal as the cause of a ConnectionError.
+        refusal = error.__cause__ if isinstance(error, ConnectionError) else error
+        if not isinstance(refusal, AuthenticationError | AuthorizationError | ResponseError):
+            raise
+        raise RedisUnsuitable(f"the Redis of VOUCHSAFE_REDIS_URL refuses: {refusal}") from error
 
 
 async def _check_version(redis: Redis) -> None:

@@ -548,7 +548,7 @@ async def test_lost_replies_change_nothing(redis_server: RedisServer, fleet: Fle
     await fleet.engine.fail(other, problem)
     await fleet.engine.cancel("warm")
 
-    async with LosingReplies(redis_server.port) as gap:
+    async with LosingReplies(redis_server.socket) as gap:
         engine = RedisEngine(connect(gap.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
         await engine.pull(ALPHA, 1)
         gap.marker = b'"id":"a"'
@@ -816,7 +816,7 @@ async def test_least_rights_are_enough(
     await admin.execute_command(
         "ACL", "SETUSER", "fleet", "on", ">s3cret", f"~{PREFIX}*", f"&{PREFIX}*", *rights.split()
     )
-    url = own_server.url.replace("redis://", "redis://fleet:s3cret@")
+    url = own_server.url_for("fleet:s3cret")
     engine = RedisEngine.from_settings(Settings(redis_url=url, shard_rows=SHARD_ROWS))
     monkeypatch.setattr(engine, "_poll_seconds", 60.0)
     worker = asyncio.create_task(engine.pull(ALPHA, 100))

@@ -223,7 +223,7 @@ async def test_a_lost_reply_restarts_once(redis_server: RedisServer, fleet: Flee
     await fleet.engine.submit(make_job("warm"))  # From here on Redis knows the script.
     await fleet.engine.restart("warm", NEW, KEY)
     await fleet.engine.cancel("warm")
-    async with LosingReplies(redis_server.port) as gap:
+    async with LosingReplies(redis_server.socket) as gap:
         engine = RedisEngine(connect(gap.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
         await engine.submit(make_job("a"))
         await compute(engine, await engine.pull(ALPHA, 20))

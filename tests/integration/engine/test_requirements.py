@@ -37,7 +37,7 @@ async def user(server: RedisServer, *rights: str) -> AsyncIterator[str]:
     admin: Redis = Redis.from_url(server.url)
     name = f"user-{secrets.token_hex(4)}"
     await admin.execute_command("ACL", "SETUSER", name, "on", ">s3cret", *rights)
-    yield server.url.replace("redis://", f"redis://{name}:s3cret@")
+    yield server.url_for(f"{name}:s3cret")
     await admin.execute_command("ACL", "DELUSER", name)
     await admin.aclose()
 
@@ -74,13 +74,13 @@ async def test_missing_rights_are_refused(
     assert "s3cret" not in str(told.value)
 
 
-@pytest.mark.parametrize("change", [("redis://", "redis://:wrong@"), ("/0", "/99")])
+@pytest.mark.parametrize(("user", "database"), [(":wrong", 0), ("", 99)])
 async def test_wrong_password_or_database_is_refused(
-    redis_server: RedisServer, change: tuple[str, str]
+    redis_server: RedisServer, user: str, database: int
 ) -> None:
     """So is a password that is not the user's, and a database that is not there."""
     with pytest.raises(RedisUnsuitable, match="refuses"):
-        await check(redis_server.url.replace(*change))
+        await check(redis_server.url_for(user, database))
 
 
 async def test_old_server_is_refused() -> None:
