@@ -3,10 +3,12 @@ PYTHON ?= python3.11
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+# As many processes as cores, four at most: each takes a GB or two.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 # The releases of Python for which requirements.lock resolves; as in pyproject.toml.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: setup serve test check check-deploy format bench demo lock clean
+.PHONY: setup serve test test-fast test-long check check-deploy format bench demo lock clean
 
 setup: $(VENV)/.ready
 
@@ -22,7 +24,14 @@ serve: setup
 	$(BIN)/vouchsafe serve --port $(PORT)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: setup
+	$(PYTEST) tests/unit
+
+test-long: setup
+	$(PYTEST) --long
+	$(BIN)/python -m benchmarks.reliability
 
 check: setup
 	$(BIN)/ruff check .

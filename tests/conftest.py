@@ -1,3 +1,5 @@
+"""What every test may ask for; each process of a parallel run computes on one core."""
+
 from __future__ import annotations
 
 import gc
@@ -15,6 +17,23 @@ from tests.support.serving import Service, serving
 # A busy machine is slow, not wrong: no example has a deadline, nor the making of them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long forms too: make test-long")
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # Before torch is imported, here and in children.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="a long form: make test-long runs it"))
 
 
 @pytest.fixture(autouse=True)

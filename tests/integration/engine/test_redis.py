@@ -883,7 +883,8 @@ async def test_every_key_expires(fleet: Fleet) -> None:
     assert await timeless() == []
 
 
-async def test_nothing_grows(own_server: RedisServer) -> None:
+@pytest.mark.parametrize("weighs", [False, pytest.param(True, marks=pytest.mark.long)])
+async def test_nothing_grows(own_server: RedisServer, weighs: bool) -> None:
     """After a load the streams are gone at once, and keys and memory once the retention is over.
 
     With leases this long only the first pull reconciles, and whose keys last as long stay.
@@ -936,12 +937,13 @@ async def test_nothing_grows(own_server: RedisServer) -> None:
 
     await engine.pull(ALPHA, 1)
     await load("warm")
-    keys, idle = await lasting(), await memory()
+    keys, idle = await lasting(), await memory() if weighs else 0
     for number in range(3):
         await load(f"load-{number}")
         assert await lasting() == keys
-    assert await memory() <= idle + 20_000
-    assert connections[-1] <= connections[0] + 1  # Each load is one more, where it leaks.
+    if weighs:
+        assert await memory() <= idle + 20_000
+        assert connections[-1] <= connections[0] + 1  # Each load is one more, where it leaks.
     await fleet.close()
 
 
