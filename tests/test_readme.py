@@ -38,6 +38,7 @@ from service import errors
 from service.cli.main import app as command_line
 from service.config import PREFIX, Settings
 from service.predictions.schemas import PredictRequest
+from service.tasks.schemas import TaskRequest
 from tests.serving import Service
 
 ROOT = next(folder for folder in Path(__file__).parents if folder.name == "tests").parent
@@ -317,8 +318,9 @@ async def test_the_reference_is_whole(service: Service) -> None:
     calls = {f"{method.upper()} {path}" for path, item in paths.items() for method in item}
     pages = {"GET /", "GET /docs", "GET /openapi.json"}
     assert set(re.findall(r"`([A-Z]+ /[^`]*)`", table("Calls"))) == calls | pages
-    fields = re.findall(r"^\| `(\w+)`", table("Fields of POST /predict"), re.MULTILINE)
-    assert set(fields) == set(PredictRequest.model_fields)
+    for call, kind in {"POST /predict": PredictRequest, "POST /tasks": TaskRequest}.items():
+        rows = re.findall(r"^\| (`\w.*?) \|", table(f"Fields of {call}"), re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(kind.model_fields)
     problems = re.findall(r"^\| `([a-z-]+)` \| (\d+)", table("Problems"), re.MULTILINE)
     kinds: list[type[errors.Problem]] = [errors.Problem, *errors.Problem.__subclasses__()]
     assert {(slug, int(status)) for slug, status in problems} == {
