@@ -22,8 +22,8 @@ set -euo pipefail
 [ "$(id -u)" = 0 ] || { echo "test-images needs root, for namespaces and Debian's packages" >&2 && exit 1; }
 
 TASK='{"labels": ["cat", "dog"], "shots": 1, "steps": 1, "epochs": 0, "name": "images"}'
-LIMIT=300 # Seconds for one request, and for a task.
-DRAIN=45  # Seconds for a worker to stop: it finishes its batch first, in at most 35.
+LIMIT=1200 # Seconds for one request, and for the task: generous, for an adaptation job yields the CPU to others.
+DRAIN=45   # Seconds for a worker to stop: it finishes its batch first, in at most 35.
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp --directory "${TMPDIR:-/var/tmp}/images.XXXXXX")
@@ -31,6 +31,7 @@ export TMPDIR=$work DEBIAN_FRONTEND=noninteractive
 export DOCKER_CONFIG=$work/config DOCKER_HOST=unix://$work/socket
 export PATH=$work/tools/usr/bin:$work/tools/usr/sbin:$PATH
 engine="" network="" # Process ids.
+task=""
 
 say() { printf '== %(%T)T %s\n' -1 "$*"; }
 fail() { echo "$*" >&2 && exit 1; }
@@ -41,7 +42,7 @@ clean_up() {
   status=$?
   set +e
   if [ -n "$engine" ]; then
-    [ $status = 0 ] || { compose logs --tail 20; tail -n 5 "$work/dockerd.log"; } 2>&1
+    [ $status = 0 ] || { compose logs --tail 20; [ -z "$task" ] || call "/tasks/$task"; tail -n 5 "$work/dockerd.log"; } 2>&1
     compose --profile tools down --volumes --timeout 5 >/dev/null 2>&1
     kill "$engine" && wait "$engine"
     [ -z "$network" ] || kill "$network" 2>/dev/null
@@ -131,7 +132,7 @@ END
 build_images() {
   say "images"
   docker compose --profile cpu build --quiet
-  docker image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}'
+  docker image ls --filter dangling=false --format '{{.Repository}}:{{.Tag}} {{.Size}}'
   for image in vouchsafe-api vouchsafe-worker-cpu; do
     found=$(docker run --rm --user 0:0 --entrypoint find "$(docker image ls --quiet "$image")" / -xdev -path /proc -prune -o \
       \( -path '*/bin/pip*' -o -path '*-packages/pip' -o -name 'pip-*.whl' \) -print)
