@@ -24,7 +24,7 @@ serve: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Builds the images and runs docker-compose.yml: root on Debian 12, ten minutes, 25 GB; the script says more.
+# Builds the images and runs docker-compose.yml: root on Debian 12, 10 to 20 minutes, 25 GB.
 test-images:
 	deploy/test_images.sh
 

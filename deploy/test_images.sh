@@ -2,7 +2,7 @@
 # Builds the images and runs docker-compose.yml with a real engine: `make test-images`.
 #
 # Needs root on Debian 12 with python3.11 (3.11.5 or later), Debian's packages and a Python package index. Takes
-# about ten minutes and 25 GB below TMPDIR (/var/tmp). No image registry is used, and Docker need not be installed.
+# 10 to 20 minutes and 25 GB below TMPDIR (/var/tmp). No image registry is used, and Docker need not be installed.
 #
 #   PIP_CONFIG_FILE           pip's settings while images are built; without it pip's defaults
 #   TORCH_INDEX, WORKER_CPUS  as docs/operations.md describes them
@@ -194,7 +194,8 @@ adapt() {
   echo "task $task: $state after $((SECONDS - began)) s"
   [ "$state" = ready ]
   docker compose --profile cpu stop adaptation-cpu
-  echo "worker-cpu alone: $(predict -F "task=$task" | field label)"
+  echo "the task, by worker-cpu alone:"
+  predict -F "task=$task" | field label
   docker compose --profile cpu up --detach --wait --no-build adaptation-cpu
 }
 
