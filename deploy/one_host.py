@@ -1,7 +1,7 @@
 """The fleet of the compose file as processes of one machine, with its settings, and Prometheus.
 
 The environment files, redis.conf, the secrets, prometheus.yml and alerts.yml are the deployed ones.
-What one machine forces to be otherwise is told, a line each.
+Every difference that one machine needs is reported, one line each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "deploy" / "monitoring"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 INTERVALS = {"scrape_interval": "4s", "evaluation_interval": "1s"}
-"""How often Prometheus looks here. A scrape may take as long, and takes 2 s where Redis is away."""
+"""Prometheus's intervals here. A scrape may take that long, and takes 2 s while Redis is down."""
 PROGRAMS = ("redis-server", "prometheus")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = {
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 
 class OneHost:
-    """What containers find at /run/secrets, /var/lib/vouchsafe and /data lies in `folder`."""
+    """Processes of one machine: `folder` has their /run/secrets, /var/lib/vouchsafe and /data."""
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.secrets = folder / "secrets"
@@ -55,7 +55,7 @@ class OneHost:
         self._places = {"/run/secrets": self.secrets, "/var/lib/vouchsafe": self.data}
 
     def here(self, value: str, named: str) -> str:
-        """A setting as it must be here; told where it is another."""
+        """Return a setting's value on this machine; reports a change."""
         found = value
         for place, folder in self._places.items():
             found = re.sub(rf"^{place}(?=/|$)", str(folder), found)
@@ -64,13 +64,13 @@ class OneHost:
         return found
 
     def otherwise(self, named: str, value: object, here: object) -> None:
-        """Tell, once, what is not as it is deployed."""
+        """Report, once, a difference from the deployment."""
         if (line := f"otherwise  {named}: {value} -> {here}") not in self._otherwise:
             self._otherwise.add(line)
             self._say(line)
 
     def settings(self, service: str) -> dict[str, str]:
-        """The service's settings by name, from its environment files."""
+        """Return the service's settings by name, from its environment files."""
         told = {}
         for name in COMPOSE["services"][service]["env_file"]:
             for variable, value in _variables((ROOT / name).read_text()).items():
@@ -79,7 +79,7 @@ class OneHost:
         return told
 
     def make_secrets(self, redis: str) -> None:
-        """The secrets, as the operator makes them; here one user reads them all."""
+        """Make the secrets as an operator does; here one user reads them all."""
         program = ROOT / "docker" / "make_secrets.py"
         command = [sys.executable, str(program), str(self.secrets), "--redis", redis]
         subprocess.run(command, check=True, capture_output=True)  # noqa: S603
@@ -90,7 +90,7 @@ class OneHost:
 
     @contextmanager
     def redis(self) -> Iterator[None]:
-        """redis-server with redis.conf and the ACL file, answering, and its secrets made."""
+        """Run redis-server with redis.conf and the ACL file, after making the secrets."""
         place = self._folder / "redis"
         place.mkdir()
         server = self._server = RedisServer(place)
@@ -108,16 +108,16 @@ class OneHost:
             server.kill()
 
     def start_redis(self) -> None:
-        """Start it, for the first time or again on its files."""
+        """Start Redis, for the first time or on its files."""
         self._server.start(**self._options)
 
     def kill_redis(self) -> None:
-        """kill -9."""
+        """Kill Redis with SIGKILL."""
         self._server.kill()
 
     @contextmanager
     def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
-        """A process of the service, just started; killed at the end. Its log is at `name`."""
+        """Start a process of the service, with its log at `name`; kills it at the end."""
         folder, (_, program, port) = self._folder / name, SERVICES[service]
         command: tuple[str, ...] = program
         settings, described = self.settings(service), COMPOSE["services"][service]
@@ -143,10 +143,10 @@ def _options(text: str) -> dict[str, str]:
 
 
 class Prometheus:
-    """A Prometheus with prometheus.yml and alerts.yml, which looks often.
+    """A Prometheus with prometheus.yml and alerts.yml, and short intervals.
 
-    How long a condition must hold before its alert fires is multiplied by `scale`. Raises
-    httpx.HTTPStatusError for a query that it refuses.
+    `scale` multiplies every `for`, the time that a condition holds before its alert fires.
+    Methods raise httpx.HTTPStatusError for an invalid query.
     """
 
     def __init__(self, folder: Path, host: OneHost, scale: float) -> None:
@@ -159,7 +159,10 @@ class Prometheus:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Ready within; killed at the end. Raises RuntimeError where it ends before it is ready."""
+        """Run Prometheus, ready within; kills it at the end.
+
+        Raises RuntimeError if it ends before it is ready.
+        """
         program = shutil.which("prometheus") or "prometheus"
         command = [program, f"--config.file={self._folder / 'prometheus.yml'}"]
         command += [f"--storage.tsdb.path={self._folder / 'data'}"]
@@ -178,29 +181,29 @@ class Prometheus:
             process.wait()
 
     def follow(self, service: str, process: WorkerProcess) -> str:
-        """Scrape a process of the service from now on; returns its `instance`."""
+        """Return the `instance` of a process of the service, which is scraped from now on."""
         job, instance = SERVICES[service][0], process.url.removeprefix("http://")
         self._targets.setdefault(job, set()).add(instance)
         self._write_targets()
         return instance
 
     def leave(self, instance: str) -> None:
-        """Scrape a process no more, as where its container is gone."""
+        """Stop scraping a process, as when its container is gone."""
         for instances in self._targets.values():
             instances.discard(instance)
         self._write_targets()
 
     def samples(self, query: str) -> list[dict[str, Any]]:
-        """What the query has now: `metric` and `value` of each series."""
+        """Return the query's current series, each with `metric` and `value`."""
         told = self._get("/api/v1/query", query=query)["result"]
         return [{"metric": one["metric"], "value": float(one["value"][1])} for one in told]
 
     def value(self, query: str) -> float:
-        """The one value that the query has now; 0 where it has none."""
+        """Return the query's current value; 0 if it has none."""
         return sum(float(one["value"]) for one in self.samples(query))
 
     def alerts(self, state: str = "firing") -> dict[str, dict[str, Any]]:
-        """The alerts in that state, by name and instance."""
+        """Return the alerts in this state, by name and instance."""
         told = [one for one in self._get("/api/v1/alerts")["alerts"] if one["state"] == state]
         named = [
             " ".join((o["labels"]["alertname"], o["labels"].get("instance", ""))) for o in told
@@ -208,7 +211,7 @@ class Prometheus:
         return {name.strip(): one for name, one in zip(named, told, strict=True)}
 
     def rules(self) -> list[dict[str, Any]]:
-        """The rules as Prometheus has them, with their health."""
+        """Return Prometheus's rules, with their health."""
         return [rule for group in self._get("/api/v1/rules")["groups"] for rule in group["rules"]]
 
     def _get(self, path: str, **parameters: str) -> dict[str, Any]:
@@ -257,15 +260,11 @@ class Prometheus:
             partial.replace(path)
 
 
-def _named(labels: Mapping[str, str]) -> str:
-    return f"{labels['alertname']} {labels.get('instance', '')}".strip()
-
-
 def duration(text: str) -> float:
-    """The seconds of a duration as Prometheus writes it, such as `1h30m`."""
+    """Return the seconds of a duration in Prometheus's format, such as `1h30m`."""
     return sum(float(n) * SECONDS[unit] for n, unit in re.findall(r"(\d+)(ms|s|m|h|d)", text))
 
 
 def missing() -> list[str]:
-    """The programs that are needed and not installed."""
+    """Return the required programs that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program) is None]

@@ -1,11 +1,12 @@
 """A rehearsal of the deployment on this machine: `python -m deploy.rehearse`.
 
-Starts the processes of the compose file (redis-server, the API, a worker, one that runs adaptation
-jobs too) and Prometheus, with the deployed settings (deploy/one_host.py). Asks questions and makes
-a task through the API, looks whether Prometheus has seen it and every query of the dashboard finds
-something, kills the workers, then Redis, and waits for the alerts that must fire, no others, and
-for their end. Prints what it sees; exits with 1 where something is not so. Needs redis-server and
-prometheus.
+1. Starts the processes of the compose file and Prometheus, with the deployed settings
+   (deploy/one_host.py): redis-server, the API, a worker, and one that also runs adaptation jobs.
+2. Requests predictions and a task from the API. Checks that Prometheus counts them and that every
+   query of the dashboard has a value.
+3. Kills the workers, then Redis. Each time the expected alerts must fire, no others, and end.
+
+Prints each step. Exits with 1 if a check fails. Needs redis-server and prometheus.
 """
 
 from __future__ import annotations
@@ -24,53 +25,22 @@ from typing import Any, TypeVar
 import httpx
 
 from benchmarks.fleet import WorkerProcess, picture
+from deploy.expected import COUNTED, EMPTY, STEADY
 from deploy.monitoring.panels import ROWS, filled_in
 from deploy.one_host import OneHost, Prometheus, Say, missing
 
 T = TypeVar("T")
 LIMIT_SECONDS = 300.0
 TASK = {"labels": ["cat", "dog"], "shots": 1, "steps": 1, "epochs": 0, "name": "rehearsed"}
-"""The least that is adapted: half a minute of one core."""
-EMPTY = {"Alerts"}
-"""Panels that have nothing to show while all is well."""
-COUNTED = {
-    "requests": 'sum(vouchsafe_requests_total{route="/predict",status="200"})',
-    "timed requests": 'sum(vouchsafe_request_seconds_count{route="/predict"})',
-    "problems": 'sum(vouchsafe_rejections_total{reason="unauthorized"})',
-    "answers": "sum(vouchsafe_answers_total)",
-    "waits in the queue": "sum(vouchsafe_queue_seconds_count)",
-    "certified radii and abstentions": "sum(vouchsafe_certified_radius_count) + "
-    "(sum(vouchsafe_abstentions_total) or vector(0))",
-    "rows": "sum(vouchsafe_rows_total)",
-    "batches": "sum(vouchsafe_batches_total)",
-    "timed batches": "sum(vouchsafe_batch_seconds_count)",
-    "rows in batches": "sum(vouchsafe_batch_rows_sum)",
-    "shards committed": 'sum(vouchsafe_shards_total{outcome="committed"})',
-    "tasks made": 'sum(vouchsafe_adaptations_total{outcome="ready"})',
-    "seconds of adaptation": "sum(vouchsafe_adaptation_seconds_sum)",
-    "most rows queued": "max(max_over_time(vouchsafe_queue_rows[10m]))",
-    "most adaptations open": "max(max_over_time(vouchsafe_adaptations_open[10m]))",
-    "most progress": "max(max_over_time(vouchsafe_adaptation_progress[10m]) >= 0)",
-}
-"""What is 0 in the beginning, and must not be once questions were answered and a task was made."""
-STEADY = {
-    "workers": ("max(vouchsafe_workers)", 2.0),
-    "processes that reach Redis": ("sum(vouchsafe_engine_up)", 3.0),
-    "Redis writes its files": ("min(vouchsafe_redis_persistence_up)", 1.0),
-    "processes of this release": ("count(vouchsafe_build_info)", 3.0),
-    "rows queued": ("sum(max by (lane) (vouchsafe_queue_rows))", 0.0),
-    "age of the oldest": ("max(vouchsafe_queue_oldest_seconds)", 0.0),
-    "shards given up": ("max(vouchsafe_dead_letters_total)", 0.0),
-}
-"""What must be so when all has been answered."""
+"""The smallest adaptation: half a minute of one core."""
 
 
 class NotSo(Exception):
-    """Something is not as it must be; the message says what, and what it was instead."""
+    """A check failed; the message has what was checked, and the value."""
 
 
 def until(say: Say, what: str, look: Callable[[], T], holds: Callable[[T], object] = bool) -> T:
-    """What `look` returns once that `holds`; raises NotSo where it does not in five minutes."""
+    """Return the first value of `look` that `holds`; raises NotSo after five minutes."""
     began = time.monotonic()
     while not holds(seen := look()):
         if time.monotonic() - began > LIMIT_SECONDS:
@@ -93,7 +63,7 @@ class Rehearsal:
         self._prometheus = Prometheus(folder / "prometheus", self._host, scale)
 
     def begin(self) -> None:
-        """Start everything, and see it scraped and every rule read."""
+        """Start all processes; wait until all are scraped and every rule is evaluated."""
         for service in ("api", "worker-cpu", "adaptation-cpu"):
             self._start(service)
         for service in self._started:
@@ -111,7 +81,7 @@ class Rehearsal:
         self._before = self._counted()
 
     def work(self) -> None:
-        """Questions and a task; Prometheus has seen them, the dashboard too, and nothing fires."""
+        """Request predictions and a task; check the metrics, the dashboard and the alerts."""
         made = self._client.post("/tasks", json=TASK).raise_for_status()
         refused = self._ask(headers={"Authorization": "Bearer wrong"}).status_code
         self._must("a question with a wrong key", refused, 401)
@@ -136,7 +106,7 @@ class Rehearsal:
         self._must("alerts that fire", sorted(self._prometheus.alerts()), [])
 
     def lose_workers(self) -> None:
-        """kill -9 of a worker, which pends an alert, and of the other: the right alerts fire."""
+        """Kill a worker, so that one alert pends, then the other: the expected alerts fire."""
         lost = [self._kill("worker-cpu")]
         pending = partial(self._prometheus.alerts, "pending")
         first = [f"VouchsafeNotScraped {lost[0]}"]
@@ -153,7 +123,7 @@ class Rehearsal:
             self._prometheus.leave(instance)
 
     def recover(self) -> None:
-        """Start a worker again; no alert is left, and both tasks answer."""
+        """Start a worker again; the alerts end, and both tasks are served."""
         self._start("adaptation-cpu")
         self._ready("adaptation-cpu")
         self._is("max(vouchsafe_workers)", 1, "workers")
@@ -163,7 +133,7 @@ class Rehearsal:
             self._must(f"a question to task {task}", status, 200)
 
     def lose_redis(self) -> None:
-        """kill -9 of Redis; the alert of that fires, and none of those on what is not known now."""
+        """Kill Redis; its alert fires, and no alert whose metrics are NaN meanwhile."""
         self._host.kill_redis()
         self._say("killed     redis")
         self._fires(["VouchsafeEngineAway"])
@@ -176,17 +146,17 @@ class Rehearsal:
         self._until("a question, asked again where it is a 503", self._answered)
 
     def end(self) -> None:
-        """SIGTERM ends each process with 0."""
+        """Check that each process exits with 0 after SIGTERM."""
         for service in ("api", "adaptation-cpu"):
             process = self._started[service][0]
             process.process.send_signal(signal.SIGTERM)
             self._must(f"{service}, told to stop, exits with", process.ends(), 0)
 
     def _answered(self) -> bool:
-        """Whether a question is answered: until a worker has found Redis again it is refused."""
+        """Return whether a prediction succeeds; it is a 503 until a worker has reconnected."""
         status = self._ask(mode="predict").status_code
         if status not in (200, 503):
-            raise NotSo(f"a question: {status}, where 200 is right, or 503 for a while")
+            raise NotSo(f"a question: {status}, not 200, nor 503 for a while")
         return status == 200
 
     def _start(self, service: str) -> None:
@@ -209,7 +179,7 @@ class Rehearsal:
         return instance
 
     def _fires(self, names: list[str]) -> None:
-        """These alerts fire in the end, and no others meanwhile."""
+        """Wait until exactly these alerts fire; raises NotSo if another fires meanwhile."""
 
         def firing() -> list[str]:
             found = sorted(self._prometheus.alerts())
@@ -223,7 +193,7 @@ class Rehearsal:
             self._say(f"seen       {name}: {told['summary']}. {told['description']}")
 
     def _sound_rules(self) -> int:
-        """How many rules there are, once all were evaluated; raises NotSo where one fails."""
+        """Return the number of rules, or 0 until all are evaluated; raises NotSo if one fails."""
         rules = self._prometheus.rules()
         if bad := [rule["name"] for rule in rules if rule["health"] == "err"]:
             raise NotSo(f"rules that Prometheus cannot evaluate: {bad}")
@@ -233,7 +203,7 @@ class Rehearsal:
         return {what: self._prometheus.value(query) for what, query in COUNTED.items()}
 
     def _moved(self) -> None:
-        """Every count is more than before."""
+        """Check that every count of COUNTED has grown."""
 
         def unmoved() -> list[str]:
             now = self._counted()
@@ -244,7 +214,7 @@ class Rehearsal:
             self._say(f"seen       {what}: {self._before[what]:g} -> {value:g}")
 
     def _shown(self) -> None:
-        """Every query of the dashboard has something to show."""
+        """Check that every query of the dashboard has a value."""
         panels = [panel for row in ROWS.values() for panel in row if panel.title not in EMPTY]
 
         def blank() -> list[str]:
@@ -269,12 +239,12 @@ class Rehearsal:
         return told
 
     def _is(self, query: str, wanted: float, what: str) -> None:
-        """The query has that value in the end."""
+        """Wait until the query has this value."""
         self._until(what, partial(self._prometheus.value, query), lambda seen: seen == wanted)
 
     def _must(self, what: str, seen: object, wanted: object) -> None:
         if seen != wanted:
-            raise NotSo(f"{what}: {seen}, where {wanted} is right")
+            raise NotSo(f"{what}: {seen}, not {wanted}")
         self._say(f"so         {what}: {seen}")
 
 
@@ -283,7 +253,7 @@ def _has_ended(state: str) -> bool:
 
 
 def rehearse(folder: Path, scale: float, say: Say) -> None:
-    """All of it; raises NotSo, and RuntimeError where a process ends by itself."""
+    """Run the rehearsal; raises NotSo, and RuntimeError if a process ends early."""
     with ExitStack() as stack:
         rehearsal = Rehearsal(folder, scale, say, stack)
         try:
@@ -296,7 +266,7 @@ def rehearse(folder: Path, scale: float, say: Say) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=0.1, help="of every `for` (%(default)s)")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Makes the secrets of a fleet, once, as files: `python3 docker/make_secrets.py docker/secrets`.
+"""Makes the secrets of a fleet as files: `python3 docker/make_secrets.py docker/secrets`.
 
-It needs Python alone. What is there already is never overwritten, so a second run adds only what is
-missing; what belongs together, such as a password and its hash, is made together or not at all. Run
-as root it gives each file to the user whose container reads it.
+The script needs only Python. It never overwrites a file: a second run adds the missing ones. Files
+that belong together, such as a password and its hash, are made together or not at all. If root runs
+the script, each file belongs to the user whose container reads it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ RIGHTS = (
     "~{vouchsafe}:* &{vouchsafe}:* -@all +@read +@write +@pubsub +@scripting +@connection "
     "+@transaction -@dangerous -function -script -scan -randomkey -dbsize +time +info"
 )
-"""What the service may do in Redis: its own keys and channels, and INFO for the metrics."""
+"""The service's rights in Redis: keys and channels below its prefix, and INFO for the metrics."""
 
 
 def main() -> int:
-    """Make what is missing; returns the exit status."""
-    asked = argparse.ArgumentParser(description="Makes the secrets of a fleet, once, as files.")
-    asked.add_argument("folder", type=Path, help="where the files are to lie")
-    asked.add_argument(
-        "--redis", default="redis:6379", metavar="HOST:PORT", help="where Redis is (%(default)s)"
+    """Return the exit status. Makes the missing files."""
+    parser = argparse.ArgumentParser(description="Makes the secrets of a fleet as files.")
+    parser.add_argument("folder", type=Path, help="the folder of the files")
+    parser.add_argument(
+        "--redis", default="redis:6379", metavar="HOST:PORT", help="address of Redis (%(default)s)"
     )
-    options = asked.parse_args()
+    options = parser.parse_args()
     folder = options.folder
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -38,24 +38,22 @@ def main() -> int:
     except (OSError, Incomplete) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{folder}: made {', '.join(made)}" if made else f"{folder}: all are there, none was made"
-    )
+    print(f"{folder}: made {', '.join(made)}" if made else f"{folder}: complete, none was made")
     if made and os.geteuid() != 0:
         print(
-            f"They are user {os.geteuid()}'s alone; containers of other users cannot read them. "
-            "Run this as root to give them away",
+            f"The files belong to user {os.geteuid()}: containers of other users cannot read them. "
+            "Run this as root to give each file to its container's user",
             file=sys.stderr,
         )
     return 0
 
 
 class Incomplete(RuntimeError):
-    """Files that belong together are there in part."""
+    """Some of the files that belong together are missing, not all."""
 
 
 def make(folder: Path, redis: str) -> list[str]:
-    """Make the missing files of the folder and return their names.
+    """Return the names of the files made: those that the folder lacked.
 
     Raises Incomplete, and OSError.
     """
@@ -84,8 +82,8 @@ def make(folder: Path, redis: str) -> list[str]:
         missing = [name for name, _, _ in group if not (folder / name).exists()]
         if missing and len(missing) < len(group):
             raise Incomplete(
-                f"{folder}: {', '.join(missing)} is missing beside what belongs to it; restore it "
-                f"from a backup, or remove {', '.join(name for name, _, _ in group)} together"
+                f"{folder}: {', '.join(missing)} is missing, but not what belongs to it; "
+                f"restore it from a backup, or remove {', '.join(name for name, _, _ in group)}"
             )
         for name, owner, content in group if missing else ():
             _write(folder / name, owner, content)
@@ -94,7 +92,7 @@ def make(folder: Path, redis: str) -> list[str]:
 
 
 def _write(path: Path, owner: int, content: bytes | str) -> None:
-    """Make the file, mode 0600, whole: under another name first."""
+    """Write the file with mode 0600, under another name first so that it is never partial."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -109,7 +107,7 @@ def _write(path: Path, owner: int, content: bytes | str) -> None:
 
 
 def _sha256(password: str) -> str:
-    """A password as an ACL file has it."""
+    """Return the hash of a password, as in an ACL file."""
     return hashlib.sha256(password.encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
-"""The Grafana dashboard: `python -m deploy.monitoring.dashboard` writes dashboard.json anew.
+"""The Grafana dashboard: `python -m deploy.monitoring.dashboard` writes dashboard.json.
 
-Panels are changed in panels.py, not in the JSON. Grafana asks whichever Prometheus the dashboard's
+Change panels in panels.py, not in the JSON. Grafana queries the Prometheus that the dashboard's
 `datasource` variable names.
 """
 
@@ -14,13 +14,13 @@ from deploy.monitoring.panels import ROWS, Panel
 
 PATH = Path(__file__).with_name("dashboard.json")
 SCHEMA_VERSION = 39
-"""What Grafana 10.4 and later read as it stands; newer ones migrate it as they load it."""
+"""The schema of Grafana 10.4; later releases migrate it when they load the dashboard."""
 COLUMNS, HEIGHT = 24, 8
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def dashboard() -> dict[str, Any]:
-    """The document that Grafana reads."""
+    """Return the document that Grafana reads."""
     panels: list[dict[str, Any]] = []
     top = 0
     for title, row in ROWS.items():
@@ -53,8 +53,8 @@ def dashboard() -> dict[str, Any]:
 
 
 def _drawn(panel: Panel) -> dict[str, Any]:
-    """A panel as Grafana has it, but for its id and its place."""
-    steps = [{"value": value, "color": colour} for value, colour in panel.steps]
+    """Return a panel in Grafana's format, without its id and place."""
+    steps = [{"value": value, "color": color} for value, color in panel.steps]
     defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute"}, "min": 0}
     defaults["thresholds"]["steps"] = steps
     if panel.most is not None:

@@ -1,4 +1,4 @@
-"""What the dashboard shows: its rows, their panels, and the queries of these."""
+"""The dashboard's rows, their panels, and the panels' queries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROBES = 'route!~"/livez|/readyz|/startupz|/metrics"'
 class Panel:
     """A panel of `width` columns: `queries` maps a legend (Grafana's format) to PromQL.
 
-    `steps` colour it: (from this value on, colour), the first of them from below everything.
+    `steps` color the value: pairs of a lower bound and a color; the first has no bound.
     """
 
     title: str
@@ -29,18 +29,18 @@ class Panel:
 
 
 def quantiles(metric: str, *shares: float, where: str = "") -> dict[str, str]:
-    """Quantiles of a histogram over all processes, by legend."""
+    """Return queries for quantiles of a histogram over all processes, by legend."""
     buckets = f"sum by (le) (rate({metric}_bucket{where}{WINDOW}))"
     return {f"p{share * 100:g}": f"histogram_quantile({share:g}, {buckets})" for share in shares}
 
 
 def mean(metric: str) -> str:
-    """The mean of a histogram's observations over all processes."""
+    """Return a query for the mean of a histogram's observations over all processes."""
     return f"sum(rate({metric}_sum{WINDOW})) / sum(rate({metric}_count{WINDOW}))"
 
 
 def filled_in(query: str) -> str:
-    """A query as Grafana asks it, for all tasks and over five minutes."""
+    """Return a query with Grafana's variables replaced: all tasks, over five minutes."""
     return query.replace("$__rate_interval", "5m").replace("$task", ".*")
 
 
@@ -52,14 +52,14 @@ ROWS: dict[str, list[Panel]] = {
             "Requests by status",
             {"{{status}}": f"sum by (status) (rate(vouchsafe_requests_total{{{PROBES}}}{WINDOW}))"},
             "reqps",
-            "Without the probes. 503 is a refusal at the door, 504 an answer that came too late.",
+            "Without the probes. 503: rejected by admission. 504: answered after the deadline.",
             stacked=True,
         ),
         Panel(
             "Time to answer a prediction",
             quantiles("vouchsafe_request_seconds", 0.5, 0.95, 0.99, where='{route="/predict"}'),
             "s",
-            "Refusals and respond-async included, which are quick.",
+            "Includes rejections and respond-async, which are quick.",
         ),
         Panel(
             "Answers by task and mode",
@@ -90,7 +90,7 @@ ROWS: dict[str, list[Panel]] = {
             "Rows waiting or leased",
             {"{{lane}}": "max by (lane) (vouchsafe_queue_rows)"},
             "short",
-            "hi is PREDICT, lo is CERTIFY. No line: the engine is silent.",
+            "hi is PREDICT, lo is CERTIFY. No line: Redis is down.",
             width=7,
             stacked=True,
         ),
@@ -116,7 +116,7 @@ ROWS: dict[str, list[Panel]] = {
                 "as the engine measures": "max(vouchsafe_queue_rows_per_second)",
             },
             "short",
-            "Retry-After is made from the engine's figure.",
+            "Retry-After is computed from the engine's figure.",
         ),
         Panel(
             "Time to compute a batch",
@@ -127,7 +127,7 @@ ROWS: dict[str, list[Panel]] = {
             "In a batch",
             {"rows": mean("vouchsafe_batch_rows"), "jobs": mean("vouchsafe_batch_jobs")},
             "short",
-            "Means. Few rows a batch: there is little work, or it is of many tasks.",
+            "Means. Few rows a batch: little work, or work for many tasks.",
         ),
         Panel(
             "Padding",
@@ -148,13 +148,13 @@ ROWS: dict[str, list[Panel]] = {
             "Shards by outcome",
             {"{{outcome}}": f"sum by (outcome) (rate(vouchsafe_shards_total{WINDOW}))"},
             "ops",
-            "refused: counted before, or of a job that is over. released: handed back uncomputed.",
+            "refused: counted before, or of an ended job. released: returned uncomputed.",
         ),
         Panel(
             "Memory by process",
             {"{{instance}}": 'process_resident_memory_bytes{job=~"vouchsafe-.+"}'},
             "bytes",
-            "Of the machine, without the device's own.",
+            "Resident memory, without the GPU's.",
         ),
         Panel(
             "Cores by process",
@@ -191,7 +191,7 @@ ROWS: dict[str, list[Panel]] = {
                 "{{task}}, {{mode}}, day": "task_mode:vouchsafe_abstentions:ratio1d" + OF_TASK,
             },
             "percentunit",
-            "What the alert of a shift compares.",
+            "The alert VouchsafeAbstentionShift compares these.",
             width=8,
             most=1,
         ),
@@ -208,7 +208,7 @@ ROWS: dict[str, list[Panel]] = {
             "Progress of the running job",
             {"{{instance}}": "vouchsafe_adaptation_progress"},
             "percentunit",
-            "No line: none runs there.",
+            "No line: no job runs there.",
             width=7,
             most=1,
         ),
@@ -272,7 +272,7 @@ ROWS: dict[str, list[Panel]] = {
             "Alerts",
             {"{{alertname}} ({{alertstate}})": 'ALERTS{alertname=~"Vouchsafe.+"}'},
             "none",
-            "Nothing here: none pends or fires.",
+            "Empty: no alert is pending or firing.",
             width=4,
             most=1,
         ),

@@ -162,13 +162,36 @@ def test_images_are_of_this_version() -> None:
 def test_api_image_has_no_torch(stages: dict[str, tuple[str, list[str]]]) -> None:
     """The API's image installs its own lock file, and nothing of the networks is in that."""
     lines = stages["api-dependencies"][1]
-    installed = [line for line in lines if "pip install" in line]
-    assert installed == ["RUN /opt/vouchsafe/bin/pip install --requirement requirements-api.lock"]
+    installed = [line for line in lines if "install" in line]
+    pip = "RUN pip --python /opt/vouchsafe/bin/python"
+    assert installed == [f"{pip} install --requirement requirements-api.lock"]
     locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements-api.lock").read_text(), re.MULTILINE)
     assert "fastapi" in locked
     torchlike = {"torch", "torchvision", "diffusers", "transformers", "timm", "openvino", "triton"}
     assert not torchlike & set(locked)
     assert "worker" not in " ".join(inherited(stages, "api"))
+
+
+@pytest.mark.parametrize("target", ["api", "worker-cpu", "worker-cuda"])
+def test_images_have_no_pip(stages: dict[str, tuple[str, list[str]]], target: str) -> None:
+    """The base's pip is removed, and what is copied in was made without one."""
+    lines = inherited(stages, target)
+    (removed,) = [line for line in lines if "pip " in line]
+    assert "pip uninstall --yes" in removed
+    assert "rm -rf /usr/local/lib/python3.11/ensurepip" in removed
+    made = [line for _, own in stages.values() for line in own if "-m venv" in line]
+    assert made == ["RUN python -m venv --without-pip /opt/vouchsafe"]
+
+
+def test_workers_share_their_dependencies(stages: dict[str, tuple[str, list[str]]]) -> None:
+    """Both worker images copy the same environment, and the API's copies another."""
+    copied = {
+        target: [line for line in stages[target][1] if line.startswith("COPY")]
+        for target in ("api", "worker-cpu", "worker-cuda")
+    }
+    assert copied["worker-cpu"] == copied["worker-cuda"]
+    assert copied["api"][1:] == copied["worker-cpu"][1:]
+    assert copied["api"][0] != copied["worker-cpu"][0]
 
 
 def test_what_images_copy_is_not_ignored(stages: dict[str, tuple[str, list[str]]]) -> None:
