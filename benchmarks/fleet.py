@@ -28,8 +28,9 @@ from benchmarks.redis_server import GROUP, RedisServer, written
 from benchmarks.server import free_port
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.evaluation.datasets import evaluation_slice
+from models.rows import Rows
 from models.runtime import Torch
-from models.smoothing import Rows, SmoothedModel, load, numerics, votes
+from models.smoothing import SmoothedModel, load, numerics, votes
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine

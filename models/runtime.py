@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.rows import Numerics
+
 Network = Callable[..., Tensor]
 """Tensors of one fixed shape -> one tensor; gradients pass in eager torch only."""
 
@@ -53,6 +55,23 @@ def cpu_kind() -> str:
     level = torch.backends.cpu.get_cpu_capability()
     cache = known.get("l2_cache_size", 0) // 1024
     return " ".join([str(known.get("cpu_name", "cpu")), level, *units, f"L2 {cache} KiB"])
+
+
+def numerics_of(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_rows: int,
+    runtime: str = "torch",
+    threads: int | None = None,
+) -> Numerics:
+    """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
+    that share a network's sums (torch's own number unless given; 0 on a GPU)."""
+    if device.type == "cuda":
+        kind, threads = torch.cuda.get_device_name(device), 0
+    else:
+        kind, threads = cpu_kind(), threads or torch.get_num_threads()
+    version = ".".join(torch.__version__.split(".")[:2])
+    return Numerics(kind, name_of_dtype(dtype), batch_rows, threads, runtime, version)
 
 
 class Torch:

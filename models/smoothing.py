@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,67 +18,8 @@ from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
-from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind, name_of_dtype
-
-BATCHES_A_LANE = 4
-"""Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
-holds the others up for less."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Noise rows [start, stop) under `key` (>= 16 bytes) around one image.
-
-    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
-    """
-
-    pixels: NDArray[np.uint8]
-    key: bytes
-    start: int
-    stop: int
-    sigma: float
-
-
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """Everything besides the weights that a network's output depends on (design.md, Numerics)."""
-
-    device: str
-    dtype: str
-    batch_rows: int
-    threads: int
-    runtime: str
-    torch_version: str
-
-    def described(self) -> dict[str, Any]:
-        """As plain JSON values, for `Bundle.served_digest`."""
-        return asdict(self)
-
-    def padding(self, rows: int) -> int:
-        """Rows that the networks compute for nothing where so many are asked for."""
-        return -rows % self.batch_rows
-
-    def device_rows(self, lanes: int) -> int:
-        """Most rows of a device batch that so many lanes share; one batch where there are none."""
-        return self.batch_rows * max(1, BATCHES_A_LANE * lanes)
-
-    @classmethod
-    def of(
-        cls,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_rows: int,
-        runtime: str = "torch",
-        threads: int | None = None,
-    ) -> Numerics:
-        """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
-        that share a network's sums (torch's own number unless given; 0 on a GPU)."""
-        if device.type == "cuda":
-            kind, threads = torch.cuda.get_device_name(device), 0
-        else:
-            kind, threads = cpu_kind(), threads or torch.get_num_threads()
-        version = ".".join(torch.__version__.split(".")[:2])
-        return cls(kind, name_of_dtype(dtype), batch_rows, threads, runtime, version)
+from models.rows import Numerics, Rows
+from models.runtime import Runtime, Torch, computes_bfloat16, numerics_of
 
 
 class SmoothedModel:
@@ -230,7 +170,7 @@ def numerics(
     device = device or best_device()
     if lanes is None:
         lanes = torch.get_num_threads() if device.type == "cpu" else 0
-    chosen = Numerics.of(
+    chosen = numerics_of(
         device,
         dtype or best_dtype(device),
         batch_rows or best_batch_rows(device),

@@ -22,7 +22,8 @@ from models.evaluation.tables import (
     summarise,
 )
 from models.noise import total_variation
-from models.smoothing import Numerics, SmoothedModel
+from models.runtime import numerics_of
+from models.smoothing import SmoothedModel
 
 CPU = torch.device("cpu")
 SLICE = Path(__file__).parent / "data" / "cifar10-slice.png"
@@ -40,7 +41,7 @@ class Brightness:
 
 @pytest.fixture
 def model() -> SmoothedModel:
-    return SmoothedModel(NoDenoiser(), Brightness(), Numerics.of(CPU, torch.float32, 50), CPU)
+    return SmoothedModel(NoDenoiser(), Brightness(), numerics_of(CPU, torch.float32, 50), CPU)
 
 
 @pytest.fixture

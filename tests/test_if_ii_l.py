@@ -28,8 +28,9 @@ from models.bundle import Base, BundleError, KnownHashes, read_bundle
 from models.classifier import open_clip_tokens, read_open_clip
 from models.denoiser import SuperResolutionDenoiser, load_super_resolution, read_unet
 from models.memory import TooLittleMemory, check_room, free_on_host, needs
+from models.rows import Rows
 from models.runtime import Torch
-from models.smoothing import Rows, load
+from models.smoothing import load
 from models.zoo.registry import DENOISER_SETS
 from service.cli.main import app
 from service.config import Settings

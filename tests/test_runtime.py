@@ -14,8 +14,9 @@ import torch
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.classifier import load_open_clip
 from models.denoiser import load_super_resolution
-from models.runtime import RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind
-from models.smoothing import Numerics, Rows, SmoothedModel, best_dtype
+from models.rows import Rows
+from models.runtime import RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind, numerics_of
+from models.smoothing import SmoothedModel, best_dtype
 from service.config import Settings
 from tests import miniatures
 
@@ -39,7 +40,7 @@ def smoothed(folder: Path, name: str, dtype: torch.dtype) -> SmoothedModel:
         miniatures.save_open_clip(folder / "head"),
         miniatures.LABELS, "a {}", CPU, weights, runtime,
     )  # fmt: skip
-    return SmoothedModel(denoiser, classifier, Numerics.of(CPU, dtype, ROWS, runtime.name), CPU)
+    return SmoothedModel(denoiser, classifier, numerics_of(CPU, dtype, ROWS, runtime.name), CPU)
 
 
 def part(seed: int, start: int, stop: int) -> Rows:
@@ -98,7 +99,7 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_the_digest_tells_what_the_bits_depend_on() -> None:
     """Another runtime or number of threads is another served digest, so another noise key."""
     bundle = read_bundle(DEFAULT_TASK)
-    eager = Numerics.of(CPU, torch.bfloat16, ROWS)
+    eager = numerics_of(CPU, torch.bfloat16, ROWS)
     others = [
         replace(eager, runtime=OpenVino().name),
         replace(eager, threads=eager.threads + 1),

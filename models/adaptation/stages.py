@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -316,6 +314,9 @@ def run(folder: Path, tasks: Path, device: torch.device, models_dir: Path | None
 
     Only a status that cannot be written is raised.
     """
+    import diffusers
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with locked(folder):

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from models.bundle import PROMPT_STATES, Bundle
 from models.noise import discrete_gaussian
+from models.rows import Rows
 from models.runtime import RUNTIMES, Network, Runtime
-from models.smoothing import Rows, best_device, votes
+from models.smoothing import best_device, votes
 from service.api.app import create_app
 from service.config import Settings
 from service.operations.server import DrainingServer
