@@ -16,7 +16,6 @@ from service.cli import adapt, models, predict, worker
 from service.cli.console import read_settings, tell
 from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
-from service.operations.metrics import VERSION
 from service.predictions.schemas import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def _reason(error: Exception) -> object:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from service.operations.metrics import VERSION
+
         print(f"vouchsafe {VERSION}")
         raise typer.Exit
 
