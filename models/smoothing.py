@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,17 @@ from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
 from models.rows import Numerics, Rows
-from models.runtime import Runtime, Torch, computes_bfloat16, numerics_of
+from models.runtime import (
+    AUTO,
+    RUNTIMES,
+    Runtime,
+    Torch,
+    automatic,
+    computes_bfloat16,
+    numerics_of,
+)
+
+logger = logging.getLogger("vouchsafe")
 
 
 class SmoothedModel:
@@ -156,6 +167,42 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def best_batch_rows(device: torch.device) -> int:
     """16 on a CPU, where nano's activations then stay in its caches, and 64 on a GPU."""
     return 64 if device.type == "cuda" else 16
+
+
+def named_runtime(name: str) -> Runtime:
+    """The runtime of this name; for `auto` the one that suits this machine, and the log says why.
+
+    Raises RuntimeUnavailable for one that is named and cannot be imported.
+    """
+    if name != AUTO:
+        return RUNTIMES[name]()
+    device = best_device()
+    runtime, why = automatic(device, best_dtype(device))
+    logger.info("networks run by %s: %s", runtime.name, why)
+    return runtime
+
+
+def tried_runtime(name: str, bundle: Bundle) -> Runtime:
+    """As `named_runtime`; for `auto` torch where a batch of the bundle cannot be computed."""
+    runtime = named_runtime(name)
+    if name != AUTO or isinstance(runtime, Torch):
+        return runtime
+    try:
+        model = load(bundle, runtime=runtime)
+        black = np.zeros((3, bundle.resolution, bundle.resolution), np.uint8)
+        model.labels([Rows(black, bytes(32), 0, model.numerics.batch_rows, 0.25)])
+    except Exception as error:
+        return instead_of(runtime, bundle, error)
+    return runtime
+
+
+def instead_of(runtime: Runtime, bundle: Bundle, error: BaseException) -> Runtime:
+    """Torch, where the runtime that `auto` chose cannot run the bundle, which is logged."""
+    reason = type(error).__name__
+    logger.warning(
+        "networks run by torch: %s cannot run task %s: %s", runtime.name, bundle.id, reason
+    )
+    return Torch()
 
 
 def numerics(

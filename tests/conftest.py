@@ -16,6 +16,9 @@ from tests.serving import Service, serving
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# Under `auto` each server of a test would first convert its networks; tests of it say so.
+os.environ.setdefault("VOUCHSAFE_RUNTIME", "torch")
+
 
 @pytest.fixture(autouse=True)
 def _left_to_the_collector(request: pytest.FixtureRequest) -> Iterator[None]:

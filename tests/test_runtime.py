@@ -15,7 +15,7 @@ from models.bundle import DEFAULT_TASK, read_bundle
 from models.classifier import load_open_clip
 from models.denoiser import load_super_resolution
 from models.rows import Rows
-from models.runtime import RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind, numerics_of
+from models.runtime import AUTO, RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind, numerics_of
 from models.smoothing import SmoothedModel, best_dtype
 from service.config import Settings
 from tests import miniatures
@@ -112,6 +112,7 @@ def test_the_digest_tells_what_the_bits_depend_on() -> None:
 
 
 def test_settings_know_every_runtime() -> None:
-    """VOUCHSAFE_RUNTIME takes the runtimes that there are."""
+    """VOUCHSAFE_RUNTIME takes the runtimes that there are, and `auto`, its default."""
     annotation = Settings.model_fields["runtime"].annotation
-    assert set(get_args(annotation)) == set(RUNTIMES)
+    assert set(get_args(annotation)) == {AUTO, *RUNTIMES}
+    assert Settings.model_fields["runtime"].default == AUTO
