@@ -24,7 +24,6 @@ from models.runtime import (
     Network,
     OpenVino,
     RuntimeUnavailable,
-    Torch,
     automatic,
     cpu_kind,
     numerics_of,
@@ -145,10 +144,13 @@ def test_auto_serves_under_the_digest_of_what_it_chose(
     ]
 
 
-class Broken(Torch):
+class Broken:
     """Imports, and converts nothing."""
 
     name = "broken 1.0"
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
     def prepare(self, network: nn.Module) -> Network:
         def run(*inputs: Tensor) -> Tensor:
