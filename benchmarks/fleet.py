@@ -107,7 +107,12 @@ def worker_process(
     """A worker that is just started, its data and its log in `folder`; killed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "worker.log"
-    chosen: Mapping[str, object] = {"data_dir": folder / "data", "redis_url": redis_url, **settings}
+    chosen: Mapping[str, object] = {
+        "data_dir": folder / "data",
+        "redis_url": redis_url,
+        "runtime": Torch.name,
+        **settings,
+    }
     environment = {n: v for n, v in os.environ.items() if not n.startswith("VOUCHSAFE_")}
     environment |= {
         f"VOUCHSAFE_{name.upper()}": str(value)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
@@ -191,14 +191,16 @@ def tried_runtime(name: str, bundle: Bundle) -> Runtime:
         model = load(bundle, runtime=runtime)
         black = np.zeros((3, bundle.resolution, bundle.resolution), np.uint8)
         model.labels([Rows(black, bytes(32), 0, model.numerics.batch_rows, 0.25)])
+    except BundleError:
+        raise  # No runtime may run such a bundle.
     except Exception as error:
         return instead_of(runtime, bundle, error)
     return runtime
 
 
 def instead_of(runtime: Runtime, bundle: Bundle, error: BaseException) -> Runtime:
-    """Torch, where the runtime that `auto` chose cannot run the bundle, which is logged."""
-    reason = type(error).__name__
+    """Torch, where the runtime that `auto` chose cannot run the bundle; the log says why."""
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     logger.warning(
         "networks run by torch: %s cannot run task %s: %s", runtime.name, bundle.id, reason
     )

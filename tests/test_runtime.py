@@ -170,7 +170,7 @@ async def test_auto_falls_back_to_torch_for_networks_that_do_not_convert(
     await fallen.load_default(asyncio.Event())
     assert fallen.models["default"].is_loaded
     assert fallen.models["default"].digest == serving_by("torch", tmp_path).models["default"].digest
-    reason = "broken 1.0 cannot run task default: RuntimeError"
+    reason = "broken 1.0 cannot run task default: RuntimeError: no conversion rule"
     assert f"networks run by torch: {reason}" in caplog.messages
     with pytest.raises(ModelUnavailable, match="RuntimeError"):
         await failed.load_default(asyncio.Event())

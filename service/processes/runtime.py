@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
 from models.runtime import AUTO, Runtime, Torch
 from models.smoothing import (
     SmoothedModel,
@@ -114,10 +114,11 @@ class Serving:
         try:
             await self._load_default(stop)
         except ModelUnavailable as error:
-            if not self._is_automatic or isinstance(self._runtime, Torch):
+            why = error.__cause__ or error
+            is_settled = not self._is_automatic or isinstance(self._runtime, Torch)
+            if is_settled or isinstance(why, BundleError):
                 raise
-            default = self.tasks["default"]
-            self._runtime = instead_of(self._runtime, default, error.__cause__ or error)
+            self._runtime = instead_of(self._runtime, self.tasks["default"], why)
             self.models = self._networks()
             await self._load_default(stop)
 
