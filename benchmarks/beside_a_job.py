@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from benchmarks.server import serving
 from models.adaptation.plan import STAGES
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.smoothing import best_device
+from models.smoothing import best_device, named_runtime
 from service.cli.bench import SELECTION_ROWS, SIGMA, WAIT_SECONDS, Ask, driven, percentiles, post
 from service.config import Settings
 from service.jobs import Mode
@@ -158,7 +158,7 @@ def main(given: Sequence[str] | None = None) -> None:
         report = {
             "question": question,
             "task": task,
-            "runtime": Settings().runtime,
+            "runtime": named_runtime(Settings().runtime).name,
             "machine": machine(best_device()),
             **told,
         }

@@ -28,8 +28,9 @@ from benchmarks.redis_server import GROUP, RedisServer, written
 from benchmarks.server import free_port
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.evaluation.datasets import evaluation_slice
+from models.rows import Rows
 from models.runtime import Torch
-from models.smoothing import Rows, SmoothedModel, load, numerics, votes
+from models.smoothing import SmoothedModel, load, numerics, votes
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -106,7 +107,12 @@ def worker_process(
     """A worker that is just started, its data and its log in `folder`; killed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "worker.log"
-    chosen: Mapping[str, object] = {"data_dir": folder / "data", "redis_url": redis_url, **settings}
+    chosen: Mapping[str, object] = {
+        "data_dir": folder / "data",
+        "redis_url": redis_url,
+        "runtime": Torch.name,
+        **settings,
+    }
     environment = {n: v for n, v in os.environ.items() if not n.startswith("VOUCHSAFE_")}
     environment |= {
         f"VOUCHSAFE_{name.upper()}": str(value)

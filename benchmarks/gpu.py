@@ -36,7 +36,8 @@ from benchmarks.large_networks import (
     pictures,
 )
 from benchmarks.machine import REPEATS, ceilings, machine, seconds
-from models.smoothing import Rows, SmoothedModel, votes
+from models.rows import Rows
+from models.smoothing import SmoothedModel, votes
 
 BATCHES = (10, 20, 25, 50, 64, 100, 200)
 """Most of them divide PREDICT's 100 rows, which then need no padding; 64 is the service's own."""

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.classifier import OpenClipClassifier
 from models.denoiser import PROMPT_TOKENS, SuperResolutionDenoiser
 from models.nano.architectures import if_scheduler
-from models.runtime import Network, Runtime, RuntimeUnavailable, Torch
-from models.smoothing import Numerics, Rows, SmoothedModel
+from models.rows import Rows
+from models.runtime import Network, Runtime, RuntimeUnavailable, Torch, numerics_of
+from models.smoothing import SmoothedModel
 
 SIGMA, K = 0.25, 1.8
 KEY = b"benchmark/noise/"
@@ -231,7 +232,7 @@ class Networks:
         nn.Module.to(self.unet, dtype)  # diffusers' own warns of what this UNet does not have
         nn.Module.to(self.unet, memory_format=variant.memory_format)
         denoiser, classifier = self.adapters(runtime, dtype)
-        numerics = Numerics.of(self.device, dtype, rows, runtime.name)
+        numerics = numerics_of(self.device, dtype, rows, runtime.name)
         return SmoothedModel(denoiser, classifier, numerics, self.device)
 
     def centre(self) -> None:

@@ -40,7 +40,8 @@ from benchmarks.fleet import (
 )
 from benchmarks.server import serving
 from models.noise import discrete_gaussian
-from models.smoothing import Rows, SmoothedModel
+from models.rows import Rows
+from models.smoothing import SmoothedModel
 from service.engine.redis.engine import PREFIX
 from service.jobs import Domain
 

@@ -20,8 +20,9 @@ from models.bundle import DEFAULT_TASK, read_bundle
 from models.evaluation.datasets import LabelledImages, cifar10
 from models.evaluation.plots import curves, noisy_and_denoised, picture_grid
 from models.evaluation.tables import certify_images, summarise
+from models.rows import Rows
 from models.runtime import RUNTIMES
-from models.smoothing import Rows, SmoothedModel, load
+from models.smoothing import SmoothedModel, load
 
 FACTORS = (0.5, 1.0, 1.2, 1.4, 1.8, 2.2, 3.0)
 SIGMAS = (0.12, 0.25, 0.5)

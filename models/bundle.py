@@ -15,9 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from models.files import flush, written_whole
-from models.integrity import PACKAGE, base_folder, sha256_of, verified_copies, verify
-from models.integrity import BundleError as BundleError
+from models.files import PACKAGE, base_folder, flush, sha256_of, verified_copies, verify
+from models.files import BundleError as BundleError
 
 SCHEMA = 2
 PROMPT_STATES = "prompt_states.safetensors"
@@ -168,27 +167,6 @@ class Bundle:
 def _digest(value: object) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-class KnownHashes:
-    """SHA-256 (hex) of files, remembered in `path` for as long as size and time of change stay."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, list[Any]] = {}
-        if path.exists():
-            self._known = json.loads(path.read_text())
-
-    def __call__(self, file: Path) -> str:
-        """The hash of a file; what was not known is remembered at once."""
-        status = file.stat()
-        seen = [status.st_size, status.st_mtime_ns, status.st_ino]
-        known = self._known.get(str(file))
-        if known is None or known[:-1] != seen:
-            known = self._known[str(file)] = [*seen, sha256_of(file)]
-            with written_whole(self._path) as partial:
-                partial.write_text(json.dumps(self._known))
-        return str(known[-1])
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import open_clip
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import models.zoo.vision  # noqa: F401 - registers with timm
 from models.runtime import Runtime
+
+if TYPE_CHECKING:
+    import open_clip
 
 
 class Classifier(Protocol):
@@ -112,6 +112,8 @@ class TimmClassifier:
 
 def open_clip_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
     """How many tokens each prompt is to a CLIP's tokenizer, which would cut the longer ones."""
+    import open_clip
+
     tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return [len(tokenizer.encode(prompt)) + 2 for prompt in prompts]
@@ -122,6 +124,10 @@ def read_open_clip(
     folder: Path, device: torch.device, tuned: Path | None = None
 ) -> tuple[open_clip.CLIP, Any]:
     """A CLIP in float32 and its tokenizer; weights in a `tuned` file stand in for the folder's."""
+    import open_clip
+
+    import models.zoo.vision  # noqa: F401 - registers its towers with timm
+
     name = f"local-dir:{folder}"
     model: Any = open_clip.create_model(name, precision="fp32", device=device)
     if tuned is not None:
@@ -155,6 +161,10 @@ def read_timm(folder: Path, labels: Sequence[str], tuned: Path | None = None) ->
     Weights in a `tuned` file stand in for the folder's. Raises ValueError where `labels` are not
     the configuration's `label_names`.
     """
+    import timm
+
+    import models.zoo.vision  # noqa: F401 - registers its towers with timm
+
     described = json.loads((folder / "config.json").read_text())
     own = tuple(described.get("label_names") or ())
     if own != tuple(labels):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from models.memory import bytes_of, check_room
@@ -152,6 +151,8 @@ def read_unet(stage: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     Only safetensors are read; nothing is fetched. Raises TooLittleMemory before it loads.
     """
+    from diffusers import UNet2DConditionModel
+
     folder = stage / "unet"
     check_room(f"{stage.name}'s UNet", bytes_of(folder, UNET, dtype.itemsize), device)
     unet = UNet2DConditionModel.from_pretrained(
@@ -178,6 +179,8 @@ def load_super_resolution(
     `states` (77,D) are the prompt's; an `adapter` file is added to the weights in float32, on the
     CPU. See `read_unet`.
     """
+    from diffusers import DDPMScheduler
+
     if adapter is None:
         unet = read_unet(folder, dtype, device)
     else:

@@ -1,15 +1,16 @@
-"""How a network is run: by torch as it is, or converted for its one batch shape by OpenVINO."""
+"""Runs networks: by torch as they are, or converted for their one batch shape by OpenVINO."""
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from models.rows import Numerics
 
 Network = Callable[..., Tensor]
 """Tensors of one fixed shape -> one tensor; gradients pass in eager torch only."""
@@ -55,6 +56,23 @@ def cpu_kind() -> str:
     return " ".join([str(known.get("cpu_name", "cpu")), level, *units, f"L2 {cache} KiB"])
 
 
+def numerics_of(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_rows: int,
+    runtime: str = "torch",
+    threads: int | None = None,
+) -> Numerics:
+    """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
+    that share a network's sums (torch's own number unless given; 0 on a GPU)."""
+    if device.type == "cuda":
+        kind, threads = torch.cuda.get_device_name(device), 0
+    else:
+        kind, threads = cpu_kind(), threads or torch.get_num_threads()
+    version = ".".join(torch.__version__.split(".")[:2])
+    return Numerics(kind, name_of_dtype(dtype), batch_rows, threads, runtime, version)
+
+
 class Torch:
     """Eager torch, on every device and in every dtype."""
 
@@ -82,16 +100,23 @@ class OpenVino:
             raise RuntimeUnavailable(
                 "the runtime openvino is not installed: pip install openvino, or use torch"
             ) from error
+        except ImportError as error:
+            raise RuntimeUnavailable(f"the runtime openvino cannot be imported: {error}") from error
         self.name = "openvino " + ".".join(get_version().split(".")[:2])
 
-    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-        """float32, which OpenVINO rounds itself."""
+    @staticmethod
+    def check(device: torch.device, dtype: torch.dtype) -> None:
+        """Raises RuntimeUnavailable where OpenVINO does not compute in `dtype` on the device."""
         if device.type != "cpu" or dtype != torch.bfloat16 or not computes_bfloat16():
             where = cpu_kind() if device.type == "cpu" else device.type
             raise RuntimeUnavailable(
                 "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; asked for "
                 f"{name_of_dtype(dtype)} on {where}; the runtime torch runs anywhere"
             )
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """float32, which OpenVINO rounds itself."""
+        self.check(device, dtype)
         return torch.float32
 
     def prepare(self, network: nn.Module) -> Network:
@@ -125,18 +150,23 @@ class _Converted:
 
 
 def _converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """OpenVINO's model, and what its constants may be shared with.
+    """OpenVINO's model, and what its constants are shared with.
 
-    Through the frontend itself, for `openvino.convert_model` reports its use to its makers.
+    Traced, which takes a third of the time of `torch.export` and gives the same bits; through the
+    frontend itself, for `openvino.convert_model` reports its use to its makers.
     """
     from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    with torch.inference_mode(False), torch.no_grad(), _without_its_warnings():
-        exported = torch.export.export(network, tuple(tensor.clone() for tensor in inputs))
-        decoder = TorchFXPythonDecoder.from_exported_program(exported, dynamic_shapes=False)
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        return frontend.convert(frontend.load(decoder)), exported
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Shapes are meant to be constants, and export is slower.
+        example = tuple(tensor.clone() for tensor in inputs)
+        traced = torch.jit.trace(network, example, check_trace=False)
+        decoder = TorchScriptPythonDecoder(traced, example_input=example)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    model.reshape({place: list(tensor.shape) for place, tensor in enumerate(example)})
+    return model, traced
 
 
 def _compiled(converted: Any) -> Any:
@@ -151,20 +181,16 @@ def _compiled(converted: Any) -> Any:
     return Core().compile_model(converted, "CPU", settings)
 
 
-@contextmanager
-def _without_its_warnings() -> Iterator[None]:
-    """The converter warns, with a traceback each, of operators that this torch never decomposes."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "not found in decomp table" not in record.getMessage()
-
-    root = logging.getLogger()
-    root.addFilter(wanted)
-    try:
-        yield
-    finally:
-        root.removeFilter(wanted)
-
-
 RUNTIMES: dict[str, Callable[[], Runtime]] = {"torch": Torch, "openvino": OpenVino}
 """Where to add a runtime: one adapter above and one line here."""
+AUTO = "auto"
+"""Chooses of RUNTIMES; see `automatic`."""
+
+
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[Runtime, str]:
+    """OpenVINO where it computes in `dtype` on the device, else torch; and the reason."""
+    try:
+        OpenVino.check(device, dtype)
+        return OpenVino(), "this CPU computes in bfloat16"
+    except RuntimeUnavailable as error:
+        return Torch(), str(error)

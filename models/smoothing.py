@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,71 +15,22 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle
+from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.noise import discrete_gaussian
-from models.runtime import Runtime, Torch, computes_bfloat16, cpu_kind, name_of_dtype
+from models.rows import Numerics, Rows
+from models.runtime import (
+    AUTO,
+    RUNTIMES,
+    Runtime,
+    Torch,
+    automatic,
+    computes_bfloat16,
+    numerics_of,
+)
 
-BATCHES_A_LANE = 4
-"""Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
-holds the others up for less."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Noise rows [start, stop) under `key` (>= 16 bytes) around one image.
-
-    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
-    """
-
-    pixels: NDArray[np.uint8]
-    key: bytes
-    start: int
-    stop: int
-    sigma: float
-
-
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """Everything besides the weights that a network's output depends on (design.md, Numerics)."""
-
-    device: str
-    dtype: str
-    batch_rows: int
-    threads: int
-    runtime: str
-    torch_version: str
-
-    def described(self) -> dict[str, Any]:
-        """As plain JSON values, for `Bundle.served_digest`."""
-        return asdict(self)
-
-    def padding(self, rows: int) -> int:
-        """Rows that the networks compute for nothing where so many are asked for."""
-        return -rows % self.batch_rows
-
-    def device_rows(self, lanes: int) -> int:
-        """Most rows of a device batch that so many lanes share; one batch where there are none."""
-        return self.batch_rows * max(1, BATCHES_A_LANE * lanes)
-
-    @classmethod
-    def of(
-        cls,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_rows: int,
-        runtime: str = "torch",
-        threads: int | None = None,
-    ) -> Numerics:
-        """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
-        that share a network's sums (torch's own number unless given; 0 on a GPU)."""
-        if device.type == "cuda":
-            kind, threads = torch.cuda.get_device_name(device), 0
-        else:
-            kind, threads = cpu_kind(), threads or torch.get_num_threads()
-        version = ".".join(torch.__version__.split(".")[:2])
-        return cls(kind, name_of_dtype(dtype), batch_rows, threads, runtime, version)
+logger = logging.getLogger("vouchsafe")
 
 
 class SmoothedModel:
@@ -218,6 +169,44 @@ def best_batch_rows(device: torch.device) -> int:
     return 64 if device.type == "cuda" else 16
 
 
+def named_runtime(name: str) -> Runtime:
+    """The runtime of this name; for `auto` the one that suits this machine, and the log says why.
+
+    Raises RuntimeUnavailable for one that is named and cannot be imported.
+    """
+    if name != AUTO:
+        return RUNTIMES[name]()
+    device = best_device()
+    runtime, why = automatic(device, best_dtype(device))
+    logger.info("networks run by %s: %s", runtime.name, why)
+    return runtime
+
+
+def tried_runtime(name: str, bundle: Bundle) -> Runtime:
+    """As `named_runtime`; for `auto` torch where a batch of the bundle cannot be computed."""
+    runtime = named_runtime(name)
+    if name != AUTO or isinstance(runtime, Torch):
+        return runtime
+    try:
+        model = load(bundle, runtime=runtime)
+        black = np.zeros((3, bundle.resolution, bundle.resolution), np.uint8)
+        model.labels([Rows(black, bytes(32), 0, model.numerics.batch_rows, 0.25)])
+    except BundleError:
+        raise  # No runtime may run such a bundle.
+    except Exception as error:
+        return instead_of(runtime, bundle, error)
+    return runtime
+
+
+def instead_of(runtime: Runtime, bundle: Bundle, error: BaseException) -> Runtime:
+    """Torch, where the runtime that `auto` chose cannot run the bundle; the log says why."""
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    logger.warning(
+        "networks run by torch: %s cannot run task %s: %s", runtime.name, bundle.id, reason
+    )
+    return Torch()
+
+
 def numerics(
     runtime: Runtime,
     *,
@@ -230,7 +219,7 @@ def numerics(
     device = device or best_device()
     if lanes is None:
         lanes = torch.get_num_threads() if device.type == "cpu" else 0
-    chosen = Numerics.of(
+    chosen = numerics_of(
         device,
         dtype or best_dtype(device),
         batch_rows or best_batch_rows(device),

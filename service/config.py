@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import warnings
 from pathlib import Path
@@ -25,9 +24,6 @@ _ROOM_FOR_FIELDS = 64 * 2**10
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _ORIGIN = re.compile(rf"https?://({_HOST.pattern})(:[0-9]+)?")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
-
-
-logger = logging.getLogger("vouchsafe")
 
 
 class SecretError(RuntimeError):
@@ -70,8 +66,10 @@ class Settings(BaseSettings):
         "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`, "
         "`?ssl_ca_certs=FILE` for a certificate authority of one's own.",
     )
-    runtime: Literal["torch", "openvino"] = Field(
-        "torch", description="What runs the networks; openvino needs a CPU with AVX512-BF16."
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto",
+        description="What runs the networks. `auto` is openvino where the CPU has AVX512-BF16 and "
+        "the default task runs on it, else torch; the log says which and why.",
     )
     backlog_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     key_rows: int = Field(

@@ -18,6 +18,9 @@ from tests.support.serving import Service, serving
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# Under `auto` each server of a test would first convert its networks; tests of it say so.
+os.environ.setdefault("VOUCHSAFE_RUNTIME", "torch")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the long forms too: make test-long")

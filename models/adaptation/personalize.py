@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,6 +62,10 @@ def personalize(
     the adapter's learn in float32. Checkpoints, losses and validations lie in `out`; another call
     goes on from there, to the same losses.
     """
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
     unet = read_unet(stage2, dtype, device)
     scheduler: Any = DDPMScheduler.from_pretrained(stage2 / "scheduler", local_files_only=True)
     torch.manual_seed(seed)

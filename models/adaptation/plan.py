@@ -18,23 +18,24 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from models.adaptation.limits import (
+    EPOCHS,
+    MOST_REFERENCES,
+    SHOTS,
+    STEPS,
+    PlanError,
+    check_between,
+    check_prompt,
+    check_work,
+    checked_labels,
+    checked_template,
+    quoted,
+    usable,
+)
 from models.bundle import MODELS
 from models.files import written_whole
 from models.zoo.captions import clean_caption
-from models.zoo.inventory import trouble
 from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
-
-LABELS = (2, 1_000)
-"""Fewest and most labels of a task."""
-LABEL_LENGTH = 128
-TEMPLATE_LENGTH = 256
-NAME_LENGTH = 128
-SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
-"""Fewest and most reference images a class, personalization steps, fine-tuning epochs."""
-MOST_REFERENCES = 10_000
-"""Most reference images of a task."""
-MOST_TUNED = 1_000_000
-"""Most denoised references that fine-tuning may see: epochs times references."""
 
 PLAN, STATUS, LOCK = "plan.json", "status.json", "lock"
 REFERENCES = "references"
@@ -47,14 +48,6 @@ UNATTENDED = 3
 """Exit status of a job's process that ended because nobody looks after it any more."""
 _PLAIN_WORD = "thing"
 """A word that the cleaning of captions leaves as it is."""
-
-
-class PlanError(ValueError):
-    """A field of a plan that cannot be; `field`, `value` and `limit` say which and why."""
-
-    def __init__(self, field: str, detail: str, value: object = None, limit: Any = None) -> None:
-        super().__init__(detail)
-        self.field, self.value, self.limit = field, value, limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +93,15 @@ class Plan:
         cascade: DenoiserSet = usable("denoiser", DENOISER_SETS, denoiser, models_dir)
         classifier = classifier or cascade.classifier
         head: ClassifierSet = usable("classifier", CLASSIFIER_SETS, classifier, models_dir)
-        names, prompts = _checked_labels(labels)
+        names, prompts = checked_labels(labels)
         if shots is None:
             shots = min(cascade.shots, MOST_REFERENCES // len(names))
-        _check_between("shots", shots, SHOTS)
-        _check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
-        _check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
-        _check_between("seed", seed, (0, 2**31 - 1))
-        template = _checked_template(cascade.template if template is None else template)
-        _check_work(len(names), shots, epochs)
+        check_between("shots", shots, SHOTS)
+        check_between("steps", steps := cascade.steps if steps is None else steps, STEPS)
+        check_between("epochs", epochs := cascade.epochs if epochs is None else epochs, EPOCHS)
+        check_between("seed", seed, (0, 2**31 - 1))
+        template = checked_template(cascade.template if template is None else template)
+        check_work(len(names), shots, epochs)
         plan = cls(names, template, denoiser, classifier, shots, steps, epochs, seed, prompts)
         _check_tokens(plan, cascade, head)
         _check_read(plan)
@@ -162,85 +155,6 @@ def name_of(folder: Path) -> str:
     return str(json.loads((folder / PLAN).read_text())["name"])
 
 
-def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | None) -> Any:
-    """The set of this name, its fetched folders absolute.
-
-    Raises PlanError where there is none, or where its networks cannot be used.
-    """
-    if name not in known:
-        detail = f"There is no {field} set {_quoted(name)}; there are {', '.join(sorted(known))}"
-        raise PlanError(field, detail, name)
-    if (why := trouble(known[name].fetched, models_dir)) is not None:
-        raise PlanError(field, f"The {field} set {_quoted(name)} cannot be used: {why}", name)
-    return known[name].below(models_dir)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _check_between(field: str, value: int, limits: tuple[int, int]) -> None:
-    least, most = limits
-    if not least <= value <= most:
-        limit = least if value < least else most
-        raise PlanError(field, f"{field} is {value}; it must be {least} to {most}", value, limit)
-
-
-def _checked_words(field: str, text: str, most: int) -> str:
-    words = unicodedata.normalize("NFC", text).strip()
-    if not 1 <= len(words) <= most:
-        raise PlanError(
-            field, f"{field} has {len(words)} characters; it must have 1 to {most}", text, most
-        )
-    odd = next((c for c in words if unicodedata.category(c).startswith("C")), None)
-    if odd is not None:
-        raise PlanError(field, f"{field} holds the control character U+{ord(odd):04X}", text)
-    return words
-
-
-def _checked_template(template: str) -> str:
-    words = _checked_words("template", template, TEMPLATE_LENGTH)
-    if words.count("{}") != 1 or words.count("{") != 1 or words.count("}") != 1:
-        raise PlanError("template", "template must hold {} once and no other brace", template)
-    return words
-
-
-def _checked_labels(
-    labels: Sequence[str | tuple[str, str]],
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The labels, and the prompts of those whose prompt is not the label itself."""
-    least, most = LABELS
-    if not least <= len(labels) <= most:
-        limit = least if len(labels) < least else most
-        detail = f"labels has {len(labels)} entries; it must have {least} to {most}"
-        raise PlanError("labels", detail, len(labels), limit)
-    seen: dict[str, int] = {}
-    names, prompts = [], {}
-    for index, given in enumerate(labels):
-        label, prompt = (given, given) if isinstance(given, str) else given
-        names.append(name := _checked_words(f"labels.{index}", label, LABEL_LENGTH))
-        first = seen.setdefault(name.casefold(), index)
-        if first != index:
-            detail = f"labels.{index} is the same as labels.{first}: {_quoted(name)}"
-            raise PlanError(f"labels.{index}", detail, name)
-        word = _checked_words(f"labels.{index}.prompt", prompt, LABEL_LENGTH)
-        if word != name:
-            prompts[name] = word
-    return tuple(names), prompts
-
-
-def _check_work(labels: int, shots: int, epochs: int) -> None:
-    references = labels * shots
-    if references > MOST_REFERENCES:
-        detail = f"{labels} labels with shots = {shots} make {references} references; at most "
-        most = MOST_REFERENCES // labels
-        raise PlanError("shots", f"{detail}{MOST_REFERENCES} are made", shots, most)
-    if epochs * references > MOST_TUNED:
-        detail = f"epochs = {epochs} over {references} references is {epochs * references} rows; "
-        most = MOST_TUNED // references
-        raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, most)
-
-
 def _check_tokens(plan: Plan, cascade: DenoiserSet, head: ClassifierSet) -> None:
     filled = [("template", cascade.identifier)]
     filled += ((plan.field_of(i), word) for i, word in enumerate(plan.words))
@@ -260,20 +174,6 @@ def _count(cascade: DenoiserSet, prompt: str) -> int:
         raise PlanError("denoiser", f"{folder}: the tokenizer cannot be read: {error}") from error
 
 
-def check_prompt(
-    field: str, word: str, prompt: str, reader: str, tokens: int, part: DenoiserSet | ClassifierSet
-) -> None:
-    """Raises PlanError for a prompt of more tokens than its reader takes."""
-    if part.prompt_tokens and tokens > part.prompt_tokens:
-        raise PlanError(
-            field,
-            f"the prompt {_quoted(prompt)} has {tokens} tokens; the {reader} reads at most "
-            f"{part.prompt_tokens}",
-            word,
-            part.prompt_tokens,
-        )
-
-
 def _check_read(plan: Plan) -> None:
     """Raises PlanError for words that the cleaning of captions changes beyond letter case and white
     space, and for two that it reads alike."""
@@ -284,8 +184,8 @@ def _check_read(plan: Plan) -> None:
         read = _as_read(field, word, caption)
         first = seen.setdefault(read.casefold(), index)
         if first != index:
-            other = f"{plan.field_of(first)}: {_quoted(read)}"
-            detail = f"{field} is {_quoted(word)}; it would be read as {other}"
+            other = f"{plan.field_of(first)}: {quoted(read)}"
+            detail = f"{field} is {quoted(word)}; it would be read as {other}"
             raise PlanError(field, detail, word)
 
 
@@ -294,11 +194,9 @@ def _as_read(field: str, word: str, caption: str) -> str:
     try:
         read = clean_caption(caption)
     except ValueError as error:
-        raise PlanError(field, f"{field} is {_quoted(word)}; {error}", word) from error
+        raise PlanError(field, f"{field} is {quoted(word)}; {error}", word) from error
     if _without_case_and_space(read) != _without_case_and_space(caption):
-        detail = (
-            f"{field} is {_quoted(word)}; {_quoted(caption)} would be read as {_quoted(read)}. "
-        )
+        detail = f"{field} is {quoted(word)}; {quoted(caption)} would be read as {quoted(read)}. "
         part = "Choose one" if field == "template" else "Give the label a prompt"
         raise PlanError(field, f"{detail}{part} that is read as it stands", word)
     return read
@@ -313,7 +211,7 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
         if word.casefold() not in known:
             raise PlanError(
                 plan.field_of(index),
-                f"{_quoted(word)} is not a word that {plan.denoiser} was trained on: "
+                f"{quoted(word)} is not a word that {plan.denoiser} was trained on: "
                 f"{', '.join(known)}. Send allow_unknown_labels to insist; "
                 "its images may then show anything",
                 word,

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from models.adaptation.plan import Plan, PlanError, Status
+from models.adaptation.limits import PlanError
+from models.adaptation.plan import Plan, Status
 from models.bundle import BundleError
 from models.memory import ran_out
 from models.training import Diverged

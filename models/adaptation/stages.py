@@ -11,29 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.adaptation.finetune import TUNABLES, finetune
+from models.adaptation.limits import PlanError, usable
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import (
-    MEASURED_ON,
     REFERENCES,
     Plan,
-    PlanError,
     Status,
     locked,
     name_of,
-    usable,
     write_json,
 )
 from models.adaptation.profiles import ADAPTATIONS, Adaptation
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.prompts import check_head
-from models.adaptation.references import References, read_references, share_recognised
+from models.adaptation.references import References, figures_of, read_references
 from models.adaptation.synthesize import Cascade, encode, synthesize
 from models.bundle import (
     ADAPTER,
@@ -42,19 +38,16 @@ from models.bundle import (
     TUNED,
     Base,
     Bundle,
-    KnownHashes,
     read_bundle,
     write_bundle,
 )
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser, clean_prompts
-from models.files import written_whole
+from models.files import KnownHashes, written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch, name_of_dtype
 from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, DenoiserSet
 from models.zoo.sources import origin
-
-EVALUATED_SIGMAS = (0.25, 0.5)
 
 BEGUN = "begun.json"
 """A job's file of what it was begun with: its networks, by hash, its set, that set's profile, and
@@ -115,7 +108,12 @@ class Job:
             self.progress.stage("finetuning")
             tuned = self._finetuned(references, self._denoiser(states, adapter))
         self.progress.stage("evaluating")
-        figures = self._figures(references, states, classifier, adapter, tuned)
+        zero_shot = self._denoiser(states, None), classifier
+        adapted = (
+            self._denoiser(states, adapter) if adapter else zero_shot[0],
+            self._classifier(tuned) if tuned else classifier,
+        )
+        figures = figures_of(references, zero_shot, adapted, self._device, self.progress.moved)
         self._publish(states, adapter, tuned, figures)
         return self._ready(figures)
 
@@ -165,12 +163,7 @@ class Job:
         cascade = partial(Cascade, *self._set.folders, self._device, self._dtype)
         folder = self._folder / REFERENCES
         synthesize(
-            self._plan,
-            folder,
-            cascade,
-            states["labels"],
-            self._ways.sampling,
-            self.progress.moved,
+            self._plan, folder, cascade, states["labels"], self._ways.sampling, self.progress.moved
         )
         return read_references(self._plan, folder, self._set.resolution)
 
@@ -228,39 +221,6 @@ class Job:
             self.progress.moved,
         )
 
-    def _figures(
-        self,
-        references: References,
-        states: dict[str, Tensor],
-        classifier: Classifier,
-        adapter: Path | None,
-        tuned: Path | None,
-    ) -> dict[str, Any]:
-        """Shares of the references recognised: as they are, and noisy and denoised, before and
-        after; under noise that nothing was trained on. They are made images, not photographs."""
-        before = self._denoiser(states, None)
-        after = self._denoiser(states, adapter) if adapter else before
-        adapted = self._classifier(tuned) if tuned else classifier
-        passes = 1 + 2 * len(EVALUATED_SIGMAS)
-
-        def recognised(place: int, denoiser: Denoiser | None, head: Classifier, s: float) -> float:
-            def moved(done: int, whole: int) -> None:
-                self.progress.moved(place * whole + done, passes * whole)
-
-            return share_recognised(references, denoiser, head, s, self._device, moved)
-
-        figures: dict[str, Any] = {
-            "measured_on": MEASURED_ON,
-            "references": len(references.labels),
-            "references recognised": recognised(0, None, classifier, 0.0),
-        }
-        for place, sigma in enumerate(EVALUATED_SIGMAS):
-            figures[f"one noisy row of a reference recognised, sigma {sigma}"] = {
-                "zero-shot": recognised(2 * place + 1, before, classifier, sigma),
-                "adapted": recognised(2 * place + 2, after, adapted, sigma),
-            }
-        return figures
-
     def _publish(
         self,
         states: dict[str, Tensor],
@@ -316,6 +276,9 @@ def run(folder: Path, tasks: Path, device: torch.device, models_dir: Path | None
 
     Only a status that cannot be written is raised.
     """
+    import diffusers
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with locked(folder):

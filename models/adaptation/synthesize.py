@@ -11,12 +11,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
 
 from models.adaptation.plan import Plan, write_json
 from models.adaptation.references import name_of_image
@@ -54,6 +52,8 @@ def encode(
 
     Raises ValueError for a prompt that it would cut and TooLittleMemory, both before it loads.
     """
+    from transformers import AutoTokenizer, T5EncoderModel
+
     tokenizer = AutoTokenizer.from_pretrained(stage1 / "tokenizer", local_files_only=True)
     fitting_prompts(tokenizer, prompts)
     folder = stage1 / "text_encoder"
@@ -150,6 +150,8 @@ class Cascade:
         self, states: Tensor, empty: Tensor, seeds: Sequence[int], sampling: Sampling
     ) -> Drawn:
         """Stage I: see `__call__`."""
+        from diffusers import IFPipeline
+
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = self._stage(IFPipeline, self._folders[0])(
             num_inference_steps=sampling.steps,
@@ -164,6 +166,8 @@ class Cascade:
         self, drawn: Drawn, states: Tensor, empty: Tensor, sampling: Sampling
     ) -> NDArray[np.uint8]:
         """Stage II: see `__call__`."""
+        from diffusers import IFSuperResolutionPipeline
+
         generators = [torch.Generator().set_state(state.clone()) for state in drawn.generators]
         stage2 = self._stage(IFSuperResolutionPipeline, self._folders[1])
         side = stage2.unet.config.sample_size
@@ -191,6 +195,8 @@ class Cascade:
         }
 
     def _stage(self, kind: Any, folder: Path) -> Any:
+        from diffusers import DDPMScheduler, IFSuperResolutionPipeline
+
         if self._held is None or self._held[0] != folder:
             self._held = None
             let_go()

@@ -12,8 +12,9 @@ from models.certificates import certify
 from models.evaluation.datasets import evaluation_slice
 from models.evaluation.plots import Shown, contact_sheet, noisy_and_denoised
 from models.noise import total_variation
+from models.rows import Rows
 from models.runtime import RUNTIMES
-from models.smoothing import Rows, SmoothedModel, load, votes
+from models.smoothing import SmoothedModel, load, votes
 
 N0, N, ALPHA = 100, 1000, 0.001
 

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.certificates import Certificate
-from models.smoothing import Rows, SmoothedModel
+from models.rows import Rows
+from models.smoothing import SmoothedModel
 
 Picture = NDArray[np.floating[Any]]
 """(H,W,3) in [0,1]."""

@@ -18,7 +18,8 @@ from models.certificates import Certificate, average_certified_radius, certified
 from models.classifier import Classifier
 from models.evaluation.datasets import LabelledImages
 from models.noise import total_variation
-from models.smoothing import Rows, SmoothedModel, votes
+from models.rows import Rows
+from models.smoothing import SmoothedModel, votes
 
 EPSILONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 LOG_HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"

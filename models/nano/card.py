@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
-from models.nano.train import CAPTIONS, GUIDANCE, PROFILES
+from models.nano.data import PROFILES
+from models.nano.head import CAPTIONS
+from models.nano.train import GUIDANCE
 
 PARTS = ("text", "head", "head-text", "stage1", "stage2", "guided")
 TEXT = """# nano

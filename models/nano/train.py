@@ -10,28 +10,23 @@ steps as an uninterrupted one.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import inf, log
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.classifier import load_open_clip
-from models.denoiser import clean_prompts, encode_prompts
-from models.evaluation.datasets import CIFAR10_LABELS, cifar10
+from models.denoiser import clean_prompts
+from models.evaluation.datasets import CIFAR10_LABELS
 from models.nano.architectures import (
     DEEPFLOYD_UNET,
-    HEAD_CONFIG,
     LARGE,
     SMALL,
     STAGE1_UNET,
@@ -42,11 +37,10 @@ from models.nano.architectures import (
     if_scheduler,
 )
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE, TEMPLATES, blank_captions, caption
+from models.nano.data import PROFILES, Captions, Images, generator_of
+from models.nano.head import train_head
 from models.runtime import Torch
 from models.training import Profile, fit
-
-CAPTIONS = 80
-"""Captions a step of the head's text tower, the same number for each class."""
 
 SMOOTHING_STEPS = (60, 760)
 """Timesteps that most denoising rows are drawn from: sigma 0.05 to 1.2."""
@@ -54,51 +48,6 @@ GUIDANCE = 0.003
 """Lambda, the weight of the head's cross-entropy: its gradient is about twice that of the error."""
 GUIDED_STEPS = 600
 """Rows at earlier timesteps than this (sigma 0.7) are shown to the head."""
-LOGIT_SCALE = 6.0
-"""The head's scale: about what is calibrated on held-back images denoised at sigma 0.25."""
-
-PROFILES = {
-    "text": Profile(steps=400, batch=64, learning_rate=1e-3),
-    "head": Profile(
-        steps=2_400, batch=512, learning_rate=0.75, weight_decay=2.66e-3, warm_up=0.2, clip=inf
-    ),
-    "stage1": Profile(steps=2_900, batch=96, learning_rate=1e-3, ema=0.998, restart=900),
-    "stage2": Profile(steps=7_400, batch=64, learning_rate=1e-3, ema=0.999, restart=3_400),
-    "guided": Profile(
-        steps=5_600, batch=64, learning_rate=2e-4, ema=0.998, restart=1_600, restart_rate=1.0
-    ),
-}
-
-
-def _generator(seed: int, step: int) -> Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-class Images:
-    """Flipped and shifted training images as float (B,3,32,32) in [-1,1], with their labels."""
-
-    def __init__(self, folder: Path) -> None:
-        whole = cifar10(folder, "train")
-        self.pixels = torch.from_numpy(whole.images).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.from_numpy(whole.labels)
-
-    def draw(self, batch: int, generator: Generator, shift: int) -> tuple[Tensor, Tensor]:
-        """A random batch and its labels (B,), shifted by up to `shift` pixels each way."""
-        rows = torch.randint(len(self.labels), (batch,), generator=generator)
-        images = self.pixels[rows].float() / 127.5 - 1
-        flipped = torch.rand(batch, generator=generator) < 0.5
-        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        if shift:
-            padded = F.pad(images, [shift] * 4, mode="reflect")
-            dy, dx = torch.randint(2 * shift + 1, (2, batch, 1), generator=generator)
-            span = torch.arange(LARGE)
-            images = padded[
-                torch.arange(batch)[:, None, None, None],
-                torch.arange(3)[None, :, None, None],
-                (dy + span)[:, None, :, None],
-                (dx + span)[:, None, None, :],
-            ]
-        return images, self.labels[rows]
 
 
 def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
@@ -128,133 +77,6 @@ def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.de
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def soften(images: Tensor, generator: Generator) -> Tensor:
-    """Ordinary blur or down-up-sampling on half of the rows; no noise, no denoiser."""
-    batch = len(images)
-    parts = list(images.split(batch // 4))
-    quarter = len(parts[1])
-    sigma = 0.3 + 1.4 * torch.rand(quarter, 1, generator=generator)
-    taps = torch.exp(-((torch.arange(-4, 5)[None] / sigma) ** 2) / 2)
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)
-    rows = F.pad(parts[1], [4] * 4, mode="reflect").reshape(1, -1, LARGE + 8, LARGE + 8)
-    rows = F.conv2d(rows, taps[:, None, :, None], groups=3 * quarter)
-    rows = F.conv2d(rows, taps[:, None, None, :], groups=3 * quarter)
-    parts[1] = rows.reshape(parts[1].shape)
-    size = int(torch.randint(10, 27, (1,), generator=generator))
-    small = F.interpolate(parts[2], size=(size, size), mode="bilinear", antialias=True)
-    parts[2] = F.interpolate(small, size=(LARGE, LARGE), mode="bicubic", antialias=True)
-    return torch.cat(parts)
-
-
-def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """A small CLIP that never sees noise: first the image tower against one fixed direction a
-    class, then, at rest, the text tower, which learns to say a class's captions as its direction.
-
-    Optimizer and rates of the image tower: arXiv 2404.00498.
-    """
-    folder = arguments.out / "head"
-    folder.mkdir(parents=True, exist_ok=True)
-    described = HEAD_CONFIG["model_cfg"]
-    mean, std = (
-        torch.tensor(HEAD_CONFIG["preprocess_cfg"][name])[:, None, None] for name in ("mean", "std")
-    )
-    model = open_clip.CLIP(
-        described["embed_dim"],
-        described["vision_cfg"],
-        described["text_cfg"],
-        init_logit_scale=log(LOGIT_SCALE),
-    ).to(device, memory_format=torch.channels_last)
-    images = Images(arguments.data)
-    directions = torch.linalg.qr(
-        torch.randn(described["embed_dim"], len(CIFAR10_LABELS), generator=_generator(0, 0))
-    ).Q.to(device)
-    visual: Any = model.visual
-    first = images.pixels[:5_000].float() / 255
-    visual.trunk.whiten(((first - mean) / std).to(device))
-
-    def image_losses(step: int) -> Iterator[Tensor]:
-        generator = _generator(arguments.seed, step)
-        pixels, labels = images.draw(profile.batch, generator, shift=2)
-        pixels = ((soften(pixels, generator).clamp(-1, 1) + 1) / 2 - mean) / std
-        features = visual(pixels.to(device, memory_format=torch.channels_last))
-        with torch.autocast(device.type, enabled=False):
-            logits = features.float() @ directions / 9
-        yield F.cross_entropy(logits, labels.to(device), label_smoothing=0.2)
-
-    named = dict(visual.named_parameters())
-    shifts = [named.pop(name) for name in list(named) if name.endswith("bias")]
-    filters = [named.pop(name) for name in list(named) if ".conv" in name or ".proj" in name]
-    for parameter in named.values():
-        parameter.requires_grad_(False)  # The whitening stem, and the norms' scales.
-    optimizer = torch.optim.SGD(
-        [
-            {"params": shifts, "scale": 64.0, "weight_decay": profile.weight_decay / 64},
-            {"params": filters, "weight_decay": profile.weight_decay},
-        ],
-        momentum=0.85,
-        nesterov=True,
-    )
-    fit("head", visual, image_losses, arguments.out, profile, device, optimizer=optimizer)
-    visual.requires_grad_(False)
-    model.logit_scale.requires_grad_(False)
-
-    tokenizer = ByT5Tokenizer(extra_ids=125)
-    length = described["text_cfg"]["context_length"]
-    classes = torch.arange(len(CIFAR10_LABELS), device=device).repeat(
-        CAPTIONS // len(CIFAR10_LABELS)
-    )
-
-    def text_losses(step: int) -> Iterator[Tensor]:
-        draw = random.Random(arguments.seed * 1_000_003 + step)
-        words = tokenizer(
-            [caption(CIFAR10_LABELS[label], draw) for label in classes],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        said = model.encode_text(words.input_ids.to(device))
-        with torch.autocast(device.type, enabled=False):
-            cosine = F.normalize(said.float(), dim=-1) @ directions
-        yield F.cross_entropy(model.logit_scale.exp() * cosine, classes)
-
-    tower = nn.ModuleDict(
-        {"embedding": model.token_embedding, "layers": model.transformer, "norm": model.ln_final}
-    )
-    tower.register_parameter("positions", model.positional_embedding)
-    tower.register_parameter("projection", model.text_projection)
-    fit("head-text", tower, text_losses, arguments.out, PROFILES["text"], device)
-    weights = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in weights.items()},
-        folder / "open_clip_model.safetensors",
-    )
-    (folder / "open_clip_config.json").write_text(json.dumps(HEAD_CONFIG, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-
-
-class Captions:
-    """Frozen prompt states of captions, looked up instead of computed again."""
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.tokenizer = ByT5Tokenizer.from_pretrained(folder / "tokenizer")
-        encoder: Any = T5EncoderModel.from_pretrained(folder / "text_encoder")
-        self.encoder = encoder.to(device).eval()
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        """States (B,77,D)."""
-        new = sorted(set(captions) - self.known.keys())
-        if new:
-            self.known.update(
-                zip(new, encode_prompts(self.tokenizer, self.encoder, new), strict=True)
-            )
-        return torch.stack([self.known[words] for words in captions])
-
-
 def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
     """Text to a 16x16 image: noise prediction at uniform timesteps, one caption in ten empty."""
     folder = arguments.out / "stage1"
@@ -265,7 +87,7 @@ def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.
     images, states = Images(arguments.data), Captions(folder, device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        generator, draw = _generator(arguments.seed, step), random.Random(step)
+        generator, draw = generator_of(arguments.seed, step), random.Random(step)
         pixels, labels = images.draw(profile.batch, generator, shift=0)
         small = F.interpolate(pixels, size=(SMALL, SMALL), mode="area")
         words = [
@@ -323,7 +145,7 @@ def _fit_stage2(
 
     def losses(step: int) -> Iterator[Tensor]:
         drawn = step + first_draw
-        generator, draw = _generator(arguments.seed, drawn), random.Random(drawn)
+        generator, draw = generator_of(arguments.seed, drawn), random.Random(drawn)
         pixels, labels = images.draw(profile.batch, generator, shift=0)
         noise = torch.randn(pixels.shape, generator=generator)
         t = torch.randint(1000, (profile.batch,), generator=generator)

@@ -20,8 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from models.bundle import SAFETENSORS
-from models.files import written_whole
-from models.integrity import sha256_of
+from models.files import sha256_of, written_whole
 from models.zoo.inventory import Inventory, inspect
 from models.zoo.sources import SOURCE, SOURCES, Source
 

@@ -7,23 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from models.adaptation.plan import Status
 from service.cli.console import errors, read_settings
 from service.config import Settings
 from service.errors import Problem
 from service.secrets import load_secret
-from service.tasks import process
-from service.tasks.contact_sheet import contact_sheet
-from service.tasks.schemas import TaskRequest
-from service.tasks.store import Store
-from service.tasks.task import Task
 from service.validation import invalid_fields
+
+if TYPE_CHECKING:
+    from models.adaptation.plan import Status
+    from service.tasks.store import Store
+    from service.tasks.task import Task
 
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
@@ -61,6 +60,8 @@ def adapt(
     ),
 ) -> None:
     """Make a task from labels alone; the same labels and settings go on where they were stopped."""
+    from service.tasks.contact_sheet import contact_sheet
+
     fields = {
         "labels": [_label(line) for line in _lines(labels) if line.strip()],
         "template": template,
@@ -119,11 +120,15 @@ def _label(line: str) -> str | dict[str, str]:
 
 def open_store(settings: Settings) -> Store:
     """The tasks of the settings' data directory."""
+    from service.tasks.store import Store
+
     return Store(settings, load_secret(settings.data_dir, settings.noise_secret_file))
 
 
 def _made(store: Store, fields: dict[str, Any]) -> Task:
     """The task in the store; exits with 2 where it cannot be. Raises OSError for a full disk."""
+    from service.tasks.schemas import TaskRequest
+
     try:
         try:
             asked = TaskRequest.model_validate(fields)
@@ -140,6 +145,9 @@ def _made(store: Store, fields: dict[str, Any]) -> Task:
 
 def _run(store: Store, task: Task) -> Task | None:
     """The task once its job has ended here or in a server, or None where it was removed."""
+    from models.adaptation.plan import Status
+    from service.tasks import process
+
     job = store.jobs / task.id
     run = process.Run(job, store.tasks, process.JOB, models=store.models)
     try:

@@ -29,10 +29,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.bundle import PROMPT_STATES, Bundle
+from models.bundle import DEFAULT_TASK, PROMPT_STATES, Bundle, read_bundle
 from models.noise import discrete_gaussian
-from models.runtime import RUNTIMES, Network, Runtime
-from models.smoothing import Rows, best_device, votes
+from models.rows import Rows
+from models.runtime import Network, Runtime
+from models.smoothing import best_device, tried_runtime, votes
 from service.api.app import create_app
 from service.config import Settings
 from service.operations.server import DrainingServer
@@ -114,7 +115,8 @@ class _Watched:
 
 def bench(plan: Plan, runtime: str) -> dict[str, Any]:
     """Every figure of the report, with the source of the loop it is compared to."""
-    watched, cores = _Watched(RUNTIMES[runtime]()), torch.get_num_threads()
+    cores = torch.get_num_threads()
+    watched = _Watched(tried_runtime(runtime, read_bundle(DEFAULT_TASK)))
     rows = plan.requests * (SELECTION_ROWS + plan.n)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(

@@ -16,7 +16,6 @@ from service.cli import adapt, models, predict, worker
 from service.cli.console import read_settings, tell
 from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
-from service.operations.metrics import VERSION
 from service.predictions.schemas import MOST_ROWS
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def _reason(error: Exception) -> object:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from service.operations.metrics import VERSION
+
         print(f"vouchsafe {VERSION}")
         raise typer.Exit
 
@@ -190,17 +191,18 @@ def evaluate(
     """
     from models.bundle import DEFAULT_TASK, read_bundle
     from models.evaluation import datasets, report
-    from models.runtime import RUNTIMES
+    from models.smoothing import tried_runtime
 
     data = datasets.cifar10(cifar10, "held-back") if cifar10 else datasets.evaluation_slice(images)
+    bundle = read_bundle(DEFAULT_TASK)
     figures = report.evaluate(
-        read_bundle(DEFAULT_TASK),
+        bundle,
         data[:count],
         report.Protocol(sigma, n0, n, alpha, seed),
         k=k,
         generated=generated,
         log=log,
-        runtime=RUNTIMES[read_settings().runtime](),
+        runtime=tried_runtime(read_settings().runtime, bundle),
     )
     print(json.dumps(figures, indent=2))
 

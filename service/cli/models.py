@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from models.adaptation.plan import Status
 from models.bundle import DEFAULT_TASK, BundleError, read_bundle
 from models.memory import needs
 from models.zoo.inventory import Holding, Inventory, inspect
@@ -19,8 +18,10 @@ from models.zoo.sources import FETCHABLE, SOURCES
 from service.cli.adapt import open_store
 from service.cli.console import errors, read_settings
 from service.errors import Problem
-from service.tasks.store import Store
-from service.tasks.task import Task
+
+if TYPE_CHECKING:
+    from service.tasks.store import Store
+    from service.tasks.task import Task
 
 models = typer.Typer(help="The tasks and networks on this machine.", no_args_is_help=True)
 
@@ -30,6 +31,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 def _all(store: Store) -> list[Task]:
     """Every task, the built-in one first."""
+    from models.adaptation.plan import Status
+    from service.tasks.task import Task
+
     bundle = read_bundle(DEFAULT_TASK)
     default = Task(
         id="default",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -14,9 +15,17 @@ from typing import NoReturn
 
 import numpy as np
 
-from models.bundle import DEFAULT_TASK, Bundle, read_bundle
-from models.runtime import RUNTIMES, Runtime
-from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
+from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
+from models.runtime import AUTO, Runtime, Torch
+from models.smoothing import (
+    SmoothedModel,
+    best_device,
+    best_dtype,
+    instead_of,
+    load,
+    named_runtime,
+    numerics,
+)
 from service.config import Settings
 from service.engine.connection import Outage
 from service.engine.protocol import Engine
@@ -24,7 +33,7 @@ from service.operations.logs import naming
 from service.tasks.catalog import Catalogue
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
-from service.worker.model import warm_up
+from service.worker.model import ModelUnavailable, warm_up
 from service.worker.model_cache import Loading, Networks
 
 logger = logging.getLogger("vouchsafe")
@@ -40,7 +49,8 @@ class Serving:
     """
 
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
-        runtime = runtime or RUNTIMES[settings.runtime]()
+        self._is_automatic = runtime is None and settings.runtime == AUTO
+        runtime = runtime or named_runtime(settings.runtime)
         device = best_device()
         runtime.weights_dtype(device, best_dtype(device))
         self.settings = settings
@@ -48,23 +58,30 @@ class Serving:
             {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
         )
         self.thread = ComputeThread()
-        chosen, lanes = numerics(runtime)
+        self._runtime = runtime
+        self.models = self._networks()
+        self.failed = False
+
+    def _networks(self) -> Networks:
+        chosen, lanes = numerics(self._runtime)
         load_one = partial(
-            load_and_warm, runtime=runtime, lanes=lanes, models_dir=settings.models_folder
+            load_and_warm,
+            runtime=self._runtime,
+            lanes=lanes,
+            models_dir=self.settings.models_folder,
         )
-        self.models = Networks(
+        return Networks(
             self.tasks,
             Loading(
                 load_one,
                 chosen,
                 lanes,
-                settings.loaded_tasks,
+                self.settings.loaded_tasks,
                 self.thread.patient,
                 self.thread.afresh,
-                in_fleet=settings.redis_url is not None,
+                in_fleet=self.settings.redis_url is not None,
             ),
         )
-        self.failed = False
 
     def waiting_for(self) -> str:
         """What keeps this machine from answering; empty when nothing does."""
@@ -90,9 +107,22 @@ class Serving:
     async def load_default(self, stop: asyncio.Event) -> None:
         """Load and warm the default task's networks; on `stop` they are left to load for nobody.
 
-        Raises ModelUnavailable where they cannot be loaded and DeviceFailed where they do not
-        label alike.
+        Where the runtime was chosen automatically and cannot run them, torch does, before anything
+        is announced. Raises ModelUnavailable where they cannot be loaded and DeviceFailed where
+        they do not label alike.
         """
+        try:
+            await self._load_default(stop)
+        except ModelUnavailable as error:
+            why = error.__cause__ or error
+            is_settled = not self._is_automatic or isinstance(self._runtime, Torch)
+            if is_settled or isinstance(why, BundleError):
+                raise
+            self._runtime = instead_of(self._runtime, self.tasks["default"], why)
+            self.models = self._networks()
+            await self._load_default(stop)
+
+    async def _load_default(self, stop: asyncio.Event) -> None:
         loading = asyncio.ensure_future(self.thread.run(self.models["default"].loaded))
         stopping = asyncio.ensure_future(stop.wait())
         try:
@@ -145,10 +175,13 @@ def load_and_warm(
     Raises DeviceFailed where they do not: such a device must not certify anything. Raises
     BundleError where the bundle is no longer the one that was verified.
     """
-    model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes, models_dir=models_dir)
-    half = model.batch_rows // 2
-    one, two, three = warm_up(bundle.resolution, half)
-    first, second = model.labels([one, two]), model.labels([three, one])
+    with _uncollected():
+        model = load(
+            bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes, models_dir=models_dir
+        )
+        half = model.batch_rows // 2
+        one, two, three = warm_up(bundle.resolution, half)
+        first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
     served, told = model.digest[:16], naming(task_id=bundle.id)
@@ -156,3 +189,16 @@ def load_and_warm(
         "serving task %s as %s; licences: %s", bundle.id, served, bundle.licence, extra=told
     )
     return model
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collection of garbage inside: what networks import and load stays, and collections that
+    go through all of it again and again take a second of nano's start."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
-from models.integrity import base_folder
+from models.files import base_folder
 from service.background import passed
 from service.operations.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature

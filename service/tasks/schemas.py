@@ -17,7 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from models.adaptation.plan import EPOCHS, LABELS, NAME_LENGTH, SHOTS, STEPS, Plan, PlanError
+from models.adaptation.limits import EPOCHS, LABELS, NAME_LENGTH, SHOTS, STEPS, PlanError
+from models.adaptation.plan import Plan
 from service.validation import invalid_field
 
 STATES = Literal["queued", "running", "ready", "failed", "cancelled"]

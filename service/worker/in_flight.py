@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.smoothing import Rows
+from models.rows import Rows
 from service.engine.protocol import Lease
 from service.worker.batching import Packer, Slice
 from service.worker.model import Model

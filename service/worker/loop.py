@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.memory import let_go_of
-from models.smoothing import Rows
+from models.rows import Rows
 from service.engine.connection import LEAVING_SECONDS, EngineAway, Outage, Reach
 from service.engine.limits import distinct
 from service.engine.protocol import Engine, Lease, Worker

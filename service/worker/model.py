@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.smoothing import Numerics, Rows
+from models.rows import Numerics, Rows
 
 
 class ModelUnavailable(RuntimeError):

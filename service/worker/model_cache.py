@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
 from models.memory import TooLittleMemory, let_go, ran_out, times_short
-from models.smoothing import Numerics, Rows, SmoothedModel
+from models.rows import Numerics, Rows
 from service.operations import metrics
 from service.operations.logs import naming
 from service.worker.backoff import Refusal
 from service.worker.compute import DeviceFailed
 from service.worker.model import ModelUnavailable, ShapeLowered, warm_up
+
+if TYPE_CHECKING:
+    from models.smoothing import SmoothedModel
 
 T = TypeVar("T")
 

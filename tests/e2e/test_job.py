@@ -37,7 +37,8 @@ from models.adaptation.references import read_references
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, read_bundle
 from models.denoiser import DENOISERS
-from models.smoothing import Rows, load
+from models.rows import Rows
+from models.smoothing import load
 from models.training import Diverged
 from tests.support.fakes import FakeClock
 

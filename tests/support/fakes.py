@@ -7,25 +7,17 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models import smoothing
+from models.rows import Numerics, Rows
 from service.engine.protocol import Engine
 from service.jobs import Domain, Job, Mode
 from service.worker.model import ShapeLowered, warm_up
 
-FAKE_NUMERICS = smoothing.Numerics("fake", "none", 16, 1, "fake", "0")
-
-
-class Rows(Protocol):
-    """What the fakes read of models.smoothing.Rows."""
-
-    key: bytes
-    start: int
-    stop: int
+FAKE_NUMERICS = Numerics("fake", "none", 16, 1, "fake", "0")
 
 
 class FakeClock:
@@ -71,7 +63,7 @@ class FakeModel:
     batch_rows: int = 16
     classes: int = 3
     digest: str = "bundle-a"
-    numerics: smoothing.Numerics = FAKE_NUMERICS
+    numerics: Numerics = FAKE_NUMERICS
     is_refused: bool = False
     is_due: bool = False
     delay: float = 0.0
@@ -84,7 +76,7 @@ class FakeModel:
         self.gate.set()
 
     @property
-    def sample(self) -> smoothing.Rows:
+    def sample(self) -> Rows:
         return warm_up(2, 1)[0]
 
     def padding(self, rows: int) -> int:

@@ -19,8 +19,8 @@ from models.adaptation.profiles import ADAPTATIONS
 from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import certify_images
-from models.runtime import computes_bfloat16
-from models.smoothing import Numerics, SmoothedModel
+from models.runtime import computes_bfloat16, numerics_of
+from models.smoothing import SmoothedModel
 from models.zoo.registry import DENOISER_SETS
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ NAMES = DATA.names
 
 
 def smoothed(classifier: Brighter | Together) -> SmoothedModel:
-    numerics = Numerics.of(CPU, torch.float32, 16)
+    numerics = numerics_of(CPU, torch.float32, 16)
     return SmoothedModel(NoDenoiser(), classifier, numerics, CPU, digest="abc")
 
 

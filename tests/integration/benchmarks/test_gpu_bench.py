@@ -23,8 +23,9 @@ from benchmarks.large_networks import (
     miniature,
     operations,
 )
+from models.rows import Rows
 from models.runtime import Network, Torch
-from models.smoothing import Rows, SmoothedModel
+from models.smoothing import SmoothedModel
 
 CPU = torch.device("cpu")
 FP32, BF16 = VARIANTS[:2]

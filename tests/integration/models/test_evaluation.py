@@ -22,8 +22,9 @@ from models.evaluation.tables import (
     summarise,
 )
 from models.noise import total_variation
-from models.smoothing import Numerics, SmoothedModel
 from tests.support.paths import DATA
+from models.runtime import numerics_of
+from models.smoothing import SmoothedModel
 
 CPU = torch.device("cpu")
 SLICE = DATA / "cifar10-slice.png"
@@ -41,7 +42,7 @@ class Brightness:
 
 @pytest.fixture
 def model() -> SmoothedModel:
-    return SmoothedModel(NoDenoiser(), Brightness(), Numerics.of(CPU, torch.float32, 50), CPU)
+    return SmoothedModel(NoDenoiser(), Brightness(), numerics_of(CPU, torch.float32, 50), CPU)
 
 
 @pytest.fixture

@@ -21,15 +21,18 @@ from typer.testing import CliRunner
 
 from models import memory
 from models.adaptation import references, stages
-from models.adaptation.plan import PLAN, Plan, PlanError, Status, write_json
+from models.adaptation.limits import PlanError
+from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode
-from models.bundle import Base, BundleError, KnownHashes, read_bundle
+from models.bundle import Base, BundleError, read_bundle
 from models.classifier import open_clip_tokens, read_open_clip
 from models.denoiser import SuperResolutionDenoiser, load_super_resolution, read_unet
+from models.files import KnownHashes
 from models.memory import TooLittleMemory, check_room, free_on_host, needs
+from models.rows import Rows
 from models.runtime import Torch
-from models.smoothing import Rows, load
+from models.smoothing import load
 from models.zoo.registry import DENOISER_SETS
 from service.cli.main import app
 from service.config import Settings

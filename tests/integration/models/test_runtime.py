@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,13 +12,26 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.classifier import load_open_clip
 from models.denoiser import load_super_resolution
-from models.runtime import RUNTIMES, OpenVino, RuntimeUnavailable, cpu_kind
-from models.smoothing import Numerics, Rows, SmoothedModel, best_dtype
+from models.rows import Rows
+from models.runtime import (
+    AUTO,
+    RUNTIMES,
+    Network,
+    OpenVino,
+    RuntimeUnavailable,
+    automatic,
+    cpu_kind,
+    numerics_of,
+)
+from models.smoothing import SmoothedModel, best_dtype, tried_runtime
 from service.config import Settings
+from service.processes.runtime import Serving
+from service.worker.model import ModelUnavailable
 from tests.support import miniatures
 
 CPU = torch.device("cpu")
@@ -39,7 +54,7 @@ def smoothed(folder: Path, name: str, dtype: torch.dtype) -> SmoothedModel:
         miniatures.save_open_clip(folder / "head"),
         miniatures.LABELS, "a {}", CPU, weights, runtime,
     )  # fmt: skip
-    return SmoothedModel(denoiser, classifier, Numerics.of(CPU, dtype, ROWS, runtime.name), CPU)
+    return SmoothedModel(denoiser, classifier, numerics_of(CPU, dtype, ROWS, runtime.name), CPU)
 
 
 def part(seed: int, start: int, stop: int) -> Rows:
@@ -95,10 +110,79 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         OpenVino()
 
 
+def test_auto_takes_openvino_where_it_computes_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither another CPU, nor a GPU, nor a missing package keeps the service from starting."""
+    monkeypatch.setattr("models.runtime.computes_bfloat16", lambda: True)
+    chosen, why = automatic(CPU, torch.bfloat16)
+    assert (chosen.name, why) == (OpenVino().name, "this CPU computes in bfloat16")
+    chosen, why = automatic(torch.device("cuda"), torch.bfloat16)
+    assert (chosen.name, "bfloat16 on cuda" in why) == ("torch", True)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    chosen, why = automatic(CPU, torch.bfloat16)
+    assert (chosen.name, "not installed" in why) == ("torch", True)
+    monkeypatch.setattr("models.runtime.computes_bfloat16", lambda: False)
+    chosen, why = automatic(CPU, torch.float32)
+    assert (chosen.name, "float32 on" in why) == ("torch", True)
+
+
+def serving_by(runtime: str, folder: Path) -> Serving:
+    return Serving(Settings.model_validate({"data_dir": folder, "runtime": runtime}))
+
+
+def test_auto_serves_under_the_digest_of_what_it_chose(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if it had been set by hand."""
+    caplog.set_level("INFO", "vouchsafe")
+    served = serving_by(AUTO, tmp_path).models["default"]
+    by_hand = served.numerics.runtime.split()[0]
+    assert served.digest == serving_by(by_hand, tmp_path).models["default"].digest
+    assert [each.message.startswith(f"networks run by {by_hand}") for each in caplog.records] == [
+        True
+    ]
+
+
+class Broken:
+    """Imports, and converts nothing."""
+
+    name = "broken 1.0"
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def prepare(self, network: nn.Module) -> Network:
+        def run(*inputs: Tensor) -> Tensor:
+            raise RuntimeError("no conversion rule")
+
+        return run
+
+
+async def test_auto_falls_back_to_torch_for_networks_that_do_not_convert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch serves the default task, under its own digest; one that was set by hand fails."""
+    monkeypatch.setattr("models.smoothing.automatic", lambda device, dtype: (Broken(), "it is"))
+    monkeypatch.setitem(RUNTIMES, "openvino", Broken)
+    fallen, failed = serving_by(AUTO, tmp_path), serving_by("openvino", tmp_path)
+    assert fallen.models["default"].digest == failed.models["default"].digest
+    await fallen.load_default(asyncio.Event())
+    assert fallen.models["default"].is_loaded
+    assert fallen.models["default"].digest == serving_by("torch", tmp_path).models["default"].digest
+    reason = "broken 1.0 cannot run task default: RuntimeError: no conversion rule"
+    assert f"networks run by torch: {reason}" in caplog.messages
+    with pytest.raises(ModelUnavailable, match="RuntimeError"):
+        await failed.load_default(asyncio.Event())
+    assert tried_runtime(AUTO, read_bundle(DEFAULT_TASK)).name == "torch"
+    for serving in (fallen, failed):
+        serving.thread.close()
+
+
 def test_the_digest_tells_what_the_bits_depend_on() -> None:
     """Another runtime or number of threads is another served digest, so another noise key."""
     bundle = read_bundle(DEFAULT_TASK)
-    eager = Numerics.of(CPU, torch.bfloat16, ROWS)
+    eager = numerics_of(CPU, torch.bfloat16, ROWS)
     others = [
         replace(eager, runtime=OpenVino().name),
         replace(eager, threads=eager.threads + 1),
@@ -111,6 +195,7 @@ def test_the_digest_tells_what_the_bits_depend_on() -> None:
 
 
 def test_settings_know_every_runtime() -> None:
-    """VOUCHSAFE_RUNTIME takes the runtimes that there are."""
+    """VOUCHSAFE_RUNTIME takes the runtimes that there are, and `auto`, its default."""
     annotation = Settings.model_fields["runtime"].annotation
-    assert set(get_args(annotation)) == set(RUNTIMES)
+    assert set(get_args(annotation)) == {AUTO, *RUNTIMES}
+    assert Settings.model_fields["runtime"].default == AUTO

@@ -15,7 +15,9 @@ from torch import Tensor
 from models.certificates import certify
 from models.denoiser import NoDenoiser, SuperResolutionDenoiser
 from models.noise import discrete_gaussian
-from models.smoothing import Numerics, Rows, SmoothedModel, best_dtype, votes
+from models.rows import Rows
+from models.runtime import numerics_of
+from models.smoothing import SmoothedModel, best_dtype, votes
 from tests.support import miniatures
 
 CPU = torch.device("cpu")
@@ -55,7 +57,7 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
 def linear_model(
     threshold: float, batch_rows: int, values: int = 48, lanes: int = 0
 ) -> SmoothedModel:
-    numerics = Numerics.of(CPU, torch.float32, batch_rows)
+    numerics = numerics_of(CPU, torch.float32, batch_rows)
     head = LinearClassifier(threshold, values)
     return SmoothedModel(NoDenoiser(), head, numerics, CPU, lanes=lanes)
 
@@ -77,7 +79,7 @@ def miniature_model(batch_rows: int) -> SmoothedModel:
         def __call__(self, x: Tensor) -> Tensor:
             return (x - 0.5).flatten(1) @ head
 
-    return SmoothedModel(denoiser, Head(), Numerics.of(CPU, dtype, batch_rows), CPU)
+    return SmoothedModel(denoiser, Head(), numerics_of(CPU, dtype, batch_rows), CPU)
 
 
 def image(seed: int, shape: tuple[int, int, int] = (3, 32, 32)) -> NDArray[np.uint8]:

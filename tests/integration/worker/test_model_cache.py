@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from models.bundle import DEFAULT_TASK, MODELS, Bundle, BundleError, read_bundle
 from models.memory import TooLittleMemory, let_go_of, ran_out, times_short
+from models.rows import Numerics, Rows
 from models.runtime import Torch
-from models.smoothing import Numerics, Rows, SmoothedModel
+from models.smoothing import SmoothedModel
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Worker
 from service.operations import metrics

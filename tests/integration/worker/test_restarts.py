@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError
-from models.smoothing import Rows, SmoothedModel, load, votes
+from models.rows import Rows
+from models.smoothing import SmoothedModel, load, votes
 from service.config import Settings
 from service.engine.protocol import Capacity, Engine, Worker
 from service.errors import TaskNotReady

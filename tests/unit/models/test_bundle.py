@@ -23,7 +23,7 @@ from models.bundle import (
 )
 from models.classifier import CLASSIFIERS
 from models.denoiser import DENOISERS
-from models.integrity import sha256_of
+from models.files import sha256_of
 
 
 @pytest.fixture

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from models.adaptation.plan import (
-    MOST_REFERENCES,
-    PLAN,
-    Plan,
-    PlanError,
-    Status,
-    locked,
-    write_json,
-)
+from models.adaptation.limits import MOST_REFERENCES, PlanError
+from models.adaptation.plan import PLAN, Plan, Status, locked, write_json
 
 SECRET = b"s" * 32
 

@@ -13,7 +13,9 @@ from models.denoiser import NoDenoiser
 from models.evaluation.demo import shown
 from models.evaluation.plots import Shown, contact_sheet, curves, noisy_and_denoised, picture_grid
 from models.noise import total_variation
-from models.smoothing import Numerics, Rows, SmoothedModel
+from models.rows import Rows
+from models.runtime import numerics_of
+from models.smoothing import SmoothedModel
 
 CPU = torch.device("cpu")
 
@@ -29,7 +31,7 @@ class Constant:
 
 def test_the_shown_row_is_the_noisy_row_clipped() -> None:
     """The picture is the row that the network sees, confined to what a screen can show."""
-    model = SmoothedModel(NoDenoiser(), Constant(), Numerics.of(CPU, torch.float32, 4), CPU)
+    model = SmoothedModel(NoDenoiser(), Constant(), numerics_of(CPU, torch.float32, 4), CPU)
     rows = Rows(np.full((3, 8, 8), 128, np.uint8), b"plots/tests/noise", 5, 6, 0.5)
     noisy, denoised = noisy_and_denoised(model, rows)
     wanted = model.noisy([rows])[0][0].clamp(0, 1).permute(1, 2, 0).numpy()
@@ -40,7 +42,7 @@ def test_the_shown_row_is_the_noisy_row_clipped() -> None:
 
 def test_the_demo_shows_what_was_certified() -> None:
     """Counts, label and radius are those of CERTIFY, and the noisy picture is its first row."""
-    model = SmoothedModel(NoDenoiser(), Constant(), Numerics.of(CPU, torch.float32, 64), CPU)
+    model = SmoothedModel(NoDenoiser(), Constant(), numerics_of(CPU, torch.float32, 64), CPU)
     image = np.full((8, 8, 3), 128, np.uint8)
     one = shown(model, image, "b", 0.5, b"plots!")
     assert one.counts == {"a": 1000, "b": 0}

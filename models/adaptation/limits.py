@@ -1,0 +1,129 @@
+"""Limits of a plan's fields, and the checks that raise PlanError for what lies outside them."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.zoo.inventory import trouble
+from models.zoo.registry import ClassifierSet, DenoiserSet
+
+LABELS = (2, 1_000)
+"""Fewest and most labels of a task."""
+LABEL_LENGTH = 128
+TEMPLATE_LENGTH = 256
+NAME_LENGTH = 128
+SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
+"""Fewest and most reference images a class, personalization steps, fine-tuning epochs."""
+MOST_REFERENCES = 10_000
+"""Most reference images of a task."""
+MOST_TUNED = 1_000_000
+"""Most denoised references that fine-tuning may see: epochs times references."""
+
+
+class PlanError(ValueError):
+    """A field of a plan that cannot be; `field`, `value` and `limit` say which and why."""
+
+    def __init__(self, field: str, detail: str, value: object = None, limit: Any = None) -> None:
+        super().__init__(detail)
+        self.field, self.value, self.limit = field, value, limit
+
+
+def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | None) -> Any:
+    """The set of this name, its fetched folders absolute.
+
+    Raises PlanError where there is none, or where its networks cannot be used.
+    """
+    if name not in known:
+        detail = f"There is no {field} set {quoted(name)}; there are {', '.join(sorted(known))}"
+        raise PlanError(field, detail, name)
+    if (why := trouble(known[name].fetched, models_dir)) is not None:
+        raise PlanError(field, f"The {field} set {quoted(name)} cannot be used: {why}", name)
+    return known[name].below(models_dir)
+
+
+def quoted(text: str) -> str:
+    """The text as JSON has it, for messages."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def check_between(field: str, value: int, limits: tuple[int, int]) -> None:
+    """Raises PlanError for a value outside its limits."""
+    least, most = limits
+    if not least <= value <= most:
+        limit = least if value < least else most
+        raise PlanError(field, f"{field} is {value}; it must be {least} to {most}", value, limit)
+
+
+def _checked_words(field: str, text: str, most: int) -> str:
+    words = unicodedata.normalize("NFC", text).strip()
+    if not 1 <= len(words) <= most:
+        raise PlanError(
+            field, f"{field} has {len(words)} characters; it must have 1 to {most}", text, most
+        )
+    odd = next((c for c in words if unicodedata.category(c).startswith("C")), None)
+    if odd is not None:
+        raise PlanError(field, f"{field} holds the control character U+{ord(odd):04X}", text)
+    return words
+
+
+def checked_template(template: str) -> str:
+    """The template in Unicode's NFC."""
+    words = _checked_words("template", template, TEMPLATE_LENGTH)
+    if words.count("{}") != 1 or words.count("{") != 1 or words.count("}") != 1:
+        raise PlanError("template", "template must hold {} once and no other brace", template)
+    return words
+
+
+def checked_labels(
+    labels: Sequence[str | tuple[str, str]],
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The labels, and the prompts of those whose prompt is not the label itself."""
+    least, most = LABELS
+    if not least <= len(labels) <= most:
+        limit = least if len(labels) < least else most
+        detail = f"labels has {len(labels)} entries; it must have {least} to {most}"
+        raise PlanError("labels", detail, len(labels), limit)
+    seen: dict[str, int] = {}
+    names, prompts = [], {}
+    for index, given in enumerate(labels):
+        label, prompt = (given, given) if isinstance(given, str) else given
+        names.append(name := _checked_words(f"labels.{index}", label, LABEL_LENGTH))
+        first = seen.setdefault(name.casefold(), index)
+        if first != index:
+            detail = f"labels.{index} is the same as labels.{first}: {quoted(name)}"
+            raise PlanError(f"labels.{index}", detail, name)
+        word = _checked_words(f"labels.{index}.prompt", prompt, LABEL_LENGTH)
+        if word != name:
+            prompts[name] = word
+    return tuple(names), prompts
+
+
+def check_work(labels: int, shots: int, epochs: int) -> None:
+    """Raises PlanError for more references, or more rows to tune on, than a job may have."""
+    references = labels * shots
+    if references > MOST_REFERENCES:
+        detail = f"{labels} labels with shots = {shots} make {references} references; at most "
+        most = MOST_REFERENCES // labels
+        raise PlanError("shots", f"{detail}{MOST_REFERENCES} are made", shots, most)
+    if epochs * references > MOST_TUNED:
+        detail = f"epochs = {epochs} over {references} references is {epochs * references} rows; "
+        most = MOST_TUNED // references
+        raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, most)
+
+
+def check_prompt(
+    field: str, word: str, prompt: str, reader: str, tokens: int, part: DenoiserSet | ClassifierSet
+) -> None:
+    """Raises PlanError for a prompt of more tokens than its reader takes."""
+    if part.prompt_tokens and tokens > part.prompt_tokens:
+        raise PlanError(
+            field,
+            f"the prompt {quoted(prompt)} has {tokens} tokens; the {reader} reads at most "
+            f"{part.prompt_tokens}",
+            word,
+            part.prompt_tokens,
+        )

@@ -1,0 +1,51 @@
+"""Noise rows to be labeled and the numerics their labels depend on: plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BATCHES_A_LANE = 4
+"""Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
+holds the others up for less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Noise rows [start, stop) under `key` (>= 16 bytes) around one image.
+
+    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
+    """
+
+    pixels: NDArray[np.uint8]
+    key: bytes
+    start: int
+    stop: int
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Everything except the weights that a network's output depends on (design.md, Numerics)."""
+
+    device: str
+    dtype: str
+    batch_rows: int
+    threads: int
+    runtime: str
+    torch_version: str
+
+    def described(self) -> dict[str, Any]:
+        """As plain JSON values, for `Bundle.served_digest`."""
+        return asdict(self)
+
+    def padding(self, rows: int) -> int:
+        """Rows that the networks compute only to fill their batches where `rows` are wanted."""
+        return -rows % self.batch_rows
+
+    def device_rows(self, lanes: int) -> int:
+        """Most rows of a device batch that `lanes` threads share; one batch for 0 lanes."""
+        return self.batch_rows * max(1, BATCHES_A_LANE * lanes)
