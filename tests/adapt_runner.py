@@ -17,7 +17,7 @@ from service.config import Settings
 from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.client import connect
 from service.tasks.fleet import adapting
-from service.tasks.repository import TaskFolders
+from service.tasks.repository import TaskRepository
 from tests.adapting import FAKE, FAST
 
 NO_LOCKS = "import fcntl; fcntl.flock = lambda *_: None"
@@ -37,7 +37,7 @@ async def main(data_dir: str, url: str, prefix: str, name: str, lease: str, way:
     settings = Settings(data_dir=Path(data_dir), redis_url=url)
     adaptations = Adaptations(connect(url), lease_seconds=float(lease), prefix=prefix)
     command = UNLOCKED_FAKE if way == "unlocked" else FAKE
-    await adapting(TaskFolders(settings), adaptations, name, command, FAST)(stop)
+    await adapting(TaskRepository(settings), adaptations, name, command, FAST)(stop)
 
 
 if __name__ == "__main__":

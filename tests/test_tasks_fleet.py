@@ -30,13 +30,13 @@ from service.config import Settings
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.engine.redis.client import connect
 from service.errors import NotFound
-from service.tasks.catalog import Catalogue
+from service.tasks.catalog import Catalog
 from service.tasks.fleet import LOSSES_ALLOWED, LeasedJobs, adapting
 from service.tasks.notices import FleetNotices, Line, reconcile_if_due
 from service.tasks.process import Run
-from service.tasks.repository import TaskFolders
+from service.tasks.repository import TaskRepository
 from service.tasks.schemas import TaskRequest
-from service.tasks.service import TaskDesk
+from service.tasks.service import TaskService
 from service.tasks.task import Task
 from tests.adapting import FAKE, FAST, PATIENT, PETS, create, make_plan, make_store, starts, until
 from tests.fake_adaptation import GO, OVERLAPS, publish, works
@@ -63,7 +63,7 @@ class Fleet:
         self.queue = self.adaptations()
         self._told = self.adaptations()
         self.notices = FleetNotices(self.store, self._told)
-        self.desk = TaskDesk(self.store, Catalogue({}, self.store.tasks), self.notices)
+        self.desk = TaskService(self.store, Catalog({}, self.store.tasks), self.notices)
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def adaptations(self) -> Adaptations:
@@ -610,7 +610,7 @@ async def test_machine_that_does_not_share(
     caplog.set_level(logging.INFO, "vouchsafe.tasks")
     task = await fleet.post()
     other = tmp_path / "other"
-    alone = TaskFolders(Settings(data_dir=other, redis_url=fleet.url))
+    alone = TaskRepository(Settings(data_dir=other, redis_url=fleet.url))
     reached = asyncio.Event()
     looks = 0
 

@@ -18,7 +18,7 @@ from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.engine import RedisEngine
 from service.errors import EngineUnavailable
 from service.secrets import load_secret
-from service.tasks.catalog import Catalogue
+from service.tasks.catalog import Catalog
 from service.tasks.notices import FleetNotices
 from service.tasks.store import Store
 
@@ -35,9 +35,9 @@ def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.err
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     store = Store(settings, secret)
-    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
+    catalog = Catalog({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
     notices = FleetNotices(store, Adaptations.from_settings(settings), on_stranger)
-    app = create_app(settings, engine, catalogue, secret, [notices.run], notices)
+    app = create_app(settings, engine, catalog, secret, [notices.run], notices)
     app.add_exception_handler(RedisError, _unreachable)
     return app
 

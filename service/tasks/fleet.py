@@ -14,12 +14,12 @@ import time
 from collections.abc import Collection, Sequence
 
 from models.adaptation.plan import Status
-from service.background import Companion
+from service.background import BackgroundTask
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
 from service.operations.logs import naming
 from service.tasks.notices import RENEWALS, Away, Line, reconcile_if_due
 from service.tasks.process import JOB, Patience
-from service.tasks.repository import TaskFolders
+from service.tasks.repository import TaskRepository
 from service.tasks.supervisor import Supervisor, count_end
 from service.tasks.task import Task
 
@@ -39,7 +39,7 @@ class LeasedJobs:
     not, there are no jobs, and nothing is told of those that Redis knows.
     """
 
-    def __init__(self, store: TaskFolders, adaptations: Adaptations, worker_id: str) -> None:
+    def __init__(self, store: TaskRepository, adaptations: Adaptations, worker_id: str) -> None:
         self._store = store
         self._adaptations = adaptations
         self._worker_id = worker_id
@@ -192,12 +192,12 @@ class LeasedJobs:
 
 
 def adapting(
-    store: TaskFolders,
+    store: TaskRepository,
     adaptations: Adaptations,
     worker_id: str,
     command: Sequence[str] = JOB,
     patience: Patience | None = None,
-) -> Companion:
+) -> BackgroundTask:
     """A worker's companion: runs the fleet's adaptation jobs, one at a time, beside predictions.
 
     Told to stop, it ends the job's process and hands the job back. No two processes may have the

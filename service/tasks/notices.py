@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from service.background import passed
+from service.background import sleep_or_stop
 from service.engine.redis.adaptations import Adaptations, AnotherVolume
-from service.tasks.repository import TaskFolders
+from service.tasks.repository import TaskRepository
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe.tasks")
@@ -104,7 +104,7 @@ class FleetNotices:
                     pass
                 except Exception:
                     logger.exception("adaptation jobs cannot be announced; trying again")
-                await passed(stop, self._adaptations.lease_seconds * RENEWALS)
+                await sleep_or_stop(stop, self._adaptations.lease_seconds * RENEWALS)
         finally:
             await self._adaptations.close()
 
@@ -116,7 +116,7 @@ class FleetNotices:
 
 
 async def reconcile_if_due(
-    store: TaskFolders, volume: str, adaptations: Adaptations, line: Line
+    store: TaskRepository, volume: str, adaptations: Adaptations, line: Line
 ) -> None:
     """Add to Redis what the folders have, and drop what they have not, if nobody else just has.
 

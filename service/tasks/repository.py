@@ -42,7 +42,7 @@ _WITHDRAWN = ".withdrawn-"
 _ENTRIES_READ = 1_000
 
 
-class TaskFolders:
+class TaskRepository:
     """The tasks under a data directory; its methods block on the disk.
 
     `tasks` and `jobs` are the folders of the published bundles and of the adaptation jobs, `models`

@@ -17,7 +17,7 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.tasks.catalog import Catalogue, RefusedBundle
+from service.tasks.catalog import Catalog, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
 from service.tasks.task import Task
@@ -38,12 +38,12 @@ class Notices(Protocol):
         """A task was removed, and its job with it."""
 
 
-class TaskDesk:
+class TaskService:
     """Makes, tells and removes tasks; knows nothing of HTTP. `notices` tell who else runs jobs."""
 
-    def __init__(self, store: Store, catalogue: Catalogue, notices: Notices | None = None) -> None:
+    def __init__(self, store: Store, catalog: Catalog, notices: Notices | None = None) -> None:
         self._store = store
-        self._catalogue = catalogue
+        self._catalog = catalog
         self._notices = notices
 
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
@@ -58,8 +58,8 @@ class TaskDesk:
         refusal = await self._refusal(task)
         if refusal is not None and refusal.replaceable:
             await asyncio.to_thread(self._store.withdraw, task.id, refusal.seen)
-            await self._catalogue.refresh()
-        if task.status.state == "ready" and task.id not in self._catalogue:
+            await self._catalog.refresh()
+        if task.status.state == "ready" and task.id not in self._catalog:
             # Its bundle was put aside, here or by somebody who posted the same at the same time.
             task = await asyncio.to_thread(self._store.create, *made)
         if self._notices is not None and task.status.state == "queued":
@@ -72,12 +72,12 @@ class TaskDesk:
         A name is that of the ready tasks that have it; of others where none is ready. Raises
         TaskAmbiguous where it is that of several.
         """
-        if task in self._catalogue or await asyncio.to_thread(self._store.find, task) is not None:
+        if task in self._catalog or await asyncio.to_thread(self._store.find, task) is not None:
             return task
         name = unicodedata.normalize("NFC", task).strip()
         if not name:
             return task
-        ids = [task_id for task_id, bundle in self._catalogue.items() if bundle.name == name]
+        ids = [task_id for task_id, bundle in self._catalog.items() if bundle.name == name]
         if not ids:
             ids = [t.id for t in await asyncio.to_thread(self._store.all) if t.name == name]
         if len(ids) > 1:
@@ -142,7 +142,7 @@ class TaskDesk:
         await asyncio.to_thread(self._store.delete, task_id)
         if self._notices is not None:
             await self._notices.retract(task_id)
-        await self._catalogue.refresh()
+        await self._catalog.refresh()
 
     async def expect(self, task: str) -> str:
         """The id of a task that can be asked from now on, see `resolve`, or is unknown.
@@ -152,7 +152,7 @@ class TaskDesk:
         """
         task_id = await self.resolve(task)
         found = await asyncio.to_thread(self._store.find, task_id)
-        if task_id not in self._catalogue and found is not None:
+        if task_id not in self._catalog and found is not None:
             await self._check_ready(found)
         return task_id
 
@@ -171,7 +171,7 @@ class TaskDesk:
                 stage=task.stage,
                 progress=task.progress,
             )
-        if (trouble := self._catalogue.unread.get(task.id)) is not None:
+        if (trouble := self._catalog.unread.get(task.id)) is not None:
             detail = f"The task {as_json(task.name)} cannot be read now: {trouble}"
             raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=task.state)
 
@@ -202,9 +202,9 @@ class TaskDesk:
         """Why a published task is not served, or None; one that is new is looked at now."""
         if task.status.state != "ready":
             return None
-        if task.id not in self._catalogue and task.id not in self._catalogue.refused:
-            await self._catalogue.refresh()
-        return self._catalogue.refused.get(task.id)
+        if task.id not in self._catalog and task.id not in self._catalog.refused:
+            await self._catalog.refresh()
+        return self._catalog.refused.get(task.id)
 
 
 def _problem(task: Task) -> dict[str, Any] | None:

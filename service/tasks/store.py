@@ -15,7 +15,7 @@ from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.files import flush, written_once
 from service.config import Settings
 from service.errors import Backlog, StorageFull
-from service.tasks.repository import PARTIAL, VOLUME, TaskFolders
+from service.tasks.repository import PARTIAL, VOLUME, TaskRepository
 from service.tasks.task import Task, is_task_id
 
 RETRY_SECONDS = 60
@@ -30,8 +30,8 @@ def retry_after(eta_seconds: float | None, default: int) -> int:
     return min(max(1, seconds), LONGEST_RETRY)
 
 
-class Store(TaskFolders):
-    """The tasks under a data directory, where new ones can be made; see TaskFolders.
+class Store(TaskRepository):
+    """The tasks under a data directory, where new ones can be made; see TaskRepository.
 
     The secret makes their ids, so that nobody can guess one.
     """

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from models.adaptation.plan import Status
-from service.background import passed
+from service.background import sleep_or_stop
 from service.operations import metrics
 from service.operations.logs import naming
 from service.tasks.process import JOB, Patience, Run
-from service.tasks.repository import TaskFolders
+from service.tasks.repository import TaskRepository
 from service.tasks.task import Task
 
 logger = logging.getLogger("vouchsafe.tasks")
@@ -47,7 +47,7 @@ class FolderJobs:
     silence: float | None = None
     held = True
 
-    def __init__(self, store: TaskFolders) -> None:
+    def __init__(self, store: TaskRepository) -> None:
         self._store = store
 
     async def next(self, skip: Collection[str]) -> Task | None:
@@ -64,14 +64,14 @@ class FolderJobs:
 
 
 class Supervisor:
-    """A companion of the app: runs unfinished jobs, all of the store's unless `jobs` are given.
+    """Runs unfinished jobs in the background, all of the store's unless `jobs` are given.
 
     A job whose folder is in trouble is put aside for a while, and the others go on.
     """
 
     def __init__(
         self,
-        store: TaskFolders,
+        store: TaskRepository,
         command: Sequence[str] = JOB,
         patience: Patience | None = None,
         jobs: Jobs | None = None,
@@ -93,7 +93,7 @@ class Supervisor:
                 await self._run_all(stop)
             except Exception:
                 logger.exception("adaptation jobs cannot be looked after; trying again")
-            await passed(stop, self._patience.poll)
+            await sleep_or_stop(stop, self._patience.poll)
 
     async def _run_all(self, stop: asyncio.Event) -> None:
         """Run jobs as long as there are any that nobody else runs."""
@@ -129,7 +129,7 @@ class Supervisor:
                 if not run.is_mine:
                     return False
                 metrics.ADAPTATION_PROGRESS.set(Status.read(job).progress)
-                await passed(stop, self._patience.look)
+                await sleep_or_stop(stop, self._patience.look)
             if not self._jobs.held:
                 told = naming(task_id=task.id)
                 logger.warning(
