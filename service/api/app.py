@@ -23,7 +23,7 @@ from service.operations.http_semantics import HeadRequests
 from service.operations.probes import metrics_route, probe_routes
 from service.predictions.service import Predictions
 from service.tasks.catalog import Catalog
-from service.tasks.service import Notices, TaskService
+from service.tasks.service import TaskService
 from service.tasks.store import Store
 
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
@@ -37,13 +37,11 @@ def create_app(
     catalog: Catalog,
     secret: bytes,
     background_tasks: Sequence[BackgroundTask] = (),
-    notices: Notices | None = None,
 ) -> FastAPI:
     """The application over an engine; `catalog` maps what callers send as `task` to its bundle.
 
     `background_tasks` run for the app's lifetime. Each is called with an event that is set at
-    shutdown, and has a lease's time to end then. `notices` hear of the tasks to be made where
-    others make them.
+    shutdown, and has a lease's time to end then.
     """
 
     @asynccontextmanager
@@ -60,8 +58,8 @@ def create_app(
 
     running = BackgroundTasks(background_tasks, settings.lease_seconds)
     store = Store(settings, secret)
-    desk = TaskService(store, catalog, notices)
-    predictions = Predictions(settings, engine, catalog, secret, desk.expect)
+    task_service = TaskService(store, catalog)
+    predictions = Predictions(settings, engine, catalog, secret, task_service.expect)
     following = BackgroundTasks([partial(catalog.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
         title="Vouchsafe",
@@ -75,7 +73,7 @@ def create_app(
     app.state.settings = settings
     app.state.callers = settings.callers()
     app.state.predictions = predictions
-    app.state.task_service = desk
+    app.state.task_service = task_service
     app.state.health = Health(
         engine,
         catalog,

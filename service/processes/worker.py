@@ -17,7 +17,7 @@ from service.api.problems import PROBLEM_HANDLERS
 from service.background import BackgroundTask, BackgroundTasks
 from service.config import Settings
 from service.engine.connection import EngineAway, Reach
-from service.engine.redis.adaptations import Adaptations
+from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
 from service.operations import metrics
@@ -25,8 +25,9 @@ from service.operations.health import Health
 from service.operations.probes import probes_app
 from service.operations.server import SideServer
 from service.processes.runtime import Serving
-from service.tasks.fleet import adapting
+from service.tasks.lock import RedisLocks
 from service.tasks.repository import TaskRepository
+from service.tasks.supervisor import Supervisor
 
 logger = logging.getLogger("vouchsafe")
 
@@ -52,9 +53,10 @@ class FleetWorker:
         self._reach = Reach()
         follow = partial(self.serving.tasks.follow, gone=self._forget)
         background: list[BackgroundTask] = [self._work, follow]
+        self._locks = RedisLocks(connect(self._url.get_secret_value()), self._reach)
         if settings.adapt:
-            jobs = Adaptations.from_settings(settings)
-            background.append(self._once_begun(adapting(TaskRepository(settings), jobs, self.id)))
+            supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
+            background.append(self._once_begun(supervisor.run))
         self._background = BackgroundTasks(background, GRACE_SECONDS)
         self.health = Health(
             self._engine,
@@ -142,6 +144,7 @@ class FleetWorker:
     async def _close(self) -> None:
         try:
             async with asyncio.timeout(_CLOSING_SECONDS):
+                await self._locks.close()
                 await self._engine.close()
         except Exception as error:
             logger.debug("Redis was left without a word: %s", error)

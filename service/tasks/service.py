@@ -6,7 +6,7 @@ import asyncio
 import unicodedata
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from service.errors import (
     AdaptationFailed,
@@ -28,23 +28,12 @@ RETRY_SECONDS = 10
 WATCH_SECONDS = 0.5
 
 
-class Notices(Protocol):
-    """Hears of jobs as they are made and removed, and raises nothing."""
-
-    async def announce(self, task_id: str) -> None:
-        """A job is to be run."""
-
-    async def retract(self, task_id: str) -> None:
-        """A task was removed, and its job with it."""
-
-
 class TaskService:
-    """Makes, tells and removes tasks; knows nothing of HTTP. `notices` tell who else runs jobs."""
+    """Makes, describes and removes tasks, without HTTP."""
 
-    def __init__(self, store: Store, catalog: Catalog, notices: Notices | None = None) -> None:
+    def __init__(self, store: Store, catalog: Catalog) -> None:
         self._store = store
         self._catalog = catalog
-        self._notices = notices
 
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
         """The task of these labels and settings, made if need be.
@@ -62,8 +51,6 @@ class TaskService:
         if task.status.state == "ready" and task.id not in self._catalog:
             # Its bundle was put aside, here or by somebody who posted the same at the same time.
             task = await asyncio.to_thread(self._store.create, *made)
-        if self._notices is not None and task.status.state == "queued":
-            await self._notices.announce(task.id)
         return await self._told(task)
 
     async def resolve(self, task: str) -> str:
@@ -140,8 +127,6 @@ class TaskService:
                 task=task_id,
             )
         await asyncio.to_thread(self._store.delete, task_id)
-        if self._notices is not None:
-            await self._notices.retract(task_id)
         await self._catalog.refresh()
 
     async def expect(self, task: str) -> str:
