@@ -21,7 +21,7 @@ TORCH_FREE = (
     "service.engine.redis.engine",
     "service.api.tasks",
     "service.tasks.supervisor",
-    "service.tasks.fleet",
+    "service.tasks.lock",
     "service.cli.models",
     "service.cli.adapt",
     "service.cli.worker",

@@ -72,13 +72,13 @@ async def _hold_volume(
         volume = await asyncio.to_thread(store.volume)
         while not stop.is_set():
             with suppress(*AWAY):  # Requests and probes report it.
-                if not await _is_shared(redis, volume):
+                if not await is_shared(redis, volume):
                     on_stranger(STRANGER.format(store.jobs.parent))
                     return
             await sleep_or_stop(stop, LOOK_SECONDS)
 
 
-async def _is_shared(redis: Redis, volume: str) -> bool:
+async def is_shared(redis: Redis, volume: str) -> bool:
     """Whether the fleet's data directory is the one with this id, or was none so far."""
     known = await redis.set(VOLUME, volume, nx=True, get=True, ex=VOLUME_SECONDS)
     if known is not None and known != volume.encode():
