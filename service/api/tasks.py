@@ -127,15 +127,14 @@ async def get_reference(id: str, file: str, service: Service) -> Response:
 )
 async def get_task_events(id: str, service: Service) -> EventSourceResponse:
     """A task's progress as server-sent events, ending with the task, its problem or its removal."""
-    await service.get(id)
-    return EventSourceResponse(_events(service, id))
+    return EventSourceResponse(_events(service, await service.get(id)))
 
 
-async def _events(service: TaskService, task_id: str) -> AsyncIterator[JSONServerSentEvent]:
+async def _events(service: TaskService, found: TaskResponse) -> AsyncIterator[JSONServerSentEvent]:
     names = {"state", "stage", "progress", "eta_seconds", "losses"}
-    async for task in service.watch(task_id):
+    async for task in service.watch(found):
         if task is None or task.state == "cancelled":
-            yield JSONServerSentEvent({"id": task_id}, event="cancelled")
+            yield JSONServerSentEvent({"id": found.id}, event="cancelled")
         elif task.problem is not None:
             yield JSONServerSentEvent(task.problem, event="problem")
         elif task.state == "ready":
