@@ -56,6 +56,7 @@ class FleetWorker:
         self._locks = RedisLocks(connect(self._url.get_secret_value()), self._reach)
         if settings.adapt:
             supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
+            logger.info("adaptation jobs are taken from %s", settings.data_dir.resolve())
             background.append(self._once_begun(supervisor.run))
         self._background = BackgroundTasks(background, GRACE_SECONDS)
         self.health = Health(
