@@ -18,7 +18,7 @@ VOUCHSAFE, REDIS, PROMETHEUS, GRAFANA = 10001, 999, 65534, 472
 """The users that the images run as."""
 RIGHTS = (
     "~{vouchsafe}:* &{vouchsafe}:* -@all +@read +@write +@pubsub +@scripting +@connection "
-    "+@transaction -@dangerous -function -script -scan -randomkey -dbsize +time +info"
+    "+@transaction -@dangerous -function -script +script|load -scan -randomkey -dbsize +time +info"
 )
 """The service's rights in Redis: keys and channels below its prefix, and INFO for the metrics."""
 

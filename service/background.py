@@ -9,12 +9,12 @@ from typing import Any
 
 _log = logging.getLogger("vouchsafe")
 
-Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+BackgroundTask = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 """Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
 
 
-async def passed(stop: asyncio.Event, seconds: float) -> None:
-    """Returns after so many seconds, or at once when a companion is told to stop."""
+async def sleep_or_stop(stop: asyncio.Event, seconds: float) -> None:
+    """Returns after `seconds`, or as soon as `stop` is set."""
     try:
         async with asyncio.timeout(seconds):
             await stop.wait()
@@ -22,42 +22,42 @@ async def passed(stop: asyncio.Event, seconds: float) -> None:
         return
 
 
-class Companions:
-    """Runs companions for the lifetime of the app."""
+class BackgroundTasks:
+    """Runs background tasks for the lifetime of the process."""
 
-    def __init__(self, companions: Sequence[Companion], grace_seconds: float) -> None:
-        self._companions = companions
+    def __init__(self, tasks: Sequence[BackgroundTask], grace_seconds: float) -> None:
+        self._tasks = tasks
         self._grace_seconds = grace_seconds
         self._running: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self.started = False
 
     def __len__(self) -> int:
-        return len(self._companions)
+        return len(self._tasks)
 
     def start(self) -> None:
         """Start them all."""
         self._stop = asyncio.Event()
-        self._running = [asyncio.create_task(self._run(start)) for start in self._companions]
+        self._running = [asyncio.create_task(self._run(task)) for task in self._tasks]
         self.started = True
 
     async def stop(self) -> None:
-        """Ask them to stop, wait for the grace time, then cancel whoever is left."""
+        """Set their event, wait for the grace time, then cancel those that still run."""
         self.started = False
         self._stop.set()
         if self._running:
             await asyncio.wait(self._running, timeout=self._grace_seconds)
-        for task in self._running:
-            task.cancel()
+        for running in self._running:
+            running.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
     @property
     def all_alive(self) -> bool:
-        """Whether every companion is still running."""
-        return self.started and not any(task.done() for task in self._running)
+        """Whether every background task is still running."""
+        return self.started and not any(running.done() for running in self._running)
 
-    async def _run(self, companion: Companion) -> None:
+    async def _run(self, task: BackgroundTask) -> None:
         try:
-            await companion(self._stop)
+            await task(self._stop)
         except Exception:
-            _log.exception("A companion of the service failed; the process is not ready any more")
+            _log.exception("a background task failed; the process is not ready any more")

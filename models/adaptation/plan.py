@@ -222,7 +222,8 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
 class Status:
     """How far a job is. `state` is queued, running, ready, failed or cancelled; `stage` one of
     STAGES or None; `progress` from 0 to 1; `losses` the last of each stage; `problem` a kind and
-    a detail that says what to change; times in Unix seconds."""
+    a detail that says what to change; times in Unix seconds. `attempts` counts how often its
+    process or worker died since it last got further than `furthest`, a progress."""
 
     state: str = "queued"
     stage: str | None = None
@@ -233,6 +234,8 @@ class Status:
     problem: Mapping[str, Any] | None = None
     started: float | None = None
     finished: float | None = None
+    attempts: int = 0
+    furthest: float = 0.0
 
     @property
     def ended(self) -> bool:

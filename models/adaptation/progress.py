@@ -35,8 +35,13 @@ class Progress:
         self._shares = {stage: part / sum(work.values()) for stage, part in work.items()}
         self._folder = folder
         earlier = Status.read(folder)
-        started = earlier.started or time.time()
-        self.status = Status("running", started=started, losses=earlier.losses)
+        self.status = Status(
+            "running",
+            started=earlier.started or time.time(),
+            losses=earlier.losses,
+            attempts=earlier.attempts,
+            furthest=earlier.furthest,
+        )
         self._written = 0.0
         self._began: float | None = None
         self._found = 0.0

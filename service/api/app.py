@@ -14,7 +14,7 @@ from service.api.pages import docs_assets, pages
 from service.api.predictions import routes as predictions_routes
 from service.api.problems import KEYED, PROBLEM_HANDLERS
 from service.api.tasks import tasks
-from service.background import Companion, Companions
+from service.background import BackgroundTask, BackgroundTasks
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.operations import metrics
@@ -22,8 +22,8 @@ from service.operations.health import Health
 from service.operations.http_semantics import HeadRequests
 from service.operations.probes import metrics_route, probe_routes
 from service.predictions.service import Predictions
-from service.tasks.catalog import Catalogue
-from service.tasks.service import Notices, TaskDesk
+from service.tasks.catalog import Catalog
+from service.tasks.service import TaskService
 from service.tasks.store import Store
 
 _DESCRIPTION = """What is in this picture, and how far could an attacker move its pixels before that
@@ -34,16 +34,14 @@ probability 1 - alpha no perturbation inside the radius changes it."""
 def create_app(
     settings: Settings,
     engine: Engine,
-    catalogue: Catalogue,
+    catalog: Catalog,
     secret: bytes,
-    companions: Sequence[Companion] = (),
-    notices: Notices | None = None,
+    background_tasks: Sequence[BackgroundTask] = (),
 ) -> FastAPI:
-    """The application over an engine; `catalogue` maps what callers send as `task` to its bundle.
+    """The application over an engine; `catalog` maps what callers send as `task` to its bundle.
 
-    `companions` run for the app's lifetime, each called with an event that is set at shutdown;
-    they have a lease's time to end by themselves. `notices` hear of the tasks to be made where
-    others make them.
+    `background_tasks` run for the app's lifetime. Each is called with an event that is set at
+    shutdown, and has a lease's time to end then.
     """
 
     @asynccontextmanager
@@ -58,11 +56,11 @@ def create_app(
             await predictions.close()
             await engine.close()
 
-    running = Companions(companions, settings.lease_seconds)
+    running = BackgroundTasks(background_tasks, settings.lease_seconds)
     store = Store(settings, secret)
-    desk = TaskDesk(store, catalogue, notices)
-    predictions = Predictions(settings, engine, catalogue, secret, desk.expect)
-    following = Companions([partial(catalogue.follow, gone=predictions.withdraw)], 1.0)
+    task_service = TaskService(store, catalog)
+    predictions = Predictions(settings, engine, catalog, secret, task_service.expect)
+    following = BackgroundTasks([partial(catalog.follow, gone=predictions.withdraw)], 1.0)
     app = FastAPI(
         title="Vouchsafe",
         version=metrics.VERSION,
@@ -75,10 +73,10 @@ def create_app(
     app.state.settings = settings
     app.state.callers = settings.callers()
     app.state.predictions = predictions
-    app.state.task_desk = desk
+    app.state.task_service = task_service
     app.state.health = Health(
         engine,
-        catalogue,
+        catalog,
         running,
         open_jobs=store.open_jobs,
         workers_elsewhere=settings.redis_url is not None,

@@ -14,7 +14,7 @@ from service.api.auth import caller
 from service.api.problems import problem_responses
 from service.api.requests import read_document
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
-from service.tasks.service import TaskDesk
+from service.tasks.service import TaskService
 
 MOST_BYTES = 2**20
 """Largest body of a task's request."""
@@ -22,13 +22,13 @@ MOST_LISTED = 1_000
 """Most tasks in one answer."""
 
 
-def _desk(request: Request) -> TaskDesk:
-    desk: TaskDesk = request.app.state.task_desk
-    return desk
+def _service(request: Request) -> TaskService:
+    service: TaskService = request.app.state.task_service
+    return service
 
 
 Caller = Annotated[str | None, Depends(caller)]
-Desk = Annotated[TaskDesk, Depends(_desk)]
+Service = Annotated[TaskService, Depends(_service)]
 
 tasks = APIRouter(
     prefix="/tasks",
@@ -59,13 +59,13 @@ tasks = APIRouter(
         }
     },
 )
-async def create_task(request: Request, desk: Desk, owner: Caller) -> Response:
+async def create_task(request: Request, service: Service, owner: Caller) -> Response:
     """Make a task from labels alone: 202 until it is ready, 200 from then on.
 
     The same labels and settings are the same task, whoever asks; one that failed is tried again.
     """
     asked = await read_document(request, TaskRequest, MOST_BYTES)
-    task = await desk.create(asked, owner)
+    task = await service.create(asked, owner)
     request.state.task = task.id
     status = 200 if task.state == "ready" else 202
     headers = {"Location": f"/tasks/{task.id}"}
@@ -74,7 +74,7 @@ async def create_task(request: Request, desk: Desk, owner: Caller) -> Response:
 
 @tasks.get("", responses=problem_responses(errors.InvalidField))
 async def get_tasks(
-    desk: Desk,
+    service: Service,
     limit: Annotated[
         int, Query(ge=1, le=MOST_LISTED, description=f"Most tasks, 1 to {MOST_LISTED}.")
     ] = 100,
@@ -83,21 +83,21 @@ async def get_tasks(
     ] = None,
 ) -> TasksResponse:
     """The tasks that were made from labels, the newest first; /models has the built-in one too."""
-    return await desk.page(limit, after)
+    return await service.page(limit, after)
 
 
 @tasks.get("/{id}", responses=problem_responses(errors.NotFound, errors.TaskAmbiguous))
-async def get_task(id: str, desk: Desk) -> TaskResponse:
+async def get_task(id: str, service: Service) -> TaskResponse:
     """A task as it stands, by its id, or by its name where no other task has it."""
-    return await desk.get(await desk.resolve(id))
+    return await service.get(await service.resolve(id))
 
 
 @tasks.delete(
     "/{id}", status_code=204, responses=problem_responses(errors.NotFound, errors.Forbidden)
 )
-async def delete_task(id: str, desk: Desk, owner: Caller) -> None:
+async def delete_task(id: str, service: Service, owner: Caller) -> None:
     """Remove a task that the caller's key made, ending its job, with all that belongs to it."""
-    await desk.delete(id, owner)
+    await service.delete(id, owner)
 
 
 @tasks.get(
@@ -108,9 +108,9 @@ async def delete_task(id: str, desk: Desk, owner: Caller) -> None:
         **problem_responses(errors.NotFound),
     },
 )
-async def get_reference(id: str, file: str, desk: Desk) -> Response:
+async def get_reference(id: str, file: str, service: Service) -> Response:
     """One of the pictures that a task is made from."""
-    picture = await desk.reference(id, file)
+    picture = await service.reference(id, file)
     return Response(picture, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
 
 
@@ -125,17 +125,16 @@ async def get_reference(id: str, file: str, desk: Desk) -> Response:
         **problem_responses(errors.NotFound),
     },
 )
-async def get_task_events(id: str, desk: Desk) -> EventSourceResponse:
+async def get_task_events(id: str, service: Service) -> EventSourceResponse:
     """A task's progress as server-sent events, ending with the task, its problem or its removal."""
-    await desk.get(id)
-    return EventSourceResponse(_events(desk, id))
+    return EventSourceResponse(_events(service, await service.get(id)))
 
 
-async def _events(desk: TaskDesk, task_id: str) -> AsyncIterator[JSONServerSentEvent]:
+async def _events(service: TaskService, found: TaskResponse) -> AsyncIterator[JSONServerSentEvent]:
     names = {"state", "stage", "progress", "eta_seconds", "losses"}
-    async for task in desk.watch(task_id):
+    async for task in service.watch(found):
         if task is None or task.state == "cancelled":
-            yield JSONServerSentEvent({"id": task_id}, event="cancelled")
+            yield JSONServerSentEvent({"id": found.id}, event="cancelled")
         elif task.problem is not None:
             yield JSONServerSentEvent(task.problem, event="problem")
         elif task.state == "ready":

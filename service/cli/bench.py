@@ -226,7 +226,7 @@ async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]
         embedded.engine,
         embedded.tasks,
         embedded.secret,
-        companions=[embedded.worker(on_failure=server.stop)],
+        background_tasks=[embedded.worker(on_failure=server.stop)],
     )
     serving = asyncio.create_task(server.serve())
     ready = asyncio.create_task(embedded.ready())

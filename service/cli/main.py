@@ -132,7 +132,7 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
         embedded.engine,
         embedded.tasks,
         embedded.secret,
-        companions=[
+        background_tasks=[
             embedded.worker(on_failure=server.stop),
             Supervisor(embedded.store).run,
         ],
@@ -147,12 +147,10 @@ async def _announce(settings: Settings, server: DrainingServer, served: FastAPI)
     """Log one line once the process can answer; in a fleet, as soon as it listens."""
     while settings.redis_url is None and not (await served.state.health.ready()).is_well:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
-    catalogue = served.state.predictions.tasks
-    with suppress(OSError):  # The catalogue logs what is wrong with its folder.
-        await catalogue.refresh()
-    names = [
-        f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalogue.items()
-    ]
+    catalog = served.state.predictions.tasks
+    with suppress(OSError):  # The catalog logs what is wrong with its folder.
+        await catalog.refresh()
+    names = [f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalog.items()]
     more = len(names) - _MOST_NAMED
     logger.info(
         "ready at %s; tasks: %s; data directory: %s",
@@ -161,7 +159,7 @@ async def _announce(settings: Settings, server: DrainingServer, served: FastAPI)
         settings.data_dir.resolve(),
         extra={
             "address": server.url,
-            "tasks": list(catalogue),
+            "tasks": list(catalog),
             "data_dir": str(settings.data_dir.resolve()),
         },
     )

@@ -139,21 +139,21 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     from service.engine.memory import MemoryEngine
     from service.engine.protocol import Worker
     from service.predictions.service import Predictions
-    from service.tasks.catalog import Catalogue
-    from service.tasks.service import TaskDesk
+    from service.tasks.catalog import Catalog
+    from service.tasks.service import TaskService
     from service.tasks.store import Store
 
     asked = _question(b"", fields)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
-    catalogue = Catalogue(
+    catalog = Catalog(
         {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
     )
-    await catalogue.refresh()
+    await catalog.refresh()
     engine = MemoryEngine(shard_rows=settings.shard_rows, poll_seconds=0)
-    served = {task: bundle.served_digest({}) for task, bundle in catalogue.items()}
+    served = {task: bundle.served_digest({}) for task, bundle in catalog.items()}
     await engine.pull(Worker("check", served, [{}]), 0)
-    tasks = TaskDesk(Store(settings, secret), catalogue)
-    desk = Predictions(settings, engine, catalogue, secret, tasks.expect)
+    tasks = TaskService(Store(settings, secret), catalog)
+    desk = Predictions(settings, engine, catalog, secret, tasks.expect)
     try:
         await desk.submit(asked, None, None)
     except InvalidImage:
@@ -197,9 +197,9 @@ async def _answers(
     Where the networks stop, that is the problem of every path that is left.
     """
     from service.predictions.service import Predictions
-    from service.tasks.service import TaskDesk
+    from service.tasks.service import TaskService
 
-    tasks = TaskDesk(embedded.store, embedded.tasks)
+    tasks = TaskService(embedded.store, embedded.tasks)
     desk = Predictions(
         embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
     )

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from service.background import passed
+from service.background import sleep_or_stop
 
 logger = logging.getLogger("vouchsafe")
 
@@ -79,7 +79,7 @@ class Reach:
     async def pause(self, failures: int) -> None:
         """Wait before the next try: twice as long each time, up to 5 s, jittered."""
         seconds = min(5.0, 0.05 * 2.0**failures) * random.uniform(0.5, 1)
-        await passed(self.leaving, seconds)
+        await sleep_or_stop(self.leaving, seconds)
 
 
 def _leaving_ends() -> float:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 from models.bundle import Bundle
-from service.background import Companions
+from service.background import BackgroundTasks
 from service.engine.connection import Outage
 from service.engine.protocol import Capacity, Engine, QueueState
 
@@ -41,7 +41,7 @@ class Health:
         self,
         engine: Engine,
         tasks: Mapping[str, Bundle],
-        companions: Companions,
+        background: BackgroundTasks,
         waiting_for: Callable[[], str] = str,
         outage: Outage | None = None,
         open_jobs: Callable[[], int] | None = None,
@@ -50,7 +50,7 @@ class Health:
     ) -> None:
         self._engine = engine
         self._tasks = tasks
-        self._companions = companions
+        self._background = background
         self._waiting_for = waiting_for
         self._outage = outage or Outage()
         self._ends_outage = outage is None
@@ -59,10 +59,10 @@ class Health:
         self._was_ready = False
 
     async def ready(self) -> Condition:
-        """The process can answer: its companions live, the engine too, and its worker serves."""
-        if not self._companions.started:
+        """The process can answer: its background tasks and engine live, and its worker serves."""
+        if not self._background.started:
             return Condition(False, "the service is starting or stopping")
-        if not self._companions.all_alive:
+        if not self._background.all_alive:
             return Condition(False, "a part of the service has ended")
         if waiting_for := self._waiting_for():
             return Condition(False, waiting_for)
@@ -77,7 +77,7 @@ class Health:
 
     async def startup(self) -> Condition:
         """Ready once; without a worker of its own it has started when it can be asked."""
-        if self._was_ready or (self._companions.started and self._workers_elsewhere):
+        if self._was_ready or (self._background.started and self._workers_elsewhere):
             return Condition(True)
         return await self.ready()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -26,15 +27,21 @@ def certificate(status: JobStatus) -> Certificate:
     """What a succeeded job's votes prove; its `method` is that of the job's noise key."""
     job = status.job
     blur = total_variation(job.shape, job.sigma)
-    if job.mode is Mode.PREDICT:
-        return predict(status.estimation, job.alpha, total_variation=blur)
-    return certify(
-        status.selection,
-        status.estimation,
-        job.sigma,
-        job.alpha,
-        total_variation=blur,
-    )
+    return _proven(job.mode, status.selection, status.estimation, job.sigma, job.alpha, blur)
+
+
+@lru_cache(maxsize=256)  # The caller's response, the metrics and /jobs/ID ask for the same one.
+def _proven(
+    mode: Mode,
+    selection: tuple[int, ...],
+    estimation: tuple[int, ...],
+    sigma: float,
+    alpha: float,
+    blur: float,
+) -> Certificate:
+    if mode is Mode.PREDICT:
+        return predict(estimation, alpha, total_variation=blur)
+    return certify(selection, estimation, sigma, alpha, total_variation=blur)
 
 
 def answer(status: JobStatus, labels: Sequence[str]) -> PredictResponse:

@@ -105,7 +105,7 @@ class Predictions:
         pixels = await self._reader.read(asked.image, bundle.resolution)
         job = self._job(asked, pixels, bundle, admission, owner, traceparent)
         job_id = await self.engine.submit(
-            job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint()
+            job, idempotency_key=idempotency_key, fingerprint=asked.fingerprint() if known else ""
         )
         if job_id == job.id:
             self._watch(job)

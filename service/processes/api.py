@@ -2,44 +2,89 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import aclosing, suppress
+from functools import partial
 
 from fastapi import FastAPI, Request
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.responses import Response
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.api.app import create_app
 from service.api.problems import render_problem
+from service.background import sleep_or_stop
 from service.config import Settings
+from service.engine.connection import AWAY
 from service.engine.protocol import RETRY_SECONDS
-from service.engine.redis.adaptations import Adaptations
-from service.engine.redis.engine import RedisEngine
+from service.engine.redis.client import connect
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.errors import EngineUnavailable
 from service.secrets import load_secret
-from service.tasks.catalog import Catalogue
-from service.tasks.notices import FleetNotices
+from service.tasks.catalog import Catalog
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe")
+
+VOLUME = f"{PREFIX}volume"
+"""The key of the id of the data directory that all API processes share."""
+VOLUME_SECONDS = 300
+"""How long that directory's place is kept after the last API process has ended."""
+LOOK_SECONDS = 5.0
+STRANGER = (
+    "other API processes of this Redis have another data directory than {}, and so another noise "
+    "secret: the same image would be another trial with each. Give all of them the same "
+    "VOUCHSAFE_DATA_DIR, or this one a Redis of its own; if the other directory was given up, "
+    "wait for 5 minutes"
+)
+"""Why an API process must end."""
 
 
 def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.error) -> FastAPI:
     """The application over the Redis that the settings name; any number of them share its work.
 
-    All of them need the same data directory, for the noise secret and the tasks are in it; where
-    others have another, `on_stranger` is told why this process must end. Raises SecretError, and
-    BundleError where the default task is damaged.
+    All of them need the same data directory, for the noise secret and the tasks are in it. Where
+    others have another, `on_stranger` is called with the reason for which this process must end.
+    Raises SecretError, ValueError where no URL is set, and BundleError where the default task is
+    damaged.
     """
+    if settings.redis_url is None:
+        raise ValueError("VOUCHSAFE_REDIS_URL is not set")
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     store = Store(settings, secret)
-    catalogue = Catalogue({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
-    notices = FleetNotices(store, Adaptations.from_settings(settings), on_stranger)
-    app = create_app(settings, engine, catalogue, secret, [notices.run], notices)
+    catalog = Catalog({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
+    redis = connect(settings.redis_url.get_secret_value())
+    holding = partial(_hold_volume, redis, store, on_stranger)
+    app = create_app(settings, engine, catalog, secret, [holding])
     app.add_exception_handler(RedisError, _unreachable)
     return app
+
+
+async def _hold_volume(
+    redis: Redis, store: Store, on_stranger: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """Keep the data directory's id in Redis until `stop`, or until another one is found there."""
+    async with aclosing(redis):
+        volume = await asyncio.to_thread(store.volume)
+        while not stop.is_set():
+            with suppress(*AWAY):  # Requests and probes report it.
+                if not await is_shared(redis, volume):
+                    on_stranger(STRANGER.format(store.jobs.parent))
+                    return
+            await sleep_or_stop(stop, LOOK_SECONDS)
+
+
+async def is_shared(redis: Redis, volume: str) -> bool:
+    """Whether the fleet's data directory is the one with this id, or was none so far."""
+    known = await redis.set(VOLUME, volume, nx=True, get=True, ex=VOLUME_SECONDS)
+    if known is not None and known != volume.encode():
+        return False
+    await redis.expire(VOLUME, VOLUME_SECONDS)
+    return True
 
 
 async def _unreachable(request: Request, error: Exception) -> Response:

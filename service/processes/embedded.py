@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from models.runtime import Runtime
-from service.background import Companion
+from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Capacity
@@ -46,8 +46,8 @@ class Embedded(Serving):
     def _is_served(self, capacity: Capacity) -> bool:
         return all(capacity.digests_of(task, bundle) for task, bundle in self.tasks.items())
 
-    def worker(self, on_failure: Callable[[], None]) -> Companion:
-        """A companion of the app: loads and warms the default task, then works until stopped.
+    def worker(self, on_failure: Callable[[], None]) -> BackgroundTask:
+        """A background task of the app: loads and warms the default task, then works until stopped.
 
         Where loading fails or the device breaks, `failed` is set and `on_failure` called.
         """

@@ -30,7 +30,7 @@ from service.config import Settings
 from service.engine.connection import Outage
 from service.engine.protocol import Engine
 from service.operations.logs import naming
-from service.tasks.catalog import Catalogue
+from service.tasks.catalog import Catalog
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import ModelUnavailable, warm_up
@@ -54,7 +54,7 @@ class Serving:
         device = best_device()
         runtime.weights_dtype(device, best_dtype(device))
         self.settings = settings
-        self.tasks = Catalogue(
+        self.tasks = Catalog(
             {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
         )
         self.thread = ComputeThread()

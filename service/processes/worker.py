@@ -14,10 +14,10 @@ from functools import partial
 from pydantic import SecretStr
 
 from service.api.problems import PROBLEM_HANDLERS
-from service.background import Companion, Companions
+from service.background import BackgroundTask, BackgroundTasks
 from service.config import Settings
 from service.engine.connection import EngineAway, Reach
-from service.engine.redis.adaptations import Adaptations
+from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
 from service.operations import metrics
@@ -25,13 +25,14 @@ from service.operations.health import Health
 from service.operations.probes import probes_app
 from service.operations.server import SideServer
 from service.processes.runtime import Serving
-from service.tasks.fleet import adapting
-from service.tasks.repository import TaskFolders
+from service.tasks.lock import RedisLocks
+from service.tasks.repository import TaskRepository
+from service.tasks.supervisor import Supervisor
 
 logger = logging.getLogger("vouchsafe")
 
 GRACE_SECONDS = 20.0
-"""How long the batch in hand, and companions, may take once the process is told to stop."""
+"""How long the batch in hand, and background tasks, may take once the process is told to stop."""
 _CLOSING_SECONDS = 2.0
 
 
@@ -51,15 +52,17 @@ class FleetWorker:
         self._error: Exception | None = None
         self._reach = Reach()
         follow = partial(self.serving.tasks.follow, gone=self._forget)
-        companions: list[Companion] = [self._work, follow]
+        background: list[BackgroundTask] = [self._work, follow]
+        self._locks = RedisLocks(connect(self._url.get_secret_value()), self._reach)
         if settings.adapt:
-            jobs = Adaptations.from_settings(settings)
-            companions.append(self._once_begun(adapting(TaskFolders(settings), jobs, self.id)))
-        self._companions = Companions(companions, GRACE_SECONDS)
+            supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
+            logger.info("adaptation jobs are taken from %s", settings.data_dir.resolve())
+            background.append(self._once_begun(supervisor.run))
+        self._background = BackgroundTasks(background, GRACE_SECONDS)
         self.health = Health(
             self._engine,
             self.serving.tasks,
-            self._companions,
+            self._background,
             self._waiting_for,
             self._reach.outage,
         )
@@ -77,10 +80,10 @@ class FleetWorker:
         if beside:
             logger.info("probes and metrics are on %s port %d", host, beside.port)
         async with beside.serving() if beside else nullcontext():
-            self._companions.start()
+            self._background.start()
             await self._stop.wait()
             logger.info("worker %s is stopping", self.id)
-            await self._companions.stop()
+            await self._background.stop()
             await self._close()
         if self._error is not None:
             raise self._error
@@ -91,7 +94,7 @@ class FleetWorker:
         self._reach.leave()
 
     async def _work(self, stop: asyncio.Event) -> None:
-        """The companion that the process lives for; its error is the process's."""
+        """The background task that the process lives for; its error is the process's."""
         try:
             with self.serving.in_use():
                 reached = await self._reaches()
@@ -110,15 +113,15 @@ class FleetWorker:
         finally:
             self.stop()
 
-    def _once_begun(self, companion: Companion) -> Companion:
-        """The companion, from when Redis has been found fit for use and the networks are loaded."""
+    def _once_begun(self, task: BackgroundTask) -> BackgroundTask:
+        """The task, from when Redis has been found fit for use and the networks are loaded."""
 
         async def run(stop: asyncio.Event) -> None:
             waiting = {asyncio.create_task(each.wait()) for each in (self._begun, stop)}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for wait in waiting:
                 wait.cancel()
-            await companion(stop)
+            await task(stop)
 
         return run
 
@@ -142,6 +145,7 @@ class FleetWorker:
     async def _close(self) -> None:
         try:
             async with asyncio.timeout(_CLOSING_SECONDS):
+                await self._locks.close()
                 await self._engine.close()
         except Exception as error:
             logger.debug("Redis was left without a word: %s", error)

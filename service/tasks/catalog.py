@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.bundle import MODELS, SCHEMA, Base, Bundle, BundleError, read_bundle
 from models.files import base_folder
-from service.background import passed
+from service.background import sleep_or_stop
 from service.operations.logs import naming
 from service.tasks.task import MANIFEST, Signature, is_task_id, signature
 
@@ -43,7 +43,7 @@ class _Found:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-class Catalogue(Mapping[str, Bundle]):
+class Catalog(Mapping[str, Bundle]):
     """Verified bundles by what callers send as `task`; `refresh` finds what came and went.
 
     `refused` says of each folder that is not served why, and `unread` of each that could not be
@@ -91,7 +91,7 @@ class Catalogue(Mapping[str, Bundle]):
                 await self._tell(gone)
             except Exception:
                 logger.exception("the published tasks cannot be looked through; trying again")
-            await passed(stop, POLL_SECONDS)
+            await sleep_or_stop(stop, POLL_SECONDS)
 
     async def _tell(self, gone: Callable[[str], Awaitable[None]]) -> None:
         """Tell of each task once; of one where that raises, the next time again."""

@@ -28,8 +28,8 @@ CLAIM = "claim"
 """Held locked by the process that looks after the job, as `lock` is by the one that computes it."""
 LOG = "log.txt"
 LOG_BYTES = 2**20
-RESTARTS = 3
-"""How often a process that died is started again before it gets any further."""
+ATTEMPTS = 4
+"""How often a job's process, or its worker, may die before the job gets any further."""
 GRACE_SECONDS = 2.0
 
 
@@ -50,8 +50,9 @@ class Run:
     """One job's processes, one after another until the job has ended; a step takes no time.
 
     A job that another process looks after is only watched. `stop` or `abandon` must be called in
-    the end; a run that was stopped can go on, and knows how often its processes have died. With
-    `silence` a process ends by itself where no step was taken for so many seconds.
+    the end; a run that was stopped can go on. How often processes have died without getting further
+    is counted in the job's status. With `silence` a process ends by itself where no step was taken
+    for that many seconds.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Run:
     ) -> None:
         self.job = job
         self._arguments = [*command, *map(str, (job, tasks, *([models] if models else [])))]
+        self._silence = silence
         if silence is not None:
             self._arguments += ["--silence", str(silence)]
         self._patience = patience or Patience()
@@ -73,10 +75,11 @@ class Run:
         self._child: subprocess.Popen[bytes] | None = None
         self._claim: BinaryIO | None = None
         self._start_at = clock()
-        self._deaths = 0
+        self._is_new = True
+        self._attempts = 0
+        self._furthest = 0.0
         self._last_death = ""
         self._disk_was_full = False
-        self._furthest = 0.0
         self._news: tuple[int, float] = (0, clock())
 
     @property
@@ -142,12 +145,27 @@ class Run:
     def _start_if_needed(self) -> bool:
         if Status.read(self.job).ended:
             return not is_running(self.job)
-        if not self._claimed() or self._clock() < self._start_at or is_running(self.job):
+        if not self._claimed():
             return False
-        if self._deaths > RESTARTS:
+        if self._is_new:
+            self._take_up()
+        if self._attempts >= ATTEMPTS:
             return self._give_up()
-        self._start()
+        if self._clock() >= self._start_at and not is_running(self.job):
+            self._start()
         return False
+
+    def _take_up(self) -> None:
+        """Go on with the job's own count.
+
+        A job that says it runs was lost by its worker. Where machines do not share locks its
+        process may last a little, so none is started before `silence` has passed.
+        """
+        status = Status.read(self.job)
+        self._attempts, self._furthest, self._is_new = status.attempts, status.furthest, False
+        if status.state == "running":
+            self._tell(logging.WARNING, "its worker went away")
+            self._count("its worker went away", self._silence or 0.0)
 
     def _claimed(self) -> bool:
         """Take the job for this process, unless another has it or it has just been removed."""
@@ -165,6 +183,8 @@ class Run:
         return True
 
     def _start(self) -> None:
+        # Before the process says so itself: one that takes its worker with it at once counts too.
+        Status.read(self.job).changed(state="running").write(self.job)
         self._trim_log()
         with (self.job / LOG).open("ab") as log:
             self._child = subprocess.Popen(  # noqa: S603 - our own command and folders.
@@ -205,14 +225,19 @@ class Run:
             return False
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
         self._tell(logging.ERROR, "its process %s; see its %s", how, LOG)
-        progress = Status.read(self.job).progress
-        if progress > self._furthest:
-            self._furthest, self._deaths = progress, 0
-        self._deaths, self._last_death = self._deaths + 1, how
-        if self._deaths > RESTARTS:
-            return self._give_up()
-        self._start_at = self._clock() + self._patience.restart
-        return False
+        self._count(f"its process {how}", self._patience.restart)
+        return self._attempts >= ATTEMPTS and self._give_up()
+
+    def _count(self, death: str, pause: float) -> None:
+        """Count a death; no process is started before `pause` seconds have passed."""
+        status = Status.read(self.job)
+        if status.progress > self._furthest:
+            self._furthest, self._attempts = status.progress, 0
+        self._attempts, self._last_death = self._attempts + 1, death
+        self._start_at = self._clock() + pause
+        if self._attempts < ATTEMPTS:  # Else its failure is written next.
+            counted = status.changed(attempts=self._attempts, furthest=self._furthest)
+            counted.changed(state="queued", eta_seconds=None).write(self.job)
 
     def _give_up(self) -> bool:
         """Let the job fail; where that cannot be written it is for the next step to do."""
@@ -230,9 +255,9 @@ class Run:
         if self._disk_was_full:
             kind, cause = "disk-full", "The disk was full: make room on it, or delete tasks"
         detail = (
-            f"The adaptation's process died {self._deaths} times without getting further; the last "
-            f"one {self._last_death}. {cause}; jobs/{self.job.name}/{LOG} in the data directory "
-            "has its last words. Post the same task to try again"
+            f"The adaptation died {self._attempts} times without getting further, at last because "
+            f"{self._last_death}. {cause}; jobs/{self.job.name}/{LOG} in the data directory has "
+            "its last words. Post the same task to try again"
         )
         return {"kind": kind, "detail": detail}
 

@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from models.adaptation.plan import LOCK, PLAN, REFERENCES, Status
+from models.adaptation.plan import LOCK, PLAN, REFERENCES
 from models.bundle import WRITERS
 from models.files import flush
 from service.config import Settings
 from service.errors import NotFound
 from service.operations.logs import naming
-from service.tasks.task import MANIFEST, Signature, Task, is_task_id, signature
+from service.tasks.task import Signature, Task, is_task_id, job_status, signature
 
 logger = logging.getLogger("vouchsafe.tasks")
 
@@ -34,15 +34,13 @@ PARTIAL = ".partial-"
 """How the names of half-made folders begin."""
 SPARED_SECONDS = 3_600.0
 """In a fleet half-made folders are let be for so long: machines may not see each other's locks."""
-VOLUME = ".volume"
-"""The file beside the jobs that tells one fleet's folders from another's."""
-_VOLUME_ID = re.compile(r"[0-9a-f]{32}")
+_LOCK = ".lock"
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
 _WITHDRAWN = ".withdrawn-"
 _ENTRIES_READ = 1_000
 
 
-class TaskFolders:
+class TaskRepository:
     """The tasks under a data directory; its methods block on the disk.
 
     `tasks` and `jobs` are the folders of the published bundles and of the adaptation jobs, `models`
@@ -55,13 +53,10 @@ class TaskFolders:
         self.models = settings.models_folder
         self._spared_seconds = 0.0 if settings.redis_url is None else SPARED_SECONDS
 
-    def volume(self) -> str:
-        """The id of these folders, the same for all machines that share them; else empty."""
-        try:
-            told = (self.jobs / VOLUME).read_text("ascii")
-        except (OSError, ValueError):
-            return ""
-        return told if _VOLUME_ID.fullmatch(told) else ""
+    @property
+    def exists(self) -> bool:
+        """Whether tasks were ever made here: a volume that is not mounted has no lock file."""
+        return (self.jobs / _LOCK).is_file()
 
     def find(self, task_id: str) -> Task | None:
         """The task as it stands, or None."""
@@ -88,15 +83,17 @@ class TaskFolders:
         """Every task, the oldest first."""
         ids = {path.name for folder in (self.tasks, self.jobs) for path in _folders(folder)}
         found = [self.find(task_id) for task_id in ids]
-        return sorted((t for t in found if t is not None), key=lambda task: (task.created, task.id))
+        return sorted((task for task in found if task is not None), key=_age)
 
     def unfinished(self) -> list[Task]:
         """The tasks still to be made, the oldest first."""
-        return [task for task in self.all() if not task.status.ended]
+        found = [self.find(job.name) for job in self._open()]
+        unfinished = [task for task in found if task is not None and not task.status.ended]
+        return sorted(unfinished, key=_age)
 
     def open_jobs(self) -> int:
         """How many adaptation jobs are queued or running; what cannot be read is left out."""
-        return sum(map(self._is_open, _folders(self.jobs)))
+        return len(self._open())
 
     def references(self, task: Task) -> list[str]:
         """File names of at most 20 pictures the task was made from, one of each label first."""
@@ -192,10 +189,12 @@ class TaskFolders:
             for path in left:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _open(self) -> list[Path]:
+        return [job for job in _folders(self.jobs) if self._is_open(job)]
+
     def _is_open(self, job: Path) -> bool:
-        published = self.tasks / job.name / MANIFEST
         try:
-            return (job / PLAN).is_file() and not published.is_file() and not Status.read(job).ended
+            return (job / PLAN).is_file() and not job_status(job, self.tasks / job.name).ended
         except (OSError, ValueError, TypeError):
             return False
 
@@ -210,7 +209,7 @@ class TaskFolders:
         # The data directory first: parents that mkdir makes on the way may be read by everyone.
         for folder in (self.jobs.parent, self.jobs, self.tasks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.jobs / ".lock").open("a") as stream:
+        with (self.jobs / _LOCK).open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
@@ -223,6 +222,10 @@ class TaskFolders:
             return None
         flush(folder.parent)
         return trash
+
+
+def _age(task: Task) -> tuple[float, str]:
+    return task.created, task.id
 
 
 def is_running(job: Path) -> bool:

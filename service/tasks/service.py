@@ -6,8 +6,9 @@ import asyncio
 import unicodedata
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
+from models.adaptation.plan import Status
 from service.errors import (
     AdaptationFailed,
     Forbidden,
@@ -17,10 +18,10 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.tasks.catalog import Catalogue, RefusedBundle
+from service.tasks.catalog import Catalog, RefusedBundle
 from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.store import Store, retry_after
-from service.tasks.task import Task
+from service.tasks.task import Task, task_status
 from service.validation import invalid_field
 
 RETRY_SECONDS = 10
@@ -28,23 +29,12 @@ RETRY_SECONDS = 10
 WATCH_SECONDS = 0.5
 
 
-class Notices(Protocol):
-    """Hears of jobs as they are made and removed, and raises nothing."""
+class TaskService:
+    """Makes, describes and removes tasks, without HTTP."""
 
-    async def announce(self, task_id: str) -> None:
-        """A job is to be run."""
-
-    async def retract(self, task_id: str) -> None:
-        """A task was removed, and its job with it."""
-
-
-class TaskDesk:
-    """Makes, tells and removes tasks; knows nothing of HTTP. `notices` tell who else runs jobs."""
-
-    def __init__(self, store: Store, catalogue: Catalogue, notices: Notices | None = None) -> None:
+    def __init__(self, store: Store, catalog: Catalog) -> None:
         self._store = store
-        self._catalogue = catalogue
-        self._notices = notices
+        self._catalog = catalog
 
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
         """The task of these labels and settings, made if need be.
@@ -58,13 +48,11 @@ class TaskDesk:
         refusal = await self._refusal(task)
         if refusal is not None and refusal.replaceable:
             await asyncio.to_thread(self._store.withdraw, task.id, refusal.seen)
-            await self._catalogue.refresh()
-        if task.status.state == "ready" and task.id not in self._catalogue:
+            await self._catalog.refresh()
+        if task.status.state == "ready" and task.id not in self._catalog:
             # Its bundle was put aside, here or by somebody who posted the same at the same time.
             task = await asyncio.to_thread(self._store.create, *made)
-        if self._notices is not None and task.status.state == "queued":
-            await self._notices.announce(task.id)
-        return await self._told(task)
+        return await self._response(task)
 
     async def resolve(self, task: str) -> str:
         """The id of the task with this id, else of the one with this name; else `task` as it is.
@@ -72,12 +60,12 @@ class TaskDesk:
         A name is that of the ready tasks that have it; of others where none is ready. Raises
         TaskAmbiguous where it is that of several.
         """
-        if task in self._catalogue or await asyncio.to_thread(self._store.find, task) is not None:
+        if task in self._catalog or await asyncio.to_thread(self._store.find, task) is not None:
             return task
         name = unicodedata.normalize("NFC", task).strip()
         if not name:
             return task
-        ids = [task_id for task_id, bundle in self._catalogue.items() if bundle.name == name]
+        ids = [task_id for task_id, bundle in self._catalog.items() if bundle.name == name]
         if not ids:
             ids = [t.id for t in await asyncio.to_thread(self._store.all) if t.name == name]
         if len(ids) > 1:
@@ -87,7 +75,7 @@ class TaskDesk:
 
     async def get(self, task_id: str) -> TaskResponse:
         """The task as it stands; raises NotFound. Ready means that it can be asked."""
-        return await self._told(await asyncio.to_thread(self._store.get, task_id))
+        return await self._response(await asyncio.to_thread(self._store.get, task_id))
 
     async def page(self, limit: int, after: str | None) -> TasksResponse:
         """So many tasks, the newest first, from the one that follows `after` on.
@@ -102,7 +90,7 @@ class TaskDesk:
         start = 0 if after is None else ids.index(after) + 1
         more = len(tasks) > start + limit
         return TasksResponse(
-            tasks=[await self._told(task) for task in tasks[start : start + limit]],
+            tasks=[await self._response(task) for task in tasks[start : start + limit]],
             next=f"/tasks?limit={limit}&after={ids[start + limit - 1]}" if more else None,
         )
 
@@ -110,20 +98,19 @@ class TaskDesk:
         """One picture's PNG file; raises NotFound."""
         return await asyncio.to_thread(self._store.reference, task_id, name)
 
-    async def watch(self, task_id: str) -> AsyncIterator[TaskResponse | None]:
-        """The task now and at every change, ending with its last; None: it was removed."""
-        before = None
-        while before is None or before.state in ("queued", "running"):
-            if before is not None:
-                await asyncio.sleep(WATCH_SECONDS)
+    async def watch(self, task: TaskResponse) -> AsyncIterator[TaskResponse | None]:
+        """The task as it is, then at every change, ending with its last; None: it was removed."""
+        yield task
+        while task.state in ("queued", "running"):
+            await asyncio.sleep(WATCH_SECONDS)
+            before = task
             try:
-                task = await self.get(task_id)
+                task = await self.get(task.id)
             except NotFound:
                 yield None
                 return
             if task != before:
                 yield task
-            before = task
 
     async def delete(self, task_id: str, owner: str | None) -> None:
         """Remove the task and end its job.
@@ -140,9 +127,7 @@ class TaskDesk:
                 task=task_id,
             )
         await asyncio.to_thread(self._store.delete, task_id)
-        if self._notices is not None:
-            await self._notices.retract(task_id)
-        await self._catalogue.refresh()
+        await self._catalog.refresh()
 
     async def expect(self, task: str) -> str:
         """The id of a task that can be asked from now on, see `resolve`, or is unknown.
@@ -152,42 +137,35 @@ class TaskDesk:
         """
         task_id = await self.resolve(task)
         found = await asyncio.to_thread(self._store.find, task_id)
-        if task_id not in self._catalogue and found is not None:
+        if task_id not in self._catalog and found is not None:
             await self._check_ready(found)
         return task_id
 
-    async def _check_ready(self, found: Task) -> None:
-        task = await self._told(found)
-        if task.state in ("failed", "cancelled"):
-            why = task.problem["detail"] if task.problem else "its bundle is gone; post it again"
-            detail = f"The task {as_json(task.name)} could not be made: {why}"
-            raise TaskFailed(detail, task=task.id, problem=task.problem)
-        if task.state != "ready":
+    async def _check_ready(self, task: Task) -> None:
+        status, name = await self._status(task), as_json(task.name)
+        if status.state in ("failed", "cancelled"):
+            problem = _problem(status)
+            why = problem["detail"] if problem else "its bundle is gone; post it again"
+            detail = f"The task {name} could not be made: {why}"
+            raise TaskFailed(detail, task=task.id, problem=problem)
+        if status.state != "ready":
             raise TaskNotReady(
-                f"The task {as_json(task.name)} is {task.state}, {task.progress:.0%} done",
-                retry_after=retry_after(task.eta_seconds, RETRY_SECONDS),
+                f"The task {name} is {status.state}, {status.progress:.0%} done",
+                retry_after=retry_after(status.eta_seconds, RETRY_SECONDS),
                 task=task.id,
-                state=task.state,
-                stage=task.stage,
-                progress=task.progress,
+                state=status.state,
+                stage=status.stage,
+                progress=status.progress,
             )
-        if (trouble := self._catalogue.unread.get(task.id)) is not None:
-            detail = f"The task {as_json(task.name)} cannot be read now: {trouble}"
-            raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=task.state)
+        if (trouble := self._catalog.unread.get(task.id)) is not None:
+            detail = f"The task {name} cannot be read now: {trouble}"
+            raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=status.state)
 
-    async def _told(self, task: Task) -> TaskResponse:
+    async def _response(self, task: Task) -> TaskResponse:
         names = await asyncio.to_thread(self._store.references, task)
-        status = asdict(task.status)
-        problem = _problem(task)
-        if (refusal := await self._refusal(task)) is not None:
-            status |= {"state": "failed", "progress": 0.0}
-            advice = "Post the same task to make it anew"
-            if not refusal.replaceable:
-                advice = "Another release of the service made it; delete it, or go back to that one"
-            detail = f"Its bundle is not served: {refusal.reason}. {advice}"
-            problem = AdaptationFailed(detail, kind="incompatible").document()
+        status = await self._status(task)
         return TaskResponse(
-            **status | {"problem": problem},
+            **asdict(status) | {"problem": _problem(status)},
             id=task.id,
             name=task.name,
             labels=list(task.labels),
@@ -198,17 +176,27 @@ class TaskDesk:
             references=[f"/tasks/{task.id}/references/{name}" for name in names],
         )
 
+    async def _status(self, task: Task) -> Status:
+        """The task's status, with whether its bundle is served here."""
+        if (refusal := await self._refusal(task)) is None:
+            return task.status
+        advice = "Post the same task to make it again"
+        if not refusal.replaceable:
+            advice = "Another release of the service made it; delete it, or go back to that one"
+        reason = f"Its bundle is not served: {refusal.reason}. {advice}"
+        return task_status(task.status, is_published=True, refusal=reason)
+
     async def _refusal(self, task: Task) -> RefusedBundle | None:
         """Why a published task is not served, or None; one that is new is looked at now."""
         if task.status.state != "ready":
             return None
-        if task.id not in self._catalogue and task.id not in self._catalogue.refused:
-            await self._catalogue.refresh()
-        return self._catalogue.refused.get(task.id)
+        if task.id not in self._catalog and task.id not in self._catalog.refused:
+            await self._catalog.refresh()
+        return self._catalog.refused.get(task.id)
 
 
-def _problem(task: Task) -> dict[str, Any] | None:
-    if task.status.state != "failed":
+def _problem(status: Status) -> dict[str, Any] | None:
+    if status.state != "failed":
         return None
-    told = {"kind": "internal", "detail": "The adaptation failed", **(task.status.problem or {})}
-    return AdaptationFailed(str(told["detail"]), kind=told["kind"]).document()
+    described = {"kind": "internal", "detail": "The adaptation failed", **(status.problem or {})}
+    return AdaptationFailed(str(described["detail"]), kind=described["kind"]).document()

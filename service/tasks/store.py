@@ -15,12 +15,14 @@ from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.files import flush, written_once
 from service.config import Settings
 from service.errors import Backlog, StorageFull
-from service.tasks.repository import PARTIAL, VOLUME, TaskFolders
+from service.tasks.repository import PARTIAL, TaskRepository
 from service.tasks.task import Task, is_task_id
 
 RETRY_SECONDS = 60
 """Retry-After of a full queue where the running job has no estimate yet."""
 LONGEST_RETRY = 600
+VOLUME = ".volume"
+"""The file beside the jobs with the id of one fleet's folders."""
 _LARGEST_NAMED = 5
 
 
@@ -30,8 +32,8 @@ def retry_after(eta_seconds: float | None, default: int) -> int:
     return min(max(1, seconds), LONGEST_RETRY)
 
 
-class Store(TaskFolders):
-    """The tasks under a data directory, where new ones can be made; see TaskFolders.
+class Store(TaskRepository):
+    """The tasks under a data directory, where new ones can be made; see TaskRepository.
 
     The secret makes their ids, so that nobody can guess one.
     """
@@ -42,14 +44,12 @@ class Store(TaskFolders):
         self._most_jobs = settings.queued_tasks
         self._secret = secret
 
-    def made_volume(self) -> str:
+    def volume(self) -> str:
         """The id of these folders, made where they have none; raises OSError."""
         self.jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (path := self.jobs / VOLUME).exists():
             written_once(path, secrets.token_hex(16).encode())
-        if not (volume := self.volume()):
-            raise OSError(f"{path}: cannot be read, or holds no id; delete it, and start again")
-        return volume
+        return path.read_text("ascii")
 
     def create(self, plan: Plan, name: str, owner: str | None) -> Task:
         """The plan's task, queued where there is none and again where it failed.

@@ -39,6 +39,29 @@ def signature(folder: Path) -> Signature:
     )
 
 
+def task_status(job: Status, is_published: bool, refusal: str | None = None) -> Status:
+    """A task's status: what its `job` says, unless the task's bundle says otherwise.
+
+    `refusal` is the reason for which a published bundle is not served.
+    """
+    if not is_published:
+        return job.changed(state="cancelled", progress=0.0) if job.state == "ready" else job
+    if refusal is not None:
+        problem = {"kind": "incompatible", "detail": refusal}
+        return job.changed(state="failed", progress=0.0, problem=problem)
+    if job.state == "ready":
+        return job
+    return Status("ready", progress=1.0, losses=job.losses, started=job.started)
+
+
+def job_status(job: Path, bundle: Path) -> Status:
+    """The status of the task that a job's folder makes and a bundle's may have."""
+    told = Status.read(job)  # Before the bundle is looked for: a job is ready once it has one.
+    if is_published := (bundle / MANIFEST).is_file():
+        told = Status.read(job)  # What it wrote until then, too.
+    return task_status(told, is_published)
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A task as its folders tell it; `created` in Unix seconds, `owner` the caller that made it.
@@ -64,21 +87,10 @@ class Task:
         documents that are not a job's.
         """
         described = json.loads((folder / PLAN).read_text())
-        plan, status = Plan.read(folder), Status.read(folder)
-        published = (bundle / MANIFEST).is_file()
-        if published and status.state != "ready":
-            status = Status.read(folder)  # Read before it was published, it may lack the end.
-        if published and status.state != "ready":
-            status = Status(
-                "ready",
-                progress=1.0,
-                losses=status.losses,
-                figures=_figures(bundle / MANIFEST),
-                started=status.started,
-                finished=(bundle / MANIFEST).stat().st_mtime,
-            )
-        if status.state == "ready" and not published:
-            status = status.changed(state="cancelled", progress=0.0)
+        plan, status = Plan.read(folder), job_status(folder, bundle)
+        if status.state == "ready" and status.finished is None:  # Its job has not said so yet.
+            manifest = bundle / MANIFEST
+            status = status.changed(figures=_figures(manifest), finished=manifest.stat().st_mtime)
         settings = {name: value for name, value in asdict(plan).items() if name in _SETTINGS}
         task = Task(
             id=folder.name,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +25,7 @@ from service.config import Settings
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
+from service.processes import api
 from service.processes.api import frontend
 from tests.support.serving import NUMERICS, PNG, problem
 from tests.unit.operations.test_tracing import TRACE, VALID
@@ -220,6 +223,67 @@ async def test_redis_that_hangs_is_a_problem_soon(
         own_server.send(signal.SIGCONT)
         problem(refused, 503, "engine-unavailable")
         await until(lambda: answers(client))
+
+
+async def test_api_with_another_directory(own_server: RedisServer, tmp_path: Path) -> None:
+    """An API process whose data directory is not the fleet's is told to end; those that share the
+    directory are one fleet."""
+    told: list[str] = []
+    other = Settings(redis_url=own_server.url, data_dir=tmp_path / "other")
+    async with Redis.from_url(own_server.url) as redis:
+
+        async def is_held() -> bool:
+            return bool(await redis.exists(api.VOLUME))
+
+        async def is_told() -> bool:
+            return bool(told)
+
+        async with running(frontend(settings(own_server, tmp_path), told.append)):
+            await until(is_held)
+            held = await redis.get(api.VOLUME)
+        async with running(frontend(other, told.append)):
+            await until(is_told)
+        await redis.expire(api.VOLUME, 60)
+        async with running(frontend(settings(own_server, tmp_path), told.append)):
+            async with asyncio.timeout(60):
+                while await redis.ttl(api.VOLUME) <= 60:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        assert await redis.get(api.VOLUME) == held
+    assert len(told) == 1
+    assert str(tmp_path / "other") in told[0]
+    assert "noise secret" in told[0]
+
+
+async def test_directory_that_was_given_up_is_forgotten(own_server: RedisServer) -> None:
+    """The data directory's place in Redis passes with the last API process that shares it."""
+    async with Redis.from_url(own_server.url) as redis:
+        assert await api.is_shared(redis, "one")
+        assert 0 < await redis.ttl(api.VOLUME) <= api.VOLUME_SECONDS
+        await redis.expire(api.VOLUME, 60)
+        assert not await api.is_shared(redis, "another")
+        assert 0 < await redis.ttl(api.VOLUME) <= 60
+        await redis.delete(api.VOLUME)
+        assert await api.is_shared(redis, "another")
+        assert not await api.is_shared(redis, "one")
+
+
+async def test_api_process_with_another_directory_ends(
+    own_server: RedisServer, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """`vouchsafe serve` ends with 2 and says why where the fleet has another data directory."""
+    async with Redis.from_url(own_server.url) as redis:
+        assert await api.is_shared(redis, "another")
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [*process, "--port", "0"],
+        env=os.environ | {"VOUCHSAFE_DATA_DIR": str(tmp_path / "own")},
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    said = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2, said
+    assert said[-1].startswith("vouchsafe: other API processes of this Redis have another data dir")
 
 
 async def test_answers_are_told_again_without_a_worker(

@@ -1,9 +1,9 @@
 """A worker that only adapts.
 
-`python -m tests.support.adapt_runner DATA_DIR URL PREFIX NAME LEASE [WAY]`
+`python -m tests.support.adapt_runner DATA_DIR URL PREFIX SECONDS [WAY]`
 
-Runs the fake adaptation until it is told to stop. The way `unlocked` takes every lock away from it
-and its jobs, as on a volume that does not share them between machines.
+Runs the fake adaptation until SIGTERM, under locks of SECONDS. The way `unlocked` takes every file
+lock away from it and its jobs, as on a volume that does not share them between machines.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from service.config import Settings
-from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.client import connect
-from service.tasks.fleet import adapting
-from service.tasks.repository import TaskFolders
+from service.tasks.lock import RedisLocks
+from service.tasks.repository import TaskRepository
+from service.tasks.supervisor import Supervisor
 from tests.support.adapting import FAKE, FAST
 
 NO_LOCKS = "import fcntl; fcntl.flock = lambda *_: None"
@@ -30,16 +30,17 @@ UNLOCKED_FAKE = (
 )
 
 
-async def main(data_dir: str, url: str, prefix: str, name: str, lease: str, way: str = "") -> None:
+async def main(data_dir: str, url: str, prefix: str, seconds: str, way: str = "") -> None:
     """Run jobs until SIGTERM."""
     if way == "unlocked":
         fcntl.flock = lambda *_: None  # type: ignore[assignment]
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     settings = Settings(data_dir=Path(data_dir), redis_url=url)
-    adaptations = Adaptations(connect(url), lease_seconds=float(lease), prefix=prefix)
+    locks = RedisLocks(connect(url), seconds=float(seconds), prefix=prefix)
     command = UNLOCKED_FAKE if way == "unlocked" else FAKE
-    await adapting(TaskFolders(settings), adaptations, name, command, FAST)(stop)
+    await Supervisor(TaskRepository(settings), command, FAST, locks).run(stop)
+    await locks.close()
 
 
 if __name__ == "__main__":

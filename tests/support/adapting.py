@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from redis.asyncio import Redis
+
 from models.adaptation.plan import Plan
 from service.config import Settings
 from service.tasks.process import Patience
@@ -63,6 +65,15 @@ async def until(holds: Callable[[], object]) -> None:
     """Let other tasks run until the condition holds, failing where it never does."""
     async with asyncio.timeout(PATIENT):
         while not holds():  # noqa: ASYNC110 - files give nothing to wait on.
+            await asyncio.sleep(0.01)
+
+
+async def until_extended(redis: Redis, lock: str) -> None:
+    """Returns once a lock's time to live has risen."""
+    left = await redis.pttl(lock)
+    async with asyncio.timeout(PATIENT):
+        while (now := await redis.pttl(lock)) <= left:
+            left = now
             await asyncio.sleep(0.01)
 
 

@@ -36,7 +36,9 @@ FIGURES = {"clean": 0.5}
 
 
 def adapt(job: Path, tasks: Path, starts: int) -> None:
-    plan, status = Plan.read(job), Status("running", started=time.time())
+    plan, earlier = Plan.read(job), Status.read(job)
+    status = Status("running", attempts=earlier.attempts, furthest=earlier.furthest)
+    status = status.changed(started=time.time())
     told = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
     ways = told.split()[0].lower()
     left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}

@@ -15,9 +15,9 @@ from tests.support.adapting import FAKE
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     embedded, server = Embedded(Settings()), DrainingServer("127.0.0.1", int(sys.argv[2]))
-    companions = [embedded.worker(on_failure=server.stop), Supervisor(embedded.store, FAKE).run]
+    background = [embedded.worker(on_failure=server.stop), Supervisor(embedded.store, FAKE).run]
     app = create_app(
-        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, companions
+        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, background
     )
     try:
         server.serve_app(app)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from models.bundle import Base, Bundle
 from service.api.app import create_app
-from service.background import Companion
+from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Lease, Worker
-from service.tasks.catalog import Catalogue
+from service.tasks.catalog import Catalog
 from tests.support.fakes import FakeClock
 
 SECRET = b"s" * 32
@@ -105,13 +105,13 @@ class Voter:
 
 
 class Service:
-    """The app with its engine, its voter and `more` (or only `companions`) and a client."""
+    """The app with its engine, its voter and `more` (or only `background_tasks`) and a client."""
 
     def __init__(
         self,
         votes: Callable[[int], list[int]] = nine_of_ten,
-        companions: Sequence[Companion] | None = None,
-        more: Sequence[Companion] = (),
+        background_tasks: Sequence[BackgroundTask] | None = None,
+        more: Sequence[BackgroundTask] = (),
         backlog_rows: int = 10_000,
         **settings: Any,
     ) -> None:
@@ -119,16 +119,16 @@ class Service:
             shard_rows=50, backlog_rows=backlog_rows, poll_seconds=0.01, clock=FakeClock()
         )
         self.voter = Voter(self.engine, votes)
-        running = [self.voter.run, *more] if companions is None else companions
+        running = [self.voter.run, *more] if background_tasks is None else background_tasks
         configured = Settings(backlog_rows=backlog_rows, **settings)
-        self.catalogue = Catalogue(TASKS, configured.data_dir / "tasks", configured.models_folder)
-        self.app = create_app(configured, self.engine, self.catalogue, SECRET, running)
+        self.catalog = Catalog(TASKS, configured.data_dir / "tasks", configured.models_folder)
+        self.app = create_app(configured, self.engine, self.catalog, SECRET, running)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")
 
     def serve(self, task: str) -> None:
         """Have the voter serve the bundle that the task has now."""
-        self.voter.bundles[task] = self.catalogue[task].served_digest(NUMERICS)
+        self.voter.bundles[task] = self.catalog[task].served_digest(NUMERICS)
 
     async def ask(self, image: bytes = PNG, headers: Any = None, **fields: Any) -> httpx.Response:
         """POST /predict as a form."""
@@ -163,7 +163,7 @@ async def serving(**options: Any) -> AsyncIterator[Service]:
     with TemporaryDirectory() as folder:
         service = Service(**{"data_dir": Path(folder), **options})
         async with service.app.router.lifespan_context(service.app), service.client:
-            if options.get("companions") is None:
+            if options.get("background_tasks") is None:
                 await service.until("/readyz", lambda found: found.status_code == 200)
             try:
                 yield service

@@ -26,7 +26,7 @@ TORCH_FREE = (
     "service.worker.model_cache",
     "service.api.tasks",
     "service.tasks.supervisor",
-    "service.tasks.fleet",
+    "service.tasks.lock",
     "service.cli.models",
     "service.cli.adapt",
     "service.cli.worker",

@@ -18,13 +18,14 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from benchmarks.server import free_port
 from service.config import Settings
 from service.engine.protocol import Worker
-from service.engine.redis.adaptations import Adaptations
 from service.engine.redis.client import connect
-from service.engine.redis.engine import RedisEngine
+from service.engine.redis.engine import PREFIX, RedisEngine
 from service.engine.redis.requirements import check_server
 from service.jobs import State
+from service.processes import api
 from service.secrets import load_secret
-from tests.support.adapting import wait_until
+from service.tasks.lock import RedisLocks
+from tests.support.adapting import until_extended, wait_until
 from tests.support.fakes import fake_votes, make_job
 from tests.support.paths import ROOT
 
@@ -156,13 +157,13 @@ async def test_service_can_do_its_work(secured: Path, monkeypatch: pytest.Monkey
     await engine.reconcile()
     assert await engine.forget("a")
     await engine.close()
-    jobs = Adaptations.from_settings(settings)
-    await jobs.claim("volume")
-    await jobs.announce("task")
-    assert await jobs.take("volume", "alpha", ()) == "task"
-    assert await jobs.renew("task", "alpha", 0.5) == 0
-    await jobs.close_job("task", "alpha")
-    await jobs.close()
+    redis = connect(url_of(secured))
+    async with RedisLocks(redis, seconds=6).acquire("task") as lock:
+        assert lock is not None
+        await until_extended(redis, f"{PREFIX}adaptation:task")
+    assert not await redis.exists(f"{PREFIX}adaptation:task")
+    assert await api.is_shared(redis, "volume")
+    await redis.aclose()
 
 
 async def test_service_can_do_nothing_else(secured: Path) -> None:

@@ -22,9 +22,9 @@ from models.evaluation.tables import (
     summarise,
 )
 from models.noise import total_variation
-from tests.support.paths import DATA
 from models.runtime import numerics_of
 from models.smoothing import SmoothedModel
+from tests.support.paths import DATA
 
 CPU = torch.device("cpu")
 SLICE = DATA / "cifar10-slice.png"

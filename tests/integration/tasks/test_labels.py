@@ -115,7 +115,7 @@ async def test_a_name_that_several_tasks_have_is_refused(tmp_path: Path) -> None
         assert (await ask(service, "pets", first))["task"] == first
         for copy, name in (("second", "pets"), ("third", first), ("fourth", waiting)):
             publish(tmp_path / copy, tmp_path / "tasks", make_plan(), name)
-        await service.catalogue.refresh()
+        await service.catalog.refresh()
         for response in (
             await service.ask(task="pets"),
             await service.client.get("/tasks/pets"),

@@ -369,6 +369,38 @@ def test_a_process_ends_where_nobody_attends_to_it(store: Store) -> None:
     assert state(store, task.id) == "ready"
 
 
+def test_a_job_that_its_worker_lost_waits_and_counts(store: Store) -> None:
+    """A job that says it runs, and that nobody looks after, has lost its worker: that counts, and
+    where machines may not share locks its process has time to end by itself."""
+    task, clock = create(store), FakeClock()
+    job = store.jobs / task.id
+    Status("running", progress=0.25, attempts=2, furthest=0.25).write(job)
+    run = Run(job, store.tasks, FAKE, FAST, clock, silence=7.5)
+    try:
+        for seconds in (0.0, 7.0):
+            clock.advance(seconds)
+            run.step()
+            assert starts(store, task) == []
+        status = Status.read(job)
+        assert (status.state, status.attempts, status.progress) == ("queued", 3, 0.25)
+        clock.advance(0.5)
+        wait_until(run.step)
+    finally:
+        run.stop()
+    assert state(store, task.id) == "ready"
+
+
+def test_progress_clears_the_attempts(store: Store) -> None:
+    """A worker's loss after progress is the first one again."""
+    task = create(store)
+    Status("running", progress=0.5, attempts=3, furthest=0.25).write(store.jobs / task.id)
+    run = Run(store.jobs / task.id, store.tasks, FAKE, FAST, silence=60)
+    run.step()
+    run.stop()
+    status = Status.read(store.jobs / task.id)
+    assert (status.attempts, status.furthest) == (1, 0.5)
+
+
 def test_an_abandoned_job_is_left_as_it_is(store: Store) -> None:
     """A run that is abandoned kills its process, lets go of the job and writes nothing."""
     task = create(store, "wait")

@@ -382,18 +382,18 @@ async def test_a_damaged_bundle_is_not_served_and_can_be_made_anew(
     location = await made(service)
     task_id = location.rpartition("/")[2]
     (tmp_path / "tasks" / task_id / "prompt_states.safetensors").write_bytes(b"damaged")
-    await until(lambda: task_id not in service.catalogue)
+    await until(lambda: task_id not in service.catalog)
     assert "prompt_states.safetensors" in caplog.text
     task = (await service.client.get(location)).json()
     assert (task["state"], task["problem"]["kind"]) == ("failed", "incompatible")
     assert "prompt_states.safetensors" in task["problem"]["detail"]
     assert str(tmp_path) not in task["problem"]["detail"]
     problem(await service.ask(task=task_id), 409, "task-failed")
-    assert good in service.catalogue
+    assert good in service.catalog
     again = await service.client.post("/tasks", json=body())
     assert (again.status_code, again.json()["state"]) == (202, "queued")
     await service.until_state(location, "ready")
-    assert task_id in service.catalogue
+    assert task_id in service.catalog
 
 
 async def test_what_another_process_does_is_seen(service: Service, tmp_path: Path) -> None:
@@ -406,11 +406,11 @@ async def test_what_another_process_does_is_seen(service: Service, tmp_path: Pat
         job.with_name(name)
     (store.tasks / "named").rename(store.tasks / "misnamed")
     (store.tasks / "link").symlink_to(DEFAULT_TASK)
-    await until(lambda: "copied" in service.catalogue)
-    assert set(service.catalogue) == {"default", "copied"}
-    assert set(service.catalogue.refused) == {"misnamed", "link"}
+    await until(lambda: "copied" in service.catalog)
+    assert set(service.catalog) == {"default", "copied"}
+    assert set(service.catalog.refused) == {"misnamed", "link"}
     store.delete("copied")
-    await until(lambda: set(service.catalogue) == {"default"})
+    await until(lambda: set(service.catalog) == {"default"})
 
 
 async def test_tasks_are_described(service: Service) -> None:

@@ -19,7 +19,7 @@ from service.engine.protocol import Engine, Worker
 from service.errors import Backlog, NotFound
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from service.tasks.catalog import Catalogue
+from service.tasks.catalog import Catalog
 from tests.integration.engine.test_conformance import HARNESSES
 from tests.support.serving import NUMERICS, SECRET, TASKS, Service, png, problem, serving
 
@@ -64,10 +64,10 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
     asked = PredictRequest.model_validate({"image": png(), "task": "pets", "n": 30, "n0": 10})
     desks = []
     for folder in ("ours", "theirs"):
-        catalogue = Catalogue(TASKS, tmp_path / folder)
-        await catalogue.refresh()
+        catalog = Catalog(TASKS, tmp_path / folder)
+        await catalog.refresh()
         settings = Settings(data_dir=tmp_path / folder)
-        desks.append(Predictions(settings, engine, catalogue, SECRET))
+        desks.append(Predictions(settings, engine, catalog, SECRET))
     for desk in desks:
         desk._door._asked["pets"] = float("-inf")  # It was waited for already.
     await works(engine, theirs)
@@ -103,7 +103,7 @@ async def answering(data_dir: Path, labels: Sequence[str]) -> AsyncIterator[Serv
     """A service with a task of these labels, whose voter votes for the first."""
     publish(data_dir / "tasks", labels)
     async with serving(data_dir=data_dir, votes=lambda rows: [rows, 0, 0]) as service:
-        await service.catalogue.refresh()
+        await service.catalog.refresh()
         service.serve("pets")
         yield service
 
@@ -120,7 +120,7 @@ async def test_an_ended_job_of_a_replaced_bundle_is_not_found(
         assert answered["label"] == "dog"
         assert (await service.ask(**first)).json()["label"] == "dog"
         publish(tmp_path / "tasks", later)
-        await service.catalogue.refresh()
+        await service.catalog.refresh()
         service.serve("pets")
         service.voter.votes = lambda rows: [rows, *[0] * (len(later) - 1)]
         for response in (

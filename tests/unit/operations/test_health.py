@@ -12,7 +12,7 @@ from tests.support.serving import SECRET, Service, problem, serving
 
 async def test_not_ready_before_the_start() -> None:
     """Before the app has started nothing but its life is well."""
-    client = Service(companions=[]).client
+    client = Service(background_tasks=[]).client
     for probe, status in (("/livez", 200), ("/readyz", 503), ("/startupz", 503)):
         response = await client.get(probe)
         assert (response.status_code, response.json()["status"] == "ok") == (status, status == 200)
@@ -21,7 +21,7 @@ async def test_not_ready_before_the_start() -> None:
 
 async def test_an_api_alone_starts_but_is_not_ready() -> None:
     """Without its worker a service has not started, and its probes say what is missing."""
-    async with serving(companions=[]) as service:
+    async with serving(background_tasks=[]) as service:
         for probe in ("/startupz", "/readyz"):
             response = await service.client.get(probe)
             assert response.status_code == 503
@@ -30,7 +30,7 @@ async def test_an_api_alone_starts_but_is_not_ready() -> None:
 
 async def test_an_api_whose_workers_are_elsewhere_is_well_without_them() -> None:
     """It is there to say when to ask again, and what became of earlier jobs."""
-    async with serving(companions=[], redis_url="redis://elsewhere") as service:
+    async with serving(background_tasks=[], redis_url="redis://elsewhere") as service:
         for probe, detail in (("/startupz", ""), ("/readyz", "no live worker serves any task")):
             response = await service.client.get(probe)
             assert response.status_code == 200
@@ -47,10 +47,10 @@ async def test_a_fleet_with_a_worker_is_ready_without_a_word() -> None:
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("broken"), None])
-async def test_ended_companion_ends_readiness(
+async def test_ended_background_task_ends_readiness(
     service: Service, fault: Exception | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A companion that fails, or just ends, takes readiness away; the rest goes on answering."""
+    """A background task that fails, or just ends, takes readiness away; the rest still answers."""
     end = asyncio.Event()
 
     async def fragile(stop: asyncio.Event) -> None:
@@ -58,7 +58,7 @@ async def test_ended_companion_ends_readiness(
         if fault is not None:
             raise fault
 
-    app = create_app(Settings(), service.engine, service.catalogue, SECRET, [fragile])
+    app = create_app(Settings(), service.engine, service.catalog, SECRET, [fragile])
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
     async with app.router.lifespan_context(app), client:
         assert (await client.get("/readyz")).status_code == 200
@@ -93,8 +93,8 @@ async def test_silent_engine_is_not_ready(
     assert "vouchsafe_dead_letters" not in metrics
 
 
-async def test_companions_are_asked_to_stop() -> None:
-    """At shutdown every companion's event is set, and a deaf one is cancelled after its grace."""
+async def test_background_tasks_are_asked_to_stop() -> None:
+    """At shutdown each background task's event is set, and a deaf one is cancelled after grace."""
     heard, cancelled = asyncio.Event(), asyncio.Event()
 
     async def polite(stop: asyncio.Event) -> None:
@@ -107,7 +107,7 @@ async def test_companions_are_asked_to_stop() -> None:
         finally:
             cancelled.set()
 
-    async with serving(companions=[polite, deaf], lease_seconds=0.05):
+    async with serving(background_tasks=[polite, deaf], lease_seconds=0.05):
         await asyncio.sleep(0.01)
         assert not heard.is_set()
     assert heard.is_set()

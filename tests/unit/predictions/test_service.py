@@ -216,7 +216,7 @@ async def test_quota_refuses_one_key_before_decoding() -> None:
 
 async def test_no_worker_refuses_before_decoding() -> None:
     """Without a live worker a question is a 503 with Retry-After, and the models say so."""
-    async with serving(companions=[]) as service:
+    async with serving(background_tasks=[]) as service:
         response = await service.ask(image=b"no image")
         problem(response, 503, "backlog")
         assert int(response.headers["retry-after"]) >= 1

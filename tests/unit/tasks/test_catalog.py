@@ -19,10 +19,10 @@ from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from service.tasks import catalog as catalogues
-from service.tasks.catalog import Catalogue
+from service.tasks import catalog as catalogs
+from service.tasks.catalog import Catalog
 from service.tasks.schemas import TaskRequest
-from service.tasks.service import TaskDesk
+from service.tasks.service import TaskService
 from service.tasks.task import Signature, Task, signature
 from tests.integration.tasks.test_tasks_api import adapting, body, made
 from tests.support.adapting import make_store
@@ -60,11 +60,11 @@ async def test_an_odd_manifest_refuses_its_own_bundle_alone(tmp_path: Path, mani
     """Whatever a manifest holds, its bundle is refused by name and every other one is served."""
     put(tmp_path, "good")
     (put(tmp_path, "odd") / "manifest.json").write_text(manifest)
-    catalogue = Catalogue(TASKS, tmp_path)
-    await catalogue.refresh()
-    assert set(catalogue) == {"default", "good"}
-    assert set(catalogue.refused) == {"odd"}
-    assert catalogue.refused["odd"].replaceable
+    catalog = Catalog(TASKS, tmp_path)
+    await catalog.refresh()
+    assert set(catalog) == {"default", "good"}
+    assert set(catalog.refused) == {"odd"}
+    assert catalog.refused["odd"].replaceable
 
 
 async def test_any_error_refuses_one_bundle(
@@ -73,18 +73,18 @@ async def test_any_error_refuses_one_bundle(
     """An error that nobody foresaw while one bundle is read stops the reading of no other."""
     put(tmp_path, "good")
     put(tmp_path, "odd")
-    read = catalogues.read_bundle
+    read = catalogs.read_bundle
 
     def troubled(folder: Path) -> Bundle:
         if folder.name == "odd":
             raise RecursionError("too deep")
         return read(folder)
 
-    monkeypatch.setattr(catalogues, "read_bundle", troubled)
-    catalogue = Catalogue(TASKS, tmp_path)
-    await catalogue.refresh()
-    assert set(catalogue) == {"default", "good"}
-    assert catalogue.refused["odd"].reason == "too deep"
+    monkeypatch.setattr(catalogs, "read_bundle", troubled)
+    catalog = Catalog(TASKS, tmp_path)
+    await catalog.refresh()
+    assert set(catalog) == {"default", "good"}
+    assert catalog.refused["odd"].reason == "too deep"
 
 
 def changed_base(tmp_path: Path) -> tuple[Path, Base]:
@@ -107,23 +107,23 @@ async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
         return sha256_of(path)
 
     monkeypatch.setattr(integrity, "sha256_of", counting)
-    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path)
+    catalog = Catalog(TASKS, tmp_path / "tasks", tmp_path)
     for name in ("a", "b"):
         put(tmp_path / "tasks", name, denoiser=asdict(base))
-    await catalogue.refresh()
-    assert set(catalogue) == {"default", "a", "b"}
+    await catalog.refresh()
+    assert set(catalog) == {"default", "a", "b"}
     assert hashed.count(folder / "weights.safetensors") == 1
     (folder / "weights.safetensors").write_bytes(b"of another release")
     put(tmp_path / "tasks", "c", classifier=asdict(replace(base, kind="timm")))
-    await catalogue.refresh()
-    assert set(catalogue.refused) == {"a", "b", "c"}
-    assert set(catalogue) == {"default"}
-    assert "weights.safetensors" in catalogue.refused["a"].reason
+    await catalog.refresh()
+    assert set(catalog.refused) == {"a", "b", "c"}
+    assert set(catalog) == {"default"}
+    assert "weights.safetensors" in catalog.refused["a"].reason
     assert hashed.count(folder / "weights.safetensors") == 2
     (folder / "weights.safetensors").write_bytes(b"as they were")
-    await catalogue.refresh()
-    await catalogue.refresh()
-    assert (set(catalogue), catalogue.refused) == ({"default", "a", "b", "c"}, {})
+    await catalog.refresh()
+    await catalog.refresh()
+    assert (set(catalog), catalog.refused) == ({"default", "a", "b", "c"}, {})
     assert hashed.count(folder / "weights.safetensors") == 3
 
 
@@ -133,18 +133,18 @@ async def test_a_task_whose_base_cannot_be_looked_at_stays_served(
     """Passing trouble with the disk below a task that is served takes it from nobody."""
     folder, base = changed_base(tmp_path)
     put(tmp_path / "tasks", "a", denoiser=asdict(base))
-    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path)
-    await catalogue.refresh()
-    served = catalogue["a"]
+    catalog = Catalog(TASKS, tmp_path / "tasks", tmp_path)
+    await catalog.refresh()
+    served = catalog["a"]
 
     def troubled(path: Path) -> Signature:
         if path == folder:
             raise OSError(5, "Input/output error")
         return signature(path)
 
-    monkeypatch.setattr(catalogues, "signature", troubled)
-    await catalogue.refresh()
-    assert catalogue["a"] is served
+    monkeypatch.setattr(catalogs, "signature", troubled)
+    await catalog.refresh()
+    assert catalog["a"] is served
     assert "not served" not in caplog.text
 
 
@@ -157,10 +157,10 @@ async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> Non
         manifest = tmp_path / "data" / "tasks" / task_id / "manifest.json"
         described = json.loads(manifest.read_text())
         manifest.write_text(json.dumps(described | {"denoiser": asdict(base)}))
-        await service.catalogue.refresh()
-        assert task_id in service.catalogue
+        await service.catalog.refresh()
+        assert task_id in service.catalog
         (folder / "weights.safetensors").write_bytes(b"of another release")
-        await service.catalogue.refresh()
+        await service.catalog.refresh()
         task = (await service.client.get(location)).json()
         assert (task["state"], task["problem"]["kind"]) == ("failed", "incompatible")
         assert "Post the same task" in task["problem"]["detail"]
@@ -171,7 +171,7 @@ async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> Non
         again = await service.client.post("/tasks", json=body())
         assert again.json()["state"] == "queued"
         await service.until_state(location, "ready")
-        assert task_id in service.catalogue
+        assert task_id in service.catalog
     tasks = tmp_path / "data" / "tasks"
     assert {path.name for path in tasks.iterdir()} == {task_id, ".lock"}
 
@@ -183,7 +183,7 @@ async def test_a_later_releases_bundle_is_let_be(tmp_path: Path) -> None:
         manifest = tmp_path / "tasks" / location.rpartition("/")[2] / "manifest.json"
         described = json.loads(manifest.read_text())
         manifest.write_text(json.dumps(described | {"schema": 99}))
-        await service.catalogue.refresh()
+        await service.catalog.refresh()
         told = (await service.client.post("/tasks", json=body())).json()
         assert told["state"] == "failed"
         assert "schema version 99" in told["problem"]["detail"]
@@ -201,7 +201,7 @@ async def test_passing_trouble_is_held_against_no_bundle(
         location = await made(service)
         task_id = location.rpartition("/")[2]
         manifest = tmp_path / "tasks" / task_id / "manifest.json"
-        read = catalogues.read_bundle
+        read = catalogs.read_bundle
 
         def troubled(folder: Path) -> Bundle:
             error = OSError(24, "Too many open files")
@@ -209,19 +209,19 @@ async def test_passing_trouble_is_held_against_no_bundle(
                 raise integrity.BundleError("cannot be read") from error
             raise error
 
-        monkeypatch.setattr(catalogues, "read_bundle", troubled)
+        monkeypatch.setattr(catalogs, "read_bundle", troubled)
         os.utime(manifest)
-        await service.catalogue.refresh()
-        assert task_id not in service.catalogue
-        assert service.catalogue.refused == {}
+        await service.catalog.refresh()
+        assert task_id not in service.catalog
+        assert service.catalog.refused == {}
         response = await service.ask(task=task_id)
         assert "cannot be read now" in problem(response, 503, "task-not-ready")["detail"]
         inode = manifest.stat().st_ino
         assert (await service.client.post("/tasks", json=body())).status_code == 200
         assert manifest.stat().st_ino == inode
-        monkeypatch.setattr(catalogues, "read_bundle", read)
-        await service.catalogue.refresh()
-        assert task_id in service.catalogue
+        monkeypatch.setattr(catalogs, "read_bundle", read)
+        await service.catalog.refresh()
+        assert task_id in service.catalog
 
 
 async def test_a_folder_that_cannot_be_looked_at_stays_served(
@@ -229,23 +229,23 @@ async def test_a_folder_that_cannot_be_looked_at_stays_served(
 ) -> None:
     """A look that fails takes no bundle away that was served before."""
     put(tmp_path, "good")
-    catalogue = Catalogue(TASKS, tmp_path)
-    await catalogue.refresh()
-    served = catalogue["good"]
+    catalog = Catalog(TASKS, tmp_path)
+    await catalog.refresh()
+    served = catalog["good"]
 
     def troubled(folder: Path) -> Signature:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(catalogues, "signature", troubled)
-    await catalogue.refresh()
-    assert catalogue["good"] is served
+    monkeypatch.setattr(catalogs, "signature", troubled)
+    await catalog.refresh()
+    assert catalog["good"] is served
 
 
 async def test_the_old_bundle_stays_until_the_new_is_there(tmp_path: Path) -> None:
     """What was posted again lies aside until its job has published another bundle."""
     store = make_store(tmp_path)
-    catalogue = Catalogue(TASKS, store.tasks)
-    desk = TaskDesk(store, catalogue)
+    catalog = Catalog(TASKS, store.tasks)
+    desk = TaskService(store, catalog)
     asked = TaskRequest(labels=["cat", "dog"])
     task_id = asked.plan().identity(SECRET)
     damaged = put(store.tasks, task_id)
@@ -265,7 +265,7 @@ async def test_of_two_posts_the_slower_one_spoils_nothing(
 ) -> None:
     """Who posts a damaged task while another has it made anew leaves the new bundle in place."""
     store = make_store(tmp_path)
-    desk = TaskDesk(store, Catalogue(TASKS, store.tasks))
+    desk = TaskService(store, Catalog(TASKS, store.tasks))
     asked = TaskRequest(labels=["cat", "dog"])
     task_id = asked.plan().identity(SECRET)
     (put(store.tasks, task_id) / "prompt_states.safetensors").write_bytes(b"damaged")
@@ -288,7 +288,7 @@ async def test_of_two_posts_none_calls_ready_what_is_not(
 ) -> None:
     """Who finds a damaged task just before another puts it aside is told that it is being made."""
     store = make_store(tmp_path)
-    desk = TaskDesk(store, Catalogue(TASKS, store.tasks))
+    desk = TaskService(store, Catalog(TASKS, store.tasks))
     asked = TaskRequest(labels=["cat", "dog"])
     (put(store.tasks, asked.plan().identity(SECRET)) / "prompt_states.safetensors").write_bytes(b"")
     create, loop, found = store.create, asyncio.get_running_loop(), []
@@ -311,10 +311,10 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
     """It is repeated where the engine was out of reach, and what has been asked of the new bundle
     by then goes on."""
     put(tmp_path, "pets")
-    catalogue, stop, tries = Catalogue(TASKS, tmp_path), asyncio.Event(), 0
+    catalog, stop, tries = Catalog(TASKS, tmp_path), asyncio.Event(), 0
     engine = MemoryEngine(shard_rows=10, poll_seconds=0.01)
-    await catalogue.refresh()
-    digest = catalogue["pets"].served_digest(NUMERICS)
+    await catalog.refresh()
+    digest = catalog["pets"].served_digest(NUMERICS)
     await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 1)
 
     class Away(EngineSpy):
@@ -325,14 +325,14 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
             return await self.engine.submit(*asked, **more)
 
     spy = Away(engine, lambda: spy.calls[-1][0] == "cancel" and tries < 2)
-    desk = Predictions(Settings(data_dir=tmp_path), spy, catalogue, SECRET)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, catalog, SECRET)
     asked = PredictRequest.model_validate({"image": png(), "task": "pets", "n": 30, "n0": 10})
 
     async def gone(task: str) -> None:
         nonlocal tries
         tries += 1
         if tries == 2:
-            digest = catalogue["pets"].served_digest(NUMERICS)
+            digest = catalog["pets"].served_digest(NUMERICS)
             await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 0)
             after.append(await desk.submit(asked, None, None))
         await desk.withdraw(task)
@@ -340,11 +340,11 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
 
     after: list[str] = []
     told = asyncio.Event()
-    await catalogue.refresh()
+    await catalog.refresh()
     before = [await desk.submit(asked, None, None) for _ in range(2)]
     shutil.rmtree(tmp_path / "pets")
     put(tmp_path, "pets", k=1.5)
-    following = asyncio.create_task(catalogue.follow(stop, gone=gone))
+    following = asyncio.create_task(catalog.follow(stop, gone=gone))
     try:
         await asyncio.wait_for(told.wait(), 10)
     finally:
@@ -370,16 +370,16 @@ async def test_base_networks_elsewhere_are_refused_unseen(
         walked.append(path)
         return signature(path)
 
-    monkeypatch.setattr(catalogues, "signature", noted)
-    catalogue = Catalogue(TASKS, tmp_path / "tasks", tmp_path / "models")
-    await catalogue.refresh()
-    assert repr(folder) in catalogue.refused["pets"].reason
+    monkeypatch.setattr(catalogs, "signature", noted)
+    catalog = Catalog(TASKS, tmp_path / "tasks", tmp_path / "models")
+    await catalog.refresh()
+    assert repr(folder) in catalog.refused["pets"].reason
     assert walked == [tmp_path / "tasks" / "pets"]
 
 
 async def test_a_network_without_weights_is_not_served(tmp_path: Path) -> None:
     """A bundle that lists no weights for a network that has some is refused, not ready."""
     put(tmp_path, "pets", denoiser=asdict(Base("super-resolution")))
-    catalogue = Catalogue(TASKS, tmp_path)
-    await catalogue.refresh()
-    assert "no safetensors file is listed" in catalogue.refused["pets"].reason
+    catalog = Catalog(TASKS, tmp_path)
+    await catalog.refresh()
+    assert "no safetensors file is listed" in catalog.refused["pets"].reason

@@ -15,7 +15,7 @@ from models.adaptation.plan import PLAN, REFERENCES, STATUS, Status, locked, wri
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
 from service.errors import Backlog, NotFound, StorageFull
-from service.tasks.repository import SPARED_SECONDS, TaskFolders
+from service.tasks.repository import SPARED_SECONDS, TaskRepository
 from service.tasks.store import retry_after
 from service.tasks.task import signature
 from tests.support.adapting import create, make_plan, make_store
@@ -433,7 +433,7 @@ def test_only_what_came_too_late_is_cleared(tmp_path: Path) -> None:
 def test_folders_are_read_without_the_secret(tmp_path: Path) -> None:
     """Who makes no tasks needs no secret to find and remove them."""
     task = create(make_store(tmp_path))
-    folders = TaskFolders(Settings(data_dir=tmp_path))
+    folders = TaskRepository(Settings(data_dir=tmp_path))
     assert folders.all() == [task]
     folders.delete(task.id)
     assert folders.all() == []
