@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import weakref
 from asyncio import StreamReader, StreamWriter
 from pathlib import Path
 from typing import Self
@@ -23,8 +24,9 @@ class RedisServer:
 
     def __init__(self, folder: Path, appendfsync: str = "everysec") -> None:
         # The path of a socket has 107 bytes at most, so its folder is not the server's own.
-        self._socket_folder = tempfile.TemporaryDirectory(prefix="redis-")
-        self.socket = f"{self._socket_folder.name}/redis.sock"
+        folder_of_socket = tempfile.mkdtemp(prefix="redis-")
+        weakref.finalize(self, shutil.rmtree, folder_of_socket, ignore_errors=True)
+        self.socket = f"{folder_of_socket}/redis.sock"
         self.url = self.url_for("")
         self._folder = folder
         self._appendfsync = appendfsync

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from models import integrity
+from models import files
 from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
 from service.config import Settings
 from service.engine.memory import MemoryEngine
@@ -100,13 +100,13 @@ async def test_bases_are_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
     of them is served from then on, nor any that comes, until the file is as it was."""
     folder, base = changed_base(tmp_path)
     hashed: list[Path] = []
-    sha256_of = integrity.sha256_of
+    sha256_of = files.sha256_of
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr(integrity, "sha256_of", counting)
+    monkeypatch.setattr(files, "sha256_of", counting)
     catalog = Catalog(TASKS, tmp_path / "tasks", tmp_path)
     for name in ("a", "b"):
         put(tmp_path / "tasks", name, denoiser=asdict(base))
@@ -206,7 +206,7 @@ async def test_passing_trouble_is_held_against_no_bundle(
         def troubled(folder: Path) -> Bundle:
             error = OSError(24, "Too many open files")
             if wrapped:
-                raise integrity.BundleError("cannot be read") from error
+                raise files.BundleError("cannot be read") from error
             raise error
 
         monkeypatch.setattr(catalogs, "read_bundle", troubled)
