@@ -27,7 +27,7 @@ CARD = ROOT / "models" / "nano" / "card.md"
 VOUCHSAFE = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/|docker compose exec \w+ )?vouchsafe ([^#&|;]*)"
 )
-MADE = ("references.png", "source.json", "docker/secrets")
+MADE = ("references.png", "status.json", "source.json", "docker/secrets")
 """Files and folders that programs make, so that no checkout has them."""
 
 
