@@ -152,6 +152,7 @@ def _run(store: Store, task: Task) -> Task | None:
     run = process.Run(job, store.tasks, process.JOB, models=store.models)
     try:
         with _progress() as show:
+            show(Status.read(job))
             while not run.step():
                 show(Status.read(job))
                 time.sleep(LOOK_SECONDS)

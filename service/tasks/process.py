@@ -117,7 +117,7 @@ class Run:
             self._let_go()
 
     def abandon(self) -> None:
-        """Kill the process, if there is one, and leave the folder to whoever has it now."""
+        """Kill the process, if there is one, and leave the folder to its new owner."""
         self._kill()
         self._let_go()
 
@@ -213,7 +213,7 @@ class Run:
             child.kill()
 
     def _trim_log(self) -> None:
-        """Start the log anew where it has grown too long; its writer appends."""
+        """Empty the log where it has grown too long; its writer appends."""
         log = self.job / LOG
         if log.is_file() and log.stat().st_size > LOG_BYTES:
             os.truncate(log, 0)

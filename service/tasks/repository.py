@@ -125,7 +125,7 @@ class TaskRepository:
         return used
 
     def delete(self, task_id: str) -> None:
-        """Remove a task, published or not, and its job; whoever runs the job ends its process.
+        """Remove a task, published or not, and its job; the process that runs the job ends it.
 
         Each folder leaves sight by one rename before it is removed. Raises NotFound.
         """

@@ -39,7 +39,7 @@ class TaskService:
     async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
         """The task of these labels and settings, made if need be.
 
-        One that failed is tried again, and one whose bundle is damaged is made anew. Raises
+        One that failed is tried again, and one whose bundle is damaged is made again. Raises
         InvalidField, StorageFull and Backlog.
         """
         plan = await asyncio.to_thread(asked.plan, self._store.models)
@@ -85,7 +85,7 @@ class TaskService:
         tasks = (await asyncio.to_thread(self._store.all))[::-1]
         ids = [task.id for task in tasks]
         if after is not None and after not in ids:
-            detail = "after must be the id of a task that is there; begin with the first page anew"
+            detail = "after must be the id of a task that is there; begin with the first page again"
             raise invalid_field("after", detail, after)
         start = 0 if after is None else ids.index(after) + 1
         more = len(tasks) > start + limit

@@ -18,7 +18,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SETTINGS = ("denoiser", "classifier", "shots", "steps", "epochs", "seed")
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of each file of a folder: what tells that it must be read anew."""
+"""Name, time of change and size of each file of a folder: one that differs must be read again."""
 
 
 def is_task_id(name: str) -> bool:
@@ -56,10 +56,10 @@ def task_status(job: Status, is_published: bool, refusal: str | None = None) -> 
 
 def job_status(job: Path, bundle: Path) -> Status:
     """The status of the task that a job's folder makes and a bundle's may have."""
-    told = Status.read(job)  # Before the bundle is looked for: a job is ready once it has one.
+    status = Status.read(job)  # Before the bundle is looked for: a job is ready once it has one.
     if is_published := (bundle / MANIFEST).is_file():
-        told = Status.read(job)  # What it wrote until then, too.
-    return task_status(told, is_published)
+        status = Status.read(job)  # What it wrote until then, too.
+    return task_status(status, is_published)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ _TYPES = TypeAdapter(Task)
 
 
 def _checked(task: Task) -> Task:
-    """The task; raises ValueError where a field has another type or cannot be told as JSON."""
+    """The task; raises ValueError where a field has another type or is no JSON."""
     checked = _TYPES.validate_python(asdict(task))
     if checked.status.state not in _STATES:
         raise ValueError(f"the state is {checked.status.state!r}")
@@ -149,7 +149,7 @@ def _described(figures: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _figures(manifest: Path) -> dict[str, Any]:
-    """What was measured, or nothing where the manifest is damaged: its task can be made anew."""
+    """What was measured, or nothing where the manifest is damaged: its task can be made again."""
     try:
         return dict(json.loads(manifest.read_text())["figures"])
     except (ValueError, TypeError, KeyError, RecursionError):
