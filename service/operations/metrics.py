@@ -77,9 +77,6 @@ SHAPES_LOWERED = Counter(
     "vouchsafe_shapes_lowered",
     "Times that memory ran out and a task's batches were halved.",
 )
-RESTARTS = Counter(
-    "vouchsafe_job_restarts", "Jobs begun anew under another digest, for nobody served their own."
-)
 QUEUE_SECONDS = Histogram(
     "vouchsafe_queue_seconds",
     "Time from a job's acceptance to its first row's start.",
