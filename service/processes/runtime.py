@@ -15,6 +15,7 @@ from typing import NoReturn
 import numpy as np
 
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from models.memory import check_headroom
 from models.runtime import RUNTIMES, Runtime
 from models.smoothing import SmoothedModel, best_device, best_dtype, load, numerics
 from service.config import Settings
@@ -22,10 +23,11 @@ from service.engine.connection import Outage
 from service.engine.protocol import Engine
 from service.operations.logs import naming
 from service.tasks.catalog import Catalogue
+from service.worker.batch_shape import BatchShapes
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import warm_up
-from service.worker.model_cache import Loading, Networks
+from service.worker.model_cache import ModelCache
 
 logger = logging.getLogger("vouchsafe")
 
@@ -50,19 +52,19 @@ class Serving:
         self.thread = ComputeThread()
         chosen, lanes = numerics(runtime)
         load_one = partial(
-            load_and_warm, runtime=runtime, lanes=lanes, models_dir=settings.models_folder
+            load_and_warm,
+            runtime=runtime,
+            lanes=lanes,
+            models_dir=settings.models_folder,
+            beside_adaptation=settings.redis_url is None or settings.adapt,
         )
-        self.models = Networks(
+        self.models = ModelCache(
             self.tasks,
-            Loading(
-                load_one,
-                chosen,
-                lanes,
-                settings.loaded_tasks,
-                self.thread.patient,
-                self.thread.afresh,
-                in_fleet=settings.redis_url is not None,
-            ),
+            BatchShapes(load_one, chosen.batch_rows),
+            chosen,
+            lanes,
+            settings.loaded_tasks,
+            self.thread.patient,
         )
         self.failed = False
 
@@ -70,8 +72,6 @@ class Serving:
         """What keeps this machine from answering; empty when nothing does."""
         if not self.thread.healthy:
             return "the device hangs or is broken"
-        if self.models["default"].is_lowering:
-            return "memory ran out: the default task's networks are loading for smaller batches"
         if not self.models["default"].is_loaded:
             return "the default task's networks are not loaded yet"
         return ""
@@ -139,11 +139,13 @@ def load_and_warm(
     runtime: Runtime,
     lanes: int,
     models_dir: Path | None = None,
+    beside_adaptation: bool = False,
 ) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything. Raises
-    BundleError where the bundle is no longer the one that was verified.
+    BundleError where the bundle is no longer the one that was verified, and MemoryError where the
+    largest batch fits without headroom only.
     """
     model = load(bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes, models_dir=models_dir)
     half = model.batch_rows // 2
@@ -151,6 +153,7 @@ def load_and_warm(
     first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
+    check_headroom(best_device(), beside_adaptation=beside_adaptation)
     served, told = model.digest[:16], naming(task_id=bundle.id)
     logger.info(
         "serving task %s as %s; licences: %s", bundle.id, served, bundle.licence, extra=told
