@@ -13,6 +13,13 @@ from models.zoo.sources import Network
 if TYPE_CHECKING:
     import torch
 
+ADAPTATION_SHARE = 0.5
+"""Most of a GPU's memory that an adaptation may take: the rest is left for networks that are served
+beside it, whose batch shape was chosen before it began."""
+HEADROOM = 0.1
+"""Share of a GPU's memory that a task's largest batch leaves free, for what fragments and for what
+other processes take meanwhile."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _RAN_OUT = (
@@ -47,6 +54,40 @@ def times_short() -> int:
     import torch
 
     return int(torch.cuda.memory_stats_as_nested_dict().get("num_ooms", 0))
+
+
+def is_counted(error: BaseException) -> bool:
+    """Whether `times_short` counts the allocation that raised this error."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def cap_adaptation(device: torch.device) -> None:
+    """Keep this process within an adaptation's share of a GPU; a CPU has no such limit."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(ADAPTATION_SHARE, device)
+
+
+def check_headroom(device: torch.device, *, beside_adaptation: bool) -> None:
+    """Raises MemoryError where what this process took leaves too little of a GPU's memory free.
+
+    `beside_adaptation`: whether an adaptation's share of the memory may be taken at any time. On a
+    CPU nothing is checked: the allocation that fails says so.
+    """
+    if device.type != "cuda":
+        return
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_reserved(device)
+    most = 1 - HEADROOM - (ADAPTATION_SHARE if beside_adaptation else 0)
+    if free < HEADROOM * total or taken > most * total:
+        raise MemoryError(
+            f"{taken / 2**30:.1f} of {total / 2**30:.1f} GiB are taken and {free / 2**30:.1f} free"
+        )
 
 
 def let_go() -> None:

@@ -41,9 +41,12 @@ def main() -> None:
     threading.Thread(target=end_unattended, args=(arguments.silence,), daemon=True).start()
     # Loaded only now, for that takes seconds which are at low priority too.
     from models.adaptation.stages import run
+    from models.memory import cap_adaptation
     from models.smoothing import best_device
 
-    run(arguments.job, arguments.tasks, best_device(), arguments.models)
+    device = best_device()
+    cap_adaptation(device)
+    run(arguments.job, arguments.tasks, device, arguments.models)
 
 
 if __name__ == "__main__":

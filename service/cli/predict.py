@@ -211,7 +211,7 @@ async def _answers(
             for path in paths:
                 try:
                     await _while_alive(working, embedded.ready())
-                    asking = _predict_one(desk, path, fields, progress)
+                    asking = _predict_one(embedded, desk, path, fields, progress)
                     yield path, await _while_alive(working, asking)
                 except DeviceError as error:
                     if stopped is None:
@@ -236,13 +236,18 @@ async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, 
 
 
 async def _predict_one(
-    desk: Predictions, path: Path, fields: dict[str, object], progress: Progress
+    embedded: Embedded,
+    desk: Predictions,
+    path: Path,
+    fields: dict[str, object],
+    progress: Progress,
 ) -> PredictResponse:
     try:
         data = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         raise InvalidImage(f"The file cannot be read: {error.strerror}") from error
-    asked = _question(data, fields)
+    asked = await desk.resolved(_question(data, fields))
+    await embedded.load(asked.task)
     job_id = await desk.submit(asked, None, None)
     bar = progress.add_task(_shown(Path(path.name)), total=asked.rows)
     async for status in desk.engine.watch(job_id):

@@ -19,6 +19,7 @@ from service.engine.protocol import (
     Lease,
     QueueState,
     Worker,
+    abandoned,
     checked_counts,
     died_over,
 )
@@ -53,7 +54,9 @@ class MemoryEngine:
     Jobs are kept for `retention_seconds` after their end (unfinished ones: after their submission),
     the last `kept_jobs` of them at most; an image goes as its job ends. A task whose shards have
     not been served for `starvation_seconds` goes before the preferred one; a worker not heard from
-    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`.
+    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`. Jobs under a digest that
+    no live worker has announced for `unserved_seconds` fail, with the problem that a worker last
+    reported of them; while no worker announces anything they wait.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class MemoryEngine:
         owner_rows: int | None = None,
         retention_seconds: float = 86_400,
         kept_jobs: int = 100_000,
+        unserved_seconds: float = 300,
         starvation_seconds: float = 1,
         worker_seconds: float = 30,
         poll_seconds: float = 0.5,
@@ -74,6 +78,7 @@ class MemoryEngine:
         self._lease_seconds = lease_seconds
         self._retention_seconds = retention_seconds
         self._kept_jobs = kept_jobs
+        self._unserved_seconds = unserved_seconds
         self._starvation_seconds = starvation_seconds
         self._worker_seconds = worker_seconds
         self._poll_seconds = poll_seconds
@@ -109,7 +114,8 @@ class MemoryEngine:
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
         while True:
             arrival = self._arrived.next_ring
-            if leases := self._take(worker, rows, prefer_task):
+            leases = self._take(worker, rows, prefer_task)
+            if leases or not rows:
                 return leases
             try:
                 async with asyncio.timeout_at(deadline):
@@ -136,8 +142,7 @@ class MemoryEngine:
         votes = checked_counts(lease, counts)
         self._deliveries([lease])  # The worker is alive.
         record = self._open.get(lease.job.id)
-        known = record is not None and record.holds(lease.job)
-        if record is None or not known or lease.shard.index in record.counted:
+        if record is None or lease.shard.index in record.counted:
             return False
         self._run(record)
         self._count(record, lease.shard.index, votes)
@@ -147,27 +152,13 @@ class MemoryEngine:
         """Report a failed attempt; see Engine."""
         for delivery in self._deliveries([lease]):
             delivery.record.failures[lease.shard.index] += 1
+            delivery.record.reported = dict(problem)
             self._settle(delivery, problem)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted."""
         for delivery in self._deliveries(leases):
             self._put_back(delivery)
-
-    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
-        """Begin an open job anew under another digest; see Engine."""
-        self._sweep()
-        record = self._open.get(job_id)
-        if record is None or record.job.bundle == bundle:
-            return False
-        self._lines.remove(record)
-        self._void(record)
-        self._books.book(record.job, record.rows_done)
-        record.restart(bundle, key)
-        self._lines.add(record)
-        record.changed.ring()
-        self._arrived.ring()
-        return True
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
@@ -279,6 +270,8 @@ class MemoryEngine:
         self._sweep()
         now = self._clock()
         self._workers[worker.id] = (worker, now)
+        if not rows:
+            return []
         line = self._lines.next_for(worker, prefer_task, self._starvation_seconds, now)
         if line is None:
             return []
@@ -327,17 +320,13 @@ class MemoryEngine:
         record.state, record.finished, record.problem = state, self._clock(), problem
         record.job = replace(job, pixels=b"")  # Answers need no image, and it is the most by far.
         record.waiting.clear()
-        self._void(record)
+        for shard in record.shards:
+            self._held.pop((job.id, shard.index), None)
         record.shards, record.counted = (), set()
         self._books.book(job, record.rows_done - job.charge)
         self._ended[job.id] = self._open.pop(job.id)
         self._lines.remove(record)
         record.changed.ring()
-
-    def _void(self, record: Record) -> None:
-        """Whoever holds shards of the job holds them no more."""
-        for shard in record.shards:
-            self._held.pop((record.job.id, shard.index), None)
 
     def _erase(self, record: Record) -> None:
         if record.job.id in self._open:
@@ -354,6 +343,8 @@ class MemoryEngine:
         for worker, heard in list(self._workers.values()):
             if heard + self._worker_seconds < now:
                 del self._workers[worker.id]
+        for late in self._lines.unserved(self._served(), now, self._unserved_seconds):
+            self._end(late, State.FAILED, late.reported or abandoned(late.job.id))
         while (record := _first(self._open)) and self._is_past(record, now):
             self._erase(record)
         while (record := _first(self._ended)) and (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.engine.limits import Served, full, most_rows, over_quota, too_large, unserved
@@ -45,7 +45,10 @@ class Speedometer:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One job; shards are named by index, and `waiting` holds those that nobody has, ascending."""
+    """One job; shards are named by index, and `waiting` holds those that nobody has, ascending.
+
+    `reported` is the problem of the last failed attempt, `problem` that of the job once it failed.
+    """
 
     job: Job
     shards: tuple[Shard, ...]
@@ -59,6 +62,7 @@ class Record:
     started: float | None = None
     finished: float | None = None
     problem: dict[str, Any] | None = None
+    reported: dict[str, Any] | None = None
     counted: set[int] = field(default_factory=set)
     failures: Counter[int] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)
@@ -68,10 +72,6 @@ class Record:
     def complete(self) -> bool:
         """Whether every shard is counted."""
         return len(self.counted) == len(self.shards)
-
-    def holds(self, job: Job) -> bool:
-        """Whether votes of that job's rows are votes of this one's, as it is now."""
-        return (self.job.bundle, self.job.key) == (job.bundle, job.key)
 
     def solitary(self, index: int) -> bool:
         """Whether a worker died over the shard, so that it must be computed alone."""
@@ -95,14 +95,6 @@ class Record:
         self.rows_done += shard.rows
         if index in self.waiting:
             self.waiting.remove(index)
-
-    def restart(self, bundle: str, key: bytes) -> None:
-        """Begin anew under another digest; only deaths are remembered, for the rows' sake."""
-        self.job = replace(self.job, bundle=bundle, key=key)
-        self.waiting = list(range(len(self.shards)))
-        self.votes = {domain: [0] * self.job.classes for domain in Domain}
-        self.state, self.rows_done, self.started = State.QUEUED, 0, None
-        self.counted, self.failures = set(), Counter()
 
     def status(self) -> JobStatus:
         """The job as the outside sees it."""

@@ -112,7 +112,8 @@ class Engine(Protocol):
     """Takes jobs in, hands their shards to workers, and counts every shard exactly once.
 
     A lease that ran out is taken back when the engine next looks (at any pull); until then its
-    holder may still renew or commit it.
+    holder may still renew or commit it. Jobs under a digest that no live worker has announced for
+    some minutes fail; while no worker announces anything they wait.
     """
 
     async def submit(
@@ -132,7 +133,8 @@ class Engine(Protocol):
 
         Where the `lo` lane waits, one pull in four begins there. Stops at the shard that reaches
         `rows`; waits a moment when there is none. The preferred task goes first unless another has
-        gone unserved too long. A solitary shard comes alone.
+        gone unserved too long. A solitary shard comes alone. A pull of no rows only announces the
+        worker, and returns at once.
         """
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -147,8 +149,7 @@ class Engine(Protocol):
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
         """Add a shard's votes (K,) once; False where the shard was counted or the job is over.
 
-        Whoever commits a shard first is counted, even on a lease lost to another, but never on one
-        from under a digest or noise key that the job no longer has: those are other rows. Raises
+        The first commit of a shard is counted, even on a lease lost to another worker. Raises
         ValueError for counts that cannot be the votes of the shard's rows.
         """
 
@@ -157,15 +158,6 @@ class Engine(Protocol):
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted, as a draining worker does."""
-
-    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
-        """Begin an open job anew, as queued, under another digest and its noise key (32 bytes).
-
-        All that was counted is thrown away and failures are forgotten, deaths are not, leases on
-        its shards are void, and all its rows wait again, whether or not anyone serves the digest;
-        nothing else of the job changes. False, and no change, where it is unknown, has ended or
-        has that digest.
-        """
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
@@ -214,6 +206,12 @@ def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
 def died_over(job_id: str) -> dict[str, Any]:
     """The problem document of a job that ends by the deaths of its workers."""
     detail = "Workers died over the same rows again and again."
+    return ShardDead(detail, job=job_id).document()
+
+
+def abandoned(job_id: str) -> dict[str, Any]:
+    """The problem document of a job under a digest that workers have ceased to serve."""
+    detail = "No worker serves the networks that began this job any more; ask again."
     return ShardDead(detail, job=job_id).document()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -15,12 +15,14 @@ from service.engine.scheduling import FAST_PULLS, Offer, next_offer
 class Line:
     """The open jobs of one task and bundle, by lane, oldest first.
 
-    `served` is the last pull; the last `passed` pulls left the `lo` lane waiting.
+    `served` is the last pull; the last `passed` pulls left the `lo` lane waiting. No worker has
+    announced the line since `unserved`, where that is known.
     """
 
     task: str
     served: float = 0.0
     passed: int = 0
+    unserved: float | None = None
     lanes: dict[str, dict[str, Record]] = field(default_factory=lambda: {"hi": {}, "lo": {}})
 
     def waiting(self) -> Iterator[Record]:
@@ -65,15 +67,10 @@ class Lines:
         self._lines: dict[tuple[str, str], Line] = {}
 
     def add(self, record: Record) -> None:
-        """Put a job in its line, at its place by submission."""
+        """Put a job last in its line."""
         job = record.job
         line = self._lines.setdefault((job.task, job.bundle), Line(job.task))
-        lane = line.lanes[job.mode.lane]
-        last = next(reversed(lane.values()), record)
-        lane[job.id] = record
-        if record.submitted < last.submitted:  # It came from another line.
-            by_submission = sorted(lane.values(), key=lambda other: other.submitted)
-            line.lanes[job.mode.lane] = {other.job.id: other for other in by_submission}
+        line.lanes[job.mode.lane][job.id] = record
 
     def remove(self, record: Record) -> None:
         """Take a job out of its line."""
@@ -86,6 +83,23 @@ class Lines:
     def lane(self, lane: str) -> list[Record]:
         """The open jobs of one lane, whatever their line."""
         return [record for line in self._lines.values() for record in line.lanes[lane].values()]
+
+    def unserved(
+        self, served: Collection[tuple[str, str]], now: float, seconds: float
+    ) -> list[Record]:
+        """The open jobs of the lines that were not among the served ones for so many seconds.
+
+        None where nothing is served at all.
+        """
+        late: list[Record] = []
+        for item, line in self._lines.items():
+            if not served or item in served:
+                line.unserved = None
+            elif line.unserved is None:
+                line.unserved = now
+            if line.unserved is not None and now - line.unserved >= seconds:
+                late += chain.from_iterable(lane.values() for lane in line.lanes.values())
+        return late
 
     def next_for(
         self, worker: Worker, prefer_task: str | None, starvation_seconds: float, now: float

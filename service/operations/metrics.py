@@ -75,10 +75,7 @@ SHARDS = Counter(
 )
 SHAPES_LOWERED = Counter(
     "vouchsafe_shapes_lowered",
-    "Times that memory ran out and a task's batches were halved.",
-)
-RESTARTS = Counter(
-    "vouchsafe_job_restarts", "Jobs begun anew under another digest, for nobody served their own."
+    "Times that a task was loaded for smaller batches, for want of memory.",
 )
 QUEUE_SECONDS = Histogram(
     "vouchsafe_queue_seconds",

@@ -39,7 +39,6 @@ from service.operations import metrics
 from service.operations.logs import about
 from service.predictions.admission import Admission, Door
 from service.predictions.images.reader import ImageLimits, ImageReader
-from service.predictions.restarts import LOOK_SECONDS, Restarts
 from service.predictions.results import answer, job_response, problem, total_variation
 from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse
 from service.validation import invalid_field
@@ -56,7 +55,6 @@ class Predictions:
 
     `expect` is called with a task that is not in `tasks`: it returns the id under which it may be
     there, or raises the reason why it is not.
-    Every `look_seconds` open jobs are looked after (`Restarts`).
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class Predictions:
         tasks: Mapping[str, Bundle],
         secret: bytes,
         expect: Callable[[str], Coroutine[Any, Any, str]] | None = None,
-        look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self.engine = engine
         self.tasks = tasks
@@ -80,7 +77,6 @@ class Predictions:
         )
         self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
         self._door = Door(settings, engine)
-        self._restarts = Restarts(engine, tasks, secret, look_seconds)
         self._draining = asyncio.Event()
         self._forgetting: set[asyncio.Task[bool]] = set()
 
@@ -213,7 +209,6 @@ class Predictions:
     async def close(self) -> None:
         """Drop the image threads and stop watching jobs, and forgetting what is not yet."""
         self._reader.close()
-        await self._restarts.close()
         watching = [watching for _, watching in self._watched.values()]
         tasks: list[asyncio.Task[Any]] = [*watching, *self._forgetting]
         for task in tasks:
@@ -276,7 +271,6 @@ class Predictions:
         """Wait for the job's end once for everyone here, and count its outcome."""
         watching = asyncio.create_task(_answered(partial(self._last_status, job.id)))
         self._watched[job.id] = replace(job, pixels=b""), watching
-        self._restarts.begin(job)
         watching.add_done_callback(partial(self._count_outcome, job.id))
 
     async def _forget(self, job_id: str) -> None:
@@ -294,7 +288,6 @@ class Predictions:
 
     def _count_outcome(self, job_id: str, watching: asyncio.Task[JobStatus]) -> None:
         del self._watched[job_id]
-        self._restarts.end(job_id)
         if watching.cancelled() or watching.exception() is not None:
             return
         status = watching.result()

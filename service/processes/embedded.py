@@ -11,10 +11,13 @@ from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.protocol import Capacity
+from service.errors import TaskUnusable
 from service.processes.runtime import Serving
 from service.processes.runtime import leave_if_hung as leave_if_hung
 from service.secrets import load_secret
 from service.tasks.store import Store
+from service.worker.compute import DeviceFailed
+from service.worker.model import ModelUnavailable
 
 
 class Embedded(Serving):
@@ -35,16 +38,32 @@ class Embedded(Serving):
             owner_rows=settings.key_rows,
             retention_seconds=settings.retention_seconds,
             kept_jobs=settings.kept_jobs,
+            unserved_seconds=0,  # No other worker could serve them.
             worker_seconds=max(30.0, settings.lease_seconds),
         )
 
+    async def load(self, task: str) -> None:
+        """Load a task's networks, and return once the worker serves it under their digest.
+
+        Raises TaskUnusable where they cannot be loaded, or where the device fails at it.
+        """
+        try:
+            await self.thread.run(self.models[task].loaded)
+        except (ModelUnavailable, DeviceFailed) as error:
+            raise TaskUnusable(str(error)) from error
+        await self.ready()
+
     async def ready(self) -> None:
-        """Returns once the worker serves every task."""
+        """Return once the worker serves every task whose networks can be had."""
         while not self._is_served(await self.engine.capacity()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     def _is_served(self, capacity: Capacity) -> bool:
-        return all(capacity.digests_of(task, bundle) for task, bundle in self.tasks.items())
+        return all(
+            model.digest in capacity.digests.get(task, ())
+            for task, model in self.models.items()
+            if model.is_available
+        )
 
     def worker(self, on_failure: Callable[[], None]) -> BackgroundTask:
         """A background task of the app: loads and warms the default task, then works until stopped.

@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 
 from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
+from models.memory import check_headroom
 from models.runtime import AUTO, Runtime, Torch
 from models.smoothing import (
     SmoothedModel,
@@ -31,10 +32,11 @@ from service.engine.connection import Outage
 from service.engine.protocol import Engine
 from service.operations.logs import naming
 from service.tasks.catalog import Catalog
+from service.worker.batch_shape import BatchShapes
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
 from service.worker.model import ModelUnavailable, warm_up
-from service.worker.model_cache import Loading, Networks
+from service.worker.model_cache import ModelCache
 
 logger = logging.getLogger("vouchsafe")
 
@@ -59,36 +61,32 @@ class Serving:
         )
         self.thread = ComputeThread()
         self._runtime = runtime
-        self.models = self._networks()
+        self.models = self._model_cache()
         self.failed = False
 
-    def _networks(self) -> Networks:
+    def _model_cache(self) -> ModelCache:
         chosen, lanes = numerics(self._runtime)
+        settings = self.settings
         load_one = partial(
             load_and_warm,
             runtime=self._runtime,
             lanes=lanes,
-            models_dir=self.settings.models_folder,
+            models_dir=settings.models_folder,
+            beside_adaptation=settings.redis_url is None or settings.adapt,
         )
-        return Networks(
+        return ModelCache(
             self.tasks,
-            Loading(
-                load_one,
-                chosen,
-                lanes,
-                self.settings.loaded_tasks,
-                self.thread.patient,
-                self.thread.afresh,
-                in_fleet=self.settings.redis_url is not None,
-            ),
+            BatchShapes(load_one, chosen.batch_rows),
+            chosen,
+            lanes,
+            settings.loaded_tasks,
+            self.thread.patient,
         )
 
     def waiting_for(self) -> str:
         """What keeps this machine from answering; empty when nothing does."""
         if not self.thread.healthy:
             return "the device hangs or is broken"
-        if self.models["default"].is_lowering:
-            return "memory ran out: the default task's networks are loading for smaller batches"
         if not self.models["default"].is_loaded:
             return "the default task's networks are not loaded yet"
         return ""
@@ -119,7 +117,7 @@ class Serving:
             if is_settled or isinstance(why, BundleError):
                 raise
             self._runtime = instead_of(self._runtime, self.tasks["default"], why)
-            self.models = self._networks()
+            self.models = self._model_cache()
             await self._load_default(stop)
 
     async def _load_default(self, stop: asyncio.Event) -> None:
@@ -169,11 +167,13 @@ def load_and_warm(
     runtime: Runtime,
     lanes: int,
     models_dir: Path | None = None,
+    beside_adaptation: bool = False,
 ) -> SmoothedModel:
     """Networks that label rows alike in another place of the batch, beside other companions.
 
     Raises DeviceFailed where they do not: such a device must not certify anything. Raises
-    BundleError where the bundle is no longer the one that was verified.
+    BundleError where the bundle is no longer the one that was verified, and MemoryError where the
+    largest batch fits without headroom only.
     """
     with _uncollected():
         model = load(
@@ -184,6 +184,7 @@ def load_and_warm(
         first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
         raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
+    check_headroom(best_device(), beside_adaptation=beside_adaptation)
     served, told = model.digest[:16], naming(task_id=bundle.id)
     logger.info(
         "serving task %s as %s; licences: %s", bundle.id, served, bundle.licence, extra=told

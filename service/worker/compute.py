@@ -1,4 +1,4 @@
-"""The device's one thread, and how the process tells that the device hangs or is broken."""
+"""The device's one thread, and whether the device hangs or is broken."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class DeviceFailed(RuntimeError):
-    """The device hangs or computes no more: the process should exit and be started anew."""
+    """The device hangs, is broken or out of memory: the process should exit and be restarted."""
 
 
 class ComputeThread:
-    """The one thread at a time that models run in; its health is a by-product of its work.
+    """The one thread that models run in; its health is a by-product of its work.
 
     A hung call cannot be ended, and the interpreter waits for it at its exit: leave a process
     whose thread is not healthy through `os._exit`.
@@ -25,8 +25,7 @@ class ComputeThread:
 
     def __init__(self, *, batch_seconds_limit: float = 120.0) -> None:
         self._limit = batch_seconds_limit
-        self._executor = _one_thread()
-        self._is_stale = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._since: float | None = None
         self._patience = batch_seconds_limit
         self._broken = False
@@ -44,7 +43,7 @@ class ComputeThread:
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within a call: what runs inside may take so long, and the call's time begins anew after.
+        """Within a call: what runs inside may take so long, and the limit of a batch counts after.
 
         Networks are loaded so, for that is no device batch.
         """
@@ -59,19 +58,9 @@ class ComputeThread:
         """Expect nothing of the device any more."""
         self._broken = True
 
-    def afresh(self) -> None:
-        """Within a call: make the calls after it in a new thread.
-
-        cuDNN's convolutions remember by thread which kernel they took when memory was short.
-        """
-        self._is_stale = True
-
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What the function returns or raises; calls run one at a time, in order."""
+        """Return or raise what the function does; calls run one at a time, in order."""
         loop = asyncio.get_running_loop()
-        if self._is_stale and not self.busy:
-            self._executor.shutdown(wait=False)
-            self._executor, self._is_stale = _one_thread(), False
         return await loop.run_in_executor(self._executor, self._timed, function, *arguments)
 
     def close(self) -> None:
@@ -84,7 +73,3 @@ class ComputeThread:
             return function(*arguments)
         finally:
             self._since = None
-
-
-def _one_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="compute")

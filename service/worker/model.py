@@ -12,12 +12,12 @@ from models.rows import Numerics, Rows
 
 
 class ModelUnavailable(RuntimeError):
-    """A task's networks cannot be had, whatever the rows; it says nothing of the device."""
+    """A task's networks cannot be loaded, whatever the rows; it says nothing of the device."""
 
 
-class ShapeLowered(RuntimeError):
-    """The device ran out of memory: the task has another digest by now, its batches fewer rows, and
-    nothing was counted of what was asked."""
+class DigestChanged(RuntimeError):
+    """The networks were loaded for batches of fewer rows than the digest says: the task has another
+    digest now, and nothing was counted."""
 
 
 class Model(Protocol):
@@ -47,25 +47,18 @@ class Model(Protocol):
         """The served digest: the bundle's, together with the numerics."""
 
     @property
-    def is_refused(self) -> bool:
-        """Whether it could not be loaded when last tried, while other workers may have it: it is
-        not served here until a try has loaded it."""
+    def is_available(self) -> bool:
+        """Whether the task is announced; not for a while after it could not be loaded."""
 
     @property
-    def is_due(self) -> bool:
-        """Whether it is refused, and to be tried again."""
-
-    def try_again(self) -> None:
-        """Load the networks of a refused task, at little cost to the others; blocks.
-
-        Raises ModelUnavailable where they cannot be loaded, and DeviceFailed as `votes`.
-        """
+    def is_loaded(self) -> bool:
+        """Whether the networks are in memory."""
 
     def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch under this served digest; blocks.
 
-        Raises ModelUnavailable where the networks cannot be loaded, ShapeLowered where the digest
-        is another, and DeviceFailed where no answer can be had in this process any more.
+        Raises ModelUnavailable where the networks cannot be loaded, DigestChanged where the digest
+        is another one, and DeviceFailed where this process can answer nothing more.
         """
 
 

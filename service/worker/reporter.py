@@ -1,4 +1,4 @@
-"""How a worker tells the engine what became of its shards, while the next batch computes."""
+"""Reports to the engine what became of a worker's shards, while the next batch computes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from service.worker.model import ModelUnavailable
 logger = logging.getLogger("vouchsafe.worker")
 
 
-class Outcomes:
-    """Reports of one worker, each told in a coroutine of its own and asked again for `seconds`."""
+class Reporter:
+    """Reports of one worker, each sent in a coroutine of its own and repeated for `seconds`."""
 
     def __init__(self, engine: Engine, reach: Reach, seconds: float) -> None:
         self._engine = engine
@@ -29,33 +29,34 @@ class Outcomes:
         self._seconds = seconds
         self._reports: set[asyncio.Task[None]] = set()
 
-    def committed(self, lease: Lease, counts: NDArray[np.int64]) -> None:
-        """The shard's votes (K,) are there."""
+    def commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
+        """Report the shard's votes (K,)."""
         self._report(self._commit(lease, counts))
 
-    def failed(self, lease: Lease, error: Exception) -> None:
-        """The shard's attempt failed with this error."""
+    def fail(self, lease: Lease, error: Exception) -> None:
+        """Report that the shard's attempt failed with this error."""
         self._report(self._fail(lease, _problem(lease, error)))
 
-    def released(self, leases: Sequence[Lease]) -> None:
-        """The shards go back uncomputed."""
+    def release(self, leases: Sequence[Lease]) -> None:
+        """Hand shards back uncomputed."""
         if leases:
-            self._report(self.release(leases))
+            self._report(self.release_now(leases))
 
-    async def told(self, seconds: float, beside: asyncio.Task[None]) -> None:
-        """Wait for what is still to be told, and one task more; what is left then is cancelled."""
-        last = {beside, *self._reports}
-        await asyncio.wait(last, timeout=seconds)
-        for late in last:
-            late.cancel()
-        await asyncio.wait(last, timeout=1)
+    async def finish(self, seconds: float, beside: asyncio.Task[None] | None = None) -> None:
+        """Wait for all reports, and one task more; those left after the seconds are cancelled."""
+        last = asyncio.gather(*self._reports, *([beside] if beside else []), return_exceptions=True)
+        await asyncio.wait({last}, timeout=seconds)
+        last.cancel()
+        await asyncio.wait({last}, timeout=1)
 
-    async def release(self, leases: Sequence[Lease]) -> None:
-        """Hand shards back, and return once that is so."""
+    async def release_now(self, leases: Sequence[Lease]) -> None:
+        """Hand shards back, and return once the engine has them."""
+        if not leases:
+            return
         try:
             await self._reach.insist(lambda: self._engine.release(leases), self._seconds)
         except EngineAway:
-            logger.warning("%d shards go back only when their leases run out", len(leases))
+            logger.warning("%d shards go back only when their leases expire", len(leases))
             metrics.SHARDS.labels(outcome="lost").inc(len(leases))
         except Exception:
             logger.exception("%d shards could not be handed back", len(leases))
@@ -86,7 +87,7 @@ class Outcomes:
 
 
 def _problem(lease: Lease, error: Exception) -> Problem:
-    """What the job's caller is told should this attempt be the last."""
+    """The problem of the job, should this attempt be the last."""
     if isinstance(error, ModelUnavailable):
         return TaskUnusable(str(error), job=lease.job.id)
     detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.rows import Numerics, Rows
 from service.engine.protocol import Engine
 from service.jobs import Domain, Job, Mode
-from service.worker.model import ShapeLowered, warm_up
+from service.worker.model import DigestChanged, warm_up
 
 FAKE_NUMERICS = Numerics("fake", "none", 16, 1, "fake", "0")
 
@@ -64,8 +64,8 @@ class FakeModel:
     classes: int = 3
     digest: str = "bundle-a"
     numerics: Numerics = FAKE_NUMERICS
-    is_refused: bool = False
-    is_due: bool = False
+    is_available: bool = True
+    is_loaded: bool = True
     delay: float = 0.0
     poison: Collection[bytes] = ()
     broken: bool = False
@@ -84,7 +84,7 @@ class FakeModel:
 
     def votes(self, parts: Iterable[Rows], digest: str) -> NDArray[np.int64]:
         if digest != self.digest:
-            raise ShapeLowered(f"{digest} is asked for and {self.digest} served")
+            raise DigestChanged(f"{digest} is asked for and {self.digest} served")
         asked = [(part.key, part.start, part.stop) for part in parts]
         self.batches.append(asked)
         self.gate.wait()

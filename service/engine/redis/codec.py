@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,12 +23,6 @@ def line_of(task: str, bundle: str) -> str:
     return f"{quote(task, safe='')}@{quote(bundle, safe='')}"
 
 
-def trial_of(job: Job) -> str:
-    """What names a job's rows, which are others under another digest or key; see common.lua."""
-    text = job.bundle.encode() + b64encode(job.key)
-    return hashlib.sha1(text, usedforsecurity=False).hexdigest()
-
-
 def caller_digest(owner: str | None, idempotency_key: str) -> str:
     """What stands for an owner's Idempotency-Key; the key itself is not stored."""
     return hashlib.sha256(canonical_json([owner, idempotency_key])).hexdigest()
@@ -38,12 +31,6 @@ def caller_digest(owner: str | None, idempotency_key: str) -> str:
 def lost(what: str, job_id: str) -> dict[str, Any]:
     """The problem document of a job of which Redis lost a part."""
     return ShardDead(f"The {what} of the job got lost; ask again.", job=job_id).document()
-
-
-def abandoned(job_id: str) -> dict[str, Any]:
-    """The problem document of a job under a digest that workers have ceased to serve."""
-    detail = "No worker serves the networks that began this job any more; ask again."
-    return ShardDead(detail, job=job_id).document()
 
 
 def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -57,12 +44,8 @@ def flat(shards: Iterable[Shard]) -> list[str | int]:
 
 
 def named(leases: Iterable[Lease]) -> list[str | int]:
-    """What the scripts know leases by: job, shard, token, trial of each."""
-    return [
-        part
-        for held in leases
-        for part in (held.job.id, held.shard.index, held.token, trial_of(held.job))
-    ]
+    """What names leases to the scripts: job, shard, token of each."""
+    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]
 
 
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
@@ -82,7 +65,7 @@ def numerics_of(announcements: Sequence[tuple[bytes, int]]) -> Iterator[Mapping[
 
 def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
     """The lease of `job` that pull.lua returned."""
-    _, index, domain, start, stop, solitary, token, _ = taken
+    _, index, domain, start, stop, solitary, token = taken
     shard = Shard(int(index), Domain(domain.decode()), int(start), int(stop))
     return Lease(job, shard, token.decode(), bool(solitary))
 

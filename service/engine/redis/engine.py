@@ -46,7 +46,6 @@ from service.engine.redis.codec import (
     numerics_of,
     pairs,
     served,
-    shards_of,
 )
 from service.engine.redis.puller import Puller
 from service.engine.redis.reconciler import reconcile
@@ -175,7 +174,8 @@ class RedisEngine:
         self._reconcile_if_due()
         while True:
             arrival = self._listener.always.next_ring
-            if leases := await self._puller.take(worker, rows, prefer_task):
+            leases = await self._puller.take(worker, rows, prefer_task)
+            if leases or not rows:
                 return leases
             if not await _rings_by(arrival, deadline):
                 return []
@@ -211,15 +211,6 @@ class RedisEngine:
         """Hand shards back uncomputed and uncounted."""
         if leases:
             await self._scripts.run("release", *named(leases))
-
-    async def restart(self, job_id: str, bundle: str, key: bytes) -> bool:
-        """Begin an open job anew under another digest, last in its line; see Engine."""
-        fields = pairs(await self._scripts.run("status", job_id))
-        if not fields:
-            return False
-        anew = replace(Job.decode(fields[b"job"], b""), bundle=bundle, key=key)
-        known = (job_id, anew.encode(), line_of(anew.task, bundle))
-        return bool(await self._scripts.run("restart", *known, *flat(shards_of(fields))))
 
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""

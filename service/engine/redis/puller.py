@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from service.engine.protocol import Lease, Worker
 from service.engine.redis.client import Scripts, answered
-from service.engine.redis.codec import lease_of, line_of, lost, trial_of
+from service.engine.redis.codec import lease_of, line_of, lost
 from service.engine.scheduling import Offer, next_offer
 from service.jobs import Job, State, canonical_json
 
@@ -36,7 +36,7 @@ class Puller:
             call = secrets.token_hex(8)
             answer = await self._scripts.run("pull", *known, call, rows, chosen, *lines)
             taken, waiting = answer
-            jobs = {name: await self._job(name.decode(), trial) for name, *_, trial in taken}
+            jobs = {name: await self._job(name.decode()) for name, *_ in taken}
             if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
                 return leases
             offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
@@ -45,12 +45,9 @@ class Puller:
                 return []
             chosen = "" if offer is None else lines[tasks.index(offer.task)]
 
-    async def _job(self, job_id: str, trial: bytes) -> Job | None:
-        """The job, read once for as long as anyone here holds it.
-
-        None where it is gone, or has begun anew since its shards were taken: those are void.
-        """
-        if (job := self._jobs.get(job_id)) and trial_of(job).encode() == trial:
+    async def _job(self, job_id: str) -> Job | None:
+        """The job, read once for as long as this process holds leases of it; None: it is gone."""
+        if job := self._jobs.get(job_id):
             return job
         async with self._redis.pipeline(transaction=True) as both:
             both.hget(f"{self._prefix}job:{job_id}", "job")
@@ -63,4 +60,4 @@ class Puller:
             await self._scripts.run("end", job_id, State.FAILED.value, problem)
             return None
         job = self._jobs[job_id] = Job.decode(text, pixels)
-        return job if trial_of(job).encode() == trial else None
+        return job

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from service.engine.protocol import abandoned
 from service.engine.redis.client import Scripts
-from service.engine.redis.codec import abandoned, flat, line_of, pairs, served, shards_of
+from service.engine.redis.codec import flat, line_of, pairs, served, shards_of
 from service.jobs import canonical_json
 
 _log = logging.getLogger("vouchsafe.engine")

@@ -60,6 +60,9 @@ class Harness(Protocol):
     async def wait(self, ticks: float) -> None:
         """Let time pass."""
 
+    async def look(self, *alive: Worker, ticks: float) -> None:
+        """Let time pass in which these workers alone announce themselves, every LEASE ticks."""
+
     async def stores(self, content: bytes) -> bool:
         """Whether the content still lies anywhere in the engine."""
 
@@ -88,6 +91,12 @@ class MemoryHarness:
 
     async def wait(self, ticks: float) -> None:
         self.clock.advance(ticks)
+
+    async def look(self, *alive: Worker, ticks: float) -> None:
+        for _ in range(round(ticks / LEASE)):
+            await self.wait(LEASE)
+            for worker in alive:
+                await self.engine.pull(worker, 0)
 
     async def stores(self, content: bytes) -> bool:
         seen: set[int] = set()
@@ -137,6 +146,13 @@ class RedisHarness:
     async def wait(self, ticks: float) -> None:
         self.clock.advance(ticks)
         await age(self.redis, self.prefix, round(1000 * ticks))
+
+    async def look(self, *alive: Worker, ticks: float) -> None:
+        for _ in range(round(ticks / LEASE)):
+            await self.wait(LEASE)
+            for worker in alive:
+                await self.engine.pull(worker, 0)
+            await self.engine.reconcile()
 
     async def stores(self, content: bytes) -> bool:
         stored = [await stored_bytes(self.redis, key) async for key in self._keys()]
@@ -572,10 +588,7 @@ async def test_innocent_jobs_finish_beside_a_poisonous_one(harness: Harness) -> 
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: int) -> None:
-    """Deaths, failures, releases, double and late commits in any order never change a vote.
-
-    Nor do jobs that begin anew under either of two digests, each of which has a key of its own.
-    """
+    """Deaths, failures, releases, double and late commits in any order never change a vote."""
     chance, engine = random.Random(seed), harness.engine
     modes = [Mode.CERTIFY, Mode.CERTIFY, Mode.PREDICT]
     jobs = [
@@ -586,12 +599,8 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
     for job in jobs:
         await engine.submit(job)
     forgotten: list[Lease] = []
-    for step in range(800):
-        leases = await engine.pull(chance.choice([ALPHA, BETA, NEWER]), chance.randrange(1, 40))
-        if step < 150 and chance.random() < 0.2:
-            job = chance.choice([lease.job for lease in leases] or jobs)
-            other = "bundle-n" if job.bundle == "bundle-a" else "bundle-a"
-            await engine.restart(job.id, other, job.key[::-1])
+    for _ in range(800):
+        leases = await engine.pull(chance.choice([ALPHA, BETA]), chance.randrange(1, 40))
         await engine.start([lease for lease in leases if chance.random() < 0.3])
         for lease in leases:
             match chance.choices(["commit", "twice", "late", "fail", "release"], [6, 2, 2, 0.2, 1]):
@@ -624,6 +633,57 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         if status not in failed:
             assert_exact(status)
     assert (await engine.queue()).dead_letters == len(failed)
+
+
+# Jobs of no worker
+
+
+async def test_jobs_that_no_worker_serves_any_more_fail(harness: Harness) -> None:
+    """After five minutes in which only other digests were announced, with a problem that says so;
+    their rows leave the backlog, and jobs of the other digest are computed."""
+    engine = harness.engine
+    await engine.submit(make_job("old", owner="ada"))
+    await engine.pull(NEWER, 0)
+    await engine.submit(make_job("new", bundle="bundle-n"))
+    await harness.look(ALPHA, NEWER, ticks=600)
+    assert (await status_of(engine, "old")).state is State.QUEUED
+    await harness.look(NEWER, ticks=280)
+    assert (await status_of(engine, "old")).state is State.QUEUED
+    await harness.look(NEWER, ticks=100)
+    status = await status_of(engine, "old")
+    assert status.state is State.FAILED
+    assert status.problem is not None
+    assert status.problem["job"] == "old"
+    assert "ask again" in status.problem["detail"]
+    capacity = await engine.capacity("ada")
+    assert (capacity.backlog_rows, capacity.owner_rows) == (40, 0)
+    await finish_everything(engine, NEWER)
+    assert_exact(await status_of(engine, "new"))
+
+
+async def test_a_digest_that_comes_back_keeps_its_jobs(harness: Harness) -> None:
+    """Where its own workers are away for less than five minutes, or all workers for longer."""
+    engine = harness.engine
+    await engine.submit(make_job("a"))
+    await harness.look(NEWER, ticks=240)
+    await engine.pull(ALPHA, 0)
+    await harness.look(NEWER, ticks=200)
+    await harness.look(ticks=320)
+    await harness.look(NEWER, ticks=200)
+    await engine.pull(ALPHA, 0)
+    await finish_everything(engine, ALPHA)
+    assert_exact(await status_of(engine, "a"))
+
+
+async def test_a_pull_of_no_rows_only_announces(engine: Engine) -> None:
+    """It takes nothing, whatever waits, in one line or in several, and keeps the worker alive."""
+    jobs = [make_job("a"), make_job("b", task="birds", bundle="bundle-b")]
+    await engine.pull(BOTH, 0)
+    for job in jobs:
+        await engine.submit(job)
+        assert await engine.pull(BOTH, 0) == []
+    assert (await engine.capacity()).digests["birds"] == ("bundle-b",)
+    assert len(await engine.pull(BOTH, 1_000)) == 4
 
 
 # The door

@@ -23,8 +23,8 @@ from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.operations import metrics
 from service.worker.compute import ComputeThread, DeviceFailed
 from service.worker.loop import work
-from service.worker.model import ModelUnavailable, ShapeLowered
-from service.worker.reporter import Outcomes
+from service.worker.model import DigestChanged, ModelUnavailable
+from service.worker.reporter import Reporter
 from tests.integration.engine.test_conformance import HARNESSES, LEASE, Harness
 from tests.support.fakes import EngineSpy, FakeClock, FakeModel, make_job, true_votes
 from tests.unit.operations.test_tracing import TRACE, VALID
@@ -253,7 +253,7 @@ async def test_shards_of_a_task_that_changed_go_back(engine: MemoryEngine) -> No
     spy = Changing(engine)
     await submit(engine, make_job("a"))
     async with working(spy, models):
-        await soon(lambda: len(spy.asked("release")) == 2)
+        await soon(lambda: [len(leases) for leases, *_ in spy.asked("release")] == [2])
         assert len(await engine.pull(OTHER, 1000)) == 4
     assert models["default"].batches == []
 
@@ -274,19 +274,20 @@ async def test_a_lot_goes_on_with_the_model_that_its_task_has(engine: MemoryEngi
 
 
 class Lowering(FakeModel):
-    """A model that runs out of memory at its `last` batch of the first shape."""
+    """A model whose networks are loaded for smaller batches at its `last` batch of the first
+    shape."""
 
     last = 1
 
     def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
         if self.digest == "bundle-a" and len(self.batches) + 1 == self.last:
             self.digest, self.batch_rows = "bundle-lower", 4
-            raise ShapeLowered("memory ran out")
+            raise DigestChanged("memory ran out")
         return super().votes(parts, digest)
 
 
 @pytest.mark.parametrize("last", [1, 3])
-async def test_a_lowered_shape_takes_no_more_of_its_old_jobs(
+async def test_a_digest_that_changes_takes_no_more_of_its_old_jobs(
     engine: MemoryEngine, last: int
 ) -> None:
     """What is held under the old digest goes back uncounted and unblamed, for other workers; jobs
@@ -307,7 +308,7 @@ async def test_a_lowered_shape_takes_no_more_of_its_old_jobs(
         await assert_exact(engine, old)
 
 
-async def test_a_lowered_shape_hands_back_what_was_begun(engine: MemoryEngine) -> None:
+async def test_a_digest_that_changes_hands_back_what_was_begun(engine: MemoryEngine) -> None:
     """Also a shard of several batches of which some are counted: nobody here can go on with it."""
     model = Lowering(batch_rows=4)
     model.last = 2
@@ -317,9 +318,17 @@ async def test_a_lowered_shape_hands_back_what_was_begun(engine: MemoryEngine) -
         assert len(await others_hold(engine, 4)) == 4
 
 
-async def test_a_shape_that_is_lowered_as_a_batch_starts_is_not_computed_under(
-    engine: MemoryEngine,
-) -> None:
+async def test_shards_go_back_once_the_engine_answers_again(engine: MemoryEngine) -> None:
+    """Handing back is tried until it succeeds, and no shard waits for its lease to run out."""
+    spy = EngineSpy(engine)
+    spy.trouble = lambda: spy.calls[-1][0] == "release" and len(spy.asked("release")) <= 2
+    await submit(engine, make_job("old", n0=0, n=20))
+    async with working(spy, {"default": Lowering()}):
+        await soon(lambda: len(spy.asked("release")) == 3)
+        assert len(await others_hold(engine, 2)) == 2
+
+
+async def test_a_batch_is_not_computed_under_another_digest(engine: MemoryEngine) -> None:
     """The votes are asked for under the digest that the job is keyed with, whatever it is then."""
     model = FakeModel()
 
@@ -333,28 +342,6 @@ async def test_a_shape_that_is_lowered_as_a_batch_starts_is_not_computed_under(
         await served(engine, "bundle-lower")
         await others_hold(engine, 4)
     assert model.batches == []
-
-
-async def test_memory_that_runs_out_in_the_self_test_blames_nobody(engine: MemoryEngine) -> None:
-    """Where the batch after which the device is tested is what lowers the shape, the job that
-    failed goes back as the others do, and no attempt is counted."""
-    poison = make_job("poison", mode=Mode.PREDICT, n=5)
-    model = Lowering(poison=keys(poison))
-    model.last = 3
-    await submit(engine, make_job("fine", mode=Mode.PREDICT, n=5))
-    async with working(engine, {"default": model}) as hall:
-        await final(engine, "fine")
-        await submit(engine, poison)
-        await served(engine, "bundle-lower")
-        assert hall.thread.healthy
-        for _ in range(FAILURES_ALLOWED - 1):
-            [lease] = await others_hold(engine, 1)
-            assert lease.job.id == "poison"
-            await engine.fail(lease, {})
-        status = await engine.status("poison")
-        assert status is not None
-        assert not status.state.ended
-    assert len(model.batches) == 2
 
 
 async def others_hold(engine: Engine, shards: int) -> list[Lease]:
@@ -442,82 +429,91 @@ async def test_a_failure_names_its_job_and_trace(
     assert len(found) == FAILURES_ALLOWED
 
 
-# Long batches
+# Slow batches
 
 
 @asynccontextmanager
-async def loading(spy: EngineSpy, cats: FakeModel, *jobs: Job) -> AsyncIterator[FakeModel]:
-    """A worker that holds the jobs' shards while a batch of `birds` runs.
+async def slow_batch(
+    spy: EngineSpy, *jobs: Job, is_loaded: bool = False
+) -> AsyncIterator[tuple[FakeModel, FakeModel]]:
+    """A worker whose first batch, of `birds`, loads networks or runs long until its gate is opened.
 
-    Until the gate of the model that this yields opens.
+    Yields that model and the default one, for whose jobs there is work beside it.
     """
-    birds = FakeModel(batch_rows=20, digest="bundle-b")
+    cats = FakeModel(batch_rows=40)
+    birds = FakeModel(batch_rows=20, digest="bundle-b", is_loaded=is_loaded)
     birds.gate.clear()
     await submit(spy.engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"), *jobs)
     async with working(spy, {"birds": birds, "default": cats}, lease_seconds=0.15):
         await soon(lambda: bool(birds.batches))
-        yield birds
+        yield birds, cats
 
 
-async def test_shards_beside_a_long_batch_are_computed_by_others(engine: MemoryEngine) -> None:
-    """While one worker loads networks another does what that one held; then the first goes on."""
-    spy, cats = EngineSpy(engine), FakeModel(batch_rows=40)
-    held, later = make_job("held"), make_job("later")
-    async with loading(spy, cats, held) as birds:
-        await soon(lambda: bool(spy.asked("release")))
-        stop, thread, others = asyncio.Event(), ComputeThread(), FakeModel()
-        other = asyncio.create_task(
-            work(engine, {"default": others}, worker_id="other", stop=stop, thread=thread)
-        )
-        await assert_exact(engine, held)
-        stop.set()
-        await other
-        thread.close()
-        assert cats.batches == []
-        assert len(birds.batches) == 1
+def pulled(spy: EngineSpy) -> list[int]:
+    """The rows of every pull that leased some."""
+    return [rows for _, rows, *_ in spy.asked("pull") if rows]
+
+
+async def test_nothing_is_pulled_beside_a_batch_that_loads_networks(engine: MemoryEngine) -> None:
+    """Other workers do what waits meanwhile, and then the first goes on."""
+    spy, waiting, later = EngineSpy(engine), make_job("waiting"), make_job("later")
+    async with slow_batch(spy, waiting) as (birds, cats):
+        others = FakeModel()
+        async with working(engine, {"default": others}, worker_id="other"):
+            await assert_exact(engine, waiting)
+        await soon(lambda: len(spy.asked("renew")) > 3)
+        assert len(pulled(spy)) == 1
+        assert (cats.batches, len(birds.batches)) == ([], 1)
         birds.gate.set()
         assert (await final(engine, "birds")).state is State.SUCCEEDED
         await submit(engine, later)
         await assert_exact(engine, later)
     assert sum(map(rows_in, others.batches)) == 40
     assert {key for batch in cats.batches for key, *_ in batch} == keys(later)
+    assert spy.asked("release") == spy.asked("fail") == []
 
 
-async def test_lone_worker_takes_up_what_it_handed_back(engine: MemoryEngine) -> None:
-    """Nothing is lost, or computed twice, where nobody else wanted the shards."""
-    spy, cats, job = EngineSpy(engine), FakeModel(batch_rows=40), make_job("a")
-    async with loading(spy, cats, job) as birds:
-        await soon(lambda: bool(spy.asked("release")))
+async def test_a_batch_that_turns_out_slow_ends_the_prefetch(engine: MemoryEngine) -> None:
+    """What was pulled before is renewed and computed after it, and nothing more is pulled."""
+    spy, first, second = EngineSpy(engine), make_job("first"), make_job("second", n=200)
+    async with slow_batch(spy, first, is_loaded=True) as (birds, cats):
+        await soon(lambda: len(pulled(spy)) == 2 and len(spy.asked("renew")) > 1)
+        await submit(engine, second)
+        renewals = len(spy.asked("renew"))
+        await soon(lambda: len(spy.asked("renew")) > renewals + 3)
+        assert pulled(spy) == [40, 40]
+        renewed = {lease.job.id for lease in spy.asked("renew")[-1][0]}
+        assert renewed == {"birds", "first"}
+        assert len(await engine.pull(OTHER, 1_000)) == 21
+        assert cats.batches == []
         birds.gate.set()
-        await assert_exact(engine, job)
-        assert (await final(engine, "birds")).estimation == true_votes(
-            make_job("birds", n0=0, n=20), Domain.ESTIMATION
-        )
-    assert sum(map(rows_in, cats.batches)) == 40
+        await assert_exact(engine, first)
     assert spy.asked("fail") == []
 
 
-async def test_nothing_is_pulled_while_a_batch_runs_long(engine: MemoryEngine) -> None:
-    """After the shards in hand went back no others are taken until the batch ends."""
-    spy = EngineSpy(engine)
-    async with loading(spy, FakeModel(batch_rows=40), make_job("a")):
-        await soon(lambda: bool(spy.asked("release")))
-        await soon(lambda: len(spy.asked("renew")) > 1)
-        pulls, renewals = len(spy.asked("pull")), len(spy.asked("renew"))
-        await soon(lambda: len(spy.asked("renew")) > renewals + 3)
-        assert len(spy.asked("pull")) == pulls
-        assert {held.job.id for leases, *_ in spy.asked("renew")[-3:] for held in leases} == {
-            "birds"
-        }
+async def test_nothing_is_pulled_beside_a_task_whose_last_batch_was_slow(
+    engine: MemoryEngine,
+) -> None:
+    """How long the batch before it took decides."""
+    spy, model, first = EngineSpy(engine), FakeModel(delay=0.1), make_job("first", n0=0, n=16)
+    await submit(engine, first)
+    async with working(spy, {"default": model}, lease_seconds=0.15):
+        await assert_exact(engine, first)
+        await soon(lambda: spy.calls[-1][0] == "pull")
+        model.gate.clear()
+        await submit(engine, make_job("second", n0=0, n=100))
+        await soon(lambda: len(model.batches) == 2)
+        left = await engine.pull(OTHER, 1_000)
+        assert [lease.shard.index for lease in left] == list(range(2, 10))
 
 
 async def test_worker_is_heard_of_while_a_batch_runs_long() -> None:
     """With its batch cancelled it still lives for the engine, and what is new is announced."""
     clock = FakeClock()
     engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, worker_seconds=30, clock=clock)
-    await engine.pull(Worker("someone", {"birds": "bundle-b"}), 1)
+    await engine.pull(Worker("someone", {"birds": "bundle-b"}), 0)
     spy, models = EngineSpy(engine), {"default": FakeModel(batch_rows=40)}
-    birds = models["birds"] = FakeModel(batch_rows=20, digest="bundle-b")
+    birds = models["birds"] = FakeModel(batch_rows=20, digest="bundle-b", is_loaded=False)
     birds.gate.clear()
     await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
     async with working(spy, models, lease_seconds=0.15):
@@ -533,92 +529,34 @@ async def test_worker_is_heard_of_while_a_batch_runs_long() -> None:
         assert served == {"default": ("bundle-a",), "birds": ("bundle-b",), "fish": ("bundle-c",)}
         job = make_job("a")
         await submit(engine, job)
-        await soon(lambda: bool(spy.asked("release")))
         assert len(birds.batches) == 1
         birds.gate.set()
         await assert_exact(engine, job)
 
 
-async def test_shards_go_back_once_the_engine_answers_again(engine: MemoryEngine) -> None:
-    """Handing back is tried until it succeeds, and no shard waits for its lease to run out."""
-    spy = EngineSpy(engine)
-    refused = 0
-
-    def trouble() -> bool:
-        nonlocal refused
-        refused += spy.calls[-1][0] == "release"
-        return spy.calls[-1][0] == "release" and refused <= 2
-
-    spy.trouble = trouble
-    async with loading(spy, FakeModel(batch_rows=40), make_job("a")):
-        await soon(lambda: len(spy.asked("release")) == 3)
-        assert len(await engine.pull(OTHER, 1000)) == 4
-
-
-async def test_stop_beside_a_long_batch_leaves_nothing_held(engine: MemoryEngine) -> None:
-    """Told to stop it counts the long batch, and all else had gone back before."""
+async def test_stop_beside_a_slow_batch_leaves_nothing_held(engine: MemoryEngine) -> None:
+    """Told to stop the worker counts the batch, and hands back what it had pulled beside it."""
     spy, birds = EngineSpy(engine), FakeModel(batch_rows=20, digest="bundle-b")
     birds.gate.clear()
     models = {"default": FakeModel(), "birds": birds}
     await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
     await submit(engine, make_job("a", n0=0, n=20))
     async with working(spy, models, lease_seconds=0.15) as hall:
-        await soon(lambda: bool(spy.asked("release")))
+        await soon(lambda: bool(birds.batches) and len(spy.asked("renew")) > 1)
         hall.stop.set()
-        assert len(await engine.pull(OTHER, 1000)) == 2
         birds.gate.set()
         await hall.ends()
+        assert len(await engine.pull(OTHER, 1000)) == 2
     assert (await final(engine, "birds")).state is State.SUCCEEDED
 
 
-@pytest.mark.parametrize(
-    ("batch_rows", "poison", "free"),
-    [(12, False, [2]), (4, False, [2]), (30, True, [0])],
-    ids=["cut", "needs several batches", "failed with others"],
-)
-async def test_shards_that_were_begun_beside_a_long_batch(
-    engine: MemoryEngine, batch_rows: int, poison: bool, free: list[int]
-) -> None:
-    """What is begun goes back too, but for what would then be begun again and again."""
-    job = make_job("a", n0=0, n=30)
-    cats = FakeModel(batch_rows=batch_rows, poison=keys(job) if poison else ())
-    birds = FakeModel(batch_rows=20, digest="bundle-b")
-    birds.gate.clear()
-    spy = EngineSpy(engine)
+async def test_a_shard_of_several_slow_batches_is_finished(engine: MemoryEngine) -> None:
+    """However long its batches take, its worker keeps the shard until all are counted."""
+    spy, job = EngineSpy(engine), make_job("a", n0=0, n=10)
     await submit(engine, job)
-    await submit(engine, make_job("birds", n0=0, n=20, task="birds", bundle="bundle-b"))
-    async with working(spy, {"default": cats, "birds": birds}, lease_seconds=3):
-        await soon(lambda: bool(birds.batches) and len(spy.asked("renew")) > 2)
-        left = await engine.pull(OTHER, 1000)
-        assert [lease.shard.index for lease in left] == free
-        await engine.release(left)
-        birds.gate.set()
-        if poison:
-            assert (await final(engine, job.id)).state is State.FAILED
-        else:
-            await assert_exact(engine, job)
-
-
-async def test_solitary_shard_beside_a_long_batch_goes_back() -> None:
-    """It stays solitary, and that it was handed back counts nothing against it."""
-    clock = FakeClock()
-    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, clock=clock)
-    await engine.pull(Worker("other", {"default": "bundle-a", "birds": "bundle-b"}), 1)
-    suspect, birds = make_job("a", n0=0, n=10), make_job("b", task="birds", bundle="bundle-b")
-    await submit(engine, birds, suspect)
-    await engine.start(await engine.pull(OTHER, 1))
-    clock.advance(31)
-    await engine.pull(OTHER, 0)
-    spy, slow = EngineSpy(engine), FakeModel(batch_rows=40, digest="bundle-b")
-    slow.gate.clear()
-    async with working(spy, {"default": FakeModel(), "birds": slow}, lease_seconds=0.15):
-        await soon(lambda: bool(spy.asked("release")))
-        (lease,) = await engine.pull(OTHER, 1000)
-        assert (lease.job.id, lease.solitary) == ("a", True)
-        await engine.release([lease])
-        slow.gate.set()
-        await assert_exact(engine, suspect)
-        await assert_exact(engine, birds)
+    async with working(spy, {"default": FakeModel(batch_rows=4, delay=0.2)}, lease_seconds=0.3):
+        await assert_exact(engine, job)
+    assert len(spy.asked("commit")) == 1
 
 
 # Cancelling and stopping
@@ -813,10 +751,10 @@ async def test_what_an_outage_kept_from_the_engine_is_counted(engine: MemoryEngi
     before = metric("vouchsafe_shards_total", outcome="lost")
     spy.trouble = lambda: True
     reach.leave()
-    outcomes = Outcomes(cast(Engine, spy), reach, 1.0)
-    outcomes.committed(leases[0], np.array([leases[0].shard.rows]))
-    outcomes.released(leases[1:])
-    await outcomes.told(5.0, asyncio.create_task(asyncio.sleep(0)))
+    reporter = Reporter(cast(Engine, spy), reach, 1.0)
+    reporter.commit(leases[0], np.array([leases[0].shard.rows]))
+    reporter.release(leases[1:])
+    await reporter.finish(5.0, asyncio.create_task(asyncio.sleep(0)))
     assert metric("vouchsafe_shards_total", outcome="lost") == before + len(leases)
 
 
@@ -851,7 +789,9 @@ async def test_broken_device_blames_no_job(engine: MemoryEngine) -> None:
         assert not hall.thread.healthy
     assert spy.asked("fail") == []
     left = await engine.pull(OTHER, 1000)
-    assert [lease.shard.index for lease in left] == [2, 3]
+    (started,) = spy.asked("start")[-1]
+    assert {lease.job.id for lease in started} == {"second"}
+    assert len(left) == 4 - len(started) >= 2
 
 
 class Breaking(FakeModel):
@@ -907,40 +847,40 @@ async def test_networks_that_cannot_be_loaded_fail_their_jobs_alone(engine: Memo
     assert "a file is missing" in status.problem["detail"]
 
 
-class Refused(FakeModel):
-    """A model whose networks cannot be loaded, and which is not tried again soon."""
+class Withheld(FakeModel):
+    """A model whose networks cannot be loaded, and which is not announced for a while."""
 
     def votes(self, parts: Iterable[Any], digest: str) -> NDArray[np.int64]:
-        self.is_refused = True
+        self.is_available = False
         raise ModelUnavailable("Task 'default' cannot be loaded: a file is missing")
 
 
-async def test_networks_that_are_refused_count_one_attempt(engine: MemoryEngine) -> None:
-    """Only what was in hand as they were tried fails; the rest goes back, and nothing of the task
-    is taken until they are tried again: workers that can load them finish the job."""
-    spy, model, job = EngineSpy(engine), Refused(batch_rows=20), make_job("a", n0=20, n=60)
+async def test_networks_that_cannot_be_loaded_count_one_attempt(engine: MemoryEngine) -> None:
+    """Only the batch for which they were tried fails; the rest goes back, and nothing of the task
+    is taken until it is announced again: workers that can load them finish the job."""
+    spy, model, job = EngineSpy(engine), Withheld(batch_rows=20), make_job("a", n0=20, n=60)
     await submit(engine, job)
     async with working(spy, {"default": model}) as hall:
         await soon(lambda: len(spy.asked("fail")) == 2)
         await soon(lambda: spy.asked("pull")[-1][0].bundles == {})
         assert len(await others_hold(engine, 8)) == 8
         assert len(spy.asked("fail")) == 2
-        model.is_refused = False
+        model.is_available = True
         await soon(lambda: spy.asked("pull")[-1][0].bundles != {})
         assert hall.thread.healthy
 
 
-async def test_a_task_that_is_refused_during_a_pull_goes_back(engine: MemoryEngine) -> None:
+async def test_a_task_that_is_withheld_during_a_pull_goes_back(engine: MemoryEngine) -> None:
     """What comes for it then is handed back uncounted."""
-    model = Refused()
+    model = Withheld()
 
-    class Refusing(EngineSpy):
+    class Withholding(EngineSpy):
         async def pull(self, *arguments: Any) -> list[Lease]:
             leases = await self.engine.pull(*arguments)
-            model.is_refused = True
+            model.is_available = False
             return leases
 
-    spy = Refusing(engine)
+    spy = Withholding(engine)
     await submit(engine, make_job("a"))
     async with working(spy, {"default": model}):
         assert len(await others_hold(engine, 4)) == 4
@@ -1102,20 +1042,6 @@ async def test_a_batch_whose_self_test_ends_the_worker_counts_an_attempt(
         with pytest.raises(DeviceFailed):
             await hall.ends()
     assert [lease.job.id for lease, _ in spy.asked("fail")] == ["bad"]
-
-
-async def test_a_stale_thread_is_replaced() -> None:
-    """Calls after one that said so have a thread of their own, one at a time as before."""
-    thread = ComputeThread()
-    first = await thread.run(threading.get_ident)
-    assert await thread.run(threading.get_ident) == first
-    alive = await thread.run(threading.current_thread)
-    await thread.run(thread.afresh)
-    second = await thread.run(threading.current_thread)
-    assert second is not alive
-    assert await thread.run(threading.current_thread) is second
-    await soon(lambda: not alive.is_alive())
-    thread.close()
 
 
 async def test_thread_is_healthy_between_calls() -> None:

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.config import Settings
+from service.engine.protocol import Engine, Worker
+from service.errors import TaskNotReady
+from service.jobs import JobStatus, State
 from service.predictions import results as answers
-from tests.support.serving import PNG, Service, png, problem, serving
+from service.predictions import service as predictions
+from service.predictions.schemas import PredictRequest
+from service.predictions.service import Predictions
+from tests.integration.engine.test_conformance import HARNESSES
+from tests.integration.worker.test_loop import soon
+from tests.support.fakes import EngineSpy
+from tests.support.serving import PNG, SECRET, TASKS, Service, png, problem, serving
 
 ANN = {"Authorization": "Bearer key-of-ann"}
 BOB = {"Authorization": "Bearer key-of-bob"}
@@ -227,3 +240,72 @@ async def test_no_worker_refuses_before_decoding() -> None:
 def test_total_variation_leaves_the_radius_nearly_whole() -> None:
     """The bound on the noise's total variation costs a 224 pixel image less than 1e-8."""
     assert answers.total_variation((3, 224, 224), 0.25) < 1e-8
+
+
+# A task that changes as it is asked
+
+LATER = replace(TASKS["default"], k=2.0)
+SHAPE = {"batch_rows": 16}
+
+
+@pytest.fixture(params=HARNESSES)
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """An engine of workers of the task that `Replacing` has at first, and of the one that comes."""
+    harness = HARNESSES[request.param](request)
+    for worker, bundle in (("first", TASKS["default"]), ("later", LATER)):
+        digest = bundle.served_digest(SHAPE)
+        await harness.engine.pull(Worker(worker, {"default": digest}, [SHAPE]), 0)
+    yield harness.engine
+    await harness.close()
+
+
+class Replacing(EngineSpy):
+    """An engine beside which the default task is replaced as it takes the first job."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.tasks = dict(TASKS)
+
+    def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
+        return self.engine.watch(job_id)
+
+    async def submit(self, *asked: Any, **more: Any) -> str:
+        job_id = await self.engine.submit(*asked, **more)
+        if self.tasks["default"] is TASKS["default"]:
+            self.tasks["default"] = LATER
+        return job_id
+
+
+async def test_a_task_that_changes_as_it_is_asked_is_another_question(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """Where the bundle is replaced while the question is on its way, the caller is told to ask
+    again, and nothing is kept that a key would repeat."""
+    spy = Replacing(engine)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
+    asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
+    with pytest.raises(TaskNotReady, match='"default" changed as it was asked; ask again') as told:
+        await desk.submit(asked, "ada", "key")
+    assert told.value.retry_after == 1
+    assert (await engine.capacity()).backlog_rows == 0
+    job_id = await desk.submit(asked, "ada", "key")
+    assert (await desk.status(job_id, "ada")).state is State.QUEUED
+    await desk.close()
+
+
+async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the engine is out of reach just then, the key is free once it answers again."""
+    monkeypatch.setattr(predictions, "_AWAY_SECONDS", 0.01)
+    spy = Replacing(engine)
+    spy.trouble = lambda: spy.calls[-1][0] == "forget" and len(spy.asked("forget")) < 3
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
+    asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
+    with pytest.raises(TaskNotReady):
+        await desk.submit(asked, "ada", "key")
+    await soon(lambda: len(spy.asked("forget")) == 3 and not desk._forgetting)
+    assert (await engine.capacity()).backlog_rows == 0
+    job_id = await desk.submit(asked, "ada", "key")
+    assert (await desk.status(job_id, "ada")).state is State.QUEUED
+    await desk.close()

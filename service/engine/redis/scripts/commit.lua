@@ -1,12 +1,12 @@
--- Counts a shard once: ARGV[3] is the job, [4] the shard, [5] the token, [6] the trial, [7] the domain,
--- [8] its rows, [9] the problem where the record got lost, then class and votes of every class with any.
+-- Counts a shard once: ARGV[3] is the job, [4] the shard, [5] the token, [6] the domain, [7] its rows,
+-- [8] the problem where the record got lost, then class and votes of every class with any.
 -- Returns 1 where it was counted. Who holds the shard by now does not matter, nor does the reply to
--- XACK, which a stale owner gets too: the first commit counts, of the rows that the job has now.
-local id, shard, token, trial, domain, rows, problem = unpack(ARGV, 3, 9)
+-- XACK, which a stale owner gets too: the first commit counts.
+local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
 local job, done, entries = key('job', id), key('done', id), key('entries', id)
 local state, line, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'line',
   'stream', 'counted', 'shards'))
-if not state or trial ~= trial_of(id) then
+if not state then
   return 0
 end
 drop(stream, string.match(token, '^[^/]+'))
@@ -22,7 +22,7 @@ if redis.call('SADD', done, shard) == 0 then
   return 0
 end
 run(id, state)
-for at = 10, #ARGV, 2 do
+for at = 9, #ARGV, 2 do
   redis.call('HINCRBY', job, domain .. ':' .. ARGV[at], ARGV[at + 1])
 end
 redis.call('HINCRBY', job, 'rows_done', rows)

@@ -121,22 +121,9 @@ local function tidy(line)
 end
 
 -- A token names one delivery: entry, how often it was delivered, of which job, and to whom. The
--- entries of two streams may have the same id, but not within a job as long as its digest is one.
+-- entries of two streams may have the same id, but not within a job.
 local function token_of(id, deliveries, job, worker)
   return table.concat({id, deliveries, job, worker}, '/')
-end
-
-local trials = {}
-
--- Names the rows of a job as it is now: under another digest or noise key they are others. nil where
--- there is no such job.
-local function trial_of(id)
-  local text = not trials[id] and redis.call('HGET', key('job', id), 'job')
-  if text then
-    local job = cjson.decode(text)
-    trials[id] = redis.sha1hex(job.bundle .. job.key)
-  end
-  return trials[id]
 end
 
 local function held(stream, token)
@@ -148,15 +135,14 @@ local function held(stream, token)
   end
 end
 
--- The leases of ARGV[3..] (job, shard, token, trial) that are still held: f(place, job, shard, token,
--- ...). Those from before the job began anew are not.
+-- The leases of ARGV[3..] (job, shard, token) that are still held: f(place, job, shard, token, ...).
 local function each_held(call)
-  for at = 3, #ARGV, 4 do
-    local id, shard, token, trial = unpack(ARGV, at, at + 3)
-    local stream = trial == trial_of(id) and redis.call('HGET', key('job', id), 'stream')
+  for at = 3, #ARGV, 3 do
+    local id, shard, token = unpack(ARGV, at, at + 2)
+    local stream = redis.call('HGET', key('job', id), 'stream')
     local entry, worker = held(stream, token)
     if entry then
-      call((at - 3) / 4, id, shard, token, stream, entry, worker)
+      call((at - 3) / 3, id, shard, token, stream, entry, worker)
     end
   end
 end

@@ -1,6 +1,7 @@
 -- Leases work to the worker ARGV[3], who announces ARGV[4] as JSON: ARGV[5] names the call, [6] the
--- rows to reach, [7] the line to take from, or '' where that is not chosen yet, then its lines.
--- Returns {{job, shard, domain, start, stop, 1 where solitary, token, trial}...} where the line was
+-- rows to reach (0 only announces), [7] the line to take from, or '' where that is not chosen yet, then
+-- its lines.
+-- Returns {{job, shard, domain, start, stop, 1 where solitary, token}...} where the line was
 -- chosen or one line alone has work, and besides, where several have, {place of the line, 1 where a `hi`
 -- shard is next, seconds for which that has gone unserved}... to choose from.
 local worker, announcement, call, rows, chosen = unpack(ARGV, 3, 7)
@@ -54,25 +55,24 @@ local function offers()
   return found
 end
 
--- Whether the shard is still to be computed, and if so alone. A job that began anew is in another
--- stream.
-local function wanted(stream, fields)
-  local state, now_in, deaths = unpack(redis.call('HMGET', key('job', fields.job), 'state',
-    'stream', 'd:' .. fields.shard))
+-- Whether the shard is still to be computed, and if so alone.
+local function wanted(fields)
+  local state, deaths = unpack(redis.call('HMGET', key('job', fields.job), 'state',
+    'd:' .. fields.shard))
   local late = NOW >= tonumber(fields.deadline)
   local done = redis.call('SISMEMBER', key('done', fields.job), fields.shard) == 1
-  return OPEN[state] and now_in == stream and not late and not done, tonumber(deaths or 0) > 0
+  return OPEN[state] and not late and not done, tonumber(deaths or 0) > 0
 end
 
 local function take(fields, solitary, entry, deliveries)
   table.insert(taken, {fields.job, fields.shard, fields.domain, fields.start, fields.stop,
-    solitary and 1 or 0, token_of(entry, deliveries, fields.job, worker), trial_of(fields.job)})
+    solitary and 1 or 0, token_of(entry, deliveries, fields.job, worker)})
   rows = solitary and 0 or rows - (tonumber(fields.stop) - tonumber(fields.start))
 end
 
 local function take_back(stream)
   each_free(stream, function(delivery, fields)
-    local entry, open, solitary = delivery[1], wanted(stream, fields)
+    local entry, open, solitary = delivery[1], wanted(fields)
     if not open then
       drop(stream, entry)
     elseif not solitary or #taken == 0 then
@@ -92,7 +92,7 @@ local function take_new(stream)
     end
     local entry = found[1][2][1]
     local fields = message(entry)
-    local open, solitary = wanted(stream, fields)
+    local open, solitary = wanted(fields)
     if not open then
       drop(stream, entry[1])
     elseif solitary and #taken > 0 then
@@ -133,7 +133,7 @@ local function take_from(line)
   end
 end
 
-local found = chosen == '' and offers() or {}
+local found = chosen == '' and rows > 0 and offers() or {}
 if #found == 1 then
   chosen, found = ARGV[found[1][1] + 8], {}
 end

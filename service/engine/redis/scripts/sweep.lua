@@ -9,9 +9,8 @@ local function lapse(stream, entry, worker, deliveries)
   end
   local id, shard = fields.job, fields.shard
   local job = key('job', id)
-  local state, now_in, started = unpack(redis.call('HMGET', job, 'state', 'stream',
-    's:' .. shard))
-  if not OPEN[state] or now_in ~= stream then
+  local state, started = unpack(redis.call('HMGET', job, 'state', 's:' .. shard))
+  if not OPEN[state] then
     return drop(stream, entry)
   end
   if started == token_of(entry, deliveries, id, worker) then
