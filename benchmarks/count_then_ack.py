@@ -18,6 +18,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from benchmarks.redis_shards import LABELS, WORKER_BUNDLES, made_up_job, made_up_votes
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
@@ -63,9 +64,11 @@ async def one_script(
     chance, worker = random.Random(asked.seed), Worker("worker", WORKER_BUNDLES)
     engine = RedisEngine(
         connect(asked.url),
-        shard_rows=asked.shard_rows,
-        lease_seconds=0.2,
-        backlog_rows=2 * asked.jobs * asked.rows,
+        EngineOptions(
+            shard_rows=asked.shard_rows,
+            lease_seconds=0.2,
+            max_queue_rows=2 * asked.jobs * asked.rows,
+        ),
         prefix=prefix,
         poll_seconds=0.05,
         sweep_seconds=0.01,

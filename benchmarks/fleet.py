@@ -31,6 +31,7 @@ from models.evaluation.datasets import evaluation_slice
 from models.rows import Rows
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, load, numerics, votes
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -134,10 +135,10 @@ def worker_process(
         process.wait()
 
 
-def engine_at(url: str, **options: Any) -> RedisEngine:
+def engine_at(url: str, shard_rows: int = 64, lease_seconds: float = LONG) -> RedisEngine:
     """An engine as an API process has it, for `engine.close()` at the end."""
-    chosen = {"shard_rows": 64, "lease_seconds": LONG, "poll_seconds": 0.2} | options
-    return RedisEngine(connect(url), **chosen)
+    options = EngineOptions(shard_rows=shard_rows, lease_seconds=lease_seconds)
+    return RedisEngine(connect(url), options, poll_seconds=0.2)
 
 
 def picture(index: int) -> bytes:
@@ -236,7 +237,7 @@ class Fleet:
 
     def start(self, command: Sequence[str] = VOUCHSAFE, **settings: object) -> WorkerProcess:
         """One more worker, which is just started."""
-        chosen = {"lease_seconds": LEASE_SECONDS, "adapt": False, **settings}
+        chosen = {"lease_seconds": LEASE_SECONDS, "run_adaptation_jobs": False, **settings}
         self._started += 1
         place = self.folder / f"worker-{self._started}"
         process = worker_process(place, self.server.url, command, **chosen)  # type: ignore[arg-type]

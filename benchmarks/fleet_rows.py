@@ -127,7 +127,7 @@ async def through_redis(
             for at, own in enumerate(cores)
         ]
         settings = Settings.model_validate(
-            {"data_dir": folder / "api", "redis_url": server.url, "backlog_rows": 10**7}
+            {"data_dir": folder / "api", "redis_url": server.url, "max_queue_rows": 10**7}
         )
         engine = RedisEngine.from_settings(settings)
         fleet.push_async_callback(engine.close)
@@ -142,7 +142,7 @@ async def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     settings = Settings.model_validate(
-        {"data_dir": folder / "own", "runtime": asked.runtime, "backlog_rows": 10**7}
+        {"data_dir": folder / "own", "runtime": asked.runtime, "max_queue_rows": 10**7}
     )
     images = [png(seed, read_bundle(DEFAULT_TASK).resolution) for seed in range(asked.requests)]
     rounds: dict[str, list[dict[str, float]]] = {}

@@ -26,6 +26,7 @@ from redis.asyncio import Redis
 from benchmarks.open_loop import IMAGE, ROWS, Load, ask, offered, summary
 from benchmarks.processes import Running, api_process, redis_server, worker_process
 from service.cli.bench import SIGMA, driven
+from service.engine.options import EngineOptions
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.jobs import Mode
@@ -185,7 +186,9 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             worker_process(folder / "worker", server.url, log=log, **runtime)
         )
         redis = connect(server.url)
-        engine = RedisEngine(redis, shard_rows=64, retention_seconds=RETENTION_SECONDS)
+        engine = RedisEngine(
+            redis, EngineOptions(shard_rows=64, retention_seconds=RETENTION_SECONDS)
+        )
         data = folder / "api"
         with api_process(data, server.url, log, **settings) as api:
             async with _client(api) as client:
@@ -197,8 +200,8 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 f"wait = {asked.wait} s: at {speed:.0f} rows/s a backlog that is done in time has "
                 f"{backlog_rows} rows, too few for two certifications of {ROWS[Mode.CERTIFY]}"
             )
-        settings["backlog_rows"] = backlog_rows
-        settings["key_rows"] = max(backlog_rows // 2, ROWS[Mode.CERTIFY])
+        settings["max_queue_rows"] = backlog_rows
+        settings["max_queue_rows_per_key"] = max(backlog_rows // 2, ROWS[Mode.CERTIFY])
         rate = asked.times * speed
         load = Load(rate, asked.seconds, asked.predict_share, asked.wait, keys)
         with api_process(data, server.url, log, **settings) as api:
@@ -210,7 +213,7 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "capacity, rows/s": round(speed, 1),
         "a caller hangs up": left,
         "backlog_rows": backlog_rows,
-        "key_rows": settings["key_rows"],
+        "max_queue_rows_per_key": settings["max_queue_rows_per_key"],
         "keys": asked.keys,
         "PREDICT, share of questions": asked.predict_share,
         **figures,

@@ -105,7 +105,7 @@ def worker_process(
     **settings: object,
 ) -> Iterator[Running]:
     """`vouchsafe worker` on all cores or on those, once it serves the default task."""
-    given = {"redis_url": redis_url, "adapt": False, **settings}
+    given = {"redis_url": redis_url, "run_adaptation_jobs": False, **settings}
     variables = {}
     if cores is not None:
         variables["OMP_NUM_THREADS"] = str(len(cores))

@@ -16,6 +16,7 @@ import secrets
 import time
 from typing import Any
 
+from service.engine.options import EngineOptions
 from service.engine.protocol import Lease, Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
@@ -28,8 +29,7 @@ LABELS = 10
 def _engine(url: str, prefix: str, asked: argparse.Namespace) -> RedisEngine:
     return RedisEngine(
         connect(url),
-        shard_rows=asked.shard_rows,
-        backlog_rows=2 * asked.jobs * asked.rows,
+        EngineOptions(shard_rows=asked.shard_rows, max_queue_rows=2 * asked.jobs * asked.rows),
         prefix=prefix,
         poll_seconds=0.2,
     )

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 
 from benchmarks.redis_shards import WORKER_BUNDLES, made_up_job, made_up_votes
+from service.engine.options import EngineOptions
 from service.engine.protocol import Lease, Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
@@ -68,8 +69,7 @@ async def measured(asked: argparse.Namespace) -> dict[str, float]:
     redis = connect(asked.url)
     engine = RedisEngine(
         connect(asked.url),
-        shard_rows=asked.shard_rows,
-        backlog_rows=10**9,
+        EngineOptions(shard_rows=asked.shard_rows, max_queue_rows=10**9),
         prefix=prefix,
         poll_seconds=0.001,
     )

@@ -71,8 +71,8 @@ class Settings(BaseSettings):
         description="What runs the networks. `auto` is openvino where the CPU has AVX512-BF16 and "
         "the default task runs on it, else torch; the log says which and why.",
     )
-    backlog_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
-    key_rows: int = Field(
+    max_queue_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
+    max_queue_rows_per_key: int = Field(
         100_000, ge=1, description="Noise rows that one key may have waiting at once."
     )
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
@@ -80,10 +80,10 @@ class Settings(BaseSettings):
     retention_seconds: float = Field(
         86_400.0,
         gt=0,
-        description="How long ended jobs and their Idempotency-Keys are kept, but `kept_jobs` at "
-        "most, and how long an open job with its image; an image goes as its job ends.",
+        description="How long ended jobs and their Idempotency-Keys are kept, "
+        "`max_finished_jobs` at most, and how long an open job with its image; an image goes as its job ends.",
     )
-    kept_jobs: int = Field(
+    max_finished_jobs: int = Field(
         100_000,
         ge=1,
         description="Most ended jobs that are kept; beyond that the oldest go before their time, "
@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What the log holds; debug adds a worker's device batches."
     )
-    wait_seconds: int = Field(120, ge=1, le=600, description="Wait without a `Prefer: wait`.")
+    default_wait_seconds: int = Field(
+        120, ge=1, le=600, description="Wait without a `Prefer: wait`."
+    )
     max_open_requests: int = Field(
         2_000,
         ge=2,
@@ -128,18 +130,20 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")
     decode_seconds: float = Field(10.0, gt=0, description="Longest time to decode one image.")
     decode_threads: int = Field(2, ge=1, description="Images decoded at the same time.")
-    tasks_bytes: int = Field(
+    task_storage_bytes: int = Field(
         20 * 2**30, ge=1, description="Most bytes that tasks and their jobs may take on disk."
     )
     models_dir: Path | None = Field(
         None,
         description="Where fetched networks lie; `models` in the data directory unless given.",
     )
-    queued_tasks: int = Field(20, ge=1, description="Most tasks that may be in the making at once.")
-    loaded_tasks: int = Field(
+    max_pending_tasks: int = Field(
+        20, ge=1, description="Most tasks that may be in the making at once."
+    )
+    model_cache_size: int = Field(
         4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
     )
-    adapt: bool = Field(
+    run_adaptation_jobs: bool = Field(
         True,
         description="Whether a worker of a fleet runs adaptation jobs too, in the data directory "
         "that it shares with the API.",

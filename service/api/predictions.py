@@ -107,7 +107,7 @@ async def predict(
     request.state.job, request.state.task = job_id, asked.task
     del asked  # The image of a caller who waits would fill the memory.
     request.state.body.release()
-    wait = preferences.seconds(settings.wait_seconds)
+    wait = preferences.seconds(settings.default_wait_seconds)
     leaving = None if idempotency_key else partial(_left, request)
     if (status := await desk.ended(job_id, wait, leaving)) is not None:
         return desk.answer(status)

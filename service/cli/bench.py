@@ -120,7 +120,7 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
     rows = plan.requests * (SELECTION_ROWS + plan.n)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
-            data_dir=Path(folder), api_keys=(), api_keys_file=None, backlog_rows=rows
+            data_dir=Path(folder), api_keys=(), api_keys_file=None, max_queue_rows=rows
         )
         embedded = Embedded(settings, watched)
         figures = asyncio.run(_measure(plan, embedded, watched, cores))

@@ -137,6 +137,7 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     A question about an empty image is refused for that image only where its fields are right.
     """
     from service.engine.memory import MemoryEngine
+    from service.engine.options import EngineOptions
     from service.engine.protocol import Worker
     from service.predictions.service import Predictions
     from service.tasks.catalog import Catalog
@@ -149,7 +150,7 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
         {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
     )
     await catalog.refresh()
-    engine = MemoryEngine(shard_rows=settings.shard_rows, poll_seconds=0)
+    engine = MemoryEngine(EngineOptions(shard_rows=settings.shard_rows), poll_seconds=0)
     served = {task: bundle.served_digest({}) for task, bundle in catalog.items()}
     await engine.pull(Worker("check", served, [{}]), 0)
     tasks = TaskService(Store(settings, secret), catalog)

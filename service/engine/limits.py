@@ -35,11 +35,11 @@ def another_request() -> IdempotencyMismatch:
     return IdempotencyMismatch("This Idempotency-Key came before with another request.")
 
 
-def most_rows(owner: str | None, backlog_rows: int, owner_rows: int | None) -> int:
+def most_rows(owner: str | None, max_rows: int, max_rows_per_key: int | None) -> int:
     """The bound in rows of one job: the backlog's, or its owner's where that is less."""
-    if owner is None or owner_rows is None:
-        return backlog_rows
-    return min(backlog_rows, owner_rows)
+    if owner is None or max_rows_per_key is None:
+        return max_rows
+    return min(max_rows, max_rows_per_key)
 
 
 def too_large(job: Job, bound: int) -> InvalidField:

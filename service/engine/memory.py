@@ -13,6 +13,7 @@ from typing import Any
 
 from service.engine.limits import Served, another_request, distinct, served_digests
 from service.engine.memory_state import Books, CallerKey, Record, Speedometer
+from service.engine.options import EngineOptions
 from service.engine.protocol import (
     Capacity,
     LaneState,
@@ -50,37 +51,19 @@ def steady_time() -> float:
 class MemoryEngine:
     """The engine in one process: the same promises as any other, as long as the process lives.
 
-    For use from one event loop. No owner has more than `owner_rows` waiting or leased, where given.
-    Jobs are kept for `retention_seconds` after their end (unfinished ones: after their submission),
-    the last `kept_jobs` of them at most; an image goes as its job ends. A task whose shards have
-    not been served for `starvation_seconds` goes before the preferred one; a worker not heard from
-    for `worker_seconds` is not alive; an idle pull waits `poll_seconds`. Jobs under a digest that
-    no live worker has announced for `unserved_seconds` fail, with the problem that a worker last
-    reported of them; while no worker announces anything they wait.
+    For use from one event loop. An idle pull waits `poll_seconds`. An image goes as its job ends.
+    Jobs that no worker serves fail with the problem that a worker last reported of them; while no
+    worker announces anything they wait.
     """
 
     def __init__(
         self,
+        options: EngineOptions,
         *,
-        shard_rows: int,
-        lease_seconds: float = 30,
-        backlog_rows: int = 200_000,
-        owner_rows: int | None = None,
-        retention_seconds: float = 86_400,
-        kept_jobs: int = 100_000,
-        unserved_seconds: float = 300,
-        starvation_seconds: float = 1,
-        worker_seconds: float = 30,
         poll_seconds: float = 0.5,
         clock: Callable[[], float] = steady_time,
     ) -> None:
-        self._shard_rows = shard_rows
-        self._lease_seconds = lease_seconds
-        self._retention_seconds = retention_seconds
-        self._kept_jobs = kept_jobs
-        self._unserved_seconds = unserved_seconds
-        self._starvation_seconds = starvation_seconds
-        self._worker_seconds = worker_seconds
+        self._options = options
         self._poll_seconds = poll_seconds
         self._clock = clock
         self._open: dict[str, Record] = {}  # by submission
@@ -89,7 +72,7 @@ class MemoryEngine:
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, Record] = {}
-        self._books = Books(backlog_rows, owner_rows)
+        self._books = Books(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
         self._speed = Speedometer()
         self._arrived = Bell()
@@ -134,7 +117,7 @@ class MemoryEngine:
         """Extend the leases; returns those still held."""
         deliveries = self._deliveries(leases)
         for delivery in deliveries:
-            delivery.expires = self._clock() + self._lease_seconds
+            delivery.expires = self._clock() + self._options.lease_seconds
         return [delivery.lease for delivery in deliveries]
 
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
@@ -247,7 +230,7 @@ class MemoryEngine:
         )
 
     def _enqueue(self, job: Job, caller_key: CallerKey | None, fingerprint: str) -> None:
-        shards = job.shards(self._shard_rows)
+        shards = job.shards(self._options.shard_rows)
         record = Record(
             job=job,
             shards=shards,
@@ -272,7 +255,7 @@ class MemoryEngine:
         self._workers[worker.id] = (worker, now)
         if not rows:
             return []
-        line = self._lines.next_for(worker, prefer_task, self._starvation_seconds, now)
+        line = self._lines.next_for(worker, prefer_task, self._options.starvation_seconds, now)
         if line is None:
             return []
         line.served = now
@@ -282,7 +265,7 @@ class MemoryEngine:
         lease = Lease(
             record.job, record.shards[index], secrets.token_hex(16), record.solitary(index)
         )
-        expires = self._clock() + self._lease_seconds
+        expires = self._clock() + self._options.lease_seconds
         self._held[record.job.id, index] = _Delivery(record, lease, worker, expires)
         return lease
 
@@ -341,20 +324,20 @@ class MemoryEngine:
         for delivery in [held for held in self._held.values() if held.expires <= now]:
             self._lapse(delivery)
         for worker, heard in list(self._workers.values()):
-            if heard + self._worker_seconds < now:
+            if heard + self._options.worker_seconds < now:
                 del self._workers[worker.id]
-        for late in self._lines.unserved(self._served(), now, self._unserved_seconds):
+        for late in self._lines.unserved(self._served(), now, self._options.unserved_seconds):
             self._end(late, State.FAILED, late.reported or abandoned(late.job.id))
         while (record := _first(self._open)) and self._is_past(record, now):
             self._erase(record)
         while (record := _first(self._ended)) and (
-            self._is_past(record, now) or len(self._ended) > self._kept_jobs
+            self._is_past(record, now) or len(self._ended) > self._options.max_finished_jobs
         ):
             self._erase(record)
 
     def _is_past(self, record: Record, now: float) -> bool:
         since = record.submitted if record.finished is None else record.finished
-        return since + self._retention_seconds <= now
+        return since + self._options.retention_seconds <= now
 
     def _lapse(self, delivery: _Delivery) -> None:
         record = delivery.record

@@ -113,9 +113,9 @@ class Record:
 class Books:
     """The rows that wait or are leased, of everyone and of each owner, and their bounds."""
 
-    def __init__(self, backlog_rows: int, owner_rows: int | None) -> None:
+    def __init__(self, max_queue_rows: int, max_queue_rows_per_key: int | None) -> None:
         self.rows = 0
-        self._bound, self._owner_bound = backlog_rows, owner_rows
+        self._bound, self._owner_bound = max_queue_rows, max_queue_rows_per_key
         self._owner_rows: Counter[str] = Counter()
 
     def of(self, owner: str | None) -> int:

@@ -59,7 +59,7 @@ class Door:
         if not digests and not may_be_known:
             other = asked.task in capacity.digests
             raise served_otherwise(asked.task) if other else unserved(asked.task)
-        bound, quota = self._settings.backlog_rows, self._settings.key_rows
+        bound, quota = self._settings.max_queue_rows, self._settings.max_queue_rows_per_key
         most = most_rows(owner, bound, quota)
         if asked.rows > most:
             detail = f"n = {asked.n} makes {asked.rows} rows, more than may ever wait at once"

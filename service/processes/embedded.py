@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from models.runtime import Runtime
 from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Capacity
 from service.errors import TaskUnusable
 from service.processes.runtime import Serving
@@ -31,16 +33,9 @@ class Embedded(Serving):
         super().__init__(settings, runtime)
         self.secret = load_secret(settings.data_dir, settings.noise_secret_file)
         self.store = Store(settings, self.secret)
-        self.engine = MemoryEngine(
-            shard_rows=settings.shard_rows,
-            lease_seconds=settings.lease_seconds,
-            backlog_rows=settings.backlog_rows,
-            owner_rows=settings.key_rows,
-            retention_seconds=settings.retention_seconds,
-            kept_jobs=settings.kept_jobs,
-            unserved_seconds=0,  # No other worker could serve them.
-            worker_seconds=max(30.0, settings.lease_seconds),
-        )
+        options = EngineOptions.from_settings(settings)
+        # No other worker could serve what this one does not.
+        self.engine = MemoryEngine(replace(options, unserved_seconds=0.0))
 
     async def load(self, task: str) -> None:
         """Load a task's networks, and return once the worker serves it under their digest.

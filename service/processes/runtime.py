@@ -72,14 +72,14 @@ class Serving:
             runtime=self._runtime,
             lanes=lanes,
             models_dir=settings.models_folder,
-            beside_adaptation=settings.redis_url is None or settings.adapt,
+            beside_adaptation=settings.redis_url is None or settings.run_adaptation_jobs,
         )
         return ModelCache(
             self.tasks,
             BatchShapes(load_one, chosen.batch_rows),
             chosen,
             lanes,
-            settings.loaded_tasks,
+            settings.model_cache_size,
             self.thread.patient,
         )
 

@@ -54,7 +54,7 @@ class FleetWorker:
         follow = partial(self.serving.tasks.follow, gone=self._forget)
         background: list[BackgroundTask] = [self._work, follow]
         self._locks = RedisLocks(connect(self._url.get_secret_value()), self._reach)
-        if settings.adapt:
+        if settings.run_adaptation_jobs:
             supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
             logger.info("adaptation jobs are taken from %s", settings.data_dir.resolve())
             background.append(self._once_begun(supervisor.run))

@@ -40,8 +40,8 @@ class Store(TaskRepository):
 
     def __init__(self, settings: Settings, secret: bytes) -> None:
         super().__init__(settings)
-        self._most_bytes = settings.tasks_bytes
-        self._most_jobs = settings.queued_tasks
+        self._most_bytes = settings.task_storage_bytes
+        self._most_jobs = settings.max_pending_tasks
         self._secret = secret
 
     def volume(self) -> str:

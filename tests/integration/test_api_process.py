@@ -22,6 +22,7 @@ from benchmarks.redis_server import RedisServer
 from benchmarks.server import serving as serving_process
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.config import Settings
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -55,7 +56,9 @@ class Voter:
     """A worker elsewhere without a model: nine rows of ten are for the fourth label."""
 
     def __init__(self, server: RedisServer) -> None:
-        self.engine = RedisEngine(connect(server.url), shard_rows=50, poll_seconds=0.1)
+        self.engine = RedisEngine(
+            connect(server.url), EngineOptions(shard_rows=50), poll_seconds=0.1
+        )
         self.open = asyncio.Event()
         self.committed = 0
 

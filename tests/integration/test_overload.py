@@ -72,8 +72,8 @@ async def fleet(
             "redis_url": server.url,
             "data_dir": tmp_path / "data",
             "api_keys": ",".join(f"{key[-3:]}:{key}" for key in KEYS),
-            "backlog_rows": backlog_rows,
-            "key_rows": backlog_rows // 2,
+            "max_queue_rows": backlog_rows,
+            "max_queue_rows_per_key": backlog_rows // 2,
             "retention_seconds": RETENTION_SECONDS,
         }
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
@@ -17,7 +18,7 @@ from tests.support.fakes import fake_votes
 
 async def main(url: str, prefix: str, name: str) -> int:
     """Work, and return how many commits were counted."""
-    engine = RedisEngine(connect(url), shard_rows=10, prefix=prefix, poll_seconds=1)
+    engine = RedisEngine(connect(url), EngineOptions(shard_rows=10), prefix=prefix, poll_seconds=1)
     counted = 0
     worker = Worker(name, {"default": "bundle-a"})
     leases = await engine.pull(worker, 20)

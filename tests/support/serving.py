@@ -20,6 +20,7 @@ from service.api.app import create_app
 from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Lease, Worker
 from service.tasks.catalog import Catalog
 from tests.support.fakes import FakeClock
@@ -116,11 +117,13 @@ class Service:
         **settings: Any,
     ) -> None:
         self.engine = MemoryEngine(
-            shard_rows=50, backlog_rows=backlog_rows, poll_seconds=0.01, clock=FakeClock()
+            EngineOptions(shard_rows=50, max_queue_rows=backlog_rows),
+            poll_seconds=0.01,
+            clock=FakeClock(),
         )
         self.voter = Voter(self.engine, votes)
         running = [self.voter.run, *more] if background_tasks is None else background_tasks
-        configured = Settings(backlog_rows=backlog_rows, **settings)
+        configured = Settings(max_queue_rows=backlog_rows, **settings)
         self.catalog = Catalog(TASKS, configured.data_dir / "tasks", configured.models_folder)
         self.app = create_app(configured, self.engine, self.catalog, SECRET, running)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)

@@ -294,7 +294,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("VOUCHSAFE_SHARD_ROWS", "128")
     settings = Settings()
     assert settings.data_dir == Path("/srv/vouchsafe")
-    assert (settings.shard_rows, settings.wait_seconds) == (128, 120)
+    assert (settings.shard_rows, settings.default_wait_seconds) == (128, 120)
     with pytest.raises(ValidationError, match="frozen"):
         settings.shard_rows = 1  # type: ignore[misc]
     monkeypatch.setenv("VOUCHSAFE_SHARD_ROWS", "0")

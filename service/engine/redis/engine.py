@@ -24,6 +24,7 @@ from service.engine.limits import (
     too_large,
     unserved,
 )
+from service.engine.options import EngineOptions
 from service.engine.protocol import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
@@ -66,7 +67,7 @@ _GRACE_SECONDS = 60.0
 class RedisEngine:
     """The engine over one Redis; every process with the same settings shares its work.
 
-    The numbers are MemoryEngine's. Each method is one Lua script or a few, so a process may die
+    Each method is one Lua script or a few, so a process may die
     between any two steps; leases are the group's pending entries, renewed by XCLAIM JUSTID. What
     ran out is taken back every `sweep_seconds`, by whoever looks first; a watch looks again every
     `poll_seconds` while it cannot hear, and seldom while it can. Jobs under a digest that no live
@@ -78,16 +79,8 @@ class RedisEngine:
     def __init__(
         self,
         redis: Redis,
+        options: EngineOptions,
         *,
-        shard_rows: int,
-        lease_seconds: float = 30,
-        backlog_rows: int = 200_000,
-        owner_rows: int | None = None,
-        retention_seconds: float = 86_400,
-        kept_jobs: int = 100_000,
-        unserved_seconds: float = 300,
-        starvation_seconds: float = 1,
-        worker_seconds: float = 30,
         poll_seconds: float = 1.0,
         sweep_seconds: float = 1.0,
         prefix: str = PREFIX,
@@ -95,30 +88,27 @@ class RedisEngine:
     ) -> None:
         self._redis = redis
         self._prefix = prefix
-        self._shard_rows = shard_rows
-        self._lease_seconds = lease_seconds
-        self._backlog_bound = backlog_rows
-        self._owner_bound = owner_rows
+        self._options = options
         self._poll_seconds = poll_seconds
         terms = {
-            "shard_rows": shard_rows,
-            "lease_ms": _milliseconds(lease_seconds),
+            "shard_rows": options.shard_rows,
+            "lease_ms": _milliseconds(options.lease_seconds),
             "sweep_ms": _milliseconds(sweep_seconds),
-            "silence_ms": _milliseconds(worker_seconds),
-            "backlog_rows": backlog_rows,
-            "owner_rows": owner_rows,
-            "retention_ms": _milliseconds(retention_seconds),
-            "open_ms": _milliseconds(retention_seconds + _GRACE_SECONDS),
-            "kept_jobs": kept_jobs,
+            "silence_ms": _milliseconds(options.worker_seconds),
+            "max_queue_rows": options.max_queue_rows,
+            "max_queue_rows_per_key": options.max_queue_rows_per_key,
+            "retention_ms": _milliseconds(options.retention_seconds),
+            "open_ms": _milliseconds(options.retention_seconds + _GRACE_SECONDS),
+            "max_finished_jobs": options.max_finished_jobs,
             "fast_pulls": FAST_PULLS,
-            "unserved_ms": _milliseconds(unserved_seconds),
+            "unserved_ms": _milliseconds(options.unserved_seconds),
             "failures_allowed": FAILURES_ALLOWED,
             "deaths_allowed": SOLITARY_DEATHS_ALLOWED,
             "dead_letters": _DEAD_LETTERS,
         }
         self._scripts = Scripts(redis, prefix, terms, clock)
         self._listener = Listener(redis, f"{prefix}arrived")
-        self._puller = Puller(redis, self._scripts, prefix, starvation_seconds)
+        self._puller = Puller(redis, self._scripts, prefix, options.starvation_seconds)
         self._reconciled = float("-inf")
         self._reconciling: asyncio.Task[None] | None = None
 
@@ -130,16 +120,8 @@ class RedisEngine:
         """
         if settings.redis_url is None:
             raise ValueError("VOUCHSAFE_REDIS_URL is not set")
-        return cls(
-            connect(settings.redis_url.get_secret_value()),
-            shard_rows=settings.shard_rows,
-            lease_seconds=settings.lease_seconds,
-            backlog_rows=settings.backlog_rows,
-            owner_rows=settings.key_rows,
-            retention_seconds=settings.retention_seconds,
-            kept_jobs=settings.kept_jobs,
-            worker_seconds=max(30.0, settings.lease_seconds),
-        )
+        redis = connect(settings.redis_url.get_secret_value())
+        return cls(redis, EngineOptions.from_settings(settings))
 
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
@@ -147,8 +129,10 @@ class RedisEngine:
         """Queue a job; see Engine. A job whose id is known already changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         line = line_of(job.task, job.bundle)
-        shards = flat(job.shards(self._shard_rows))
-        bound = most_rows(job.owner, self._backlog_bound, self._owner_bound)
+        shards = flat(job.shards(self._options.shard_rows))
+        bound = most_rows(
+            job.owner, self._options.max_queue_rows, self._options.max_queue_rows_per_key
+        )
         told, *figures = await self._scripts.run(
             "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
         )
@@ -299,14 +283,16 @@ class RedisEngine:
         """Reconcile once a lease's time, whichever process comes first; no pull waits for it."""
         now = asyncio.get_running_loop().time()
         busy = self._reconciling is not None and not self._reconciling.done()
-        if not busy and now >= self._reconciled + self._lease_seconds:
+        if not busy and now >= self._reconciled + self._options.lease_seconds:
             self._reconciled = now
             self._reconciling = asyncio.create_task(self._reconcile_in_turn())
 
     async def _reconcile_in_turn(self) -> None:
         turn = f"{self._prefix}reconciled"
         try:
-            if await self._redis.set(turn, "", nx=True, px=_milliseconds(self._lease_seconds)):
+            if await self._redis.set(
+                turn, "", nx=True, px=_milliseconds(self._options.lease_seconds)
+            ):
                 await self.reconcile()
         except (RedisError, OSError) as error:
             _log.warning("The streams could not be looked through: %s", error)

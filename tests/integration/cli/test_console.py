@@ -47,7 +47,11 @@ def test_unknown_variables_have_a_nearest(name: str, nearest: str | None) -> Non
     ("name", "value", "told"),
     [
         ("lease_seconds", "-1", "VOUCHSAFE_LEASE_SECONDS: Input should be greater than 0 "),
-        ("wait_seconds", "900", "VOUCHSAFE_WAIT_SECONDS: Input should be less than or equal to 6"),
+        (
+            "default_wait_seconds",
+            "900",
+            "VOUCHSAFE_DEFAULT_WAIT_SECONDS: Input should be less than or equal to 6",
+        ),
         ("log_level", "loud", "VOUCHSAFE_LOG_LEVEL: Input should be 'debug', 'info', 'warning' "),
     ],
 )

@@ -150,7 +150,7 @@ def test_what_the_task_or_the_settings_rule_out_is_refused_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], line: str
 ) -> None:
     """Limits that are no constants are known without networks as well."""
-    monkeypatch.setenv("VOUCHSAFE_BACKLOG_ROWS", "50000")
+    monkeypatch.setenv("VOUCHSAFE_MAX_QUEUE_ROWS", "50000")
     monkeypatch.setitem(sys.modules, "service.processes.embedded", None)
     result = runner.invoke(app, ["predict", "pics", *options])
     assert result.exit_code == 2

@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks.redis_server import age, stored_bytes
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import (
     FAILURES_ALLOWED,
     SOLITARY_DEATHS_ALLOWED,
@@ -78,13 +79,15 @@ class MemoryHarness:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.engine = MemoryEngine(
-            shard_rows=SHARD_ROWS,
-            lease_seconds=LEASE,
-            backlog_rows=BACKLOG_ROWS,
-            owner_rows=OWNER_ROWS,
-            retention_seconds=RETENTION,
-            starvation_seconds=STARVATION,
-            worker_seconds=WORKER_SILENCE,
+            EngineOptions(
+                shard_rows=SHARD_ROWS,
+                lease_seconds=LEASE,
+                max_queue_rows=BACKLOG_ROWS,
+                max_queue_rows_per_key=OWNER_ROWS,
+                retention_seconds=RETENTION,
+                starvation_seconds=STARVATION,
+                worker_seconds=WORKER_SILENCE,
+            ),
             poll_seconds=0.02,
             clock=self.clock,
         )
@@ -130,13 +133,15 @@ class RedisHarness:
         self.redis = connect(url)
         self.engine = RedisEngine(
             self.redis,
-            shard_rows=SHARD_ROWS,
-            lease_seconds=LEASE,
-            backlog_rows=BACKLOG_ROWS,
-            owner_rows=OWNER_ROWS,
-            retention_seconds=RETENTION,
-            starvation_seconds=STARVATION,
-            worker_seconds=WORKER_SILENCE,
+            EngineOptions(
+                shard_rows=SHARD_ROWS,
+                lease_seconds=LEASE,
+                max_queue_rows=BACKLOG_ROWS,
+                max_queue_rows_per_key=OWNER_ROWS,
+                retention_seconds=RETENTION,
+                starvation_seconds=STARVATION,
+                worker_seconds=WORKER_SILENCE,
+            ),
             poll_seconds=0.05,
             sweep_seconds=0.001,
             prefix=self.prefix,

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 
 from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, age, written
 from service.config import Settings
+from service.engine.options import EngineOptions
 from service.engine.protocol import FAILURES_ALLOWED, Lease, Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -48,8 +49,10 @@ class Fleet:
     def __init__(self, url: str, **options: Any) -> None:
         self.prefix = f"{{{secrets.token_hex(8)}}}:"
         self.redis = connect(url)
-        chosen = {"shard_rows": SHARD_ROWS, "poll_seconds": 0.05, "sweep_seconds": 0.001}
-        self.engine = RedisEngine(connect(url), prefix=self.prefix, **chosen | options)
+        own = {"poll_seconds": 0.05, "sweep_seconds": 0.001, "clock": None}
+        own |= {name: options.pop(name) for name in own.keys() & options}
+        chosen = EngineOptions(**{"shard_rows": SHARD_ROWS} | options)
+        self.engine = RedisEngine(connect(url), chosen, prefix=self.prefix, **own)
 
     async def lease_runs_out(self) -> None:
         await age(self.redis, self.prefix, LEASE_MS + 1)
@@ -235,7 +238,10 @@ async def test_pull_reconciles_by_itself(redis_server: RedisServer, fleet: Fleet
     assert await engine.pull(ALPHA, 100) == []
     await fleet.lease_runs_out()
     another = RedisEngine(
-        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=10
+        connect(redis_server.url),
+        EngineOptions(shard_rows=SHARD_ROWS),
+        prefix=fleet.prefix,
+        poll_seconds=10,
     )
     assert len(await another.pull(ALPHA, 100)) == 4
     await another.close()
@@ -245,7 +251,9 @@ async def test_reconciling_holds_up_no_pull(
     redis_server: RedisServer, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it takes to look through many jobs, the worker that does so has work."""
-    another = RedisEngine(connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+    another = RedisEngine(
+        connect(redis_server.url), EngineOptions(shard_rows=SHARD_ROWS), prefix=fleet.prefix
+    )
     monkeypatch.setattr(another, "reconcile", asyncio.Event().wait)
     await fleet.redis.delete(f"{fleet.prefix}reconciled")
     await fleet.engine.submit(make_job("a"))
@@ -549,7 +557,9 @@ async def test_lost_replies_change_nothing(redis_server: RedisServer, fleet: Fle
     await fleet.engine.cancel("warm")
 
     async with LosingReplies(redis_server.socket) as gap:
-        engine = RedisEngine(connect(gap.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix)
+        engine = RedisEngine(
+            connect(gap.url), EngineOptions(shard_rows=SHARD_ROWS), prefix=fleet.prefix
+        )
         await engine.pull(ALPHA, 1)
         gap.marker = b'"id":"a"'
         assert await engine.submit(make_job("a", owner="ada")) == "a"
@@ -638,7 +648,10 @@ async def test_watch_of_a_quiet_job_asks_seldom(
 async def test_many_watchers_need_few_connections(redis_server: RedisServer, fleet: Fleet) -> None:
     """Ten times as many watchers as connections all see the end, though none hears of it."""
     watchers = RedisEngine(
-        connect(redis_server.url), shard_rows=SHARD_ROWS, prefix=fleet.prefix, poll_seconds=0.05
+        connect(redis_server.url),
+        EngineOptions(shard_rows=SHARD_ROWS),
+        prefix=fleet.prefix,
+        poll_seconds=0.05,
     )
     jobs = [f"job-{number}" for number in range(640)]
     for job in jobs:
@@ -797,8 +810,10 @@ async def test_unreachable_redis_is_an_error(redis_program: None, tmp_path: Path
 
 
 async def test_settings_bound_a_keys_rows(own_server: RedisServer) -> None:
-    """VOUCHSAFE_KEY_ROWS is the quota of every key, and of nobody without one."""
-    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, key_rows=50))
+    """VOUCHSAFE_MAX_QUEUE_ROWS_PER_KEY is the quota of every key, and of nobody without one."""
+    engine = RedisEngine.from_settings(
+        Settings(redis_url=own_server.url, max_queue_rows_per_key=50)
+    )
     await engine.pull(ALPHA, 1)
     await engine.submit(make_job("a", owner="ada"))
     with pytest.raises(QuotaExceeded):
@@ -842,7 +857,7 @@ async def test_trouble_with_the_disk_is_told(own_server: RedisServer, tmp_path: 
                 while (await redis.info("persistence"))["rdb_bgsave_in_progress"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
-        engine = RedisEngine(connect(own_server.url), shard_rows=SHARD_ROWS)
+        engine = RedisEngine(connect(own_server.url), EngineOptions(shard_rows=SHARD_ROWS))
         assert (await engine.queue()).persists is True
         in_the_way.mkdir()
         await saved()
@@ -948,8 +963,8 @@ async def test_nothing_grows(own_server: RedisServer, weighs: bool) -> None:
 
 
 async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
-    """Of the ended jobs the last `kept_jobs` are kept, so that they cannot fill the memory."""
-    fleet = Fleet(redis_server.url, kept_jobs=3)
+    """Of the ended jobs the last `max_finished_jobs` are kept, so that they cannot fill the memory."""
+    fleet = Fleet(redis_server.url, max_finished_jobs=3)
     await fleet.engine.pull(ALPHA, 1)
     for number in range(5):
         await fleet.engine.submit(make_job(f"job-{number}"))
@@ -961,8 +976,8 @@ async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
 
 
 async def test_fewer_kept_jobs_are_reached_some_at_a_time(redis_server: RedisServer) -> None:
-    """After `kept_jobs` was lowered, no end of a job erases a great many others at once."""
-    fleet = Fleet(redis_server.url, kept_jobs=1)
+    """After `max_finished_jobs` was lowered, no end of a job erases a great many others."""
+    fleet = Fleet(redis_server.url, max_finished_jobs=1)
     await fleet.engine.pull(ALPHA, 1)
     many = {f"old-{number}": 4e9 + number for number in range(150)}
     await fleet.redis.zadd(f"{fleet.prefix}ended", many)
@@ -977,8 +992,8 @@ async def test_fewer_kept_jobs_are_reached_some_at_a_time(redis_server: RedisSer
 
 
 async def test_settings_bound_the_kept_jobs(own_server: RedisServer) -> None:
-    """VOUCHSAFE_KEPT_JOBS is how many ended jobs stay, Idempotency-Keys and all."""
-    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, kept_jobs=1))
+    """VOUCHSAFE_MAX_FINISHED_JOBS is how many ended jobs stay, Idempotency-Keys and all."""
+    engine = RedisEngine.from_settings(Settings(redis_url=own_server.url, max_finished_jobs=1))
     await engine.pull(ALPHA, 1)
     for name in "ab":
         await engine.submit(make_job(name), idempotency_key=name)

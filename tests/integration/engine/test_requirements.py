@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 
 from benchmarks.redis_server import RedisServer
+from service.engine.options import EngineOptions
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
@@ -24,7 +25,9 @@ pytestmark = [
 
 
 async def check(url: str) -> None:
-    engine = RedisEngine(connect(url), shard_rows=64, prefix=f"{{{secrets.token_hex(8)}}}:")
+    engine = RedisEngine(
+        connect(url), EngineOptions(shard_rows=64), prefix=f"{{{secrets.token_hex(8)}}}:"
+    )
     try:
         await check_server(SecretStr(url), engine)
     finally:

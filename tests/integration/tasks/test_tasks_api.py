@@ -339,12 +339,12 @@ async def test_pages_that_cannot_be_are_named(
 
 async def test_limits_of_disk_and_queue(tmp_path: Path) -> None:
     """Too many jobs are a 503 with Retry-After, and a full quota is a 507 that names its limit."""
-    async with idle(tmp_path / "a", queued_tasks=1) as service:
+    async with idle(tmp_path / "a", max_pending_tasks=1) as service:
         await service.client.post("/tasks", json=body())
         response = await service.client.post("/tasks", json=body(seed=1))
         assert problem(response, 503, "backlog")["limit"] == 1
         assert response.headers["retry-after"] == "60"
-    async with idle(tmp_path / "b", tasks_bytes=1) as service:
+    async with idle(tmp_path / "b", task_storage_bytes=1) as service:
         await service.client.post("/tasks", json=body())
         full = problem(await service.client.post("/tasks", json=body(seed=1)), 507, "storage-full")
         assert (full["limit"], full["largest"][0]["bytes"]) == (1, full["used"])

@@ -24,6 +24,7 @@ from models.files import sha256_of
 from service.api.app import create_app
 from service.config import Settings
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Engine, Worker
 from service.errors import Backlog
 from service.jobs import Job, State
@@ -83,7 +84,8 @@ async def test_alone_every_job_of_a_task_that_cannot_be_loaded_fails_at_once() -
     asked beside them and after them is answered."""
     shelf = Gap()
     engine = MemoryEngine(
-        shard_rows=4, lease_seconds=60, poll_seconds=0.01, unserved_seconds=0, worker_seconds=60
+        EngineOptions(shard_rows=4, lease_seconds=60, unserved_seconds=0, worker_seconds=60),
+        poll_seconds=0.01,
     )
     async with working(engine, shelf.cache):
         async with asyncio.timeout(5):
@@ -136,7 +138,7 @@ async def test_in_a_fleet_a_task_is_announced_again_and_tried_by_the_next_reques
 async def test_nothing_is_loaded_unasked() -> None:
     """A task is announced again once its time is over, and its networks wait for a request."""
     shelf = Gap()
-    engine = MemoryEngine(shard_rows=4, lease_seconds=60, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=4, lease_seconds=60), poll_seconds=0.01)
     spy = EngineSpy(engine)
     with pytest.raises(ModelUnavailable):
         shelf.cache["a"].loaded()
@@ -187,7 +189,7 @@ class Half(FakeModel):
 async def test_a_load_that_fails_leaves_nothing_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     """What it had loaded is gone at once, not only where garbage is collected."""
     caplog.set_level(logging.CRITICAL)  # pytest keeps what is logged, and with it the error.
-    engine = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10, lease_seconds=5), poll_seconds=0.01)
     await engine.pull(Worker("someone", {"birds": "bundle-b"}), 0)
     await submit(engine, make_job("a", task="birds", bundle="bundle-b"))
     spy, birds = EngineSpy(engine), Half(digest="bundle-b")

@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 
 from service.engine.connection import Reach
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.operations import metrics
@@ -35,7 +36,9 @@ OTHER = Worker("other", {"default": "bundle-a"})
 @pytest.fixture
 async def engine() -> MemoryEngine:
     """An engine of small shards that takes jobs at once."""
-    built = MemoryEngine(shard_rows=10, lease_seconds=5, poll_seconds=0.01, worker_seconds=60)
+    built = MemoryEngine(
+        EngineOptions(shard_rows=10, lease_seconds=5, worker_seconds=60), poll_seconds=0.01
+    )
     await built.pull(Worker("someone", {"default": "bundle-a", "birds": "bundle-b"}), 1)
     return built
 
@@ -198,7 +201,7 @@ async def test_tasks_in_hand_take_turns(engine: MemoryEngine) -> None:
 
 async def test_small_job_is_answered_beside_a_big_one() -> None:
     """Rows in hand are computed in turn, though their neighbour's lot is topped up all the time."""
-    engine = MemoryEngine(shard_rows=10, starvation_seconds=0.05, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10, starvation_seconds=0.05), poll_seconds=0.01)
     await engine.pull(Worker("someone", {"default": "bundle-a", "birds": "bundle-b"}), 1)
     big = make_job("big", n=100_000)
     small = make_job("small", n0=0, n=4, task="birds", bundle="bundle-b")
@@ -362,7 +365,7 @@ async def served(engine: Engine, digest: str) -> None:
 
 async def test_leases_are_renewed_while_a_batch_computes() -> None:
     """A batch may take longer than a lease, and its shards stay with their worker."""
-    engine = MemoryEngine(shard_rows=10, lease_seconds=3, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10, lease_seconds=3), poll_seconds=0.01)
     await engine.pull(OTHER, 1)
     job = make_job("a", n0=0, n=20)
     await submit(engine, job)
@@ -510,7 +513,9 @@ async def test_nothing_is_pulled_beside_a_task_whose_last_batch_was_slow(
 async def test_worker_is_heard_of_while_a_batch_runs_long() -> None:
     """With its batch cancelled it still lives for the engine, and what is new is announced."""
     clock = FakeClock()
-    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, worker_seconds=30, clock=clock)
+    engine = MemoryEngine(
+        EngineOptions(shard_rows=10, worker_seconds=30), poll_seconds=0.01, clock=clock
+    )
     await engine.pull(Worker("someone", {"birds": "bundle-b"}), 0)
     spy, models = EngineSpy(engine), {"default": FakeModel(batch_rows=40)}
     birds = models["birds"] = FakeModel(batch_rows=20, digest="bundle-b", is_loaded=False)
@@ -645,7 +650,7 @@ async def test_only_the_culprit_fails(engine: MemoryEngine) -> None:
 async def test_solitary_shards_run_alone() -> None:
     """A shard that a worker died over shares its batch with nothing."""
     clock = FakeClock()
-    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01, clock=clock)
+    engine = MemoryEngine(EngineOptions(shard_rows=10), poll_seconds=0.01, clock=clock)
     await engine.pull(OTHER, 1)
     suspect, other = make_job("suspect", n0=0, n=10), make_job("other", n0=0, n=60)
     await submit(engine, suspect)
@@ -685,7 +690,7 @@ async def test_impossible_votes_are_failures(engine: MemoryEngine, wrong: list[l
 async def test_worker_survives_its_engine(seed: int) -> None:
     """With calls failing before and after they took effect, all jobs are still exact."""
     chance = random.Random(seed)
-    engine = MemoryEngine(shard_rows=10, lease_seconds=0.2, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10, lease_seconds=0.2), poll_seconds=0.01)
     spy = EngineSpy(engine, trouble=lambda: chance.random() < 0.1)
     await engine.pull(OTHER, 1)
     jobs = [make_job(f"job-{number}") for number in range(4)]

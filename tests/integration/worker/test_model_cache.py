@@ -31,6 +31,7 @@ from models.memory import (
 from models.runtime import Torch
 from models.smoothing import Numerics, Rows
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.operations import metrics
 from service.processes import runtime as serving
@@ -344,7 +345,7 @@ async def test_another_worker_finishes_what_one_cannot_go_on_with() -> None:
     """Of two workers of one digest, one runs out of memory twice: it ends, and the other answers
     every job."""
     shelf, digest = Shelf(bundles("default")), digest_in(4, "default")
-    engine = MemoryEngine(shard_rows=10, lease_seconds=60, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10, lease_seconds=60), poll_seconds=0.01)
     healthy = FakeModel(batch_rows=4, classes=4, digest=digest)
     healthy.gate.clear()
     jobs = [make_job(f"job-{number}", bundle=digest, classes=4) for number in range(20)]

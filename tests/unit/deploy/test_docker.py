@@ -110,7 +110,7 @@ def test_environment_files_are_settings(
     assert settings.redis_url is not None
     assert settings.redis_url.get_secret_value().endswith("@redis:6379/0")
     assert bool(settings.callers()) is (process == "api")
-    assert settings.adapt is (process != "worker")
+    assert settings.run_adaptation_jobs is (process != "worker")
     assert settings.models_folder == Path("/var/lib/vouchsafe/models")
     assert settings.noise_secret_file == tmp_path / "noise.secret"
 

@@ -13,6 +13,7 @@ import pytest
 from models import noise
 from service.config import Settings
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Capacity, Worker
 from service.errors import Backlog
 from service.predictions import admission as doors
@@ -28,7 +29,7 @@ ASKED = PredictRequest.model_validate({"image": png(), "task": "birds", "n": 30,
 @pytest.fixture
 async def engine() -> MemoryEngine:
     """An engine of one worker, which serves another task."""
-    built = MemoryEngine(shard_rows=10, poll_seconds=0.01)
+    built = MemoryEngine(EngineOptions(shard_rows=10), poll_seconds=0.01)
     await built.pull(Worker("w", {"default": "bundle-a"}), 1)
     return built
 
@@ -106,7 +107,7 @@ async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: Door) -> 
         door.prepared(sigma)
         return rows
 
-    most = door._settings.backlog_rows - ASKED.rows
+    most = door._settings.max_queue_rows - ASKED.rows
     assert await charged(0.5) == min(most, math.ceil(sigma_seconds(0.5) * speed)) > 0
     assert await charged(0.5) == 0
     for number in range(MOST_SIGMAS - 1):
@@ -122,7 +123,7 @@ async def test_a_new_sigma_never_makes_a_question_too_large(
     """A question of as many rows as may wait is let in, whatever its sigma."""
     await engine.pull(Worker("w", {"birds": BIRDS}, [NUMERICS]), 1)
     engine._speed.count(1000, engine._clock())
-    tight = Door(Settings(data_dir=tmp_path, backlog_rows=ASKED.rows), engine)
+    tight = Door(Settings(data_dir=tmp_path, max_queue_rows=ASKED.rows), engine)
     admission = await tight.admit(ASKED, TASKS["default"], None, may_be_known=False)
     assert (admission.digest, admission.setup_rows) == (BIRDS, 0)
 

@@ -213,7 +213,7 @@ async def test_backlog_refuses_by_rows_before_decoding() -> None:
 
 async def test_quota_refuses_one_key_before_decoding() -> None:
     """A key whose rows would pass its quota gets a 429 with Retry-After; another is let in."""
-    async with serving(api_keys="ann:a,bob:b", key_rows=1500) as service:
+    async with serving(api_keys="ann:a,bob:b", max_queue_rows_per_key=1500) as service:
         service.voter.open.clear()
         ann, bob = ({"Authorization": f"Bearer {key}"} for key in "ab")
         asked = await service.ask(headers=ann | {"Prefer": "respond-async"})

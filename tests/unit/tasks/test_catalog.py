@@ -15,6 +15,7 @@ from models import files
 from models.bundle import DEFAULT_TASK, Base, Bundle, read_bundle
 from service.config import Settings
 from service.engine.memory import MemoryEngine
+from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
 from service.predictions.schemas import PredictRequest
@@ -312,7 +313,7 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
     by then goes on."""
     put(tmp_path, "pets")
     catalog, stop, tries = Catalog(TASKS, tmp_path), asyncio.Event(), 0
-    engine = MemoryEngine(shard_rows=10, poll_seconds=0.01)
+    engine = MemoryEngine(EngineOptions(shard_rows=10), poll_seconds=0.01)
     await catalog.refresh()
     digest = catalog["pets"].served_digest(NUMERICS)
     await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 1)

@@ -164,7 +164,7 @@ def test_delete_waits_for_the_process_to_end(
 
 def test_too_many_jobs_are_refused(tmp_path: Path) -> None:
     """Past the most unfinished jobs a new task is a 503 that says when to come back."""
-    store = make_store(tmp_path, queued_tasks=2)
+    store = make_store(tmp_path, max_pending_tasks=2)
     first = create(store)
     create(store, seed=1)
     with pytest.raises(Backlog, match="at most 2") as refused:
@@ -181,7 +181,7 @@ def test_too_many_jobs_are_refused(tmp_path: Path) -> None:
 
 def test_no_key_fills_the_queue(tmp_path: Path) -> None:
     """A caller with a key may have half of the unfinished jobs; others and those without go on."""
-    store = make_store(tmp_path, queued_tasks=5)
+    store = make_store(tmp_path, max_pending_tasks=5)
     own = [create(store, owner="ann", seed=seed) for seed in range(2)]
     with pytest.raises(Backlog, match=r"2 tasks of this key .* at most 2") as refused:
         create(store, owner="ann", seed=2)
@@ -191,13 +191,13 @@ def test_no_key_fills_the_queue(tmp_path: Path) -> None:
     create(store, seed=4)
     store.delete(own[0].id)
     assert create(store, owner="ann", seed=2).status.state == "queued"
-    alone = make_store(tmp_path / "alone", queued_tasks=1)
+    alone = make_store(tmp_path / "alone", max_pending_tasks=1)
     assert create(alone, owner="ann").status.state == "queued"
 
 
 def test_the_disk_quota_names_what_to_delete(tmp_path: Path) -> None:
     """Past the quota a new task is a 507 with the bytes used, the limit and the largest tasks."""
-    store = make_store(tmp_path, tasks_bytes=100_000)
+    store = make_store(tmp_path, task_storage_bytes=100_000)
     task = create(store)
     (store.jobs / task.id / "checkpoint").write_bytes(bytes(100_000))
     with pytest.raises(StorageFull) as refused:
@@ -358,7 +358,7 @@ def test_processes_that_create_together_agree(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from tests.support.adapting import create, make_store;"
         "sys.stdin.read();"
-        "print(create(make_store(pathlib.Path(sys.argv[1]), queued_tasks=1)).created)"
+        "print(create(make_store(pathlib.Path(sys.argv[1]), max_pending_tasks=1)).created)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -244,8 +244,8 @@ local function finish(id, state, problem)
   stay(TERMS.retention_ms, job, caller ~= '' and key('caller', caller) or nil)
   redis.call('ZADD', key('ended'), stamp(NOW), id)
   redis.call('PEXPIRE', key('ended'), TERMS.retention_ms)
-  local most = redis.call('ZCARD', key('ended')) - TERMS.kept_jobs
-  if most > 0 then -- Many more only after `kept_jobs` was lowered: some at a time.
+  local most = redis.call('ZCARD', key('ended')) - TERMS.max_finished_jobs
+  if most > 0 then -- Many more only after `max_finished_jobs` was lowered: some at a time.
     for _, oldest in ipairs(redis.call('ZRANGE', key('ended'), 0, math.min(most, 100) - 1)) do
       erase(oldest)
     end

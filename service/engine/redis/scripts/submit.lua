@@ -25,14 +25,14 @@ end
 if not served then
   return {'unserved'}
 end
-if owner and TERMS.owner_rows ~= cjson.null then
+if owner and TERMS.max_queue_rows_per_key ~= cjson.null then
   local of_owner = open_rows(owner)
-  if of_owner + charge > TERMS.owner_rows then
-    return {'quota', of_owner, TERMS.owner_rows, speed()}
+  if of_owner + charge > TERMS.max_queue_rows_per_key then
+    return {'quota', of_owner, TERMS.max_queue_rows_per_key, speed()}
   end
 end
 local waiting = backlog()
-if waiting + charge > TERMS.backlog_rows then
+if waiting + charge > TERMS.max_queue_rows then
   return {'full', waiting, speed()}
 end
 
