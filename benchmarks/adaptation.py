@@ -208,7 +208,7 @@ def measured(
             first.numerics,
             best_device(),
             "-".join(model.digest[:12] for model in models),
-            first.lanes,
+            first.cpu_threads,
         )
         for sigma in arguments.sigma:
             runs = certified(arguments, together, list(group), whole, labels, sigma, work)

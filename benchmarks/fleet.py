@@ -56,7 +56,7 @@ LONG = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerProcess:
+class RunningWorker:
     """`vouchsafe worker` with its probes on `url`; `log` is where all that it says goes."""
 
     process: subprocess.Popen[bytes]
@@ -104,7 +104,7 @@ def worker_process(
     command: Sequence[str] = VOUCHSAFE,
     cwd: Path = ROOT,
     **settings: object,
-) -> Iterator[WorkerProcess]:
+) -> Iterator[RunningWorker]:
     """A worker that is just started, its data and its log in `folder`; killed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "worker.log"
@@ -129,7 +129,7 @@ def worker_process(
             stderr=stream,
         )
     try:
-        yield WorkerProcess(process, f"http://127.0.0.1:{port}", log)
+        yield RunningWorker(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.kill()
         process.wait()
@@ -235,7 +235,7 @@ class Fleet:
             await self.engine.close()
             self.server.kill()
 
-    def start(self, command: Sequence[str] = VOUCHSAFE, **settings: object) -> WorkerProcess:
+    def start(self, command: Sequence[str] = VOUCHSAFE, **settings: object) -> RunningWorker:
         """One more worker, which is just started."""
         chosen = {"lease_seconds": LEASE_SECONDS, "run_adaptation_jobs": False, **settings}
         self._started += 1
@@ -258,7 +258,7 @@ class Fleet:
         """Let jobs in before a worker is there."""
         await self.engine.pull(Worker("announcing", {"default": SERVED}, [NUMERICS]), 1)
 
-    async def held(self, worker: WorkerProcess) -> int:
+    async def held(self, worker: RunningWorker) -> int:
         """Shards that the worker has leases of."""
         async with Redis.from_url(self.server.url) as client:
             found = 0
@@ -319,6 +319,6 @@ async def until(holds: Callable[[], Awaitable[object]]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def ready(*workers: WorkerProcess) -> bool:
+async def ready(*workers: RunningWorker) -> bool:
     """Whether each of them says so."""
     return all([await asyncio.to_thread(worker.ready) for worker in workers])

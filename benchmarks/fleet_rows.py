@@ -35,7 +35,7 @@ from service.secrets import load_secret
 
 IN_PROCESS = "in process"
 METRICS = {
-    "batch seconds": "vouchsafe_batch_seconds_sum",
+    "batch seconds": "vouchsafe_batch_duration_seconds_sum",
     "batches": "vouchsafe_batches_total",
     "rows": "vouchsafe_rows_total",
     "padding": "vouchsafe_padding_rows_total",

@@ -5,16 +5,16 @@ from __future__ import annotations
 EMPTY = {"Alerts"}
 """Panels of the dashboard that are empty while no alert is pending or firing."""
 COUNTED = {
-    "requests": 'sum(vouchsafe_requests_total{route="/predict",status="200"})',
-    "timed requests": 'sum(vouchsafe_request_seconds_count{route="/predict"})',
+    "requests": 'sum(vouchsafe_http_requests_total{route="/predict",status="200"})',
+    "timed requests": 'sum(vouchsafe_http_request_duration_seconds_count{route="/predict"})',
     "problems": 'sum(vouchsafe_rejections_total{reason="unauthorized"})',
-    "answers": "sum(vouchsafe_answers_total)",
-    "waits in the queue": "sum(vouchsafe_queue_seconds_count)",
+    "answers": "sum(vouchsafe_predictions_total)",
+    "waits in the queue": "sum(vouchsafe_job_queue_duration_seconds_count)",
     "certified radii and abstentions": "sum(vouchsafe_certified_radius_count) + "
-    "(sum(vouchsafe_abstentions_total) or vector(0))",
+    '(sum(vouchsafe_predictions_total{outcome="abstained"}) or vector(0))',
     "rows": "sum(vouchsafe_rows_total)",
     "batches": "sum(vouchsafe_batches_total)",
-    "timed batches": "sum(vouchsafe_batch_seconds_count)",
+    "timed batches": "sum(vouchsafe_batch_duration_seconds_count)",
     "rows in batches": "sum(vouchsafe_batch_rows_sum)",
     "shards committed": 'sum(vouchsafe_shards_total{outcome="committed"})',
     "tasks made": 'sum(vouchsafe_adaptations_total{outcome="ready"})',
@@ -29,7 +29,7 @@ STEADY = {
     "processes that reach Redis": ("sum(vouchsafe_engine_up)", 3.0),
     "Redis writes its files": ("min(vouchsafe_redis_persistence_up)", 1.0),
     "processes of this release": ("count(vouchsafe_build_info)", 3.0),
-    "rows queued": ("sum(max by (lane) (vouchsafe_queue_rows))", 0.0),
+    "rows queued": ("sum(max by (priority) (vouchsafe_queue_rows))", 0.0),
     "age of the oldest": ("max(vouchsafe_queue_oldest_seconds)", 0.0),
     "shards given up": ("max(vouchsafe_dead_letters_total)", 0.0),
 }

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.fleet import VOUCHSAFE, WorkerProcess, worker_process
+from benchmarks.fleet import VOUCHSAFE, RunningWorker, worker_process
 from benchmarks.redis_server import RedisServer
 from benchmarks.server import free_port
 
@@ -116,7 +116,7 @@ class OneHost:
         self._server.kill()
 
     @contextmanager
-    def running(self, service: str, name: str) -> Iterator[WorkerProcess]:
+    def running(self, service: str, name: str) -> Iterator[RunningWorker]:
         """Start a process of the service, with its log at `name`; kills it at the end."""
         folder, (_, program, port) = self._folder / name, SERVICES[service]
         command: tuple[str, ...] = program
@@ -180,7 +180,7 @@ class Prometheus:
             process.kill()
             process.wait()
 
-    def follow(self, service: str, process: WorkerProcess) -> str:
+    def follow(self, service: str, process: RunningWorker) -> str:
         """Return the `instance` of a process of the service, which is scraped from now on."""
         job, instance = SERVICES[service][0], process.url.removeprefix("http://")
         self._targets.setdefault(job, set()).add(instance)

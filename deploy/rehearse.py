@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from benchmarks.fleet import WorkerProcess, picture
+from benchmarks.fleet import RunningWorker, picture
 from deploy.expected import COUNTED, EMPTY, STEADY
 from deploy.monitoring.panels import ROWS, filled_in
 from deploy.one_host import OneHost, Prometheus, Say, missing
@@ -57,7 +57,7 @@ class Rehearsal:
         self._say, self._stack = say, stack
         self._host = OneHost(folder, say)
         self._until = partial(until, say)
-        self._started: dict[str, tuple[WorkerProcess, str]] = {}
+        self._started: dict[str, tuple[RunningWorker, str]] = {}
         self.logs: list[Path] = []
         self._stack.enter_context(self._host.redis())
         self._prometheus = Prometheus(folder / "prometheus", self._host, scale)
@@ -136,7 +136,7 @@ class Rehearsal:
         """Kill Redis; its alert fires, and no alert whose metrics are NaN meanwhile."""
         self._host.kill_redis()
         self._say("killed     redis")
-        self._fires(["VouchsafeEngineAway"])
+        self._fires(["VouchsafeRedisDown"])
         answer = self._ask(mode="predict")
         self._must("a question without Redis", answer.status_code, 503)
         self._say(f"seen       {answer.json()['type']}")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BATCHES_A_LANE = 4
-"""Batches of a device batch for each lane: noise is drawn for all of them at once, and a late lane
-holds the others up for less."""
+BATCHES_A_THREAD = 4
+"""Batches of a device batch for each CPU thread: noise is drawn for all of them at once, and a late
+thread delays the others for less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,6 @@ class Numerics:
         """Rows that the networks compute only to fill their batches where `rows` are wanted."""
         return -rows % self.batch_rows
 
-    def device_rows(self, lanes: int) -> int:
-        """Most rows of a device batch that `lanes` threads share; one batch for 0 lanes."""
-        return self.batch_rows * max(1, BATCHES_A_LANE * lanes)
+    def device_rows(self, cpu_threads: int) -> int:
+        """Most rows of a device batch that `cpu_threads` threads share; one batch for 0 threads."""
+        return self.batch_rows * max(1, BATCHES_A_THREAD * cpu_threads)

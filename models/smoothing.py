@@ -38,8 +38,8 @@ class SmoothedModel:
 
     The networks always see exactly `numerics.batch_rows` rows, padded where there are fewer, so
     that a row's label depends on nothing but its image, noise and sigma. `digest` is the bundle's
-    together with the numerics. With `lanes`, as many threads share a device batch, each in batches
-    of its own and with one thread of torch; without, the caller's thread computes.
+    together with the numerics. With `cpu_threads`, as many threads share a device batch, each in
+    batches of its own and with one thread of torch; without, the caller's thread computes.
     """
 
     def __init__(
@@ -49,18 +49,20 @@ class SmoothedModel:
         numerics: Numerics,
         device: torch.device,
         digest: str = "",
-        lanes: int = 0,
+        cpu_threads: int = 0,
     ) -> None:
         self.classifier = classifier
         self.denoiser = denoiser
         self.numerics = numerics
         self.digest = digest
-        self.lanes = lanes
-        self.batch_rows = numerics.device_rows(lanes)
+        self.cpu_threads = cpu_threads
+        self.batch_rows = numerics.device_rows(cpu_threads)
         self.classes = len(classifier.labels)
         self._device = device
         self._pool = (
-            ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (1,)) if lanes else None
+            ThreadPoolExecutor(cpu_threads, "rows", torch.set_num_threads, (1,))
+            if cpu_threads
+            else None
         )
 
     def padding(self, rows: int) -> int:
@@ -87,7 +89,7 @@ class SmoothedModel:
         if len(shapes) > 1:
             raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
         batches = -(-total // self.numerics.batch_rows)
-        share = -(-batches // max(1, self.lanes)) * self.numerics.batch_rows
+        share = -(-batches // max(1, self.cpu_threads)) * self.numerics.batch_rows
         run = self._pool.map if self._pool else map
         return np.concatenate(list(run(self._share, _cut(parts, share))))
 
@@ -213,20 +215,20 @@ def numerics(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_rows: int | None = None,
-    lanes: int | None = None,
+    cpu_threads: int | None = None,
 ) -> tuple[Numerics, int]:
-    """What `load` would compute under here, and in how many lanes, without loading anything."""
+    """What `load` would compute under here, and in how many threads, without loading anything."""
     device = device or best_device()
-    if lanes is None:
-        lanes = torch.get_num_threads() if device.type == "cpu" else 0
+    if cpu_threads is None:
+        cpu_threads = torch.get_num_threads() if device.type == "cpu" else 0
     chosen = numerics_of(
         device,
         dtype or best_dtype(device),
         batch_rows or best_batch_rows(device),
         runtime.name,
-        threads=1 if lanes else None,
+        threads=1 if cpu_threads else None,
     )
-    return chosen, lanes
+    return chosen, cpu_threads
 
 
 def load(
@@ -235,14 +237,14 @@ def load(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_rows: int | None = None,
-    lanes: int | None = None,
+    cpu_threads: int | None = None,
     runtime: Runtime | None = None,
     models_dir: Path | None = None,
 ) -> SmoothedModel:
     """Load a task's networks, ready for `votes`, run by eager torch or another runtime.
 
-    `batch_rows` is what the networks see at once. On a CPU `lanes` (a thread each; as many as torch
-    has threads) share the work; a GPU has none. Files are loaded from the bytes that were hashed;
+    `batch_rows` is what the networks see at once. On a CPU `cpu_threads` (as many as torch has
+    unless given) share the work; a GPU has none. Files are loaded from the bytes that were hashed;
     what is computed meanwhile, as text prototypes are, is computed in one thread. `models_dir` is
     where fetched networks lie.
 
@@ -252,8 +254,8 @@ def load(
     device = device or best_device()
     dtype = dtype or best_dtype(device)
     runtime = runtime or Torch()
-    chosen, lanes = numerics(
-        runtime, device=device, dtype=dtype, batch_rows=batch_rows, lanes=lanes
+    chosen, cpu_threads = numerics(
+        runtime, device=device, dtype=dtype, batch_rows=batch_rows, cpu_threads=cpu_threads
     )
     weights = runtime.weights_dtype(device, dtype)
     with _one_thread(), bundle.opened() as own, ExitStack() as bases:
@@ -277,7 +279,7 @@ def load(
             own / TUNED if TUNED in bundle.files else None,
         )
     digest = bundle.served_digest(chosen.described())
-    return SmoothedModel(denoiser, classifier, chosen, device, digest, lanes)
+    return SmoothedModel(denoiser, classifier, chosen, device, digest, cpu_threads)
 
 
 @contextmanager

@@ -81,7 +81,8 @@ class Settings(BaseSettings):
         86_400.0,
         gt=0,
         description="How long ended jobs and their Idempotency-Keys are kept, "
-        "`max_finished_jobs` at most, and how long an open job with its image; an image goes as its job ends.",
+        "`max_finished_jobs` at most, and how long an open job with its image; an image goes as "
+        "its job ends.",
     )
     max_finished_jobs: int = Field(
         100_000,

@@ -22,7 +22,7 @@ class Mode(StrEnum):
     PREDICT = "predict"
 
     @property
-    def lane(self) -> str:
+    def priority(self) -> str:
         """`hi` for PREDICT, `lo` for CERTIFY."""
         return "hi" if self is Mode.PREDICT else "lo"
 

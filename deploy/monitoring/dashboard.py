@@ -87,7 +87,7 @@ def _datasource() -> dict[str, Any]:
 
 
 def _task() -> dict[str, Any]:
-    query = "label_values(vouchsafe_answers_total, task)"
+    query = "label_values(vouchsafe_predictions_total, task)"
     chosen = {"includeAll": True, "multi": True, "allValue": ".*"}
     every = {"text": ["All"], "value": ["$__all"]}
     named = {"name": "task", "label": "Task", "type": "query", "datasource": SOURCE}

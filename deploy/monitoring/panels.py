@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 WINDOW = "[$__rate_interval]"
 OF_TASK = '{task=~"$task"}'
+ABSTAINED = '{task=~"$task",outcome="abstained"}'
 PROBES = 'route!~"/livez|/readyz|/startupz|/metrics"'
 
 
@@ -50,14 +51,23 @@ ROWS: dict[str, list[Panel]] = {
     "Traffic": [
         Panel(
             "Requests by status",
-            {"{{status}}": f"sum by (status) (rate(vouchsafe_requests_total{{{PROBES}}}{WINDOW}))"},
+            {
+                "{{status}}": "sum by (status) "
+                f"(rate(vouchsafe_http_requests_total{{{PROBES}}}{WINDOW}))"
+            },
             "reqps",
             "Without the probes. 503: rejected by admission. 504: answered after the deadline.",
             stacked=True,
         ),
         Panel(
             "Time to answer a prediction",
-            quantiles("vouchsafe_request_seconds", 0.5, 0.95, 0.99, where='{route="/predict"}'),
+            quantiles(
+                "vouchsafe_http_request_duration_seconds",
+                0.5,
+                0.95,
+                0.99,
+                where='{route="/predict"}',
+            ),
             "s",
             "Includes rejections and respond-async, which are quick.",
         ),
@@ -65,7 +75,7 @@ ROWS: dict[str, list[Panel]] = {
             "Answers by task and mode",
             {
                 "{{task}}, {{mode}}": "sum by (task, mode) "
-                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))"
+                f"(rate(vouchsafe_predictions_total{OF_TASK}{WINDOW}))"
             },
             "ops",
         ),
@@ -88,7 +98,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Rows waiting or leased",
-            {"{{lane}}": "max by (lane) (vouchsafe_queue_rows)"},
+            {"{{priority}}": "max by (priority) (vouchsafe_queue_rows)"},
             "short",
             "hi is PREDICT, lo is CERTIFY. No line: Redis is down.",
             width=7,
@@ -96,14 +106,14 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Oldest shard that waits",
-            {"{{lane}}": "max by (lane) (vouchsafe_queue_oldest_seconds)"},
+            {"{{priority}}": "max by (priority) (vouchsafe_queue_oldest_seconds)"},
             "s",
             "Since its job was accepted.",
             width=7,
         ),
         Panel(
             "From acceptance to the first row",
-            quantiles("vouchsafe_queue_seconds", 0.5, 0.99),
+            quantiles("vouchsafe_job_queue_duration_seconds", 0.5, 0.99),
             "s",
             width=7,
         ),
@@ -120,7 +130,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Time to compute a batch",
-            quantiles("vouchsafe_batch_seconds", 0.5, 0.99),
+            quantiles("vouchsafe_batch_duration_seconds", 0.5, 0.99),
             "s",
         ),
         Panel(
@@ -168,9 +178,10 @@ ROWS: dict[str, list[Panel]] = {
             "Abstentions",
             {
                 "{{task}}, {{mode}}": "(sum by (task, mode) "
-                f"(rate(vouchsafe_abstentions_total{OF_TASK}{WINDOW})) or 0 * sum by (task, mode) "
-                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))) / sum by (task, mode) "
-                f"(rate(vouchsafe_answers_total{OF_TASK}{WINDOW}))"
+                f"(rate(vouchsafe_predictions_total{ABSTAINED}{WINDOW})) "
+                "or 0 * sum by (task, mode) "
+                f"(rate(vouchsafe_predictions_total{OF_TASK}{WINDOW}))) / sum by (task, mode) "
+                f"(rate(vouchsafe_predictions_total{OF_TASK}{WINDOW}))"
             },
             "percentunit",
             "Share of the answers without a label.",

@@ -73,7 +73,7 @@ def evaluate(
         "average certified radius": round(summary.average_certified_radius, 4),
     }
     if generated:
-        torch.set_num_threads(threads)  # The model's lanes left one for whoever comes next.
+        torch.set_num_threads(threads)  # The model's cpu_threads left one for whoever comes next.
         each = generated // len(bundle.labels)
         stages = DENOISER_SETS["nano"].folders
         prompts = [*(bundle.template.format(word) for word in bundle.words), ""]

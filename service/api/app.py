@@ -60,7 +60,7 @@ def create_app(
     store = Store(settings, secret)
     task_service = TaskService(store, catalog)
     predictions = Predictions(settings, engine, catalog, secret, task_service.expect)
-    following = BackgroundTasks([partial(catalog.follow, gone=predictions.withdraw)], 1.0)
+    following = BackgroundTasks([partial(catalog.follow, gone=predictions.cancel_stale)], 1.0)
     app = FastAPI(
         title="Vouchsafe",
         version=metrics.VERSION,

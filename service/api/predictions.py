@@ -140,7 +140,7 @@ async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
 async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
     """Cancel a job and erase it at once, image and all."""
     await desk.status(id, owner)
-    await desk.engine.forget(id)
+    await desk.engine.delete(id)
 
 
 @routes.get(

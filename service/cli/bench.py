@@ -147,7 +147,7 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
     plain = _plain(bundle, _pixels(0, bundle.resolution), rows)
 
     def loop() -> Tensor:
-        torch.set_num_threads(cores)  # The lanes, already running, keep their one.
+        torch.set_num_threads(cores)  # The cpu_threads, already running, keep their one.
         return plain()
 
     ways: dict[str, list[float]] = {"plain loop": [], "smoothing.votes": []}
@@ -177,8 +177,8 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
                 ways.setdefault(way, []).append(rows * len(images) / passed)
                 latencies.setdefault(way, []).extend(taken)
                 if way == "engine":
-                    lanes = max(1, model.lanes)
-                    shares.append(1 - watched.seconds / (lanes * passed))
+                    cpu_threads = max(1, model.cpu_threads)
+                    shares.append(1 - watched.seconds / (cpu_threads * passed))
     speeds = {way: float(np.median(each)) for way, each in ways.items()}
     return {
         "rows/s": {way: round(speed, 1) for way, speed in speeds.items()},

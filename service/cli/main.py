@@ -105,7 +105,7 @@ def serve(
 
 def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
     """No torch here; exits with 2 where the fleet has another data directory."""
-    from service.processes.api import frontend
+    from service.processes.api import create_api
 
     reasons: list[str] = []
 
@@ -113,7 +113,7 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
         reasons.append(reason)
         server.stop()
 
-    served = frontend(settings, on_stranger=end)
+    served = create_api(settings, on_stranger=end)
     server.serve_app(served, lambda: _announce(settings, server, served))
     if reasons:
         tell(reasons[0])

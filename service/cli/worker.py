@@ -27,12 +27,12 @@ def worker(
 
     from service.engine.redis.requirements import RedisUnsuitable
     from service.processes.runtime import leave
-    from service.processes.worker import FleetWorker
+    from service.processes.worker import WorkerProcess
     from service.worker.compute import DeviceFailed
     from service.worker.model import ModelUnavailable
 
     try:
-        process = FleetWorker(settings)
+        process = WorkerProcess(settings)
     except RedisUnsuitable as error:
         raise typer.Exit(_told(error, 2)) from error
     status = 0

@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 LEAVING_SECONDS = 5.0
 """How long an engine that does not answer may hold up a worker that is told to stop."""
-AWAY = (OSError, RedisError)
+UNREACHABLE = (OSError, RedisError)
 """What an engine raises that is out of reach, or that cannot do now what it is asked."""
 
 
-class EngineAway(RuntimeError):
+class EngineUnreachable(RuntimeError):
     """The engine did not answer, or could not do what it was asked; the log has been told."""
 
 
-class Reach:
+class EngineConnection:
     """Asks the engine of a worker: outages are told once and waited out, until it is to leave."""
 
-    def __init__(self, outage: Outage | None = None) -> None:
-        self.outage = outage or Outage()
+    def __init__(self, state: ConnectionState | None = None) -> None:
+        self.state = state or ConnectionState()
         self.leaving = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
 
@@ -43,19 +43,19 @@ class Reach:
                 limit.reschedule(_leaving_ends())
 
     async def ask(self, call: Awaitable[T]) -> T:
-        """What the engine answers; raises EngineAway where it does not."""
+        """What the engine answers; raises EngineUnreachable where it does not."""
         asked = time.monotonic()
         limit = asyncio.timeout_at(_leaving_ends() if self.leaving.is_set() else None)
         try:
             async with limit:
                 self._limits.add(limit)
                 answer = await call
-        except AWAY as error:
-            self.outage.begin(error, asked)
-            raise EngineAway(f"{error}") from error
+        except UNREACHABLE as error:
+            self.state.mark_down(error, asked)
+            raise EngineUnreachable(f"{error}") from error
         finally:
             self._limits.discard(limit)
-        self.outage.end()
+        self.state.mark_up()
         return answer
 
     async def insist(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
@@ -86,7 +86,7 @@ def _leaving_ends() -> float:
     return asyncio.get_running_loop().time() + LEAVING_SECONDS
 
 
-class Outage:
+class ConnectionState:
     """Whether the engine is out of reach: a line in the log as that begins, and one at its end."""
 
     def __init__(self) -> None:
@@ -94,18 +94,18 @@ class Outage:
         self._answered = float("-inf")
 
     @property
-    def lasts(self) -> bool:
+    def is_down(self) -> bool:
         """Whether the engine did not answer when it was last asked."""
         return self._since is not None
 
-    def begin(self, error: Exception, asked: float) -> None:
+    def mark_down(self, error: Exception, asked: float) -> None:
         """What was asked then (time.monotonic) has no answer, and nothing asked since has one."""
         if self._since is None and self._answered <= asked:
             self._since = time.monotonic()
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             logger.warning("the engine is out of reach (%s); trying until it answers", reason)
 
-    def end(self) -> None:
+    def mark_up(self) -> None:
         """The engine has answered."""
         self._answered = time.monotonic()
         if self._since is not None:

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.limits import Served, another_request, distinct, served_digests
-from service.engine.memory_state import Books, CallerKey, Record, Speedometer
+from service.engine.memory_state import BacklogRows, CallerKey, JobRecord, RateMeter
 from service.engine.options import EngineOptions
 from service.engine.protocol import (
     Capacity,
-    LaneState,
+    EngineStats,
     Lease,
-    QueueState,
+    PriorityState,
     Worker,
     abandoned,
     checked_counts,
     died_over,
 )
-from service.engine.queues import Lines
-from service.engine.signal import Bell
+from service.engine.queues import Queues
+from service.engine.signal import Signal
 from service.jobs import Domain, Job, JobStatus, Mode, State
 
 
@@ -33,7 +33,7 @@ from service.jobs import Domain, Job, JobStatus, Mode, State
 class _Delivery:
     """A live lease: who holds it, until when, and whether it is being computed."""
 
-    record: Record
+    record: JobRecord
     lease: Lease
     worker: Worker
     expires: float
@@ -66,16 +66,16 @@ class MemoryEngine:
         self._options = options
         self._poll_seconds = poll_seconds
         self._clock = clock
-        self._open: dict[str, Record] = {}  # by submission
-        self._ended: dict[str, Record] = {}  # by end
-        self._lines = Lines()
+        self._open: dict[str, JobRecord] = {}  # by submission
+        self._ended: dict[str, JobRecord] = {}  # by end
+        self._queues = Queues()
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
-        self._caller_keys: dict[CallerKey, Record] = {}
-        self._books = Books(options.max_queue_rows, options.max_queue_rows_per_key)
+        self._caller_keys: dict[CallerKey, JobRecord] = {}
+        self._backlog = BacklogRows(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
-        self._speed = Speedometer()
-        self._arrived = Bell()
+        self._rate = RateMeter()
+        self._arrived = Signal()
 
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
@@ -88,7 +88,7 @@ class MemoryEngine:
                 raise another_request()
             return earlier.job.id
         if self._find(job.id) is None:
-            self._books.admit(job, self._served(), self._speed.rows_per_second)
+            self._backlog.admit(job, self._served(), self._rate.rows_per_second)
             self._enqueue(job, caller_key, fingerprint)
         return job.id
 
@@ -96,7 +96,7 @@ class MemoryEngine:
         """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
         while True:
-            arrival = self._arrived.next_ring
+            arrival = self._arrived.next
             leases = self._take(worker, rows, prefer_task)
             if leases or not rows:
                 return leases
@@ -152,7 +152,7 @@ class MemoryEngine:
         self._end(record, State.CANCELLED)
         return True
 
-    async def forget(self, job_id: str) -> bool:
+    async def delete(self, job_id: str) -> bool:
         """Cancel a job and erase it, image and all; False where it is unknown."""
         self._sweep()
         record = self._find(job_id)
@@ -166,7 +166,7 @@ class MemoryEngine:
         self._sweep()
         record = self._find(job_id)
         while record is not None:
-            change = record.changed.next_ring
+            change = record.changed.next
             status = record.status()
             yield status
             if status.state.ended:
@@ -184,33 +184,33 @@ class MemoryEngine:
         self._sweep()
         served = self._served()
         return Capacity(
-            backlog_rows=self._books.rows,
-            rows_per_second=self._speed.rows_per_second,
+            backlog_rows=self._backlog.rows,
+            rows_per_second=self._rate.rows_per_second,
             digests=served_digests(served),
-            owner_rows=self._books.of(owner),
+            owner_rows=self._backlog.of(owner),
             numerics=distinct(
                 each for worker, _ in self._workers.values() for each in worker.numerics
             ),
         )
 
-    async def queue(self) -> QueueState:
+    async def stats(self) -> EngineStats:
         """How things stand in the queue; see Engine."""
         self._sweep()
-        lanes = {mode.lane: self._lane(mode.lane) for mode in Mode}
-        speed = self._speed.rows_per_second
-        return QueueState(lanes, speed, len(self._workers), self._dead_letters)
+        lanes = {mode.priority: self._lane(mode.priority) for mode in Mode}
+        speed = self._rate.rows_per_second
+        return EngineStats(lanes, speed, len(self._workers), self._dead_letters)
 
     async def close(self) -> None:
         """Nothing to let go of: the jobs end with the process."""
 
-    def _lane(self, lane: str) -> LaneState:
+    def _lane(self, priority: str) -> PriorityState:
         now = self._clock()
-        records = self._lines.lane(lane)
+        records = self._queues.priority(priority)
         waiting = (now - record.submitted for record in records if record.waiting)
         rows = sum(record.job.charge - record.rows_done for record in records)
-        return LaneState(rows, max(waiting, default=0.0))
+        return PriorityState(rows, max(waiting, default=0.0))
 
-    def _find(self, job_id: str) -> Record | None:
+    def _find(self, job_id: str) -> JobRecord | None:
         return self._open.get(job_id) or self._ended.get(job_id)
 
     def _deliveries(self, leases: Sequence[Lease]) -> list[_Delivery]:
@@ -231,7 +231,7 @@ class MemoryEngine:
 
     def _enqueue(self, job: Job, caller_key: CallerKey | None, fingerprint: str) -> None:
         shards = job.shards(self._options.shard_rows)
-        record = Record(
+        record = JobRecord(
             job=job,
             shards=shards,
             submitted=self._clock(),
@@ -240,14 +240,14 @@ class MemoryEngine:
             waiting=list(range(len(shards))),
             votes={domain: [0] * job.classes for domain in Domain},
         )
-        if self._books.rows == 0:
-            self._speed.work_begins(record.submitted)
-        self._books.book(job, job.charge)
+        if self._backlog.rows == 0:
+            self._rate.work_begins(record.submitted)
+        self._backlog.book(job, job.charge)
         self._open[job.id] = record
         if caller_key is not None:
             self._caller_keys[caller_key] = record
-        self._lines.add(record)
-        self._arrived.ring()
+        self._queues.add(record)
+        self._arrived.notify()
 
     def _take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
         self._sweep()
@@ -255,38 +255,38 @@ class MemoryEngine:
         self._workers[worker.id] = (worker, now)
         if not rows:
             return []
-        line = self._lines.next_for(worker, prefer_task, self._options.starvation_seconds, now)
+        line = self._queues.next_for(worker, prefer_task, self._options.starvation_seconds, now)
         if line is None:
             return []
         line.served = now
         return [self._lease(record, index, worker) for record, index in line.take(rows)]
 
-    def _lease(self, record: Record, index: int, worker: Worker) -> Lease:
+    def _lease(self, record: JobRecord, index: int, worker: Worker) -> Lease:
         lease = Lease(
-            record.job, record.shards[index], secrets.token_hex(16), record.solitary(index)
+            record.job, record.shards[index], secrets.token_hex(16), record.isolated(index)
         )
         expires = self._clock() + self._options.lease_seconds
         self._held[record.job.id, index] = _Delivery(record, lease, worker, expires)
         return lease
 
-    def _run(self, record: Record) -> None:
+    def _run(self, record: JobRecord) -> None:
         if record.state is State.QUEUED:
             record.state, record.started = State.RUNNING, self._clock()
-            record.changed.ring()
+            record.changed.notify()
 
-    def _count(self, record: Record, index: int, votes: list[int]) -> None:
+    def _count(self, record: JobRecord, index: int, votes: list[int]) -> None:
         record.count(index, votes)
         self._held.pop((record.job.id, index), None)
-        self._books.book(record.job, -record.shards[index].rows)
-        self._speed.count(record.shards[index].rows, self._clock())
+        self._backlog.book(record.job, -record.shards[index].rows)
+        self._rate.count(record.shards[index].rows, self._clock())
         if record.complete:
             self._end(record, State.SUCCEEDED)
         else:
-            record.changed.ring()
+            record.changed.notify()
 
     def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
         """Put a shard back after a failure or a death, or end its job with the problem."""
-        if delivery.record.poisonous(delivery.lease.shard.index):
+        if delivery.record.is_poison(delivery.lease.shard.index):
             self._dead_letters += 1
             self._end(delivery.record, State.FAILED, dict(problem))
         else:
@@ -296,9 +296,9 @@ class MemoryEngine:
         lease = delivery.lease
         del self._held[lease.job.id, lease.shard.index]
         insort(delivery.record.waiting, lease.shard.index)
-        self._arrived.ring()
+        self._arrived.notify()
 
-    def _end(self, record: Record, state: State, problem: dict[str, Any] | None = None) -> None:
+    def _end(self, record: JobRecord, state: State, problem: dict[str, Any] | None = None) -> None:
         job = record.job
         record.state, record.finished, record.problem = state, self._clock(), problem
         record.job = replace(job, pixels=b"")  # Answers need no image, and it is the most by far.
@@ -306,12 +306,12 @@ class MemoryEngine:
         for shard in record.shards:
             self._held.pop((job.id, shard.index), None)
         record.shards, record.counted = (), set()
-        self._books.book(job, record.rows_done - job.charge)
+        self._backlog.book(job, record.rows_done - job.charge)
         self._ended[job.id] = self._open.pop(job.id)
-        self._lines.remove(record)
-        record.changed.ring()
+        self._queues.remove(record)
+        record.changed.notify()
 
-    def _erase(self, record: Record) -> None:
+    def _erase(self, record: JobRecord) -> None:
         if record.job.id in self._open:
             self._end(record, State.CANCELLED)
         del self._ended[record.job.id]
@@ -326,7 +326,7 @@ class MemoryEngine:
         for worker, heard in list(self._workers.values()):
             if heard + self._options.worker_seconds < now:
                 del self._workers[worker.id]
-        for late in self._lines.unserved(self._served(), now, self._options.unserved_seconds):
+        for late in self._queues.unserved(self._served(), now, self._options.unserved_seconds):
             self._end(late, State.FAILED, late.reported or abandoned(late.job.id))
         while (record := _first(self._open)) and self._is_past(record, now):
             self._erase(record)
@@ -335,7 +335,7 @@ class MemoryEngine:
         ):
             self._erase(record)
 
-    def _is_past(self, record: Record, now: float) -> bool:
+    def _is_past(self, record: JobRecord, now: float) -> bool:
         since = record.submitted if record.finished is None else record.finished
         return since + self._options.retention_seconds <= now
 
@@ -347,5 +347,5 @@ class MemoryEngine:
         self._settle(delivery, died_over(record.job.id))
 
 
-def _first(records: Mapping[str, Record]) -> Record | None:
+def _first(records: Mapping[str, JobRecord]) -> JobRecord | None:
     return next(iter(records.values()), None)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.engine.limits import Served, full, most_rows, over_quota, too_large, unserved
-from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, rows_per_second
-from service.engine.signal import Bell
+from service.engine.protocol import FAILURES_ALLOWED, ISOLATED_CRASHES_ALLOWED, rows_per_second
+from service.engine.signal import Signal
 from service.jobs import Domain, Job, JobStatus, Shard, State
 
 CallerKey = tuple[str | None, str]
 """An owner and the Idempotency-Key that came from it."""
 
 
-class Speedometer:
+class RateMeter:
     """Rows per second over the last minute of work; time without work does not count."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Speedometer:
 
 
 @dataclass(slots=True, eq=False)
-class Record:
+class JobRecord:
     """One job; shards are named by index, and `waiting` holds those that nobody has, ascending.
 
     `reported` is the problem of the last failed attempt, `problem` that of the job once it failed.
@@ -66,24 +66,25 @@ class Record:
     counted: set[int] = field(default_factory=set)
     failures: Counter[int] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)
-    changed: Bell = field(default_factory=Bell)
+    changed: Signal = field(default_factory=Signal)
 
     @property
     def complete(self) -> bool:
         """Whether every shard is counted."""
         return len(self.counted) == len(self.shards)
 
-    def solitary(self, index: int) -> bool:
+    def isolated(self, index: int) -> bool:
         """Whether a worker died over the shard, so that it must be computed alone."""
         return self.deaths[index] > 0
 
-    def poisonous(self, index: int) -> bool:
+    def is_poison(self, index: int) -> bool:
         """Whether the shard has failed, or been died over, once too often.
 
-        The death that made it solitary is not one of the solitary deaths.
+        The death that made it isolated is not one of the isolated deaths.
         """
         return (
-            self.failures[index] >= FAILURES_ALLOWED or self.deaths[index] > SOLITARY_DEATHS_ALLOWED
+            self.failures[index] >= FAILURES_ALLOWED
+            or self.deaths[index] > ISOLATED_CRASHES_ALLOWED
         )
 
     def count(self, index: int, votes: list[int]) -> None:
@@ -110,7 +111,7 @@ class Record:
         )
 
 
-class Books:
+class BacklogRows:
     """The rows that wait or are leased, of everyone and of each owner, and their bounds."""
 
     def __init__(self, max_queue_rows: int, max_queue_rows_per_key: int | None) -> None:

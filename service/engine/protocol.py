@@ -18,8 +18,8 @@ from service.jobs import Job, JobStatus, Shard, canonical_json
 FAILURES_ALLOWED = 3
 """The failed attempt of one shard that ends its job."""
 
-SOLITARY_DEATHS_ALLOWED = 5
-"""The death of a worker over one solitary shard that ends its job; one death made it solitary."""
+ISOLATED_CRASHES_ALLOWED = 5
+"""The death of a worker over one isolated shard that ends its job; one death made it isolated."""
 
 RETRY_SECONDS = 10
 """Retry-After where no speed has been measured yet, or no worker is alive."""
@@ -46,13 +46,13 @@ class Worker:
 class Lease:
     """A shard handed to one worker until the lease runs out; `token` is this delivery's own.
 
-    A worker died over a `solitary` shard: it is pulled alone and never shares a device batch.
+    A worker died over a `isolated` shard: it is pulled alone and never shares a device batch.
     """
 
     job: Job
     shard: Shard
     token: str
-    solitary: bool = False
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class LaneState:
-    """What one lane holds.
+class PriorityState:
+    """What one priority holds.
 
     `rows` wait or are leased; `oldest_seconds` is the age, since its job was accepted, of the
     oldest shard that no worker holds: 0.0 where there is none.
@@ -93,15 +93,15 @@ class LaneState:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueState:
-    """What an operator watches; `lanes` has `hi` and `lo`.
+class EngineStats:
+    """What an operator watches; `priorities` has `hi` and `lo`.
 
     `rows_per_second` is Capacity's; `workers` are alive; `dead_letters` counts the shards that
     ended their jobs, for as long as the engine remembers the last of them. `persists`: whether
     what the engine last wrote to disk got there, None where it writes nothing or does not tell.
     """
 
-    lanes: Mapping[str, LaneState]
+    priorities: Mapping[str, PriorityState]
     rows_per_second: float
     workers: int
     dead_letters: int
@@ -129,11 +129,11 @@ class Engine(Protocol):
         """
 
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
-        """Shards of one task and bundle of the worker's, oldest first, `hi` lane first.
+        """Shards of one task and bundle of the worker's, oldest first, `hi` priority first.
 
-        Where the `lo` lane waits, one pull in four begins there. Stops at the shard that reaches
-        `rows`; waits a moment when there is none. The preferred task goes first unless another has
-        gone unserved too long. A solitary shard comes alone. A pull of no rows only announces the
+        Where `lo` waits, one pull in four begins there. Stops at the shard that reaches `rows`;
+        waits a moment when there is none. The preferred task goes first unless another has
+        gone unserved too long. An isolated shard comes alone. A pull of no rows only announces the
         worker, and returns at once.
         """
 
@@ -162,7 +162,7 @@ class Engine(Protocol):
     async def cancel(self, job_id: str) -> bool:
         """Drop what is left of a job; False where it had ended or is unknown."""
 
-    async def forget(self, job_id: str) -> bool:
+    async def delete(self, job_id: str) -> bool:
         """Cancel a job and erase it, image and all; False where it is unknown."""
 
     def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
@@ -181,7 +181,7 @@ class Engine(Protocol):
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, that of one owner, measured speed, and what live workers serve."""
 
-    async def queue(self) -> QueueState:
+    async def stats(self) -> EngineStats:
         """How things stand in the queue, for whoever watches it; for a few calls a minute."""
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ The next begins there: PREDICT goes first, and CERTIFY keeps a quarter however m
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class Candidate:
     """Work that waits for one task and bundle; `fast` where a `hi` shard is next.
 
     What is next has gone unserved for `waited` seconds.
@@ -25,8 +25,8 @@ class Offer:
 
 
 def next_offer(
-    offers: Iterable[Offer], prefer_task: str | None, starvation_seconds: float
-) -> Offer | None:
+    offers: Iterable[Candidate], prefer_task: str | None, starvation_seconds: float
+) -> Candidate | None:
     """The offer to take: a starved one, else the preferred task's, else the most urgent."""
     offers = list(offers)
     starved = [offer for offer in offers if offer.waited > starvation_seconds]

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeVar
 
 from models.bundle import Bundle
 from service.background import BackgroundTasks
-from service.engine.connection import Outage
-from service.engine.protocol import Capacity, Engine, QueueState
+from service.engine.connection import ConnectionState
+from service.engine.protocol import Capacity, Engine, EngineStats
 
 T = TypeVar("T")
 
@@ -31,10 +31,10 @@ class Condition(NamedTuple):
 class Health:
     """What the probes report.
 
-    `waiting_for` says what else the process waits for. `outage` is told where the engine does not
-    answer; whoever gives one says when it answers again. `open_jobs` counts adaptation jobs that
-    have not ended; it blocks on the disk. Where the workers are elsewhere a process is well without
-    them, and says that none serves: it answers for jobs that ended, and says when to ask again.
+    `waiting_for` says what else the process waits for. `connection_state` is marked down where the
+    engine does not answer; its giver marks it up again. `open_jobs` counts the adaptation jobs that
+    have not ended; it blocks on the disk. With `workers_elsewhere` a process is well without a live
+    worker, for it answers for jobs that ended; `ready` then says that none serves.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Health:
         tasks: Mapping[str, Bundle],
         background: BackgroundTasks,
         waiting_for: Callable[[], str] = str,
-        outage: Outage | None = None,
+        connection_state: ConnectionState | None = None,
         open_jobs: Callable[[], int] | None = None,
         *,
         workers_elsewhere: bool = False,
@@ -52,8 +52,8 @@ class Health:
         self._tasks = tasks
         self._background = background
         self._waiting_for = waiting_for
-        self._outage = outage or Outage()
-        self._ends_outage = outage is None
+        self._connection_state = connection_state or ConnectionState()
+        self._owns_state = connection_state is None
         self._open_jobs = open_jobs
         self._workers_elsewhere = workers_elsewhere
         self._was_ready = False
@@ -85,9 +85,9 @@ class Health:
         """The engine's capacity, or None where it does not answer in time."""
         return await self._answer(self._engine.capacity())
 
-    async def queue(self) -> QueueState | None:
+    async def stats(self) -> EngineStats | None:
         """How the engine's queue stands, or None where it does not answer in time."""
-        return await self._answer(self._engine.queue())
+        return await self._answer(self._engine.stats())
 
     async def open_jobs(self) -> float | None:
         """Adaptation jobs that have not ended: None where nobody counts them, NaN for trouble."""
@@ -105,8 +105,8 @@ class Health:
             async with asyncio.timeout(_ENGINE_SECONDS):
                 answer = await call
         except Exception as error:
-            self._outage.begin(error, asked)
+            self._connection_state.mark_down(error, asked)
             return None
-        if self._ends_outage:
-            self._outage.end()
+        if self._owns_state:
+            self._connection_state.mark_up()
         return answer

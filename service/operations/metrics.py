@@ -22,7 +22,7 @@ from prometheus_client import (
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.engine.protocol import QueueState
+from service.engine.protocol import EngineStats
 from service.jobs import Mode
 from service.operations import tracing
 from service.operations.logs import naming
@@ -45,9 +45,14 @@ def _version() -> str:
 VERSION = _version()
 """The installed release, or `unknown` in a source tree that is not installed."""
 
-REQUESTS = Counter("vouchsafe_requests", "HTTP requests answered.", ["method", "route", "status"])
+REQUESTS = Counter(
+    "vouchsafe_http_requests", "HTTP requests answered.", ["method", "route", "status"]
+)
 REQUEST_SECONDS = Histogram(
-    "vouchsafe_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS
+    "vouchsafe_http_request_duration_seconds",
+    "Time to answer a request.",
+    ["route"],
+    buckets=_SECONDS,
 )
 REJECTIONS = Counter("vouchsafe_rejections", "Problems answered, by type.", ["reason"])
 ROWS = Counter("vouchsafe_rows", "Noise rows computed.", ["task"])
@@ -64,7 +69,7 @@ BATCH_JOBS = Histogram(
 )
 PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a network's batch.")
 BATCH_SECONDS = Histogram(
-    "vouchsafe_batch_seconds",
+    "vouchsafe_batch_duration_seconds",
     "Time to compute a device batch, and to load its networks where they were not.",
     buckets=_SECONDS,
 )
@@ -78,7 +83,7 @@ SHAPES_LOWERED = Counter(
     "Times that a task was loaded for smaller batches, for want of memory.",
 )
 QUEUE_SECONDS = Histogram(
-    "vouchsafe_queue_seconds",
+    "vouchsafe_job_queue_duration_seconds",
     "Time from a job's acceptance to its first row's start.",
     buckets=_SECONDS,
 )
@@ -87,8 +92,12 @@ CERTIFIED_RADIUS = Histogram(
     "Certified l2 radii, for pixels in [0, 1].",
     buckets=(0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
-ANSWERS = Counter("vouchsafe_answers", "Answers given, abstentions too.", ["task", "mode"])
-ABSTENTIONS = Counter("vouchsafe_abstentions", "Answers without a label.", ["task", "mode"])
+OUTCOMES = ("answered", "abstained")
+PREDICTIONS = Counter(
+    "vouchsafe_predictions",
+    "Predictions answered, by outcome: a label (answered) or an abstention (abstained).",
+    ["task", "mode", "outcome"],
+)
 ADAPTATIONS = Counter(
     "vouchsafe_adaptations", "Adaptation jobs that ended: ready, failed or cancelled.", ["outcome"]
 )
@@ -105,16 +114,16 @@ BUILD_INFO = Info("vouchsafe_build", "The running release.")
 BUILD_INFO.info({"version": VERSION})
 
 
-def forget(task: str) -> None:
+def delete(task: str) -> None:
     """Drop the series of a task that is there no more, for ids are never used up."""
     for metric in (ROWS, BATCHES):
         metric.remove(task)
     for mode in Mode:
-        ANSWERS.remove(task, mode.value)
-        ABSTENTIONS.remove(task, mode.value)
+        for outcome in OUTCOMES:
+            PREDICTIONS.remove(task, mode.value, outcome)
 
 
-def exposition(queue: QueueState | None, open_jobs: float | None) -> bytes:
+def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
     """Every metric in Prometheus' text format.
 
     `queue` is how it stands now, None where the engine is silent: NaN is told then, and counts are
@@ -123,15 +132,17 @@ def exposition(queue: QueueState | None, open_jobs: float | None) -> bytes:
     now = CollectorRegistry()
     gauge = partial(Gauge, registry=now)
     gauge("vouchsafe_engine_up", "1 where the engine answers, else 0.").set(queue is not None)
-    rows = gauge("vouchsafe_queue_rows", "Rows waiting or leased.", ["lane"])
+    rows = gauge("vouchsafe_queue_rows", "Rows waiting or leased.", ["priority"])
     oldest = gauge(
         "vouchsafe_queue_oldest_seconds",
         "Age, since its job was accepted, of the oldest shard that no worker holds.",
-        ["lane"],
+        ["priority"],
     )
-    for lane in (mode.lane for mode in Mode):
-        rows.labels(lane).set(queue.lanes[lane].rows if queue else _UNKNOWN)
-        oldest.labels(lane).set(queue.lanes[lane].oldest_seconds if queue else _UNKNOWN)
+    for priority in (mode.priority for mode in Mode):
+        rows.labels(priority).set(queue.priorities[priority].rows if queue else _UNKNOWN)
+        oldest.labels(priority).set(
+            queue.priorities[priority].oldest_seconds if queue else _UNKNOWN
+        )
     speed = gauge("vouchsafe_queue_rows_per_second", "Speed, over the last minute of work.")
     speed.set(queue.rows_per_second if queue else _UNKNOWN)
     workers = gauge("vouchsafe_workers", "Workers alive, as the engine knows them.")

@@ -50,7 +50,7 @@ def probes_app(health: Health, exception_handlers: Mapping[Any, Any]) -> FastAPI
 @metrics_route.get("/metrics", response_class=Response)
 async def get_metrics(health: Probe) -> Response:
     """Metrics for Prometheus."""
-    queue, open_jobs = await asyncio.gather(health.queue(), health.open_jobs())
+    queue, open_jobs = await asyncio.gather(health.stats(), health.open_jobs())
     return Response(metrics.exposition(queue, open_jobs), media_type=CONTENT_TYPE_LATEST)
 
 

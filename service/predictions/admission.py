@@ -36,7 +36,7 @@ class Admission:
     setup_rows: int
 
 
-class Door:
+class AdmissionControl:
     """Admits questions by what the engine can take, within the bounds of the settings."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
@@ -74,7 +74,7 @@ class Door:
         # The engine refuses a new job of no digest.
         return Admission(digests[0] if digests else "", setup_rows)
 
-    def forget(self, task: str) -> None:
+    def delete(self, task: str) -> None:
         """The task is gone, or another by now, which is new to the workers too."""
         self._asked.pop(task, None)
 

@@ -22,7 +22,7 @@ from models.certificates import (
     smallest_n_predict,
 )
 from service.config import Settings
-from service.engine.connection import AWAY
+from service.engine.connection import UNREACHABLE
 from service.engine.protocol import RETRY_SECONDS, Engine
 from service.errors import (
     Backlog,
@@ -37,7 +37,7 @@ from service.errors import (
 from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.operations import metrics
 from service.operations.logs import about
-from service.predictions.admission import Admission, Door
+from service.predictions.admission import Admission, AdmissionControl
 from service.predictions.images.reader import ImageLimits, ImageReader
 from service.predictions.results import answer, job_response, problem, total_variation
 from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse
@@ -76,7 +76,7 @@ class Predictions:
             settings.decode_threads,
         )
         self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
-        self._door = Door(settings, engine)
+        self._admission = AdmissionControl(settings, engine)
         self._draining = asyncio.Event()
         self._forgetting: set[asyncio.Task[bool]] = set()
 
@@ -97,7 +97,7 @@ class Predictions:
         bundle = self.bundle(asked.task)
         _check(asked, bundle)
         known = idempotency_key is not None
-        admission = await self._door.admit(asked, bundle, owner, may_be_known=known)
+        admission = await self._admission.admit(asked, bundle, owner, may_be_known=known)
         pixels = await self._reader.read(asked.image, bundle.resolution)
         job = self._job(asked, pixels, bundle, admission, owner, traceparent)
         job_id = await self.engine.submit(
@@ -105,8 +105,10 @@ class Predictions:
         )
         if job_id == job.id:
             self._watch(job)
-            self._door.prepared(job.sigma)
-            if self.tasks.get(asked.task) is not bundle:  # `withdraw` came before it was watched.
+            self._admission.prepared(job.sigma)
+            if (
+                self.tasks.get(asked.task) is not bundle
+            ):  # `cancel_stale` came before it was watched.
                 await self._forget(job_id)  # A key would repeat what its caller did not end.
                 detail = f"The task {as_json(asked.task)} changed as it was asked; ask again"
                 raise TaskNotReady(detail, retry_after=1, task=asked.task)
@@ -178,7 +180,7 @@ class Predictions:
         succeeded = status.state is State.SUCCEEDED
         return job_response(status, self._bundle_of(status.job).labels if succeeded else None)
 
-    async def withdraw(self, task: str) -> None:
+    async def cancel_stale(self, task: str) -> None:
         """Cancel the jobs of a task that is served no more, or not as it was when they were asked.
 
         May be repeated where the engine was out of reach.
@@ -188,9 +190,9 @@ class Predictions:
         for job, _ in list(self._watched.values()):
             if job.task == task and job.task_digest != digest:
                 await self.engine.cancel(job.id)
-        self._door.forget(task)
+        self._admission.delete(task)
         if task not in self.tasks:
-            metrics.forget(task)
+            metrics.delete(task)
 
     def answer(self, status: JobStatus) -> PredictResponse:
         """What an ended job answers.
@@ -275,7 +277,7 @@ class Predictions:
 
     async def _forget(self, job_id: str) -> None:
         """Have the engine forget the job: now, or while nobody waits once it is in reach again."""
-        forgetting = asyncio.create_task(_answered(partial(self.engine.forget, job_id)))
+        forgetting = asyncio.create_task(_answered(partial(self.engine.delete, job_id)))
         self._forgetting.add(forgetting)
         forgetting.add_done_callback(self._forgetting.discard)
         await asyncio.wait({forgetting}, timeout=_AWAY_SECONDS)
@@ -298,10 +300,9 @@ class Predictions:
                 logger.warning("a job failed: %s", error, extra=about([status.job]))
             return
         metrics.QUEUE_SECONDS.observe(told.timing_ms.queue / 1000)
-        metrics.ANSWERS.labels(told.task, told.mode.value).inc()
-        if told.abstained:
-            metrics.ABSTENTIONS.labels(told.task, told.mode.value).inc()
-        elif told.radius is not None:
+        outcome = "abstained" if told.abstained else "answered"
+        metrics.PREDICTIONS.labels(told.task, told.mode.value, outcome).inc()
+        if not told.abstained and told.radius is not None:
             metrics.CERTIFIED_RADIUS.observe(told.radius)
 
 
@@ -316,7 +317,7 @@ async def _answered(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     while True:
         try:
             return await call()
-        except AWAY:
+        except UNREACHABLE:
             await asyncio.sleep(_AWAY_SECONDS)
 
 

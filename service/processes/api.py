@@ -18,7 +18,7 @@ from service.api.app import create_app
 from service.api.problems import render_problem
 from service.background import sleep_or_stop
 from service.config import Settings
-from service.engine.connection import AWAY
+from service.engine.connection import UNREACHABLE
 from service.engine.protocol import RETRY_SECONDS
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -43,7 +43,7 @@ STRANGER = (
 """Why an API process must end."""
 
 
-def frontend(settings: Settings, on_stranger: Callable[[str], None] = logger.error) -> FastAPI:
+def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.error) -> FastAPI:
     """The application over the Redis that the settings name; any number of them share its work.
 
     All of them need the same data directory, for the noise secret and the tasks are in it. Where
@@ -71,7 +71,7 @@ async def _hold_volume(
     async with aclosing(redis):
         volume = await asyncio.to_thread(store.volume)
         while not stop.is_set():
-            with suppress(*AWAY):  # Requests and probes report it.
+            with suppress(*UNREACHABLE):  # Requests and probes report it.
                 if not await is_shared(redis, volume):
                     on_stranger(STRANGER.format(store.jobs.parent))
                     return

@@ -14,7 +14,7 @@ from service.engine.memory import MemoryEngine
 from service.engine.options import EngineOptions
 from service.engine.protocol import Capacity
 from service.errors import TaskUnusable
-from service.processes.runtime import Serving
+from service.processes.runtime import WorkerRuntime
 from service.processes.runtime import leave_if_hung as leave_if_hung
 from service.secrets import load_secret
 from service.tasks.store import Store
@@ -22,7 +22,7 @@ from service.worker.compute import DeviceFailed
 from service.worker.model import ModelUnavailable
 
 
-class Embedded(Serving):
+class Embedded(WorkerRuntime):
     """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker.
 
     `runtime` stands in for the settings' own. Raises RuntimeUnavailable where this machine cannot

@@ -28,7 +28,7 @@ from models.smoothing import (
     numerics,
 )
 from service.config import Settings
-from service.engine.connection import Outage
+from service.engine.connection import ConnectionState
 from service.engine.protocol import Engine
 from service.operations.logs import naming
 from service.tasks.catalog import Catalog
@@ -41,7 +41,7 @@ from service.worker.model_cache import ModelCache
 logger = logging.getLogger("vouchsafe")
 
 
-class Serving:
+class WorkerRuntime:
     """The tasks of this machine and the one worker that answers for them.
 
     `tasks` are the default one and those published in the data directory; `models` has a model for
@@ -65,12 +65,12 @@ class Serving:
         self.failed = False
 
     def _model_cache(self) -> ModelCache:
-        chosen, lanes = numerics(self._runtime)
+        chosen, cpu_threads = numerics(self._runtime)
         settings = self.settings
         load_one = partial(
             load_and_warm,
             runtime=self._runtime,
-            lanes=lanes,
+            cpu_threads=cpu_threads,
             models_dir=settings.models_folder,
             beside_adaptation=settings.redis_url is None or settings.run_adaptation_jobs,
         )
@@ -78,7 +78,7 @@ class Serving:
             self.tasks,
             BatchShapes(load_one, chosen.batch_rows),
             chosen,
-            lanes,
+            cpu_threads,
             settings.model_cache_size,
             self.thread.patient,
         )
@@ -132,7 +132,11 @@ class Serving:
             stopping.cancel()
 
     async def work(
-        self, engine: Engine, worker_id: str, stop: asyncio.Event, outage: Outage | None = None
+        self,
+        engine: Engine,
+        worker_id: str,
+        stop: asyncio.Event,
+        connection_state: ConnectionState | None = None,
     ) -> None:
         """Work for `engine` until `stop`; see `service.worker.loop.work`."""
         if not stop.is_set():
@@ -143,7 +147,7 @@ class Serving:
                 stop=stop,
                 thread=self.thread,
                 lease_seconds=self.settings.lease_seconds,
-                outage=outage,
+                connection_state=connection_state,
             )
 
 
@@ -154,7 +158,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def leave_if_hung(serving: Serving) -> None:
+def leave_if_hung(serving: WorkerRuntime) -> None:
     """Exit with 1 where the worker failed, and with 0 where its thread alone is left behind."""
     if serving.failed or serving.thread.busy:
         leave(1 if serving.failed else 0)
@@ -165,7 +169,7 @@ def load_and_warm(
     batch_rows: int,
     *,
     runtime: Runtime,
-    lanes: int,
+    cpu_threads: int,
     models_dir: Path | None = None,
     beside_adaptation: bool = False,
 ) -> SmoothedModel:
@@ -177,7 +181,11 @@ def load_and_warm(
     """
     with _uncollected():
         model = load(
-            bundle, batch_rows=batch_rows, runtime=runtime, lanes=lanes, models_dir=models_dir
+            bundle,
+            batch_rows=batch_rows,
+            runtime=runtime,
+            cpu_threads=cpu_threads,
+            models_dir=models_dir,
         )
         half = model.batch_rows // 2
         one, two, three = warm_up(bundle.resolution, half)

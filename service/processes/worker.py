@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from service.api.problems import PROBLEM_HANDLERS
 from service.background import BackgroundTask, BackgroundTasks
 from service.config import Settings
-from service.engine.connection import EngineAway, Reach
+from service.engine.connection import EngineConnection, EngineUnreachable
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.requirements import RedisUnsuitable, check_server
@@ -24,7 +24,7 @@ from service.operations import metrics
 from service.operations.health import Health
 from service.operations.probes import probes_app
 from service.operations.server import SideServer
-from service.processes.runtime import Serving
+from service.processes.runtime import WorkerRuntime
 from service.tasks.lock import RedisLocks
 from service.tasks.repository import TaskRepository
 from service.tasks.supervisor import Supervisor
@@ -36,24 +36,24 @@ GRACE_SECONDS = 20.0
 _CLOSING_SECONDS = 2.0
 
 
-class FleetWorker:
+class WorkerProcess:
     """Works until it is told to stop or its device fails; needs no secret of the service.
 
     Beside it, the fleet's adaptation jobs are run where the settings say so. Raises RedisUnsuitable
-    where VOUCHSAFE_REDIS_URL is missing or is no URL, and what `Serving` raises.
+    where VOUCHSAFE_REDIS_URL is missing or is no URL, and what `WorkerRuntime` raises.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._engine, self._url = _engine(settings)
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.serving = Serving(settings)
+        self.serving = WorkerRuntime(settings)
         self._stop = asyncio.Event()
         self._begun = asyncio.Event()
         self._error: Exception | None = None
-        self._reach = Reach()
+        self._connection = EngineConnection()
         follow = partial(self.serving.tasks.follow, gone=self._forget)
         background: list[BackgroundTask] = [self._work, follow]
-        self._locks = RedisLocks(connect(self._url.get_secret_value()), self._reach)
+        self._locks = RedisLocks(connect(self._url.get_secret_value()), self._connection)
         if settings.run_adaptation_jobs:
             supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
             logger.info("adaptation jobs are taken from %s", settings.data_dir.resolve())
@@ -64,7 +64,7 @@ class FleetWorker:
             self.serving.tasks,
             self._background,
             self._waiting_for,
-            self._reach.outage,
+            self._connection.state,
         )
 
     async def run(self, host: str, port: int | None) -> None:
@@ -91,7 +91,7 @@ class FleetWorker:
     def stop(self) -> None:
         """Finish the batch in hand, hand back the rest, and return from `run`."""
         self._stop.set()
-        self._reach.leave()
+        self._connection.leave()
 
     async def _work(self, stop: asyncio.Event) -> None:
         """The background task that the process lives for; its error is the process's."""
@@ -101,13 +101,13 @@ class FleetWorker:
                 await self.serving.load_default(stop)
                 failures = 0
                 while not reached and not stop.is_set():
-                    await self._reach.pause(failures)
+                    await self._connection.pause(failures)
                     failures += 1
                     reached = await self._reaches()
                 if not stop.is_set():
                     logger.info("worker %s begins", self.id)
                     self._begun.set()
-                await self.serving.work(self._engine, self.id, stop, self._reach.outage)
+                await self.serving.work(self._engine, self.id, stop, self._connection.state)
         except Exception as error:
             self._error = error
         finally:
@@ -128,19 +128,19 @@ class FleetWorker:
     async def _reaches(self) -> bool:
         """Whether Redis answers; raises RedisUnsuitable where it does and cannot be used."""
         try:
-            await self._reach.ask(check_server(self._url, self._engine))
-        except EngineAway:
+            await self._connection.ask(check_server(self._url, self._engine))
+        except EngineUnreachable:
             return False
         return True
 
     def _waiting_for(self) -> str:
-        if self._reach.outage.lasts:
+        if self._connection.state.is_down:
             return "the engine does not answer"
         return self.serving.waiting_for()
 
     async def _forget(self, task: str) -> None:
         if task not in self.serving.tasks:
-            metrics.forget(task)
+            metrics.delete(task)
 
     async def _close(self) -> None:
         try:

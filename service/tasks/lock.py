@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError
 
-from service.engine.connection import EngineAway, Reach
+from service.engine.connection import EngineConnection, EngineUnreachable
 from service.engine.redis.client import answered
 from service.engine.redis.engine import PREFIX
 from service.operations.logs import naming
@@ -46,7 +46,7 @@ class Locks(Protocol):
     silence: float | None
 
     def acquire(self, task_id: str) -> AbstractAsyncContextManager[HeldLock | None]:
-        """Hold a job's lock; None where another process has it. Raises EngineAway."""
+        """Hold a job's lock; None where another process has it. Raises EngineUnreachable."""
 
 
 class LocalLocks:
@@ -70,14 +70,14 @@ class RedisLocks:
     def __init__(
         self,
         redis: Redis,
-        reach: Reach | None = None,
+        connection: EngineConnection | None = None,
         *,
         seconds: float = LOCK_SECONDS,
         prefix: str = PREFIX,
     ) -> None:
         self.silence: float | None = seconds * SILENCE
         self._redis = redis
-        self._reach = reach or Reach()
+        self._connection = connection or EngineConnection()
         self._seconds = seconds
         self._prefix = prefix
 
@@ -87,7 +87,7 @@ class RedisLocks:
         name = f"{self._prefix}adaptation:{task_id}"
         lock = self._redis.lock(name, timeout=self._seconds, blocking=False, thread_local=False)
         held = HeldLock(time.monotonic() + self._seconds * KEEP)
-        if not await self._reach.ask(lock.acquire()):
+        if not await self._connection.ask(lock.acquire()):
             yield None
             return
         extending = asyncio.create_task(self._extend(lock, held, task_id))
@@ -96,8 +96,8 @@ class RedisLocks:
         finally:
             extending.cancel()
             await asyncio.wait({extending})
-            with suppress(EngineAway):  # It expires then.
-                await self._reach.ask(_owned(lock.release()))
+            with suppress(EngineUnreachable):  # It expires then.
+                await self._connection.ask(_owned(lock.release()))
 
     async def close(self) -> None:
         """Close every connection."""
@@ -108,8 +108,8 @@ class RedisLocks:
         while held.is_held:
             await asyncio.sleep(self._seconds * EXTEND)
             asked = time.monotonic()
-            with suppress(EngineAway):
-                is_owned = await self._reach.ask(answered(_owned(lock.reacquire())))
+            with suppress(EngineUnreachable):
+                is_owned = await self._connection.ask(answered(_owned(lock.reacquire())))
                 held.until = asked + self._seconds * KEEP if is_owned else 0.0
         logger.warning("the lock of job %s is lost", task_id, extra=naming(task_id=task_id))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.adaptation.plan import Status
 from service.background import sleep_or_stop
-from service.engine.connection import EngineAway
+from service.engine.connection import EngineUnreachable
 from service.operations import metrics
 from service.operations.logs import naming
 from service.tasks.lock import HeldLock, LocalLocks, Locks
@@ -51,7 +51,7 @@ class Supervisor:
                     swept = True
                 while await self._run_first(stop):
                     pass
-            except EngineAway:
+            except EngineUnreachable:
                 pass  # It is logged as Redis goes down.
             except Exception:
                 logger.exception("adaptation jobs cannot be looked after; trying again")

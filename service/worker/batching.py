@@ -40,7 +40,7 @@ class _Entry:
 class Packer:
     """Fills batches of at most `batch_rows` rows from many leases, oldest first.
 
-    A solitary lease, or one put back as `alone`, never shares a batch.
+    An isolated lease, or one put back as `alone`, never shares a batch.
     """
 
     def __init__(self, batch_rows: int) -> None:
@@ -65,7 +65,7 @@ class Packer:
             lease=lease,
             todo=deque([(lease.shard.start, lease.shard.stop)]),
             counts=np.zeros(lease.job.classes, np.int64),
-            alone=lease.solitary,
+            alone=lease.isolated,
         )
 
     def next_batch(self) -> list[Slice]:

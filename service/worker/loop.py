@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 
 from models.memory import let_go_of
 from models.rows import Rows
-from service.engine.connection import LEAVING_SECONDS, EngineAway, Outage, Reach
+from service.engine.connection import (
+    LEAVING_SECONDS,
+    ConnectionState,
+    EngineConnection,
+    EngineUnreachable,
+)
 from service.engine.protocol import Engine
 from service.worker.batch_metrics import about_batch, measure
 from service.worker.batching import Slice
@@ -37,7 +42,7 @@ async def work(
     stop: asyncio.Event,
     thread: ComputeThread,
     lease_seconds: float = 30.0,
-    outage: Outage | None = None,
+    connection_state: ConnectionState | None = None,
 ) -> None:
     """Serve `models` (by task; read again at every pull) until `stop`.
 
@@ -46,14 +51,14 @@ async def work(
 
     On `stop` the current batch is finished and committed and the rest is released. An engine that
     does not answer may delay that by some seconds. Errors of the engine are waited out and
-    reported to `outage`.
+    reported to `connection_state`.
 
     Raises DeviceFailed where the device hangs, is broken, or ran out of memory. All but the batch
     being computed is released then. That batch has failed; where the device hangs or broke, its
     leases expire instead.
     """
-    reach = Reach(outage)
-    await _Loop(engine, models, worker_id, stop, thread, lease_seconds, reach).run()
+    connection = EngineConnection(connection_state)
+    await _Loop(engine, models, worker_id, stop, thread, lease_seconds, connection).run()
 
 
 class _Loop:
@@ -65,18 +70,18 @@ class _Loop:
         stop: asyncio.Event,
         thread: ComputeThread,
         lease_seconds: float,
-        reach: Reach,
+        connection: EngineConnection,
     ) -> None:
         self._engine = engine
         self._models = models
         self._stop = stop
         self._thread = thread
         self._slow_seconds = lease_seconds / 3
-        self._reach = reach
+        self._connection = connection
         self._in_flight = InFlight()
-        self._reporter = Reporter(engine, reach, lease_seconds)
+        self._reporter = Reporter(engine, connection, lease_seconds)
         self._prefetcher = Prefetcher(
-            engine, reach, models, worker_id, self._in_flight, self._reporter
+            engine, connection, models, worker_id, self._in_flight, self._reporter
         )
         self._slow_tasks: set[str] = set()  # whose last batch was slow
 
@@ -86,29 +91,29 @@ class _Loop:
             await self._run_until_leaving()
         finally:
             leaving.cancel()
-            self._reach.leave()
+            self._connection.leave()
             await self._reporter.finish(2 * LEAVING_SECONDS, self._prefetcher.pulling)
             await self._reporter.release_now(self._in_flight.leases)
 
     async def _leave_on_stop(self) -> None:
         await self._stop.wait()
-        self._reach.leave()
+        self._connection.leave()
 
     async def _run_until_leaving(self) -> None:
         """Repeat the step; after an error of the engine a pause is made before the next."""
         failures = 0
-        while not self._reach.leaving.is_set():
+        while not self._connection.leaving.is_set():
             try:
                 await self._step()
                 failures = 0
                 continue
             except DeviceFailed:
                 raise
-            except EngineAway:
+            except EngineUnreachable:
                 pass
             except Exception:
                 logger.exception("a step of the worker failed; trying again")
-            await self._reach.pause(failures)
+            await self._connection.pause(failures)
             failures += 1
 
     async def _step(self) -> None:
@@ -146,7 +151,7 @@ class _Loop:
         """Start the batch; False where some leases were lost and dropped, so that more may fit."""
         leases = leases_of(batch)
         try:
-            held = await self._reach.ask(self._engine.start(leases))
+            held = await self._connection.ask(self._engine.start(leases))
         except BaseException:
             task.packer.put_back(batch)
             raise
@@ -211,7 +216,7 @@ class _Loop:
         try:
             await self._renew()
             await self._prefetcher.announce()
-        except EngineAway:
+        except EngineUnreachable:
             return
         except Exception:
             logger.exception("the leases could not be renewed")
@@ -219,7 +224,7 @@ class _Loop:
     async def _renew(self, older_than: float = 0.0) -> None:
         """Extend the leases that are so many seconds old, and drop those that were lost."""
         if leases := self._in_flight.older_than(older_than):
-            self._in_flight.keep(leases, await self._reach.ask(self._engine.renew(leases)))
+            self._in_flight.keep(leases, await self._connection.ask(self._engine.renew(leases)))
 
     def _drop(self, task: TaskBatch, batch: Sequence[Slice], error: Exception | None) -> None:
         """Report the batch's leases as failed.

@@ -35,7 +35,7 @@ LOAD_SECONDS = 1_800.0
 class ModelCache(Mapping[str, "TaskModel"]):
     """A model for every task in `tasks`, which may change at any time.
 
-    `shapes` loads networks, for batches of at most the rows in `numerics`, in so many `lanes`.
+    `shapes` loads networks, for batches of at most the rows in `numerics`, in `cpu_threads`.
     Networks of `max_loaded` tasks stay loaded beside the default one's. `patient` is the compute
     thread's own.
 
@@ -47,14 +47,14 @@ class ModelCache(Mapping[str, "TaskModel"]):
         tasks: Mapping[str, Bundle],
         shapes: BatchShapes,
         numerics: Numerics,
-        lanes: int,
+        cpu_threads: int,
         max_loaded: int,
         patient: Callable[[float], AbstractContextManager[None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.shapes = shapes
         self.numerics = numerics
-        self.lanes = lanes
+        self.cpu_threads = cpu_threads
         self.patient = patient
         self.clock = clock
         self._tasks = tasks
@@ -202,5 +202,5 @@ class TaskModel:
 
     def _serve_under(self, numerics: Numerics) -> None:
         self.numerics = numerics
-        self.batch_rows = numerics.device_rows(self._cache.lanes)
+        self.batch_rows = numerics.device_rows(self._cache.cpu_threads)
         self.digest = self.bundle.served_digest(numerics.described())

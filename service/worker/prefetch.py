@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 
-from service.engine.connection import Reach
+from service.engine.connection import EngineConnection
 from service.engine.limits import distinct
 from service.engine.protocol import Engine, Worker
 from service.worker.in_flight import InFlight
@@ -23,7 +23,7 @@ class Prefetcher:
     def __init__(
         self,
         engine: Engine,
-        reach: Reach,
+        connection: EngineConnection,
         models: Mapping[str, Model],
         worker_id: str,
         in_flight: InFlight,
@@ -32,7 +32,7 @@ class Prefetcher:
         self.last_task: str | None = None
         self.pulling: asyncio.Task[None] | None = None
         self._engine = engine
-        self._reach = reach
+        self._connection = connection
         self._models = models
         self._worker_id = worker_id
         self._in_flight = in_flight
@@ -69,7 +69,7 @@ class Prefetcher:
 
     async def announce(self) -> None:
         """Announce the worker, and lease nothing."""
-        await self._reach.ask(self._engine.pull(self._worker(), 0))
+        await self._connection.ask(self._engine.pull(self._worker(), 0))
 
     @property
     def _missing_rows(self) -> int:
@@ -88,7 +88,7 @@ class Prefetcher:
 
     async def _pull(self) -> None:
         began, rows = time.monotonic(), max(1, self._missing_rows)
-        leases = await self._reach.ask(self._engine.pull(self._worker(), rows, self.last_task))
+        leases = await self._connection.ask(self._engine.pull(self._worker(), rows, self.last_task))
         stale = []
         for lease in leases:
             model = self._models.get(lease.job.task)

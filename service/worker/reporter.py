@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.connection import EngineAway, Reach
+from service.engine.connection import EngineConnection, EngineUnreachable
 from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
 from service.errors import Problem, ShardDead, TaskUnusable
 from service.operations import metrics
@@ -23,9 +23,9 @@ logger = logging.getLogger("vouchsafe.worker")
 class Reporter:
     """Reports of one worker, each sent in a coroutine of its own and repeated for `seconds`."""
 
-    def __init__(self, engine: Engine, reach: Reach, seconds: float) -> None:
+    def __init__(self, engine: Engine, connection: EngineConnection, seconds: float) -> None:
         self._engine = engine
-        self._reach = reach
+        self._connection = connection
         self._seconds = seconds
         self._reports: set[asyncio.Task[None]] = set()
 
@@ -54,8 +54,8 @@ class Reporter:
         if not leases:
             return
         try:
-            await self._reach.insist(lambda: self._engine.release(leases), self._seconds)
-        except EngineAway:
+            await self._connection.insist(lambda: self._engine.release(leases), self._seconds)
+        except EngineUnreachable:
             logger.warning("%d shards go back only when their leases expire", len(leases))
             metrics.SHARDS.labels(outcome="lost").inc(len(leases))
         except Exception:
@@ -65,7 +65,7 @@ class Reporter:
 
     async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
         try:
-            counted = await self._reach.insist(
+            counted = await self._connection.insist(
                 lambda: self._engine.commit(lease, counts.tolist()), self._seconds
             )
         except ValueError as error:
@@ -75,7 +75,7 @@ class Reporter:
             metrics.SHARDS.labels(outcome="committed" if counted else "refused").inc()
 
     async def _fail(self, lease: Lease, problem: Problem) -> None:
-        await self._reach.insist(
+        await self._connection.insist(
             lambda: self._engine.fail(lease, problem.document()), self._seconds
         )
         metrics.SHARDS.labels(outcome="failed").inc()
@@ -97,7 +97,7 @@ def _problem(lease: Lease, error: Exception) -> Problem:
 async def _logged(report: Coroutine[Any, Any, None]) -> None:
     try:
         await report
-    except (EngineAway, asyncio.CancelledError):
+    except (EngineUnreachable, asyncio.CancelledError):
         metrics.SHARDS.labels(outcome="lost").inc()
     except Exception:
         logger.exception("the outcome of a shard could not be reported")

@@ -22,7 +22,7 @@ from benchmarks.fleet import (
     LONG,
     ROOT,
     SERVED,
-    WorkerProcess,
+    RunningWorker,
     default_model,
     engine_at,
     question,
@@ -38,7 +38,7 @@ from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.jobs import State
 from service.processes.embedded import Embedded
-from service.processes.runtime import Serving
+from service.processes.runtime import WorkerRuntime
 from tests.support.fleet import assert_counted_exactly, last_status, rows_done
 from tests.unit.operations.test_tracing import TRACE, VALID
 from tests.unit.tasks.test_catalog import put
@@ -63,9 +63,9 @@ class Workers:
 
     def __init__(self, folder: Path, url: str, stack: ExitStack) -> None:
         self._folder, self._url, self._stack = folder, url, stack
-        self._last: WorkerProcess | None = None
+        self._last: RunningWorker | None = None
 
-    def one(self) -> WorkerProcess:
+    def one(self) -> RunningWorker:
         """A worker that is ready."""
         if self._last is None or self._last.process.poll() is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -84,7 +84,7 @@ def workers(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def worker(workers: Workers) -> WorkerProcess:
+def worker(workers: Workers) -> RunningWorker:
     """A worker that is ready and idle."""
     return workers.one()
 
@@ -113,7 +113,7 @@ def model() -> SmoothedModel:
 
 
 async def test_answers_are_the_embedded_engines(
-    worker: WorkerProcess, engine: RedisEngine, tmp_path: Path
+    worker: RunningWorker, engine: RedisEngine, tmp_path: Path
 ) -> None:
     """The same job, under the same key, has the same votes from a fleet as from one process."""
     embedded, stop = Embedded(Settings(data_dir=tmp_path)), asyncio.Event()
@@ -130,7 +130,7 @@ async def test_answers_are_the_embedded_engines(
     await working
 
 
-async def test_rows_are_counted_in_its_metrics(worker: WorkerProcess, engine: RedisEngine) -> None:
+async def test_rows_are_counted_in_its_metrics(worker: RunningWorker, engine: RedisEngine) -> None:
     """/metrics counts the rows that this process computed, and tells how the queue stands."""
     series = 'vouchsafe_rows_total{task="default"}'
     before = worker.metric(series)
@@ -138,15 +138,15 @@ async def test_rows_are_counted_in_its_metrics(worker: WorkerProcess, engine: Re
     assert (await last_status(engine, "measured")).state is State.SUCCEEDED
     assert worker.metric(series) == before + 60
     for lane in ("hi", "lo"):
-        assert worker.metric(f'vouchsafe_queue_rows{{lane="{lane}"}}') == 0
-        assert worker.metric(f'vouchsafe_queue_oldest_seconds{{lane="{lane}"}}') == 0
+        assert worker.metric(f'vouchsafe_queue_rows{{priority="{lane}"}}') == 0
+        assert worker.metric(f'vouchsafe_queue_oldest_seconds{{priority="{lane}"}}') == 0
     assert worker.metric("vouchsafe_queue_rows_per_second") > 0
     assert worker.metric("vouchsafe_workers") >= 1
     for name in ("vouchsafe_engine_up", "vouchsafe_redis_persistence_up"):
         assert worker.metric(name) == 1
 
 
-async def test_its_log_names_jobs_and_traces(worker: WorkerProcess, engine: RedisEngine) -> None:
+async def test_its_log_names_jobs_and_traces(worker: RunningWorker, engine: RedisEngine) -> None:
     """Every line is a JSON object, and batches are found by the trace of the request."""
     await engine.submit(replace(question("traced"), traceparent=VALID))
     assert (await last_status(engine, "traced")).state is State.SUCCEEDED
@@ -157,7 +157,7 @@ async def test_its_log_names_jobs_and_traces(worker: WorkerProcess, engine: Redi
     assert {record["level"] for record in batches} == {"DEBUG"}
 
 
-def test_probes_tell_how_it_is(worker: WorkerProcess) -> None:
+def test_probes_tell_how_it_is(worker: RunningWorker) -> None:
     """The process lives, has started, and is ready; what is no probe is a problem document."""
     for path in ("/livez", "/startupz", "/readyz"):
         assert worker.probe(path) == {"status": "ok", "detail": ""}
@@ -165,7 +165,7 @@ def test_probes_tell_how_it_is(worker: WorkerProcess) -> None:
 
 
 async def test_tasks_come_and_go_while_it_runs(
-    worker: WorkerProcess, engine: RedisEngine, model: SmoothedModel
+    worker: RunningWorker, engine: RedisEngine, model: SmoothedModel
 ) -> None:
     """A task that is published is served without a restart, and one that is removed is dropped."""
     tasks = worker.log.parent / "data" / "tasks"
@@ -192,7 +192,7 @@ async def test_tasks_come_and_go_while_it_runs(
 
 
 async def test_work_under_other_numerics_is_left_to_others(
-    worker: WorkerProcess, engine: RedisEngine
+    worker: RunningWorker, engine: RedisEngine
 ) -> None:
     """A job keyed for another digest waits for a worker that announces it, however idle others."""
     other = Worker("another-machine", {"default": "e" * 64})
@@ -207,7 +207,7 @@ async def test_work_under_other_numerics_is_left_to_others(
     await engine.cancel("theirs")
 
 
-def test_it_has_no_secret(worker: WorkerProcess) -> None:
+def test_it_has_no_secret(worker: RunningWorker) -> None:
     """Whatever it computed, the worker made no noise secret and wrote nothing."""
     data = worker.log.parent / "data"
     assert [path for path in data.rglob("*") if path.is_file()] == []
@@ -218,7 +218,7 @@ def test_it_has_no_secret(worker: WorkerProcess) -> None:
 
 async def test_work_outlives_its_workers(
     server: RedisServer,
-    worker: WorkerProcess,
+    worker: RunningWorker,
     engine: RedisEngine,
     tmp_path: Path,
     model: SmoothedModel,
@@ -246,7 +246,7 @@ async def test_work_outlives_its_workers(
     await redis.aclose()
 
 
-async def test_told_to_stop_it_hands_back(worker: WorkerProcess, engine: RedisEngine) -> None:
+async def test_told_to_stop_it_hands_back(worker: RunningWorker, engine: RedisEngine) -> None:
     """SIGTERM in the middle of a job: exit 0, and all that is not counted is there to be taken."""
     await engine.submit(question("longer", n=50_000))
     await _until_rows(engine, "longer")
@@ -276,7 +276,10 @@ async def test_outages_are_waited_out(
             await engine.submit(question(f"after-{outage}"))
             assert_counted_exactly(await last_status(engine, f"after-{outage}"), model)
             await engine.close()
-            assert (worker.said().count(lost), worker.said().count(back)) == (outage, outage)
+            assert (worker.said().count(lost), worker.said().count(back)) == (
+                outage,
+                outage,
+            )
             own_server.kill()
             told = lambda: worker.said().count(lost) > outage  # noqa: B023, E731
             await asyncio.to_thread(worker.until, told)
@@ -378,7 +381,7 @@ def test_what_it_cannot_work_with_is_told(server: RedisServer, tmp_path: Path) -
 
 def test_ill_device_is_not_ready(tmp_path: Path) -> None:
     """Readiness names a device that is broken, and networks that are not loaded."""
-    serving = Serving(Settings(data_dir=tmp_path))
+    serving = WorkerRuntime(Settings(data_dir=tmp_path))
     assert serving.waiting_for() == "the default task's networks are not loaded yet"
     serving.thread.declare_broken()
     assert serving.waiting_for() == "the device hangs or is broken"

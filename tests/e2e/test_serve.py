@@ -145,7 +145,7 @@ def test_told_to_stop_it_lets_waiting_callers_go(tmp_path: Path) -> None:
 
 
 def test_it_stays_within_its_memory(tmp_path: Path) -> None:
-    """Serving a certification takes less than 1.5 GB of resident memory at any time."""
+    """WorkerRuntime a certification takes less than 1.5 GB of resident memory at any time."""
     with serving(tmp_path / "data") as (url, process):
         answer = httpx.post(
             f"{url}/predict", files={"image": png(1)}, data={"n": "200"}, timeout=120

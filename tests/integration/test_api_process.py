@@ -27,7 +27,7 @@ from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.processes import api
-from service.processes.api import frontend
+from service.processes.api import create_api
 from tests.support.serving import NUMERICS, PNG, problem
 from tests.unit.operations.test_tracing import TRACE, VALID
 
@@ -175,7 +175,7 @@ async def test_another_process_knows_the_job(
     own_server: RedisServer, voter: Voter, tmp_path: Path
 ) -> None:
     """An API that is gone in the middle of a job leaves it to the next one, which answers."""
-    first, second = (frontend(settings(own_server, tmp_path)) for _ in range(2))
+    first, second = (create_api(settings(own_server, tmp_path)) for _ in range(2))
     async with running(first) as client:
         await until_served(client)
         accepted = await ask(client, "respond-async")
@@ -195,7 +195,7 @@ async def test_redis_out_of_reach_is_a_problem(
 ) -> None:
     """Every route says 503 with Retry-After, readiness goes, and both come back with Redis."""
     voter.open.set()
-    async with running(frontend(settings(own_server, tmp_path))) as client:
+    async with running(create_api(settings(own_server, tmp_path))) as client:
         await until_served(client)
         own_server.kill()
         refused, models, probed = await asyncio.gather(
@@ -218,7 +218,7 @@ async def test_redis_that_hangs_is_a_problem_soon(
 ) -> None:
     """A Redis that takes calls and answers none holds callers for some seconds, not for minutes."""
     voter.open.set()
-    async with running(frontend(settings(own_server, tmp_path))) as client:
+    async with running(create_api(settings(own_server, tmp_path))) as client:
         await until_served(client)
         own_server.send(signal.SIGSTOP)
         async with asyncio.timeout(40):
@@ -241,13 +241,13 @@ async def test_api_with_another_directory(own_server: RedisServer, tmp_path: Pat
         async def is_told() -> bool:
             return bool(told)
 
-        async with running(frontend(settings(own_server, tmp_path), told.append)):
+        async with running(create_api(settings(own_server, tmp_path), told.append)):
             await until(is_held)
             held = await redis.get(api.VOLUME)
-        async with running(frontend(other, told.append)):
+        async with running(create_api(other, told.append)):
             await until(is_told)
         await redis.expire(api.VOLUME, 60)
-        async with running(frontend(settings(own_server, tmp_path), told.append)):
+        async with running(create_api(settings(own_server, tmp_path), told.append)):
             async with asyncio.timeout(60):
                 while await redis.ttl(api.VOLUME) <= 60:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
@@ -295,7 +295,7 @@ async def test_answers_are_told_again_without_a_worker(
     """A retry finds its answer though every worker is gone; a new question is refused."""
     voter.open.set()
     retry = {"Idempotency-Key": "once"}
-    async with running(frontend(settings(own_server, tmp_path))) as client:
+    async with running(create_api(settings(own_server, tmp_path))) as client:
         await until_served(client)
         image = {"image": ("i.png", PNG)}
         first = await client.post("/predict", files=image, headers=retry)

@@ -73,10 +73,10 @@ async def test_a_watch_tells_a_lost_job_from_a_cancelled_one(fleet: Fleet) -> No
     for job_id in seen:
         await engine.submit(make_job(job_id))
     watching = asyncio.gather(*map(watch, seen))
-    await steady(engine._listener)
+    await steady(engine._subscriber)
     await soon(lambda: all(seen.values()))
     async with asyncio.timeout(60):
-        await engine.forget("deleted")
+        await engine.delete("deleted")
         await fleet.redis.delete(f"{fleet.prefix}job:lost")
         await fleet.redis.publish(f"{fleet.prefix}changed:lost", "")
         await watching

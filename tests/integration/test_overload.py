@@ -19,7 +19,7 @@ from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.jobs import Mode
-from service.processes.api import frontend
+from service.processes.api import create_api
 from tests.support.serving import NUMERICS
 
 KEYS = ("key-of-ann", "key-of-bob", "key-of-cyd")
@@ -78,7 +78,7 @@ async def fleet(
         }
     )
     worker = PacedWorker(RedisEngine.from_settings(settings), **paced)  # type: ignore[arg-type]
-    app = frontend(settings)
+    app = create_api(settings)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     client = httpx.AsyncClient(transport=transport, base_url="http://service", timeout=90)
     async with app.router.lifespan_context(app), client:

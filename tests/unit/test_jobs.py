@@ -162,7 +162,7 @@ def test_domains_have_keys_of_their_own() -> None:
 
 def test_predict_jobs_travel_in_the_fast_lane() -> None:
     """PREDICT is `hi` and CERTIFY is `lo`."""
-    assert (Mode.PREDICT.lane, Mode.CERTIFY.lane) == ("hi", "lo")
+    assert (Mode.PREDICT.priority, Mode.CERTIFY.priority) == ("hi", "lo")
 
 
 def test_three_states_are_final() -> None:

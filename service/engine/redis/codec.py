@@ -65,9 +65,9 @@ def numerics_of(announcements: Sequence[tuple[bytes, int]]) -> Iterator[Mapping[
 
 def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
     """The lease of `job` that pull.lua returned."""
-    _, index, domain, start, stop, solitary, token = taken
+    _, index, domain, start, stop, isolated, token = taken
     shard = Shard(int(index), Domain(domain.decode()), int(start), int(stop))
-    return Lease(job, shard, token.decode(), bool(solitary))
+    return Lease(job, shard, token.decode(), bool(isolated))
 
 
 def shards_of(fields: Fields) -> tuple[Shard, ...]:

@@ -27,11 +27,11 @@ from service.engine.limits import (
 from service.engine.options import EngineOptions
 from service.engine.protocol import (
     FAILURES_ALLOWED,
-    SOLITARY_DEATHS_ALLOWED,
+    ISOLATED_CRASHES_ALLOWED,
     Capacity,
-    LaneState,
+    EngineStats,
     Lease,
-    QueueState,
+    PriorityState,
     Worker,
     checked_counts,
     rows_per_second,
@@ -50,7 +50,7 @@ from service.engine.redis.codec import (
 )
 from service.engine.redis.puller import Puller
 from service.engine.redis.reconciler import reconcile
-from service.engine.redis.subscriber import Listener
+from service.engine.redis.subscriber import Subscriber
 from service.engine.scheduling import FAST_PULLS
 from service.jobs import Job, JobStatus, State, canonical_json
 
@@ -103,11 +103,11 @@ class RedisEngine:
             "fast_pulls": FAST_PULLS,
             "unserved_ms": _milliseconds(options.unserved_seconds),
             "failures_allowed": FAILURES_ALLOWED,
-            "deaths_allowed": SOLITARY_DEATHS_ALLOWED,
+            "deaths_allowed": ISOLATED_CRASHES_ALLOWED,
             "dead_letters": _DEAD_LETTERS,
         }
         self._scripts = Scripts(redis, prefix, terms, clock)
-        self._listener = Listener(redis, f"{prefix}arrived")
+        self._subscriber = Subscriber(redis, f"{prefix}arrived")
         self._puller = Puller(redis, self._scripts, prefix, options.starvation_seconds)
         self._reconciled = float("-inf")
         self._reconciling: asyncio.Task[None] | None = None
@@ -157,7 +157,7 @@ class RedisEngine:
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
         self._reconcile_if_due()
         while True:
-            arrival = self._listener.always.next_ring
+            arrival = self._subscriber.always.next
             leases = await self._puller.take(worker, rows, prefer_task)
             if leases or not rows:
                 return leases
@@ -200,16 +200,16 @@ class RedisEngine:
         """Drop what is left of a job; False where it had ended or is unknown."""
         return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
 
-    async def forget(self, job_id: str) -> bool:
+    async def delete(self, job_id: str) -> bool:
         """Cancel a job and erase it, image and all; False where it is unknown."""
-        return bool(await self._scripts.run("forget", job_id))
+        return bool(await self._scripts.run("delete", job_id))
 
     async def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
         """The job's status now and at every change; see Engine."""
         last = None
-        async with self._listener.listening(f"{self._prefix}changed:{job_id}") as bell:
+        async with self._subscriber.listening(f"{self._prefix}changed:{job_id}") as signal:
             while True:
-                change = bell.next_ring
+                change = signal.next
                 status = await self.status(job_id)
                 if status is None and last is not None and await self._was_cancelled(job_id):
                     status = replace(last, state=State.CANCELLED, finished=time.time())
@@ -221,7 +221,7 @@ class RedisEngine:
                     return
                 last = status
                 wait = self._poll_seconds
-                if self._listener.steady:
+                if self._subscriber.steady:
                     wait = max(wait, _STEADY_POLL_SECONDS)
                 await _rings_by(change, asyncio.get_running_loop().time() + wait)
 
@@ -243,12 +243,12 @@ class RedisEngine:
             numerics=distinct(numerics_of(announcements)),
         )
 
-    async def queue(self) -> QueueState:
+    async def stats(self) -> EngineStats:
         """How things stand in the queue; see Engine."""
-        (fast, slow), (rows, seconds), workers, dead = await self._scripts.run("queue")
-        return QueueState(
-            lanes={
-                name: LaneState(int(lane[0]), float(lane[1]))
+        (fast, slow), (rows, seconds), workers, dead = await self._scripts.run("stats")
+        return EngineStats(
+            priorities={
+                name: PriorityState(int(lane[0]), float(lane[1]))
                 for name, lane in (("hi", fast), ("lo", slow))
             },
             rows_per_second=rows_per_second(int(rows), float(seconds)),
@@ -270,7 +270,7 @@ class RedisEngine:
         if self._reconciling is not None:
             self._reconciling.cancel()
             await asyncio.wait({self._reconciling})
-        await self._listener.close()
+        await self._subscriber.close()
         await self._scripts.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from service.engine.protocol import Lease, Worker
 from service.engine.redis.client import Scripts, answered
 from service.engine.redis.codec import lease_of, line_of, lost
-from service.engine.scheduling import Offer, next_offer
+from service.engine.scheduling import Candidate, next_offer
 from service.jobs import Job, State, canonical_json
 
 
@@ -39,7 +39,9 @@ class Puller:
             jobs = {name: await self._job(name.decode()) for name, *_ in taken}
             if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
                 return leases
-            offers = [Offer(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting]
+            offers = [
+                Candidate(tasks[at], bool(fast), float(waited)) for at, fast, waited in waiting
+            ]
             offer = next_offer(offers, prefer_task, self._starvation_seconds)
             if offer is None and not (taken or chosen):
                 return []

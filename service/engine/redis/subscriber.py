@@ -14,7 +14,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from service.engine.redis.client import BACKOFF
-from service.engine.signal import Bell
+from service.engine.signal import Signal
 
 _STEADY_SECONDS = 5.0
 _SILENCE_SECONDS = 5.0
@@ -22,8 +22,8 @@ _OUTAGES = (ConnectionError, TimeoutError, OSError, RuntimeError)
 _log = logging.getLogger("vouchsafe.engine")
 
 
-class Listener:
-    """Rings a bell for each message of a channel, and each time that it is subscribed (anew).
+class Subscriber:
+    """Rings a signal for each message of a channel, and each time that it is subscribed (anew).
 
     What was published while the connection was lost is not heard, so whoever listens looks again
     after every ring. The channel `always` is listened to as long as any.
@@ -31,8 +31,8 @@ class Listener:
 
     def __init__(self, redis: Redis, always: str) -> None:
         self._redis = redis
-        self._always = Bell()
-        self._bells: dict[bytes, Bell] = {always.encode(): self._always}
+        self._always = Signal()
+        self._signals: dict[bytes, Signal] = {always.encode(): self._always}
         self._listeners: Counter[bytes] = Counter()
         self._altered = asyncio.Event()
         self._answered: PubSub | None = None
@@ -49,25 +49,25 @@ class Listener:
         return connection is not None and bool(connection.is_connected)
 
     @property
-    def always(self) -> Bell:
-        """The bell of the channel that is always listened to."""
+    def always(self) -> Signal:
+        """The signal of the channel that is always listened to."""
         self._start()
         return self._always
 
     @asynccontextmanager
-    async def listening(self, channel: str) -> AsyncIterator[Bell]:
-        """The channel's bell, for as long as the context lasts."""
+    async def listening(self, channel: str) -> AsyncIterator[Signal]:
+        """The channel's signal, for as long as the context lasts."""
         name = channel.encode()
-        bell = self._bells.setdefault(name, Bell())
+        signal = self._signals.setdefault(name, Signal())
         self._listeners[name] += 1
         self._start()
         self._altered.set()
         try:
-            yield bell
+            yield signal
         finally:
             self._listeners[name] -= 1
             if not self._listeners[name]:
-                del self._listeners[name], self._bells[name]
+                del self._listeners[name], self._signals[name]
                 self._altered.set()
 
     async def close(self) -> None:
@@ -124,8 +124,8 @@ class Listener:
                     message, reading = reading.result(), None
                     self._answered = pubsub
                     pinged, limit = False, clock() + _SILENCE_SECONDS
-                    if message and (bell := self._bells.get(message["channel"])):
-                        bell.ring()
+                    if message and (signal := self._signals.get(message["channel"])):
+                        signal.notify()
                 elif clock() >= limit:  # A connection may be dead without having been cut.
                     if pinged and self.steady:
                         raise TimeoutError("no answer to a PING")
@@ -140,7 +140,7 @@ class Listener:
                     await _end(task)
 
     async def _subscribe(self, pubsub: PubSub, subscribed: set[bytes]) -> set[bytes]:
-        wanted = set(self._bells)
+        wanted = set(self._signals)
         if new := wanted - subscribed:
             await pubsub.subscribe(*new)
         if old := subscribed - wanted:

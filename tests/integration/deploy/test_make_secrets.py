@@ -155,7 +155,7 @@ async def test_service_can_do_its_work(secured: Path, monkeypatch: pytest.Monkey
     ended = [status async for status in engine.watch("a")][-1]
     assert ended.state is State.SUCCEEDED
     await engine.reconcile()
-    assert await engine.forget("a")
+    assert await engine.delete("a")
     await engine.close()
     redis = connect(url_of(secured))
     async with RedisLocks(redis, seconds=6).acquire("task") as lock:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.monitoring.dashboard import COLUMNS, PATH, dashboard
 from deploy.monitoring.panels import ROWS, filled_in
-from service.engine.protocol import LaneState, QueueState
+from service.engine.protocol import EngineStats, PriorityState
 from service.jobs import Mode
 from service.operations.metrics import exposition
 from tests.support.paths import ROOT
@@ -56,8 +56,8 @@ def names_of(query: str) -> set[str]:
 
 def exposed() -> set[str]:
     """The names of all samples that processes of a fleet can show."""
-    lanes = {mode.lane: LaneState(0, 0.0) for mode in Mode}
-    text = exposition(QueueState(lanes, 0.0, 0, 0, True), 0)
+    lanes = {mode.priority: PriorityState(0, 0.0) for mode in Mode}
+    text = exposition(EngineStats(lanes, 0.0, 0, 0, True), 0)
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
     return {
         family.name + suffix

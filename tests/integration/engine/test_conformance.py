@@ -24,10 +24,10 @@ from service.engine.memory import MemoryEngine
 from service.engine.options import EngineOptions
 from service.engine.protocol import (
     FAILURES_ALLOWED,
-    SOLITARY_DEATHS_ALLOWED,
+    ISOLATED_CRASHES_ALLOWED,
     Engine,
-    LaneState,
     Lease,
+    PriorityState,
     Worker,
 )
 from service.engine.redis.client import connect
@@ -318,7 +318,7 @@ async def test_unknown_jobs_are_nothing(engine: Engine) -> None:
     """Asking after, watching, cancelling or forgetting an unknown job is no error."""
     assert await engine.status("x") is None
     assert [status async for status in engine.watch("x")] == []
-    assert (await engine.cancel("x"), await engine.forget("x")) == (False, False)
+    assert (await engine.cancel("x"), await engine.delete("x")) == (False, False)
 
 
 @pytest.mark.parametrize("counts", [[10, 0], [10, 0, 0, 0], [11, -1, 0], [4, 4, 1], []], ids=str)
@@ -401,7 +401,7 @@ async def test_commit_after_the_end_is_refused(engine: Engine) -> None:
     leases = await engine.pull(ALPHA, 100)
     await engine.cancel("a")
     assert await compute(engine, leases[:1]) == [False]
-    await engine.forget("a")
+    await engine.delete("a")
     assert await compute(engine, leases[1:2]) == [False]
 
 
@@ -443,12 +443,12 @@ async def test_lost_lease_is_not_renewed(harness: Harness) -> None:
 async def test_released_shards_are_pulled_again_unharmed(engine: Engine) -> None:
     """Handing a shard back any number of times, started or not, never counts against it."""
     await engine.submit(one_shard("a"))
-    for _ in range(FAILURES_ALLOWED + SOLITARY_DEATHS_ALLOWED + 2):
+    for _ in range(FAILURES_ALLOWED + ISOLATED_CRASHES_ALLOWED + 2):
         leases = await engine.pull(ALPHA, 1)
         await engine.start(leases)
         await engine.release(leases)
     (lease,) = await engine.pull(BETA, 1)
-    assert not lease.solitary
+    assert not lease.isolated
     await compute(engine, [lease])
     assert_exact(await status_of(engine, "a"))
 
@@ -509,9 +509,9 @@ async def test_prefetched_shards_do_not_die(harness: Harness) -> None:
     """A lease that runs out without `start` counts neither as a death nor as a failure."""
     engine = harness.engine
     await engine.submit(one_shard("a"))
-    for _ in range(FAILURES_ALLOWED + SOLITARY_DEATHS_ALLOWED + 2):
+    for _ in range(FAILURES_ALLOWED + ISOLATED_CRASHES_ALLOWED + 2):
         (lease,) = await engine.pull(ALPHA, 1)
-        assert not lease.solitary
+        assert not lease.isolated
         await harness.wait(LEASE + 1)
     await finish_everything(engine)
     assert_exact(await status_of(engine, "a"))
@@ -519,7 +519,7 @@ async def test_prefetched_shards_do_not_die(harness: Harness) -> None:
 
 @pytest.mark.parametrize("deadly", [0, 2])
 async def test_after_a_death_a_shard_runs_alone(harness: Harness, deadly: int) -> None:
-    """A shard that a worker died over is solitary from then on, and pulled by itself."""
+    """A shard that a worker died over is isolated from then on, and pulled by itself."""
     engine = harness.engine
     await engine.submit(make_job("a"))
     others = await engine.pull(ALPHA, 100)
@@ -529,9 +529,9 @@ async def test_after_a_death_a_shard_runs_alone(harness: Harness, deadly: int) -
     pulls = [await engine.pull(BETA, 100), await engine.pull(BETA, 100)]
     (alone,) = next(pull for pull in pulls if len(pull) == 1)
     (*together,) = next(pull for pull in pulls if len(pull) == len(others))
-    assert (alone.shard, alone.solitary) == (dead.shard, True)
+    assert (alone.shard, alone.isolated) == (dead.shard, True)
     assert [lease.shard for lease in together] == [lease.shard for lease in others]
-    assert not any(lease.solitary for lease in together)
+    assert not any(lease.isolated for lease in together)
     await compute(engine, [alone, *together])
     assert_exact(await status_of(engine, "a"))
 
@@ -544,16 +544,16 @@ async def test_every_shard_of_a_deadly_batch_runs_alone(harness: Harness) -> Non
     await harness.wait(LEASE + 1)
     for _ in range(4):
         (lease,) = await engine.pull(BETA, 100)
-        assert lease.solitary
+        assert lease.isolated
         await compute(engine, [lease])
     assert_exact(await status_of(engine, "a"))
 
 
-async def test_fifth_solitary_death_ends_the_job(harness: Harness) -> None:
+async def test_fifth_isolated_death_ends_the_job(harness: Harness) -> None:
     """One death in company and four alone are survived; the fifth alone ends the job."""
     engine = harness.engine
     await engine.submit(make_job("a"))
-    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+    for _ in range(1 + ISOLATED_CRASHES_ALLOWED):
         assert not (await status_of(engine, "a")).state.ended
         assert len(await die(harness)) == 1
     status = await status_of(engine, "a")
@@ -568,7 +568,7 @@ async def test_shard_survives_the_deaths_allowed(harness: Harness) -> None:
     """A shard that is computed after its last allowed death is counted like any other."""
     engine = harness.engine
     await engine.submit(one_shard("a"))
-    for _ in range(SOLITARY_DEATHS_ALLOWED):
+    for _ in range(ISOLATED_CRASHES_ALLOWED):
         await die(harness)
     await finish_everything(engine)
     assert_exact(await status_of(engine, "a"))
@@ -600,7 +600,7 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         make_job(f"job-{number}", mode=modes[number % 3], owner="ada" if number < 3 else None)
         for number in range(8)
     ]
-    lanes = {lane: [job for job in jobs if job.mode.lane == lane] for lane in ("hi", "lo")}
+    lanes = {lane: [job for job in jobs if job.mode.priority == lane] for lane in ("hi", "lo")}
     for job in jobs:
         await engine.submit(job)
     forgotten: list[Lease] = []
@@ -627,9 +627,9 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
         capacity = await engine.capacity("ada")
         assert capacity.owner_rows == await open_rows(engine, jobs[:3])
         assert capacity.backlog_rows == await open_rows(engine, jobs)
-        queue = await engine.queue()
+        queue = await engine.stats()
         for lane, its_own in lanes.items():
-            assert queue.lanes[lane].rows == await open_rows(engine, its_own)
+            assert queue.priorities[lane].rows == await open_rows(engine, its_own)
         if capacity.backlog_rows == 0:
             break
     statuses = [await status_of(engine, job.id) for job in jobs]
@@ -637,7 +637,7 @@ async def test_counts_are_exact_under_injected_faults(harness: Harness, seed: in
     for status in statuses:
         if status not in failed:
             assert_exact(status)
-    assert (await engine.queue()).dead_letters == len(failed)
+    assert (await engine.stats()).dead_letters == len(failed)
 
 
 # Jobs of no worker
@@ -748,7 +748,7 @@ async def test_backlog_has_room_again_after_work(engine: Engine) -> None:
     await engine.submit(make_job("after-work"))
     await engine.cancel("job-1")
     await engine.submit(make_job("after-cancel"))
-    await engine.forget("job-2")
+    await engine.delete("job-2")
     await engine.submit(make_job("after-forget"))
     assert (await engine.capacity()).backlog_rows == BACKLOG_ROWS
 
@@ -898,7 +898,7 @@ async def test_quota_has_room_again_after_work(harness: Harness) -> None:
         await engine.fail(lease, PROBLEM)
     assert await owned(engine, "ada") == 0
     await engine.submit(make_job("ada-3", owner="ada"))
-    await engine.forget("ada-3")
+    await engine.delete("ada-3")
     assert (await owned(engine, "ada"), await owned(engine, "bob")) == (0, 40)
     await harness.wait(RETENTION + 1)
     capacity = await engine.capacity("bob")
@@ -909,7 +909,7 @@ async def test_last_rows_of_a_poisonous_job_are_its_owners_no_more(harness: Harn
     """A job that ends by the deaths of its workers leaves its owner's quota free."""
     engine = harness.engine
     await engine.submit(make_job("a", owner="ada"))
-    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+    for _ in range(1 + ISOLATED_CRASHES_ALLOWED):
         assert await owned(engine, "ada") == 40
         await die(harness)
     assert await owned(engine, "ada") == 0
@@ -1064,8 +1064,8 @@ async def test_forget_erases_everything(harness: Harness, stage: str) -> None:
         await compute(engine, leases)
     assert await harness.stores(job.pixels) is (stage != "ended")
     assert await harness.stores(job.key)
-    assert await engine.forget("a") is True
-    assert await engine.forget("a") is False
+    assert await engine.delete("a") is True
+    assert await engine.delete("a") is False
     assert await engine.status("a") is None
     assert await engine.renew(leases) == []
     assert await engine.pull(ALPHA, 100) == []
@@ -1195,14 +1195,14 @@ async def test_watch_of_an_ended_job_is_its_end(engine: Engine) -> None:
     assert_exact(status)
 
 
-@pytest.mark.parametrize("end", ["cancel", "forget"])
+@pytest.mark.parametrize("end", ["cancel", "delete"])
 async def test_watchers_see_a_job_dropped(engine: Engine, end: str) -> None:
     """All watchers of a job that is cancelled or forgotten see it cancelled, and end."""
     await engine.submit(make_job("a"))
     seen: list[list[JobStatus]] = [[], []]
     watching = [asyncio.create_task(watched(engine, "a", into)) for into in seen]
     await soon(lambda: all(seen))
-    await (engine.cancel("a") if end == "cancel" else engine.forget("a"))
+    await (engine.cancel("a") if end == "cancel" else engine.delete("a"))
     async with asyncio.timeout(30):
         await asyncio.gather(*watching)
     assert [into[-1].state for into in seen] == [State.CANCELLED] * 2
@@ -1214,7 +1214,7 @@ async def test_watchers_see_a_death_through_others_pulls(harness: Harness) -> No
     await engine.submit(one_shard("a"))
     seen: list[JobStatus] = []
     watching = asyncio.create_task(watched(engine, "a", seen))
-    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+    for _ in range(1 + ISOLATED_CRASHES_ALLOWED):
         await die(harness)
     await engine.pull(BETA, 1)
     async with asyncio.timeout(30):
@@ -1227,8 +1227,8 @@ async def test_watchers_see_a_death_through_others_pulls(harness: Harness) -> No
 
 async def test_an_idle_queue_says_so(engine: Engine) -> None:
     """Without work no lane has rows or an age, and no speed has been measured."""
-    queue = await engine.queue()
-    assert queue.lanes == {"hi": LaneState(0, 0.0), "lo": LaneState(0, 0.0)}
+    queue = await engine.stats()
+    assert queue.priorities == {"hi": PriorityState(0, 0.0), "lo": PriorityState(0, 0.0)}
     assert (queue.rows_per_second, queue.dead_letters) == (0.0, 0)
 
 
@@ -1237,7 +1237,7 @@ async def test_the_queue_is_told_by_lane(harness: Harness) -> None:
     engine, tick = harness.engine, harness.tick
 
     async def told() -> list[tuple[int, float]]:
-        lanes = (await engine.queue()).lanes
+        lanes = (await engine.stats()).priorities
         return [(lanes[name].rows, lanes[name].oldest_seconds) for name in ("hi", "lo")]
 
     await engine.submit(make_job("slow"))
@@ -1263,7 +1263,7 @@ async def test_the_queue_is_told_by_lane(harness: Harness) -> None:
     await engine.start(slow)
     await harness.wait(LEASE + 1)
     assert await told() == [(0, 0.0), (40, pytest.approx((LEASE + 7) * tick))]
-    await engine.forget("slow")
+    await engine.delete("slow")
     assert await told() == [(0, 0.0), (0, 0.0)]
 
 
@@ -1274,7 +1274,7 @@ async def test_the_queue_tells_the_speed_that_retry_after_is_made_from(harness: 
     leases = await engine.pull(ALPHA, 20)
     await harness.wait(2)
     await compute(engine, leases)
-    speed = (await engine.queue()).rows_per_second
+    speed = (await engine.stats()).rows_per_second
     assert speed == (await engine.capacity()).rows_per_second > 0
 
 
@@ -1283,13 +1283,13 @@ async def test_workers_are_alive_until_they_fall_silent(harness: Harness) -> Non
     engine = harness.engine
     for _ in range(2):
         await engine.pull(BETA, 1)
-    assert (await engine.queue()).workers == 3
+    assert (await engine.stats()).workers == 3
     await harness.wait(WORKER_SILENCE - 5)
     await engine.pull(BETA, 1)
     await harness.wait(10)
-    assert (await engine.queue()).workers == 1
+    assert (await engine.stats()).workers == 1
     await harness.wait(WORKER_SILENCE)
-    assert (await engine.queue()).workers == 0
+    assert (await engine.stats()).workers == 0
 
 
 async def test_shards_that_end_their_jobs_are_counted(harness: Harness) -> None:
@@ -1299,14 +1299,14 @@ async def test_shards_that_end_their_jobs_are_counted(harness: Harness) -> None:
         await engine.submit(one_shard(name))
         if name == "failing":
             for told in range(FAILURES_ALLOWED):
-                assert (await engine.queue()).dead_letters == 0, told
+                assert (await engine.stats()).dead_letters == 0, told
                 (lease,) = await engine.pull(ALPHA, 1)
                 await engine.fail(lease, PROBLEM)
-            assert (await engine.queue()).dead_letters == 1
+            assert (await engine.stats()).dead_letters == 1
     await engine.cancel("cancelled")
     await finish_everything(engine)
-    assert (await engine.queue()).dead_letters == 1
+    assert (await engine.stats()).dead_letters == 1
     await engine.submit(one_shard("deadly"))
-    for _ in range(1 + SOLITARY_DEATHS_ALLOWED):
+    for _ in range(1 + ISOLATED_CRASHES_ALLOWED):
         await die(harness)
-    assert (await engine.queue()).dead_letters == 2
+    assert (await engine.stats()).dead_letters == 2

@@ -25,7 +25,7 @@ from service.engine.options import EngineOptions
 from service.engine.protocol import FAILURES_ALLOWED, Lease, Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
-from service.engine.redis.subscriber import Listener
+from service.engine.redis.subscriber import Subscriber
 from service.errors import QuotaExceeded
 from service.jobs import Domain, JobStatus, Mode, State
 from tests.support.fakes import FakeClock, fake_votes, make_job, true_votes
@@ -217,7 +217,7 @@ async def test_reconciler_books_lanes_again(fleet: Fleet) -> None:
     await engine.submit(make_job("slow"))
     await fleet.redis.delete(f"{fleet.prefix}backlog")
     await engine.reconcile()
-    lanes = (await engine.queue()).lanes
+    lanes = (await engine.stats()).priorities
     assert (lanes["hi"].rows, lanes["lo"].rows) == (30, 40)
 
 
@@ -226,7 +226,7 @@ async def test_books_begin_anew_where_nothing_is_open(fleet: Fleet) -> None:
     engine = fleet.engine
     await fleet.redis.hset(f"{fleet.prefix}backlog", mapping={"all": 0, "hi": 32, "hi:gone": ""})
     await engine.submit(make_job("slow"))
-    lanes = (await engine.queue()).lanes
+    lanes = (await engine.stats()).priorities
     assert (lanes["hi"].rows, lanes["lo"].rows) == (0, 40)
 
 
@@ -593,26 +593,26 @@ async def test_listener_begins_again(
 ) -> None:
     """A listener that ended by an error nobody thought of hears again once it is asked."""
     redis, channel = connect(redis_server.url), f"{{{secrets.token_hex(8)}}}:channel"
-    listener, hear = Listener(redis, channel), Listener._hear
+    listener, hear = Subscriber(redis, channel), Subscriber._hear
     failed = asyncio.Event()
 
     async def fail(*arguments: object) -> None:
         failed.set()
         raise KeyError("nobody thought of this")
 
-    monkeypatch.setattr(Listener, "_hear", fail)
-    ring = listener.always.next_ring
+    monkeypatch.setattr(Subscriber, "_hear", fail)
+    ring = listener.always.next
     await failed.wait()
-    monkeypatch.setattr(Listener, "_hear", hear)
+    monkeypatch.setattr(Subscriber, "_hear", hear)
     async with asyncio.timeout(30):
         while not ring.is_set():
-            ring = listener.always.next_ring
+            ring = listener.always.next
             await asyncio.wait({asyncio.ensure_future(ring.wait())}, timeout=0.05)
     await listener.close()
     await redis.aclose()
 
 
-async def steady(listener: Listener, wanted: bool = True) -> None:
+async def steady(listener: Subscriber, wanted: bool = True) -> None:
     """Returns once the listener says so."""
     async with asyncio.timeout(60):
         while listener.steady is not wanted:  # noqa: ASYNC110 - it has nothing to wait on.
@@ -635,7 +635,7 @@ async def test_watch_of_a_quiet_job_asks_seldom(
         return [status async for status in engine.watch("a")][-1]
 
     watching = asyncio.create_task(last())
-    await steady(engine._listener)
+    await steady(engine._subscriber)
     monkeypatch.setattr(engine, "status", counted)
     for _ in range(40):
         assert await engine.pull(NEWER, 1) == []  # Takes as long as a poll.
@@ -661,7 +661,7 @@ async def test_many_watchers_need_few_connections(redis_server: RedisServer, fle
         return [status async for status in watchers.watch(job)][-1]
 
     watching = asyncio.gather(*map(last, jobs))
-    await steady(watchers._listener)
+    await steady(watchers._subscriber)
     for job in jobs:
         await fleet.engine.cancel(job)
     async with asyncio.timeout(60):
@@ -672,14 +672,14 @@ async def test_many_watchers_need_few_connections(redis_server: RedisServer, fle
 async def test_a_killed_server_is_not_heard(own_server: RedisServer) -> None:
     """A subscription that is cut is not steady, and is once it is made again, which rings."""
     redis = connect(own_server.url)
-    listener = Listener(redis, "{prefix}:channel")
+    listener = Subscriber(redis, "{prefix}:channel")
     assert not listener.steady
-    ring = listener.always.next_ring
+    ring = listener.always.next
     await steady(listener)
     assert ring.is_set()
     own_server.kill()
     await steady(listener, False)
-    ring = listener.always.next_ring
+    ring = listener.always.next
     own_server.start()
     await steady(listener)
     async with asyncio.timeout(30):
@@ -695,10 +695,10 @@ async def test_a_dead_connection_is_noticed(
     """A server that says nothing, and cuts nothing, is not heard; one that answers a PING is."""
     monkeypatch.setattr("service.engine.redis.subscriber._SILENCE_SECONDS", 0.5)
     redis = connect(own_server.url)
-    listener = Listener(redis, "{prefix}:channel")
-    ring = listener.always.next_ring
+    listener = Subscriber(redis, "{prefix}:channel")
+    ring = listener.always.next
     await steady(listener)
-    ring = listener.always.next_ring
+    ring = listener.always.next
     while not (await redis.info("commandstats")).get("cmdstat_ping"):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     assert listener.steady
@@ -839,8 +839,8 @@ async def test_least_rights_are_enough(
     await engine.submit(make_job("a"))
     await compute(engine, await worker)
     assert_exact([status async for status in engine.watch("a")][-1])
-    assert await engine.forget("a")
-    queue = await engine.queue()
+    assert await engine.delete("a")
+    queue = await engine.stats()
     assert (queue.workers, queue.persists) == (1, None)  # It has no right to INFO.
     await engine.close()
     await admin.aclose()
@@ -858,13 +858,13 @@ async def test_trouble_with_the_disk_is_told(own_server: RedisServer, tmp_path: 
                     await asyncio.sleep(0.01)
 
         engine = RedisEngine(connect(own_server.url), EngineOptions(shard_rows=SHARD_ROWS))
-        assert (await engine.queue()).persists is True
+        assert (await engine.stats()).persists is True
         in_the_way.mkdir()
         await saved()
-        assert (await engine.queue()).persists is False
+        assert (await engine.stats()).persists is False
         in_the_way.rmdir()
         await saved()
-        assert (await engine.queue()).persists is True
+        assert (await engine.stats()).persists is True
         await engine.close()
 
 
@@ -943,7 +943,7 @@ async def test_nothing_grows(own_server: RedisServer, weighs: bool) -> None:
             await engine.submit(job, idempotency_key=job.id)
         for number in range(20):
             await engine.cancel(f"{name}-{number}")
-            await engine.forget(f"{name}-{number + 20}")
+            await engine.delete(f"{name}-{number + 20}")
         await finish_everything(engine)
         assert await fleet.lengths() == []
         assert await fleet.keys("lines") == []
@@ -963,7 +963,7 @@ async def test_nothing_grows(own_server: RedisServer, weighs: bool) -> None:
 
 
 async def test_most_ended_jobs_are_kept(redis_server: RedisServer) -> None:
-    """Of the ended jobs the last `max_finished_jobs` are kept, so that they cannot fill the memory."""
+    """Of the ended jobs the last `max_finished_jobs` are kept: they cannot fill the memory."""
     fleet = Fleet(redis_server.url, max_finished_jobs=3)
     await fleet.engine.pull(ALPHA, 1)
     for number in range(5):

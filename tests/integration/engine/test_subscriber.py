@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from benchmarks.redis_server import RedisServer
 from service.engine.redis.client import connect
-from service.engine.redis.subscriber import Listener
+from service.engine.redis.subscriber import Subscriber
 
 
 class FakeConnection:
@@ -70,7 +70,7 @@ async def test_close_leaves_no_task(held: str, deaf: bool) -> None:
     """Closed while a subscription is in flight or while it listens, also where the client loses
     the cancellation, nothing goes on."""
     connection = FakeConnection(held, *([held] if deaf else []))
-    listener = Listener(cast(Redis, connection), "always")
+    listener = Subscriber(cast(Redis, connection), "always")
     async with asyncio.timeout(60), listener.listening("changed"):
         await connection.reached.wait()
         await listener.close()
@@ -80,26 +80,26 @@ async def test_close_leaves_no_task(held: str, deaf: bool) -> None:
 async def test_a_closed_listener_stays_closed() -> None:
     """Whoever listens after the close hears nothing and starts nothing."""
     connection = FakeConnection("get_message")
-    listener = Listener(cast(Redis, connection), "always")
+    listener = Subscriber(cast(Redis, connection), "always")
     async with listener.listening("changed"):
         await connection.reached.wait()
     await listener.close()
-    bell = listener.always
+    signal = listener.always
     async with listener.listening("changed"):
         assert not other_tasks()
-    assert not bell.next_ring.is_set()
+    assert not signal.next.is_set()
 
 
 async def test_close_ends_a_subscription_to_redis(redis_server: RedisServer) -> None:
     """Over Redis, a listener that has just changed its channels ends at once, and its connection
     is given back."""
     redis = connect(redis_server.url)
-    listener = Listener(redis, "test-listener:always")
+    listener = Subscriber(redis, "test-listener:always")
     async with asyncio.timeout(60):
         for wanted in range(20):
-            async with listener.listening(f"test-listener:{wanted}") as bell:
+            async with listener.listening(f"test-listener:{wanted}") as signal:
                 if not wanted:
-                    await bell.next_ring.wait()
+                    await signal.next.wait()
         async with listener.listening("test-listener:last"):
             await asyncio.sleep(0)
             await listener.close()

@@ -209,14 +209,16 @@ def test_a_task_at_224_pixels_is_made_and_asked(
     shutil.rmtree(copied / "if-ii-l" / "stage1")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224), np.uint8)
     rows = [Rows(pixels, bytes(16), 0, 3, 0.25)]
-    votes = [load(bundle, batch_rows=2, lanes=1, models_dir=copied).votes(rows) for _ in range(2)]
+    votes = [
+        load(bundle, batch_rows=2, cpu_threads=1, models_dir=copied).votes(rows) for _ in range(2)
+    ]
     assert votes[0].sum() == 3
     assert np.array_equal(*votes)
     unlisted = copied / "if-ii-l" / "stage2" / "unet" / "other.safetensors"
     unlisted.write_bytes(b"other weights")
     with pytest.raises(BundleError, match=r"unet/other.safetensors: is not of the base network"):
         bundle.denoiser.verified(copied)
-    again = load(bundle, batch_rows=2, lanes=1, models_dir=copied).votes(rows)
+    again = load(bundle, batch_rows=2, cpu_threads=1, models_dir=copied).votes(rows)
     assert np.array_equal(again, votes[0])
 
 

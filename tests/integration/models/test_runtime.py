@@ -30,7 +30,7 @@ from models.runtime import (
 )
 from models.smoothing import SmoothedModel, best_dtype, tried_runtime
 from service.config import Settings
-from service.processes.runtime import Serving
+from service.processes.runtime import WorkerRuntime
 from service.worker.model import ModelUnavailable
 from tests.support import miniatures
 
@@ -127,8 +127,8 @@ def test_auto_takes_openvino_where_it_computes_and_says_why(
     assert (chosen.name, "float32 on" in why) == ("torch", True)
 
 
-def serving_by(runtime: str, folder: Path) -> Serving:
-    return Serving(Settings.model_validate({"data_dir": folder, "runtime": runtime}))
+def serving_by(runtime: str, folder: Path) -> WorkerRuntime:
+    return WorkerRuntime(Settings.model_validate({"data_dir": folder, "runtime": runtime}))
 
 
 def test_auto_serves_under_the_digest_of_what_it_chose(

@@ -55,11 +55,11 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
 
 
 def linear_model(
-    threshold: float, batch_rows: int, values: int = 48, lanes: int = 0
+    threshold: float, batch_rows: int, values: int = 48, cpu_threads: int = 0
 ) -> SmoothedModel:
     numerics = numerics_of(CPU, torch.float32, batch_rows)
     head = LinearClassifier(threshold, values)
-    return SmoothedModel(NoDenoiser(), head, numerics, CPU, lanes=lanes)
+    return SmoothedModel(NoDenoiser(), head, numerics, CPU, cpu_threads=cpu_threads)
 
 
 def miniature_model(batch_rows: int) -> SmoothedModel:
@@ -105,12 +105,12 @@ def test_votes_do_not_depend_on_the_cut() -> None:
     assert (whole > 0).sum() > 1
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_votes_do_not_depend_on_the_lanes(lanes: int) -> None:
+@pytest.mark.parametrize("cpu_threads", [1, 2, 3])
+def test_votes_do_not_depend_on_the_lanes(cpu_threads: int) -> None:
     """However many threads share a device batch, every row is counted once and for its own part,
     in batches of the fixed shape; what is said of padding is what was computed for nothing."""
-    alone, shared = linear_model(0.5, 8), linear_model(0.5, 8, lanes=lanes)
-    assert shared.batch_rows == 32 * lanes
+    alone, shared = linear_model(0.5, 8), linear_model(0.5, 8, cpu_threads=cpu_threads)
+    assert shared.batch_rows == 32 * cpu_threads
     small = (3, 4, 4)
     parts = [
         Rows(image(0, small), b"k" * 16, 3, 3 + 9, 0.25),
@@ -129,7 +129,7 @@ def test_votes_do_not_depend_on_the_lanes(lanes: int) -> None:
 
 def test_an_error_in_a_lane_reaches_the_caller() -> None:
     """What fails in one lane fails the whole device batch."""
-    model = linear_model(float("nan"), 4, lanes=2)
+    model = linear_model(float("nan"), 4, cpu_threads=2)
     with pytest.raises(FloatingPointError, match="not finite"):
         model.votes([Rows(image(0, (3, 4, 4)), b"k" * 16, 0, 10, 0.25)])
 

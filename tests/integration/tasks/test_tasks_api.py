@@ -282,7 +282,11 @@ async def test_a_deleted_task_leaves_no_metrics(service: Service) -> None:
     service.serve(task_id)
     assert (await service.ask(task=task_id)).json()["abstained"]
     metrics.ROWS.labels(task=task_id).inc()
-    await until(lambda: counted("vouchsafe_abstentions_total", task=task_id, mode="certify"))
+    await until(
+        lambda: counted(
+            "vouchsafe_predictions_total", task=task_id, mode="certify", outcome="abstained"
+        )
+    )
     assert task_id in (await service.client.get("/metrics")).text
     assert (await service.client.delete(location)).status_code == 204
     await service.until("/metrics", lambda found: task_id not in found.text)

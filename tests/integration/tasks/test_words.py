@@ -69,7 +69,7 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
         settings = Settings(data_dir=tmp_path / folder)
         desks.append(Predictions(settings, engine, catalog, SECRET))
     for desk in desks:
-        desk._door._asked["pets"] = float("-inf")  # It was waited for already.
+        desk._admission._asked["pets"] = float("-inf")  # It was waited for already.
     await works(engine, theirs)
     with pytest.raises(Backlog, match='Live workers have another bundle of task "pets"'):
         await desks[0].submit(asked, None, None)

@@ -16,10 +16,16 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
-from service.engine.connection import Reach
+from service.engine.connection import EngineConnection
 from service.engine.memory import MemoryEngine
 from service.engine.options import EngineOptions
-from service.engine.protocol import FAILURES_ALLOWED, SOLITARY_DEATHS_ALLOWED, Engine, Lease, Worker
+from service.engine.protocol import (
+    FAILURES_ALLOWED,
+    ISOLATED_CRASHES_ALLOWED,
+    Engine,
+    Lease,
+    Worker,
+)
 from service.jobs import Domain, Job, JobStatus, Mode, State
 from service.operations import metrics
 from service.worker.compute import ComputeThread, DeviceFailed
@@ -236,7 +242,7 @@ async def test_a_task_that_goes_leaves_no_metrics(engine: MemoryEngine) -> None:
     async with working(engine, models):
         await soon(lambda: bool(birds.batches))
         del models["birds"]
-        metrics.forget("birds")
+        metrics.delete("birds")
         birds.gate.set()
         await soon(lambda: metric("vouchsafe_batch_rows_count") > batches)
     for name in ("vouchsafe_rows_total", "vouchsafe_batches_total"):
@@ -388,7 +394,7 @@ async def test_batches_and_shards_are_measured(engine: MemoryEngine) -> None:
         "vouchsafe_batches_total": {"task": "default"},
         "vouchsafe_batch_rows_sum": {},
         "vouchsafe_batch_jobs_sum": {},
-        "vouchsafe_batch_seconds_count": {},
+        "vouchsafe_batch_duration_seconds_count": {},
         "vouchsafe_padding_rows_total": {},
         "vouchsafe_shards_total": {"outcome": "committed"},
     }
@@ -632,7 +638,7 @@ async def test_idle_worker_stops_at_once(engine: MemoryEngine) -> None:
 
 
 async def test_only_the_culprit_fails(engine: MemoryEngine) -> None:
-    """A poisonous job fails after its attempts; its companions are answered, without a failure."""
+    """A is_poison job fails after its attempts; its companions are answered, without a failure."""
     culprit = make_job("culprit", mode=Mode.PREDICT, n=6)
     innocents = [make_job(f"job-{number}", mode=Mode.PREDICT, n=6) for number in range(5)]
     spy, model = EngineSpy(engine), FakeModel(poison=keys(culprit))
@@ -647,7 +653,7 @@ async def test_only_the_culprit_fails(engine: MemoryEngine) -> None:
     assert [lease.job.id for lease, _ in spy.asked("fail")] == ["culprit"] * FAILURES_ALLOWED
 
 
-async def test_solitary_shards_run_alone() -> None:
+async def test_isolated_shards_run_alone() -> None:
     """A shard that a worker died over shares its batch with nothing."""
     clock = FakeClock()
     engine = MemoryEngine(EngineOptions(shard_rows=10), poll_seconds=0.01, clock=clock)
@@ -750,13 +756,13 @@ async def test_worker_waits_for_an_engine_that_is_away(engine: MemoryEngine) -> 
 
 async def test_what_an_outage_kept_from_the_engine_is_counted(engine: MemoryEngine) -> None:
     """Shards whose votes, or whose hand-back, the engine never heard of are told as lost."""
-    spy, reach = EngineSpy(engine), Reach()
+    spy, connection = EngineSpy(engine), EngineConnection()
     await submit(engine, make_job("a"))
     leases = await engine.pull(Worker("alpha", {"default": "bundle-a"}), 1_000)
     before = metric("vouchsafe_shards_total", outcome="lost")
     spy.trouble = lambda: True
-    reach.leave()
-    reporter = Reporter(cast(Engine, spy), reach, 1.0)
+    connection.leave()
+    reporter = Reporter(cast(Engine, spy), connection, 1.0)
     reporter.commit(leases[0], np.array([leases[0].shard.rows]))
     reporter.release(leases[1:])
     await reporter.finish(5.0, asyncio.create_task(asyncio.sleep(0)))
@@ -925,7 +931,7 @@ async def test_a_worker_that_ends_leaves_its_jobs_to_others(engine: MemoryEngine
     assert [lease for lease, _ in spy.asked("fail")] == started
     leases = await engine.pull(OTHER, 10_000)
     assert len(leases) == 80
-    assert not any(lease.solitary for lease in leases)
+    assert not any(lease.isolated for lease in leases)
     await engine.release(leases)
     async with working(engine, {"default": FakeModel()}):
         for job in jobs:
@@ -997,7 +1003,7 @@ async def test_a_job_that_breaks_its_devices_fails_within_the_bound(harness: Har
     engine, poison = harness.engine, make_job("poison", mode=Mode.PREDICT, n=5)
     beside = [make_job(f"job-{number}", mode=Mode.PREDICT, n=5) for number in range(4)]
     await submit(engine, poison, *beside)
-    for death in range(1 + SOLITARY_DEATHS_ALLOWED):
+    for death in range(1 + ISOLATED_CRASHES_ALLOWED):
         status = await engine.status("poison")
         assert status is not None
         assert not status.state.ended

@@ -590,7 +590,7 @@ def test_loading_computes_the_sample_that_tests_the_device(
 
     monkeypatch.setattr(serving, "load", lambda bundle, **_: Seen())
     bundle = read_bundle(DEFAULT_TASK)
-    load_and_warm(bundle, 16, runtime=Torch(), lanes=0)
+    load_and_warm(bundle, 16, runtime=Torch(), cpu_threads=0)
     sample = Shelf({"default": bundle}).cache["default"].sample
     assert (sample.start, sample.stop) == (0, 1)
     assert any(
@@ -609,7 +609,7 @@ def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None
     (tmp_path / "tasks" / "pets" / "manifest.json").write_text(json.dumps(made.manifest))
     bundle = read_bundle(tmp_path / "tasks" / "pets")
     (base / "unet" / "config.json").write_text("{}")
-    load = partial(load_and_warm, runtime=Torch(), lanes=1, models_dir=tmp_path)
+    load = partial(load_and_warm, runtime=Torch(), cpu_threads=1, models_dir=tmp_path)
     cache = ModelCache(
         {"pets": bundle}, BatchShapes(load, 4), NUMERICS, 1, 1, lambda _: nullcontext()
     )

@@ -129,12 +129,12 @@ async def test_callers_who_wait_are_bounded() -> None:
         await service.voter.busy.wait()
         await backlog_is(service, 410)
         labels = {"method": "POST", "route": "/predict", "status": "503"}
-        before = counted("vouchsafe_requests_total", **labels)
+        before = counted("vouchsafe_http_requests_total", **labels)
         refused = await service.ask()
         assert "2 open requests at once" in problem(refused, 503, "overloaded")["detail"]
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.headers["x-request-id"]
-        assert counted("vouchsafe_requests_total", **labels) == before + 1
+        assert counted("vouchsafe_http_requests_total", **labels) == before + 1
         problem(await service.client.get("/models"), 503, "overloaded")
         await probes_answer(service)
         service.voter.open.set()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.scheduling import Offer, next_offer
+from service.engine.scheduling import Candidate, next_offer
 
-SLOW, FAST = Offer("slow", False, 0.9), Offer("fast", True, 0.1)
-STARVED, STARVED_LONGER = Offer("starved", False, 1.5), Offer("longer", False, 2.5)
+SLOW, FAST = Candidate("slow", False, 0.9), Candidate("fast", True, 0.1)
+STARVED, STARVED_LONGER = Candidate("starved", False, 1.5), Candidate("longer", False, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ STARVED, STARVED_LONGER = Offer("starved", False, 1.5), Offer("longer", False, 2
     ],
     ids=["nothing", "fast first", "preferred", "preferred has nothing", "starved"],
 )
-def test_turns(offers: list[Offer], prefer_task: str | None, taken: Offer | None) -> None:
+def test_turns(offers: list[Candidate], prefer_task: str | None, taken: Candidate | None) -> None:
     """A starved task goes first, then the preferred one, then `hi` before `lo`."""
     assert next_offer(offers, prefer_task, starvation_seconds=1) == taken

@@ -80,14 +80,14 @@ async def test_silent_engine_is_not_ready(
     async def silent() -> None:
         raise ConnectionError("no engine")
 
-    for name in ("capacity", "queue"):
+    for name in ("capacity", "stats"):
         monkeypatch.setattr(service.engine, name, silent)
     assert (await service.client.get("/readyz")).json()["detail"] == "the engine does not answer"
     metrics = (await service.client.get("/metrics")).text
     assert "vouchsafe_engine_up 0.0" in metrics
     for name in ("queue_rows", "queue_oldest_seconds"):
-        assert f'vouchsafe_{name}{{lane="hi"}} NaN' in metrics
-        assert f'vouchsafe_{name}{{lane="lo"}} NaN' in metrics
+        assert f'vouchsafe_{name}{{priority="hi"}} NaN' in metrics
+        assert f'vouchsafe_{name}{{priority="lo"}} NaN' in metrics
     for name in ("workers", "queue_rows_per_second"):
         assert f"vouchsafe_{name} NaN" in metrics
     assert "vouchsafe_dead_letters" not in metrics

@@ -9,7 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import Settings
-from service.engine.protocol import LaneState, QueueState
+from service.engine.protocol import EngineStats, PriorityState
 from service.operations import metrics, tracing
 from service.operations.logs import IDS
 from service.operations.metrics import VERSION
@@ -39,7 +39,7 @@ def labels_of(family: Metric) -> tuple[str, ...]:
 async def test_metrics_count_what_happened(service: Service) -> None:
     """/metrics is valid Prometheus text that counts requests, problems, radii and abstentions."""
     requests = {"method": "POST", "route": "/predict", "status": "200"}
-    before = counted("vouchsafe_requests_total", **requests)
+    before = counted("vouchsafe_http_requests_total", **requests)
     radii = counted("vouchsafe_certified_radius_count")
     rejected = counted("vouchsafe_rejections_total", reason="invalid-field")
     location = f"/jobs/{(await service.ask()).json()['id']}"
@@ -53,7 +53,7 @@ async def test_metrics_count_what_happened(service: Service) -> None:
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
-    assert samples["vouchsafe_requests_total", tuple(sorted(requests.items()))] == before + 1
+    assert samples["vouchsafe_http_requests_total", tuple(sorted(requests.items()))] == before + 1
     assert samples["vouchsafe_certified_radius_count", ()] == radii + 1
     assert samples["vouchsafe_rejections_total", (("reason", "invalid-field"),)] == rejected + 1
     routes = {dict(labels).get("route") for name, labels in samples if "requests" in name}
@@ -64,17 +64,17 @@ async def test_metrics_count_what_happened(service: Service) -> None:
 
 async def test_abstentions_are_counted_once() -> None:
     """An abstention is counted once, whoever reads it."""
-    labels = {"task": "default", "mode": "certify"}
-    before = counted("vouchsafe_abstentions_total", **labels)
+    labels = {"task": "default", "mode": "certify", "outcome": "abstained"}
+    before = counted("vouchsafe_predictions_total", **labels)
     async with serving(votes=split) as service:
         answered = (await service.ask()).json()
         await service.client.get(f"/jobs/{answered['id']}")
-    assert counted("vouchsafe_abstentions_total", **labels) == before + 1
+    assert counted("vouchsafe_predictions_total", **labels) == before + 1
 
 
 def test_the_page_names_every_metric() -> None:
     """docs/metrics.md has each metric with its type and labels, and no other."""
-    queue = QueueState({lane: LaneState(1, 1.0) for lane in ("hi", "lo")}, 1.0, 1, 1, True)
+    queue = EngineStats({lane: PriorityState(1, 1.0) for lane in ("hi", "lo")}, 1.0, 1, 1, True)
     families = text_string_to_metric_families(metrics.exposition(queue, 1).decode())
     declared = [one for one in vars(metrics).values() if isinstance(one, MetricWrapperBase)]
     labels = {one.describe()[0].name: one._labelnames for one in declared}
@@ -118,25 +118,30 @@ async def test_queue_figures_are_those_of_the_scrape() -> None:
         asked = {"labels": ["cat", "dog"]}
         assert (await service.client.post("/tasks", json=asked)).status_code == 202
         samples = scraped(await service.client.get("/metrics"))
-        assert samples['vouchsafe_queue_rows{lane="hi"}'] == 120
-        assert samples['vouchsafe_queue_rows{lane="lo"}'] == 220
-        assert samples['vouchsafe_queue_oldest_seconds{lane="lo"}'] == 7
+        assert samples['vouchsafe_queue_rows{priority="hi"}'] == 120
+        assert samples['vouchsafe_queue_rows{priority="lo"}'] == 220
+        assert samples['vouchsafe_queue_oldest_seconds{priority="lo"}'] == 7
         assert samples["vouchsafe_workers"] == samples["vouchsafe_engine_up"] == 1
         assert samples["vouchsafe_adaptations_open"] == 1
         assert samples["vouchsafe_dead_letters_total"] == 0
         assert "vouchsafe_redis_persistence_up" not in samples
 
 
-async def test_answers_are_counted_with_the_abstentions() -> None:
-    """Abstentions are a part of the answers, of the same task and mode."""
+async def test_predictions_are_counted_by_outcome() -> None:
+    """A label and an abstention are two outcomes of the same task and mode."""
     labels = {"task": "default", "mode": "predict"}
-    names = ("vouchsafe_answers_total", "vouchsafe_abstentions_total")
-    before = [counted(name, **labels) for name in names]
+    outcomes = ("answered", "abstained")
+
+    def counts() -> list[float]:
+        name = "vouchsafe_predictions_total"
+        return [counted(name, **labels, outcome=outcome) for outcome in outcomes]
+
+    before = counts()
     async with serving(votes=split) as service:
         await service.ask(mode="predict")
         service.voter.votes = nine_of_ten
         await service.ask(mode="predict")
-    assert [counted(name, **labels) for name in names] == [before[0] + 2, before[1] + 1]
+    assert counts() == [before[0] + 1, before[1] + 1]
 
 
 async def test_requests_are_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:

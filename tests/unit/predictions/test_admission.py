@@ -17,7 +17,7 @@ from service.engine.options import EngineOptions
 from service.engine.protocol import Capacity, Worker
 from service.errors import Backlog
 from service.predictions import admission as doors
-from service.predictions.admission import MOST_SIGMAS, Door, sigma_seconds
+from service.predictions.admission import MOST_SIGMAS, AdmissionControl, sigma_seconds
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
 from tests.support.serving import NUMERICS, SECRET, TASKS, png
@@ -35,15 +35,15 @@ async def engine() -> MemoryEngine:
 
 
 @pytest.fixture
-def door(engine: MemoryEngine, tmp_path: Path) -> Door:
-    return Door(Settings(data_dir=tmp_path), engine)
+def door(engine: MemoryEngine, tmp_path: Path) -> AdmissionControl:
+    return AdmissionControl(Settings(data_dir=tmp_path), engine)
 
 
-async def admitted(door: Door) -> str:
+async def admitted(door: AdmissionControl) -> str:
     return (await door.admit(ASKED, TASKS["default"], None, may_be_known=False)).digest
 
 
-async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> None:
+async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: AdmissionControl) -> None:
     """A worker has some seconds to find a task that was published a moment ago."""
     waiting = asyncio.create_task(admitted(door))
     await asyncio.sleep(0.1)
@@ -53,7 +53,7 @@ async def test_a_new_task_is_waited_for(engine: MemoryEngine, door: Door) -> Non
 
 
 async def test_a_task_that_no_worker_serves_is_refused_at_once(
-    engine: MemoryEngine, door: Door, monkeypatch: pytest.MonkeyPatch
+    engine: MemoryEngine, door: AdmissionControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not new any more once it has been waited for; one of its name that was forgotten is."""
     monkeypatch.setattr(doors, "ANNOUNCING_SECONDS", 0.3)
@@ -68,7 +68,7 @@ async def test_a_task_that_no_worker_serves_is_refused_at_once(
     for waits, is_forgotten in ((True, False), (False, False), (False, False), (True, True)):
         looks.clear()
         if is_forgotten:
-            door.forget("birds")
+            door.delete("birds")
         with pytest.raises(Backlog, match='No live worker serves task "birds"'):
             await admitted(door)
         assert (len(looks) > 1) == waits
@@ -78,10 +78,10 @@ async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: P
     """Workers are given the time to find it once more."""
     tasks = TASKS | {"birds": replace(TASKS["default"], id="birds")}
     desk = Predictions(Settings(data_dir=tmp_path), engine, tasks, SECRET)
-    desk._door._asked["birds"] = time.monotonic() - 60
+    desk._admission._asked["birds"] = time.monotonic() - 60
     with pytest.raises(Backlog):
         await desk.submit(ASKED, None, None)
-    await desk.withdraw("birds")
+    await desk.cancel_stale("birds")
     asking = asyncio.create_task(desk.submit(ASKED, None, None))
     await asyncio.sleep(0.1)
     assert not asking.done()
@@ -91,11 +91,11 @@ async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: P
     await desk.close()
 
 
-async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: Door) -> None:
+async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: AdmissionControl) -> None:
     """Preparing it costs a worker time, which is charged in rows at the measured speed; a sigma
     among those asked for lately costs nothing."""
     await engine.pull(Worker("w", {"birds": BIRDS}, [NUMERICS]), 1)
-    engine._speed.count(1000, engine._clock())
+    engine._rate.count(1000, engine._clock())
     speed = (await engine.capacity()).rows_per_second
     assert speed > 0
 
@@ -122,8 +122,8 @@ async def test_a_new_sigma_never_makes_a_question_too_large(
 ) -> None:
     """A question of as many rows as may wait is let in, whatever its sigma."""
     await engine.pull(Worker("w", {"birds": BIRDS}, [NUMERICS]), 1)
-    engine._speed.count(1000, engine._clock())
-    tight = Door(Settings(data_dir=tmp_path, max_queue_rows=ASKED.rows), engine)
+    engine._rate.count(1000, engine._clock())
+    tight = AdmissionControl(Settings(data_dir=tmp_path, max_queue_rows=ASKED.rows), engine)
     admission = await tight.admit(ASKED, TASKS["default"], None, may_be_known=False)
     assert (admission.digest, admission.setup_rows) == (BIRDS, 0)
 

@@ -299,12 +299,12 @@ async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
     """Where the engine is out of reach just then, the key is free once it answers again."""
     monkeypatch.setattr(predictions, "_AWAY_SECONDS", 0.01)
     spy = Replacing(engine)
-    spy.trouble = lambda: spy.calls[-1][0] == "forget" and len(spy.asked("forget")) < 3
+    spy.trouble = lambda: spy.calls[-1][0] == "delete" and len(spy.asked("delete")) < 3
     desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady):
         await desk.submit(asked, "ada", "key")
-    await soon(lambda: len(spy.asked("forget")) == 3 and not desk._forgetting)
+    await soon(lambda: len(spy.asked("delete")) == 3 and not desk._forgetting)
     assert (await engine.capacity()).backlog_rows == 0
     job_id = await desk.submit(asked, "ada", "key")
     assert (await desk.status(job_id, "ada")).state is State.QUEUED

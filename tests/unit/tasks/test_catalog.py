@@ -336,7 +336,7 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
             digest = catalog["pets"].served_digest(NUMERICS)
             await engine.pull(Worker("w", {"pets": digest}, [NUMERICS]), 0)
             after.append(await desk.submit(asked, None, None))
-        await desk.withdraw(task)
+        await desk.cancel_stale(task)
         told.set()
 
     after: list[str] = []

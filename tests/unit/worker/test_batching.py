@@ -19,10 +19,10 @@ from tests.support.fakes import fake_votes, make_job
 SHARDS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), max_size=12)
 
 
-def lease(token: str, start: int = 0, rows: int = 10, *, solitary: bool = False) -> Lease:
+def lease(token: str, start: int = 0, rows: int = 10, *, isolated: bool = False) -> Lease:
     """A lease of a job of its own."""
     job = make_job(token, n=start + rows)
-    return Lease(job, Shard(0, Domain.ESTIMATION, start, start + rows), token, solitary)
+    return Lease(job, Shard(0, Domain.ESTIMATION, start, start + rows), token, isolated)
 
 
 def leases_of(shards: Sequence[tuple[int, int]]) -> list[Lease]:
@@ -104,13 +104,13 @@ def test_counts_are_those_of_the_shard(
 
 
 @given(flags=st.lists(st.booleans(), max_size=10), batch_rows=st.integers(1, 40))
-def test_solitary_leases_share_no_batch(flags: list[bool], batch_rows: int) -> None:
-    """A batch with a solitary lease holds nothing else, and no row is lost over it."""
-    leases = [lease(f"lease-{i}", solitary=flag) for i, flag in enumerate(flags)]
+def test_isolated_leases_share_no_batch(flags: list[bool], batch_rows: int) -> None:
+    """A batch with an isolated lease holds nothing else, and no row is lost over it."""
+    leases = [lease(f"lease-{i}", isolated=flag) for i, flag in enumerate(flags)]
     batches = drained(packed(batch_rows, leases))
     for batch in batches:
         tokens = {part.lease.token for part in batch}
-        assert len(tokens) == 1 or not any(part.lease.solitary for part in batch)
+        assert len(tokens) == 1 or not any(part.lease.isolated for part in batch)
     assert sum(rows_of(batches).values()) == 10 * len(flags)
 
 
