@@ -99,7 +99,7 @@ class RedisLocks:
             with suppress(EngineAway):  # It expires then.
                 await self._reach.ask(_owned(lock.release()))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close every connection."""
         await self._redis.aclose()
 
