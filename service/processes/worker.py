@@ -145,7 +145,7 @@ class WorkerProcess:
     async def _close(self) -> None:
         try:
             async with asyncio.timeout(_CLOSING_SECONDS):
-                await self._locks.close()
+                await self._locks.aclose()
                 await self._engine.close()
         except Exception as error:
             logger.debug("Redis was left without a word: %s", error)

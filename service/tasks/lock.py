@@ -99,7 +99,7 @@ class RedisLocks:
             with suppress(EngineUnreachable):  # It expires then.
                 await self._connection.ask(_owned(lock.release()))
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close every connection."""
         await self._redis.aclose()
 

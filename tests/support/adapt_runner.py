@@ -40,7 +40,7 @@ async def main(data_dir: str, url: str, prefix: str, seconds: str, way: str = ""
     locks = RedisLocks(connect(url), seconds=float(seconds), prefix=prefix)
     command = UNLOCKED_FAKE if way == "unlocked" else FAKE
     await Supervisor(TaskRepository(settings), command, FAST, locks).run(stop)
-    await locks.close()
+    await locks.aclose()
 
 
 if __name__ == "__main__":
