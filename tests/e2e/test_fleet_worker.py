@@ -40,8 +40,8 @@ from service.jobs import State
 from service.processes.embedded import Embedded
 from service.processes.runtime import WorkerRuntime
 from tests.support.fleet import assert_counted_exactly, last_status, rows_done
-from tests.unit.operations.test_tracing import TRACE, VALID
-from tests.unit.tasks.test_catalog import put
+from tests.support.http import TRACE, VALID
+from tests.support.task_bundles import put
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import signal
 import time
@@ -14,21 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import serving
-from models.evaluation.datasets import evaluation_slice
 from tests.support.paths import DATA
+from tests.support.photographs import png
 
 SLICE = DATA / "cifar10-slice.png"
-
-
-def png(index: int) -> bytes:
-    """Image `index` of the slice as a PNG file of its own."""
-    stream = io.BytesIO()
-    Image.fromarray(evaluation_slice(SLICE).images[index]).save(stream, "PNG")
-    return stream.getvalue()
 
 
 async def ask(client: httpx.AsyncClient, index: int, **fields: Any) -> dict[str, Any]:

@@ -44,8 +44,8 @@ from tests.support.adapting import (
     until,
 )
 from tests.support.fake_adaptation import GO, OVERLAPS, publish, works
+from tests.support.metrics import counted
 from tests.support.paths import ROOT
-from tests.unit.operations.test_metrics import counted
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -28,8 +28,8 @@ from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.processes import api
 from service.processes.api import create_api
+from tests.support.http import TRACE, VALID
 from tests.support.serving import NUMERICS, PNG, problem
-from tests.unit.operations.test_tracing import TRACE, VALID
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

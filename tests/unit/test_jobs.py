@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.jobs import Domain, Job, Mode, State, canonical_json, noise_key
 from tests.support.fakes import make_job
-from tests.unit.operations.test_tracing import VALID
+from tests.support.http import VALID
 
 POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
 JOBS = st.builds(

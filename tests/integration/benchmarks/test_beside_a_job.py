@@ -12,8 +12,8 @@ import pytest
 from benchmarks import adapt_cost, beside_a_job
 from benchmarks.server import serving
 from models.adaptation.plan import STAGES
-from tests.integration.tasks.test_tasks_api import adapting, body
 from tests.support.adapting import FAKE
+from tests.support.task_service import adapting, body
 
 SERVER = (sys.executable, "-m", "tests.support.fake_server")
 

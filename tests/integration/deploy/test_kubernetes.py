@@ -20,8 +20,8 @@ from deploy.check import (
     with_everything,
     with_secrets,
 )
+from tests.support.deployment import variables
 from tests.support.paths import ROOT
-from tests.unit.deploy.test_docker import variables
 
 PODS = ("vouchsafe-api", "vouchsafe-worker", "vouchsafe-adaptation", "vouchsafe-redis")
 SECRETS_DIR = "/etc/vouchsafe/secrets"

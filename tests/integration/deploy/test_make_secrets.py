@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -26,25 +25,11 @@ from service.processes import api
 from service.secrets import load_secret
 from service.tasks.lock import RedisLocks
 from tests.support.adapting import until_extended, wait_until
+from tests.support.deployment import SECRETS, make_secrets
 from tests.support.fakes import fake_votes, make_job
 from tests.support.paths import ROOT
 
-SECRETS = {
-    "noise.secret",
-    "api_keys",
-    "prometheus_api_key",
-    "vouchsafe_redis_url",
-    "redis_admin_password",
-    "redis_users.acl",
-    "grafana_admin_password",
-}
 ALPHA = Worker("alpha", {"default": "bundle-a"})
-
-
-def make_secrets(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the script on a folder."""
-    command = [sys.executable, str(ROOT / "docker" / "make_secrets.py"), str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
 
 
 def test_secrets_are_made_once(tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ from service.config import Settings
 from service.secrets import load_secret
 from service.tasks.store import Store
 from service.worker.model import ModelUnavailable
-from tests.integration.worker.test_model_cache import Shelf, bundles
 from tests.support import deepfloyd, miniatures
 from tests.support.paths import ROOT
 from tests.support.quick_adaptation import EVALUATED_ROWS, quick
 from tests.support.serving import problem, serving
+from tests.support.shelf import Shelf, bundles
 
 CPU = torch.device("cpu")
 QUICK = (sys.executable, "-m", "tests.support.quick_adaptation")

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from models.adaptation.plan import MEASURED_ON
 from models.bundle import read_bundle
 from service.cli.main import app
-from tests.integration.tasks.test_tasks_api import adapting, body, idle, made
 from tests.support.adapting import FAKE, create, make_plan, make_store
 from tests.support.fake_adaptation import FIGURES, publish
 from tests.support.serving import Service, problem
+from tests.support.task_service import adapting, body, idle, made
 
 CAT = "\u732b"
 PROMPTED = [{"label": CAT, "prompt": "cat"}, "dog"]

@@ -31,7 +31,7 @@ from tests.support.adapting import (
 )
 from tests.support.fake_adaptation import GO, works
 from tests.support.fakes import FakeClock
-from tests.unit.operations.test_metrics import counted
+from tests.support.metrics import counted
 
 
 @pytest.fixture

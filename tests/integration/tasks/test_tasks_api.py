@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +17,21 @@ from models.adaptation.plan import MEASURED_ON, STAGES
 from models.bundle import DEFAULT_TASK
 from service.operations import metrics
 from service.tasks.store import Store
-from service.tasks.supervisor import Supervisor
-from tests.e2e.test_serve import png
-from tests.support.adapting import FAKE, FAST, make_plan, make_store, starts, until, wait_until
+from tests.support.adapting import make_plan, make_store, starts, until, wait_until
 from tests.support.fake_adaptation import FIGURES, GO, publish
-from tests.support.serving import Service, problem, serving
-from tests.unit.api.test_predictions import events
-from tests.unit.operations.test_metrics import counted
-from tests.unit.predictions.test_service import ANN, BOB
+from tests.support.http import ANN, BOB, events
+from tests.support.metrics import counted
+from tests.support.photographs import png
+from tests.support.serving import Service, problem
+from tests.support.task_service import adapting, body, idle, made
 
 KEYS = {"api_keys": "ann:key-of-ann,bob:key-of-bob"}
-
-
-def body(ways: str = "plain", **fields: Any) -> dict[str, Any]:
-    """A request that the fake adaptation goes about in one of its ways."""
-    return {"labels": ["cat", "dog"], "template": f"{ways} {{}}", "shots": 1, **fields}
-
-
-@asynccontextmanager
-async def adapting(data_dir: Path, **settings: Any) -> AsyncIterator[Service]:
-    """A service that makes tasks with the fake adaptation."""
-    supervisor = Supervisor(make_store(data_dir, **settings), FAKE, FAST)
-    async with serving(more=[supervisor.run], data_dir=data_dir, **settings) as service:
-        yield service
 
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     async with adapting(tmp_path) as running:
         yield running
-
-
-@asynccontextmanager
-async def idle(data_dir: Path, **settings: Any) -> AsyncIterator[Service]:
-    """A service that queues tasks and never makes them."""
-    async with serving(data_dir=data_dir, **settings) as service:
-        yield service
-
-
-async def made(service: Service, ways: str = "plain", **fields: Any) -> str:
-    """The address of a task that is ready."""
-    location = (await service.client.post("/tasks", json=body(ways, **fields))).headers["location"]
-    await service.until_state(location, "ready")
-    return str(location)
 
 
 async def test_labels_become_a_task(service: Service) -> None:

@@ -20,7 +20,7 @@ from service.errors import Backlog, NotFound
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
 from service.tasks.catalog import Catalog
-from tests.integration.engine.test_conformance import HARNESSES
+from tests.support.engines import HARNESSES
 from tests.support.serving import NUMERICS, SECRET, TASKS, Service, png, problem, serving
 
 BIRDS, DOGS = ("bird", "plane", "ship"), ("dog", "cat", "frog")

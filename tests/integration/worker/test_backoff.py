@@ -31,11 +31,11 @@ from service.jobs import Job, State
 from service.processes.embedded import Embedded
 from service.worker.backoff import FIRST_SECONDS
 from service.worker.model import ModelUnavailable
-from tests.integration.engine.test_conformance import HARNESSES, Harness
-from tests.integration.worker.test_loop import assert_exact, final, soon, submit, working
-from tests.integration.worker.test_model_cache import Shelf, bundles
+from tests.support.engines import HARNESSES, Harness
 from tests.support.fakes import EngineSpy, FakeClock, FakeModel, make_job
 from tests.support.serving import png, problem
+from tests.support.shelf import Shelf, bundles
+from tests.support.working import assert_exact, final, soon, submit, working
 
 
 class Gap(Shelf):

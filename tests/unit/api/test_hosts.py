@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.metrics import counted
 from tests.support.serving import Service, problem, serving
-from tests.unit.operations.test_metrics import counted
 
 FOREIGN = "http://evil.example"
 

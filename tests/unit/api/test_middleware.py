@@ -16,8 +16,8 @@ from service.api.middleware import Allowance, RequestBounds
 from service.config import Settings
 from service.errors import BodyTimeout, Overloaded, TooManyOpen
 from tests.support.fakes import FakeClock
+from tests.support.metrics import counted
 from tests.support.serving import PNG, Service, problem, serving
-from tests.unit.operations.test_metrics import counted
 
 CERTIFY_ROWS = 1_100
 JSON = {"Content-Type": "application/json"}

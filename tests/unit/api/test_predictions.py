@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 import pytest
 
 from models.certificates import certify
 from service.jobs import Domain, noise_key
+from tests.support.http import events
 from tests.support.serving import (
     DIGEST,
     LABELS,
@@ -145,13 +144,6 @@ async def test_failed_job_tells_its_problem(service: Service) -> None:
     assert document["detail"] == "the device is broken"
     job = (await service.client.get(f"/jobs/{document['job']}")).json()
     assert (job["state"], job["result"], job["problem"]) == ("failed", None, document)
-
-
-def events(text: str) -> list[tuple[str, Any]]:
-    """The (name, data) pairs of a server-sent stream."""
-    blocks = [block for block in text.split("\r\n\r\n") if block.startswith("event:")]
-    lines = [dict(line.split(": ", 1) for line in block.split("\r\n")) for block in blocks]
-    return [(line["event"], json.loads(line["data"])) for line in lines]
 
 
 async def test_events_end_with_the_result(service: Service) -> None:

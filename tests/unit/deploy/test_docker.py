@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.server import free_port
 from service.config import Settings
-from tests.integration.deploy.test_make_secrets import SECRETS, make_secrets
+from tests.support.deployment import SECRETS, make_secrets, variables
 from tests.support.paths import ROOT
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -36,12 +36,6 @@ def deploying() -> Iterator[tuple[Path, str]]:
             ignored = {"__pycache__", "secrets"} & set(file.relative_to(ROOT).parts)
             if file.is_file() and not ignored:
                 yield file, file.read_text()
-
-
-def variables(file: Path) -> dict[str, str]:
-    """An environment file's."""
-    lines = [line for line in file.read_text().splitlines() if line and line[0] != "#"]
-    return dict(line.split("=", 1) for line in lines)
 
 
 @pytest.fixture(scope="module")

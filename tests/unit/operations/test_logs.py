@@ -17,7 +17,7 @@ from service.cli.console import tell
 from service.config import Settings
 from service.operations import logs
 from tests.support.fakes import make_job
-from tests.unit.operations.test_tracing import TRACE, VALID
+from tests.support.http import TRACE, VALID
 
 log = logging.getLogger("vouchsafe.test")
 

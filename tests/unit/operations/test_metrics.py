@@ -4,7 +4,7 @@ import re
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY, Metric
+from prometheus_client import Metric
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -13,16 +13,12 @@ from service.engine.protocol import EngineStats, PriorityState
 from service.operations import metrics, tracing
 from service.operations.logs import IDS
 from service.operations.metrics import VERSION
+from tests.support.http import TRACE, VALID
+from tests.support.metrics import counted
 from tests.support.paths import ROOT
 from tests.support.serving import Service, nine_of_ten, serving, split
-from tests.unit.operations.test_tracing import TRACE, VALID
 
 PAGE = ROOT / "docs" / "metrics.md"
-
-
-def counted(name: str, **labels: str) -> float:
-    """A sample of this process's metrics; the tests share them, so only differences mean much."""
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def scraped(response: httpx.Response) -> dict[str, float]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.operations.tracing import begun, received, trace_id
-
-TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-VALID = f"00-{TRACE}-{PARENT}-01"
+from tests.support.http import PARENT, TRACE, VALID
 
 
 def test_the_standards_example_is_kept() -> None:

@@ -17,13 +17,11 @@ from service.predictions import results as answers
 from service.predictions import service as predictions
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from tests.integration.engine.test_conformance import HARNESSES
-from tests.integration.worker.test_loop import soon
+from tests.support.engines import HARNESSES
 from tests.support.fakes import EngineSpy
+from tests.support.http import ANN, BOB
 from tests.support.serving import PNG, SECRET, TASKS, Service, png, problem, serving
-
-ANN = {"Authorization": "Bearer key-of-ann"}
-BOB = {"Authorization": "Bearer key-of-bob"}
+from tests.support.working import soon
 
 
 async def test_waiting_caller_hears_of_the_cancellation(service: Service) -> None:

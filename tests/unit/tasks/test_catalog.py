@@ -25,19 +25,11 @@ from service.tasks.catalog import Catalog
 from service.tasks.schemas import TaskRequest
 from service.tasks.service import TaskService
 from service.tasks.task import Signature, Task, signature
-from tests.integration.tasks.test_tasks_api import adapting, body, made
 from tests.support.adapting import make_store
 from tests.support.fakes import EngineSpy
 from tests.support.serving import NUMERICS, SECRET, TASKS, png, problem
-
-
-def put(tasks: Path, name: str, **changes: Any) -> Path:
-    """A bundle of this name whose manifest differs in some fields."""
-    folder = tasks / name
-    shutil.copytree(DEFAULT_TASK, folder)
-    described = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(described | {"id": name} | changes))
-    return folder
+from tests.support.task_bundles import put
+from tests.support.task_service import adapting, body, made
 
 
 def nested(levels: int) -> str:

@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator
 from service.engine.protocol import Engine
 from service.jobs import JobStatus, State
 from service.predictions.service import Predictions
-from tests.integration.engine.test_redis import ALPHA, Fleet, fleet, steady
-from tests.integration.worker.test_loop import soon
 from tests.support.fakes import EngineSpy, make_job
+from tests.support.redis_fleet import ALPHA, Fleet, steady
 from tests.support.serving import problem, serving
-
-__all__ = ["fleet"]
+from tests.support.working import soon
 
 
 class Forgetful(EngineSpy):
