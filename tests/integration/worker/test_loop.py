@@ -1019,7 +1019,7 @@ async def test_a_job_that_breaks_its_devices_fails_within_the_bound(harness: Har
             await assert_exact(engine, job)
     assert status.state is State.FAILED
     assert status.problem is not None
-    assert "died over the same rows" in status.problem["detail"]
+    assert "crashed 6 times on the same rows" in status.problem["detail"]
 
 
 async def test_a_job_that_ends_its_workers_fails_within_the_bound(either: Engine) -> None:

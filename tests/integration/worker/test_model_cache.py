@@ -327,7 +327,7 @@ def test_a_library_that_takes_another_way_ends_the_process(how: str) -> None:
     """Its kernel is not the digest's, and is remembered: a second try would be counted."""
     shelf = Shelf(bundles("default", "a"))
     shelf.batch_failures = [SWALLOWED[how]]
-    with pytest.raises(DeviceFailed, match="a library took another way"):
+    with pytest.raises(DeviceFailed, match="a library took another kernel"):
         shelf.use("a")
     assert shelf.tries == 1
 
