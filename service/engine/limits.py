@@ -46,7 +46,7 @@ def too_large(job: Job, bound: int) -> InvalidField:
     """The problem of a job that alone exceeds its limit, `bound` rows."""
     return InvalidField(
         f"The job needs {job.rows} rows of noise, and this service queues at most "
-        f"{bound} at once; ask for fewer.",
+        f"{bound} at once; request fewer.",
         limit=bound,
     )
 

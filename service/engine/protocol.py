@@ -212,7 +212,7 @@ def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
 
 def died_over(job_id: str) -> dict[str, Any]:
     """The problem document of a job whose shard crashed too many workers."""
-    detail = "Workers died over the same rows again and again."
+    detail = f"Workers crashed {ISOLATED_CRASHES_ALLOWED + 1} times on the same rows."
     return ShardDead(detail, job=job_id).document()
 
 

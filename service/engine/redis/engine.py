@@ -131,13 +131,13 @@ class RedisEngine:
     ) -> str:
         """Queue a job; see Engine. A known job id changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
-        line = line_of(job.task, job.bundle)
+        queue = line_of(job.task, job.bundle)
         shards = flat(job.shards(self._options.shard_rows))
         limit = most_rows(
             job.owner, self._options.max_queue_rows, self._options.max_queue_rows_per_key
         )
         outcome, *figures = await self._scripts.run(
-            "submit", job.encode(), job.pixels, key or "", fingerprint, line, limit, *shards
+            "submit", job.encode(), job.pixels, key or "", fingerprint, queue, limit, *shards
         )
         match outcome:
             case b"mismatch":

@@ -29,7 +29,7 @@ async def reconcile(scripts: Scripts) -> int:
         shards = shards_of(fields) if fields else ()
         requeued += await scripts.run("requeue", name, *flat(shards))
     if ended:
-        queues = ", ".join(sorted(line.decode() for line in late))
+        queues = ", ".join(sorted(name.decode() for name in late))
         _log.warning("%d jobs failed: no worker serves their digest any more: %s", ended, queues)
     return requeued
 

@@ -128,7 +128,7 @@ class Subscriber:
                         signal.notify()
                 elif clock() >= limit:  # A connection may be dead without being closed.
                     if pinged and self.steady:
-                        raise TimeoutError("no answer to a PING")
+                        raise TimeoutError("no reply to a PING")
                     if self.steady:  # Otherwise the client is reconnecting.
                         await pubsub.ping()
                         pinged = True
