@@ -10,7 +10,7 @@ from typing import Any
 _log = logging.getLogger("vouchsafe")
 
 BackgroundTask = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
-"""Called with an event that is set at shutdown; runs until then, and ends by itself soon after."""
+"""A coroutine function that takes the shutdown event and returns soon after the event is set."""
 
 
 async def sleep_or_stop(stop: asyncio.Event, seconds: float) -> None:
@@ -23,7 +23,10 @@ async def sleep_or_stop(stop: asyncio.Event, seconds: float) -> None:
 
 
 class BackgroundTasks:
-    """Runs background tasks for the lifetime of the process."""
+    """The background tasks of a process, from `start` to `stop`.
+
+    `stop` waits `grace_seconds` for the tasks to return.
+    """
 
     def __init__(self, tasks: Sequence[BackgroundTask], grace_seconds: float) -> None:
         self._tasks = tasks
@@ -36,13 +39,13 @@ class BackgroundTasks:
         return len(self._tasks)
 
     def start(self) -> None:
-        """Start them all."""
+        """Start all background tasks."""
         self._stop = asyncio.Event()
         self._running = [asyncio.create_task(self._run(task)) for task in self._tasks]
         self.started = True
 
     async def stop(self) -> None:
-        """Set their event, wait for the grace time, then cancel those that still run."""
+        """Set the shutdown event, wait `grace_seconds`, then cancel the tasks that still run."""
         self.started = False
         self._stop.set()
         if self._running:

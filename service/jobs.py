@@ -1,4 +1,4 @@
-"""Jobs, shards and their states: plain data, without torch, HTTP or a clock of its own."""
+"""Jobs, shards and their states: plain data, without torch, HTTP or a clock."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from enum import StrEnum
 from typing import Any
 
 NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
-"""Part of every noise key: rows drawn in another way, or keyed otherwise, are other rows."""
+"""Part of every noise key: another way to draw or key rows gives other rows."""
 
 
 class Mode(StrEnum):
-    """What a job asks for; PREDICT rows travel in the fast lane."""
+    """The kind of a job; workers take PREDICT rows first."""
 
     CERTIFY = "certify"
     PREDICT = "predict"
@@ -28,7 +28,7 @@ class Mode(StrEnum):
 
     @property
     def method(self) -> str:
-        """The statistical procedure behind the answer."""
+        """The statistical procedure of the mode."""
         return "binomial" if self is Mode.PREDICT else "cohen"
 
 
@@ -40,7 +40,7 @@ class Domain(StrEnum):
 
 
 class State(StrEnum):
-    """The life of a job."""
+    """The state of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -50,7 +50,7 @@ class State(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to the job."""
+        """Whether the state is final."""
         return self not in (State.QUEUED, State.RUNNING)
 
 
@@ -65,7 +65,7 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """How many noise rows the shard holds."""
+        """Number of noise rows in the shard."""
         return self.stop - self.start
 
 
@@ -73,12 +73,15 @@ class Shard:
 class Job:
     """One question about one image.
 
-    `pixels` are the uint8 bytes of an image of `shape` (3, H, W), channel first; `task_digest` is
-    the digest of the bundle in whose words it is answered, and `bundle` the same bundle's with the
-    numerics; `key` the job's noise key (32 bytes); `classes` how many labels the task has;
-    `created` is in Unix seconds; `owner` names the caller's key; `traceparent` is the W3C trace
-    context that it came with, for logs: no row or key depends on it. `setup_rows` is what its
-    preparation costs a worker, in rows.
+    - `task_digest`: digest of the bundle that holds the task's labels.
+    - `bundle`: digest of the same bundle together with the numerics.
+    - `classes`: number of labels of the task.
+    - `shape`, `pixels`: (3, H, W), channel first, and the uint8 bytes of an image of that shape.
+    - `key`: the job's noise key (32 bytes).
+    - `created`: Unix seconds.
+    - `owner`: name of the caller's API key.
+    - `traceparent`: W3C trace context of the request, for logs; no row or key depends on it.
+    - `setup_rows`: a worker's cost to prepare the job, in rows.
     """
 
     id: str
@@ -101,12 +104,12 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Noise rows the whole job needs: n0 + n, or n in predict mode (n0 is 0 there)."""
+        """Noise rows of the whole job: n0 + n, or n in predict mode (n0 is 0 there)."""
         return self.n0 + self.n
 
     @property
     def charge(self) -> int:
-        """Rows that the backlog and its owner's quota are charged with while it is open."""
+        """Rows that an open job adds to the backlog and to its owner's quota."""
         return self.rows + self.setup_rows
 
     def shards(self, most_rows: int) -> tuple[Shard, ...]:
@@ -130,9 +133,9 @@ class Job:
 
     @classmethod
     def decode(cls, encoded: bytes, pixels: bytes) -> Job:
-        """Read what `encode` wrote; unknown or missing fields raise TypeError.
+        """The job that `encode` wrote; owner, traceparent and setup rows may be missing.
 
-        Only what a job may be without may be missing: owner, traceparent and setup rows.
+        Raises TypeError for unknown fields, and for other missing ones.
         """
         readers: dict[str, Callable[[Any], Any]] = {
             "key": b64decode,
@@ -147,9 +150,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """What is known of a job: `selection` and `estimation` are votes by class, of `rows_done` rows.
+    """A job's state and votes.
 
-    Times are Unix seconds; `problem` is a problem document once the state is `failed`.
+    `selection` and `estimation` are votes by class (K,), of `rows_done` rows together. Times are
+    Unix seconds; `problem` is a problem document once the state is `failed`.
     """
 
     job: Job
@@ -170,8 +174,8 @@ def canonical_json(value: object) -> bytes:
 def noise_key(secret: bytes, job: Job, pixels_sha256: str | None = None) -> bytes:
     """The noise key (32 bytes) of a job: HMAC-SHA256 of the whole question (design.md).
 
-    Any other question has rows of its own, so it may be chosen after this one was answered. The
-    job's own `key` has no part in it; `pixels_sha256` (hex) stands in for pixels not at hand.
+    Every other question has other rows, so a caller may choose it after the response to this one.
+    `job.key` is not hashed. `pixels_sha256` (hex) replaces the hash of `job.pixels` where given.
     """
     question = {
         "noise": NOISE_FORMAT,

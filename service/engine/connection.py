@@ -1,4 +1,4 @@
-"""A worker's way to its engine: what to do while that does not answer."""
+"""A worker's connection to its engine: retry, backoff, and one log record per outage."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ logger = logging.getLogger("vouchsafe")
 T = TypeVar("T")
 
 LEAVING_SECONDS = 5.0
-"""How long an engine that does not answer may hold up a worker that is told to stop."""
+"""Seconds that an unreachable engine may delay a worker that stops."""
 UNREACHABLE = (OSError, RedisError)
-"""What an engine raises that is out of reach, or that cannot do now what it is asked."""
+"""Errors of an engine that is unreachable, or that cannot run a call now."""
 
 
 class EngineUnreachable(RuntimeError):
-    """The engine did not answer, or could not do what it was asked; the log has been told."""
+    """The engine is unreachable, or could not run the call; EngineConnection has logged it."""
 
 
 class EngineConnection:
-    """Asks the engine of a worker: outages are told once and waited out, until it is to leave."""
+    """Calls the engine of a worker; logs an outage once, and retries until the worker leaves."""
 
     def __init__(self, state: ConnectionState | None = None) -> None:
         self.state = state or ConnectionState()
@@ -36,32 +36,35 @@ class EngineConnection:
         self._limits: set[asyncio.Timeout] = set()
 
     def leave(self) -> None:
-        """From here on nothing is asked twice, nor for more than LEAVING_SECONDS."""
+        """Stop retrying, and limit every call to LEAVING_SECONDS."""
         if not self.leaving.is_set():
             self.leaving.set()
             for limit in self._limits:
                 limit.reschedule(_leaving_ends())
 
     async def ask(self, call: Awaitable[T]) -> T:
-        """What the engine answers; raises EngineUnreachable where it does not."""
-        asked = time.monotonic()
+        """The result of one call.
+
+        Raises EngineUnreachable where the engine is unreachable, and what else the call raises.
+        """
+        began = time.monotonic()
         limit = asyncio.timeout_at(_leaving_ends() if self.leaving.is_set() else None)
         try:
             async with limit:
                 self._limits.add(limit)
-                answer = await call
+                result = await call
         except UNREACHABLE as error:
-            self.state.mark_down(error, asked)
+            self.state.mark_down(error, began)
             raise EngineUnreachable(f"{error}") from error
         finally:
             self._limits.discard(limit)
         self.state.mark_up()
-        return answer
+        return result
 
     async def insist(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """The engine's answer, asking again for so many seconds; raises what it then raises.
+        """The result of `call`, retried for `seconds`.
 
-        A ValueError is an answer, and raised at once.
+        Raises ValueError at once, and every other error of the last try.
         """
         deadline = time.monotonic() + seconds
         failures = 0
@@ -77,7 +80,7 @@ class EngineConnection:
                 failures += 1
 
     async def pause(self, failures: int) -> None:
-        """Wait before the next try: twice as long each time, up to 5 s, jittered."""
+        """Wait before the next try: twice as long after each failure, up to 5 s, jittered."""
         seconds = min(5.0, 0.05 * 2.0**failures) * random.uniform(0.5, 1)
         await sleep_or_stop(self.leaving, seconds)
 
@@ -87,27 +90,30 @@ def _leaving_ends() -> float:
 
 
 class ConnectionState:
-    """Whether the engine is out of reach: a line in the log as that begins, and one at its end."""
+    """Whether the engine is down; logs one record when it goes down and one when it is back."""
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._answered = float("-inf")
+        self._last_success = float("-inf")
 
     @property
     def is_down(self) -> bool:
-        """Whether the engine did not answer when it was last asked."""
+        """Whether the last call to the engine failed."""
         return self._since is not None
 
-    def mark_down(self, error: Exception, asked: float) -> None:
-        """What was asked then (time.monotonic) has no answer, and nothing asked since has one."""
-        if self._since is None and self._answered <= asked:
+    def mark_down(self, error: Exception, began: float) -> None:
+        """Note the `error` of a call that `began` then (time.monotonic).
+
+        A call that succeeded since overrides the error.
+        """
+        if self._since is None and self._last_success <= began:
             self._since = time.monotonic()
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            logger.warning("the engine is out of reach (%s); trying until it answers", reason)
+            logger.warning("the engine is out of reach (%s); retrying until it answers", reason)
 
     def mark_up(self) -> None:
-        """The engine has answered."""
-        self._answered = time.monotonic()
+        """Note a call that succeeded."""
+        self._last_success = time.monotonic()
         if self._since is not None:
-            logger.info("the engine answers again after %.0f s", self._answered - self._since)
+            logger.info("the engine answers again after %.0f s", self._last_success - self._since)
             self._since = None

@@ -1,4 +1,4 @@
-"""The door's rules, written once for every engine: who is let in, and what the others are told."""
+"""Admission rules of every engine, and the problems of rejected jobs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from service.errors import Backlog, IdempotencyMismatch, InvalidField, QuotaExce
 from service.jobs import Job, canonical_json
 
 Served = Counter[tuple[str, str]]
-"""How many live workers serve a task under a digest."""
+"""Number of live workers by task and digest."""
 
 
 def served_digests(served: Served) -> Mapping[str, tuple[str, ...]]:
-    """Every served task with its digests, those of most workers first; equal ones go by name."""
+    """Digests by served task: those of most workers first, equal ones by name in reverse."""
     found: dict[str, tuple[str, ...]] = {}
     for (task, digest), _ in sorted(
         served.items(), key=lambda item: (item[1], item[0]), reverse=True
@@ -25,39 +25,39 @@ def served_digests(served: Served) -> Mapping[str, tuple[str, ...]]:
 
 
 def distinct(numerics: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """The numerics without repeats, in an order of their own."""
+    """The numerics without repeats, ordered by their canonical JSON."""
     known = {canonical_json(described): described for described in numerics}
     return tuple(known[text] for text in sorted(known))
 
 
 def another_request() -> IdempotencyMismatch:
-    """The refusal of a key that came before with another fingerprint."""
+    """The problem of an Idempotency-Key that belongs to a request of another fingerprint."""
     return IdempotencyMismatch("This Idempotency-Key came before with another request.")
 
 
 def most_rows(owner: str | None, max_rows: int, max_rows_per_key: int | None) -> int:
-    """The bound in rows of one job: the backlog's, or its owner's where that is less."""
+    """The limit in rows of one job: `max_rows`, or less where the owner's limit is less."""
     if owner is None or max_rows_per_key is None:
         return max_rows
     return min(max_rows, max_rows_per_key)
 
 
 def too_large(job: Job, bound: int) -> InvalidField:
-    """The refusal of a job that alone is larger than its bound in rows."""
+    """The problem of a job that alone exceeds its limit, `bound` rows."""
     return InvalidField(
         f"The job needs {job.rows} rows of noise, and this service queues at most "
-        f"{bound} at once; ask for fewer.",
+        f"{bound} at once; request fewer.",
         limit=bound,
     )
 
 
 def unserved(task: str) -> Backlog:
-    """The refusal of a job whose bundle no live worker serves."""
+    """The problem of a job whose bundle no live worker serves."""
     return Backlog(f"No live worker serves task {as_json(task)} now.", retry_after=RETRY_SECONDS)
 
 
 def served_otherwise(task: str) -> Backlog:
-    """The refusal of a job where live workers have another bundle under its task's name."""
+    """The problem of a job where live workers serve another bundle under its task's name."""
     return Backlog(
         f"Live workers have another bundle of task {as_json(task)} than this process, so "
         "their votes are not about its labels. Give all processes the same tasks and the same "
@@ -67,7 +67,7 @@ def served_otherwise(task: str) -> Backlog:
 
 
 def full(rows: int, backlog_rows: int, rows_per_second: float) -> Backlog:
-    """The refusal of `rows` more for which those that wait leave no room."""
+    """The problem of a job of `rows` that a backlog of `backlog_rows` leaves no room for."""
     return Backlog(
         f"{backlog_rows} rows of noise are waiting; there is no room for {rows} more.",
         retry_after=retry_seconds(backlog_rows, rows_per_second),
@@ -75,7 +75,7 @@ def full(rows: int, backlog_rows: int, rows_per_second: float) -> Backlog:
 
 
 def over_quota(rows: int, owner_rows: int, bound: int, rows_per_second: float) -> QuotaExceeded:
-    """The refusal of `rows` more to an owner of whose rows `owner_rows` wait already."""
+    """The problem of a job of `rows` whose owner has `owner_rows` of `bound` in the backlog."""
     return QuotaExceeded(
         f"{owner_rows} rows of noise are waiting for this key, which may have {bound} at once; "
         f"there is no room for {rows} more.",

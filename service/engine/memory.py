@@ -31,7 +31,7 @@ from service.jobs import Domain, Job, JobStatus, Mode, State
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A live lease: who holds it, until when, and whether it is being computed."""
+    """A live lease: its worker, its expiry, and whether the worker computes the shard."""
 
     record: JobRecord
     lease: Lease
@@ -44,16 +44,16 @@ _EPOCH = time.time() - time.monotonic()
 
 
 def steady_time() -> float:
-    """Unix seconds as of the process's start, counted on steadily: no clock step ends a lease."""
+    """Unix seconds, counted monotonically from the process's start: no clock step ends a lease."""
     return _EPOCH + time.monotonic()
 
 
 class MemoryEngine:
-    """The engine in one process: the same promises as any other, as long as the process lives.
+    """The engine in one process: the contract of Engine, as long as the process lives.
 
-    For use from one event loop. An idle pull waits `poll_seconds`. An image goes as its job ends.
-    Jobs that no worker serves fail with the problem that a worker last reported of them; while no
-    worker announces anything they wait.
+    For use from one event loop. An idle pull waits `poll_seconds`. The image of a job is dropped
+    when the job ends. Jobs that no worker serves fail with the last problem that a worker reported
+    of them. While no worker announces anything, they wait.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MemoryEngine:
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
     ) -> str:
-        """Queue a job; see Engine. A job whose id is known already changes nothing."""
+        """Queue a job; see Engine. A known job id changes nothing."""
         self._sweep()
         caller_key = None if idempotency_key is None else (job.owner, idempotency_key)
         if caller_key is not None and (earlier := self._caller_keys.get(caller_key)):
@@ -107,7 +107,7 @@ class MemoryEngine:
                 return []
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Say that these shards are being computed now; see Engine."""
+        """Mark these shards as being computed; see Engine."""
         for delivery in self._deliveries(leases):
             delivery.started = True
             self._run(delivery.record)
@@ -123,7 +123,7 @@ class MemoryEngine:
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
         """Add a shard's votes once; see Engine."""
         votes = checked_counts(lease, counts)
-        self._deliveries([lease])  # The worker is alive.
+        self._deliveries([lease])  # Renews the worker, which is alive.
         record = self._open.get(lease.job.id)
         if record is None or lease.shard.index in record.counted:
             return False
@@ -144,7 +144,7 @@ class MemoryEngine:
             self._put_back(delivery)
 
     async def cancel(self, job_id: str) -> bool:
-        """Drop what is left of a job; False where it had ended or is unknown."""
+        """Drop the rest of a job; False where it had ended or is unknown."""
         self._sweep()
         record = self._open.get(job_id)
         if record is None:
@@ -180,7 +180,7 @@ class MemoryEngine:
         return None if record is None else record.status()
 
     async def capacity(self, owner: str | None = None) -> Capacity:
-        """Backlog, that of one owner, measured speed, and what live workers serve."""
+        """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
         self._sweep()
         served = self._served()
         return Capacity(
@@ -194,16 +194,16 @@ class MemoryEngine:
         )
 
     async def stats(self) -> EngineStats:
-        """How things stand in the queue; see Engine."""
+        """The queue's figures for the operator; see Engine."""
         self._sweep()
-        lanes = {mode.priority: self._lane(mode.priority) for mode in Mode}
+        priorities = {mode.priority: self._priority_state(mode.priority) for mode in Mode}
         speed = self._rate.rows_per_second
-        return EngineStats(lanes, speed, len(self._workers), self._dead_letters)
+        return EngineStats(priorities, speed, len(self._workers), self._dead_letters)
 
     async def close(self) -> None:
-        """Nothing to let go of: the jobs end with the process."""
+        """Nothing to release: the jobs end with the process."""
 
-    def _lane(self, priority: str) -> PriorityState:
+    def _priority_state(self, priority: str) -> PriorityState:
         now = self._clock()
         records = self._queues.priority(priority)
         waiting = (now - record.submitted for record in records if record.waiting)
@@ -214,7 +214,7 @@ class MemoryEngine:
         return self._open.get(job_id) or self._ended.get(job_id)
 
     def _deliveries(self, leases: Sequence[Lease]) -> list[_Delivery]:
-        """The live ones of these leases; whoever names a live lease has been heard from."""
+        """The live ones of these leases; renews the workers that hold them."""
         found = []
         for lease in leases:
             delivery = self._held.get((lease.job.id, lease.shard.index))
@@ -255,11 +255,11 @@ class MemoryEngine:
         self._workers[worker.id] = (worker, now)
         if not rows:
             return []
-        line = self._queues.next_for(worker, prefer_task, self._options.starvation_seconds, now)
-        if line is None:
+        queue = self._queues.next_for(worker, prefer_task, self._options.starvation_seconds, now)
+        if queue is None:
             return []
-        line.served = now
-        return [self._lease(record, index, worker) for record, index in line.take(rows)]
+        queue.served = now
+        return [self._lease(record, index, worker) for record, index in queue.take(rows)]
 
     def _lease(self, record: JobRecord, index: int, worker: Worker) -> Lease:
         lease = Lease(
@@ -285,7 +285,7 @@ class MemoryEngine:
             record.changed.notify()
 
     def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
-        """Put a shard back after a failure or a death, or end its job with the problem."""
+        """Put a shard back after a failure or a worker crash, or end its job with the problem."""
         if delivery.record.is_poison(delivery.lease.shard.index):
             self._dead_letters += 1
             self._end(delivery.record, State.FAILED, dict(problem))
@@ -301,7 +301,9 @@ class MemoryEngine:
     def _end(self, record: JobRecord, state: State, problem: dict[str, Any] | None = None) -> None:
         job = record.job
         record.state, record.finished, record.problem = state, self._clock(), problem
-        record.job = replace(job, pixels=b"")  # Answers need no image, and it is the most by far.
+        record.job = replace(
+            job, pixels=b""
+        )  # No response needs the image, and it is most of a job's memory.
         record.waiting.clear()
         for shard in record.shards:
             self._held.pop((job.id, shard.index), None)
@@ -319,12 +321,12 @@ class MemoryEngine:
             del self._caller_keys[record.caller_key]
 
     def _sweep(self) -> None:
-        """Take back what has run out: leases, silent workers, and jobs past their retention."""
+        """Expire leases, silent workers, unserved jobs, and jobs past their retention."""
         now = self._clock()
         for delivery in [held for held in self._held.values() if held.expires <= now]:
-            self._lapse(delivery)
-        for worker, heard in list(self._workers.values()):
-            if heard + self._options.worker_seconds < now:
+            self._expire(delivery)
+        for worker, last_seen in list(self._workers.values()):
+            if last_seen + self._options.worker_seconds < now:
                 del self._workers[worker.id]
         for late in self._queues.unserved(self._served(), now, self._options.unserved_seconds):
             self._end(late, State.FAILED, late.reported or abandoned(late.job.id))
@@ -339,11 +341,11 @@ class MemoryEngine:
         since = record.submitted if record.finished is None else record.finished
         return since + self._options.retention_seconds <= now
 
-    def _lapse(self, delivery: _Delivery) -> None:
+    def _expire(self, delivery: _Delivery) -> None:
         record = delivery.record
         if record.state.ended:
-            return  # Another shard that ran out just now ended the job.
-        record.deaths[delivery.lease.shard.index] += delivery.started
+            return  # Another lease that expired in this sweep ended the job.
+        record.worker_crashes[delivery.lease.shard.index] += delivery.started
         self._settle(delivery, died_over(record.job.id))
 
 

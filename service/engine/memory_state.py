@@ -1,4 +1,4 @@
-"""What the in-process engine writes down of its jobs: pure bookkeeping, without a clock."""
+"""Job records, backlog and speed of the in-process engine: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engine.signal import Signal
 from service.jobs import Domain, Job, JobStatus, Shard, State
 
 CallerKey = tuple[str | None, str]
-"""An owner and the Idempotency-Key that came from it."""
+"""An owner and its Idempotency-Key."""
 
 
 class RateMeter:
@@ -23,11 +23,11 @@ class RateMeter:
         self._rows, self._seconds, self._since = 0, 0.0, 0.0
 
     def work_begins(self, now: float) -> None:
-        """Work came to an idle service at `now`."""
+        """Note that an idle service got work at `now` (seconds)."""
         self._since = now
 
     def count(self, rows: int, now: float) -> None:
-        """`rows` more are done at `now`."""
+        """Count `rows` that were done by `now` (seconds)."""
         seconds, self._since = now - self._since, now
         self._spans.append((now, rows, seconds))
         self._rows += rows
@@ -39,15 +39,16 @@ class RateMeter:
 
     @property
     def rows_per_second(self) -> float:
-        """0.0 before the first count."""
+        """Measured speed; 0.0 before the first count."""
         return rows_per_second(self._rows, self._seconds)
 
 
 @dataclass(slots=True, eq=False)
 class JobRecord:
-    """One job; shards are named by index, and `waiting` holds those that nobody has, ascending.
+    """One job and its shards, by index; `waiting` holds those without a lease, ascending.
 
-    `reported` is the problem of the last failed attempt, `problem` that of the job once it failed.
+    `failures` and `worker_crashes` count by shard. `reported` is the problem of the last failed
+    attempt, `problem` that of the job once it has failed.
     """
 
     job: Job
@@ -65,7 +66,7 @@ class JobRecord:
     reported: dict[str, Any] | None = None
     counted: set[int] = field(default_factory=set)
     failures: Counter[int] = field(default_factory=Counter)
-    deaths: Counter[int] = field(default_factory=Counter)
+    worker_crashes: Counter[int] = field(default_factory=Counter)
     changed: Signal = field(default_factory=Signal)
 
     @property
@@ -74,17 +75,17 @@ class JobRecord:
         return len(self.counted) == len(self.shards)
 
     def isolated(self, index: int) -> bool:
-        """Whether a worker died over the shard, so that it must be computed alone."""
-        return self.deaths[index] > 0
+        """Whether a worker crashed on the shard, which must be computed alone since."""
+        return self.worker_crashes[index] > 0
 
     def is_poison(self, index: int) -> bool:
-        """Whether the shard has failed, or been died over, once too often.
+        """Whether the shard has reached its limit of failures or of worker crashes.
 
-        The death that made it isolated is not one of the isolated deaths.
+        The crash that isolated the shard does not count as an isolated one.
         """
         return (
             self.failures[index] >= FAILURES_ALLOWED
-            or self.deaths[index] > ISOLATED_CRASHES_ALLOWED
+            or self.worker_crashes[index] > ISOLATED_CRASHES_ALLOWED
         )
 
     def count(self, index: int, votes: list[int]) -> None:
@@ -98,7 +99,7 @@ class JobRecord:
             self.waiting.remove(index)
 
     def status(self) -> JobStatus:
-        """The job as the outside sees it."""
+        """The job's status, as Engine returns it."""
         return JobStatus(
             job=self.job,
             state=self.state,
@@ -112,7 +113,7 @@ class JobRecord:
 
 
 class BacklogRows:
-    """The rows that wait or are leased, of everyone and of each owner, and their bounds."""
+    """The rows that wait or are leased, in all and by owner, and their limits."""
 
     def __init__(self, max_queue_rows: int, max_queue_rows_per_key: int | None) -> None:
         self.rows = 0
@@ -120,11 +121,14 @@ class BacklogRows:
         self._owner_rows: Counter[str] = Counter()
 
     def of(self, owner: str | None) -> int:
-        """The rows of one owner; those of nobody are not told apart."""
+        """The rows of one owner; 0 for jobs without an owner."""
         return 0 if owner is None else self._owner_rows[owner]
 
     def admit(self, job: Job, served: Served, speed: float) -> None:
-        """Raises what Engine.submit does for a job that may not come in; `speed` in rows/s."""
+        """Check a job against the limits; `speed` is in rows per second.
+
+        Raises InvalidField, Backlog or QuotaExceeded where the job is rejected.
+        """
         bound = most_rows(job.owner, self._bound, self._owner_bound)
         if job.rows > bound:
             raise too_large(job, bound)
@@ -137,7 +141,7 @@ class BacklogRows:
             raise full(job.charge, self.rows, speed)
 
     def book(self, job: Job, rows: int) -> None:
-        """So many rows more are open, of everyone and of the job's owner."""
+        """Add `rows` to the backlog and to the part of the job's owner; negative where they end."""
         self.rows += rows
         if job.owner is not None:
             self._owner_rows[job.owner] += rows

@@ -1,4 +1,4 @@
-"""Bounds and times of an engine."""
+"""Limits and times of an engine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from service.config import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Every engine takes the same.
+    """The options of every engine.
 
-    `max_queue_rows` rows may wait or be leased, `max_queue_rows_per_key` of one owner where given.
-    Jobs are kept for `retention_seconds` after their end (unfinished ones: after their submission),
-    the last `max_finished_jobs` of them at most. A task whose shards have not been served for
-    `starvation_seconds` goes before the preferred one. A worker without a pull for `worker_seconds`
-    is not alive. Jobs under a digest that no live worker announced for `unserved_seconds` fail.
+    - `shard_rows`: most rows of a shard.
+    - `lease_seconds`: life of a lease that the worker does not renew.
+    - `max_queue_rows`: most rows that wait or are leased.
+    - `max_queue_rows_per_key`: most of them of one owner, where given.
+    - `retention_seconds`: life of a job after its end; of an unfinished one, after its submission.
+    - `max_finished_jobs`: most finished jobs that the engine retains.
+    - `unserved_seconds`: a job fails after no live worker has announced its digest for this time.
+    - `starvation_seconds`: a task unserved for longer goes before the preferred one.
+    - `worker_seconds`: a worker without a pull for longer is not alive.
     """
 
     shard_rows: int
@@ -31,7 +35,7 @@ class EngineOptions:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """What an operator has set."""
+        """The options that the operator has set."""
         return cls(
             shard_rows=settings.shard_rows,
             lease_seconds=settings.lease_seconds,

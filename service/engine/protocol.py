@@ -1,4 +1,4 @@
-"""The engine's contract: what stands between the door and the workers.
+"""The engine's contract: the job queue between admission and the workers.
 
 Every implementation passes tests/integration/engine/test_conformance.py: leases, attempts, dead
 letters, a bounded backlog.
@@ -16,10 +16,10 @@ from service.errors import ShardDead
 from service.jobs import Job, JobStatus, Shard, canonical_json
 
 FAILURES_ALLOWED = 3
-"""The failed attempt of one shard that ends its job."""
+"""Failed attempts of one shard; the last of them ends the job."""
 
 ISOLATED_CRASHES_ALLOWED = 5
-"""The death of a worker over one isolated shard that ends its job; one death made it isolated."""
+"""Worker crashes on one shard after its isolation; the last of them ends the job."""
 
 RETRY_SECONDS = 10
 """Retry-After where no speed has been measured yet, or no worker is alive."""
@@ -29,8 +29,8 @@ RETRY_SECONDS = 10
 class Worker:
     """A worker as it announces itself with every pull.
 
-    `bundles` maps task to served digest. `numerics` are those that the digests were made with:
-    who has a task's bundle can tell by them whether a digest is that bundle's.
+    `bundles` maps task to served digest. `numerics` are those of the digests: with them, a process
+    that has a task's bundle checks whether a digest belongs to that bundle.
     """
 
     id: str
@@ -38,15 +38,15 @@ class Worker:
     numerics: Sequence[Mapping[str, Any]] = ()
 
     def announcement(self) -> bytes:
-        """What it announces, as canonical JSON."""
+        """The announced bundles and numerics, as canonical JSON."""
         return canonical_json({"bundles": self.bundles, "numerics": list(self.numerics)})
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A shard handed to one worker until the lease runs out; `token` is this delivery's own.
+    """A shard that one worker holds until the lease expires; `token` names this delivery.
 
-    A worker died over a `isolated` shard: it is pulled alone and never shares a device batch.
+    An `isolated` shard crashed a worker: it is pulled alone and never shares a device batch.
     """
 
     job: Job
@@ -57,12 +57,13 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the engine can take.
+    """The load of the engine, and the digests of its live workers.
 
-    `backlog_rows` wait or are leased; `rows_per_second` is measured over the last minute of work
-    (0.0 before the first commit); `digests` maps every task of a live worker to the digests it is
-    served under, those of most workers first, and `numerics` are all that workers announce. Of the
-    backlog, `owner_rows` belong to the owner asked about.
+    - `backlog_rows`: rows that wait or are leased.
+    - `rows_per_second`: measured over the last minute of work; 0.0 before the first commit.
+    - `digests`: digests by task of the live workers, those of most workers first.
+    - `owner_rows`: the part of the backlog that belongs to the requested owner.
+    - `numerics`: all that live workers announce.
     """
 
     backlog_rows: int
@@ -72,9 +73,9 @@ class Capacity:
     numerics: tuple[Mapping[str, Any], ...] = ()
 
     def digests_of(self, task: str, bundle: Bundle) -> tuple[str, ...]:
-        """The digests under which live workers serve this very bundle, those of most first.
+        """The digests under which live workers serve this bundle, those of most workers first.
 
-        A bundle of the same name with other words or weights has other digests.
+        A bundle of the same name with other labels or weights has other digests.
         """
         own = {bundle.served_digest(numerics) for numerics in self.numerics}
         return tuple(digest for digest in self.digests.get(task, ()) if digest in own)
@@ -82,10 +83,10 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class PriorityState:
-    """What one priority holds.
+    """The load of one priority.
 
-    `rows` wait or are leased; `oldest_seconds` is the age, since its job was accepted, of the
-    oldest shard that no worker holds: 0.0 where there is none.
+    `rows` wait or are leased. `oldest_seconds` is the time since the job of the oldest shard
+    without a lease was accepted; 0.0 where no shard waits.
     """
 
     rows: int
@@ -94,11 +95,14 @@ class PriorityState:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an operator watches; `priorities` has `hi` and `lo`.
+    """The queue's figures for the operator.
 
-    `rows_per_second` is Capacity's; `workers` are alive; `dead_letters` counts the shards that
-    ended their jobs, for as long as the engine remembers the last of them. `persists`: whether
-    what the engine last wrote to disk got there, None where it writes nothing or does not tell.
+    - `priorities`: state of `hi` and of `lo`.
+    - `rows_per_second`: as in Capacity.
+    - `workers`: number of live workers.
+    - `dead_letters`: shards that ended their jobs, until the engine drops the last of them.
+    - `persists`: whether the engine's last write to disk succeeded; None where the engine writes
+      nothing or does not report it.
     """
 
     priorities: Mapping[str, PriorityState]
@@ -109,114 +113,117 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Takes jobs in, hands their shards to workers, and counts every shard exactly once.
+    """The job queue: accepts jobs, leases their shards to workers, counts every shard once.
 
-    A lease that ran out is taken back when the engine next looks (at any pull); until then its
-    holder may still renew or commit it. Jobs under a digest that no live worker has announced for
-    some minutes fail; while no worker announces anything they wait.
+    The engine takes an expired lease back at its next sweep (at any pull); until then its worker
+    may still renew or commit it. Jobs under a digest that no live worker has announced for
+    some minutes fail. While no worker announces anything, they wait.
     """
 
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
     ) -> str:
-        """Queue a job and return its id, or that of the job which the key made before.
+        """The id of the queued job, or of the earlier job of the same `idempotency_key`.
 
-        `idempotency_key` belongs to the job's owner and lives as long as its job. Raises Backlog
-        (503) when the backlog would pass its bound in rows or no live worker serves the job's
-        bundle, QuotaExceeded (429) when its owner's part of the backlog would pass the owner's
-        bound, InvalidField (422) when the job alone is larger than either bound, and
-        IdempotencyMismatch (422) when the key came with another fingerprint.
+        `idempotency_key` belongs to the job's owner and lives as long as its job.
+
+        Raises Backlog (503) where the backlog would exceed its limit in rows, or no live worker
+        serves the job's bundle; QuotaExceeded (429) where the owner's part of the backlog would
+        exceed the owner's limit; InvalidField (422) where the job alone exceeds either limit;
+        IdempotencyMismatch (422) where the key belongs to another fingerprint.
         """
 
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Shards of one task and bundle of the worker's, oldest first, `hi` priority first.
 
-        Where `lo` waits, one pull in four begins there. Stops at the shard that reaches `rows`;
-        waits a moment when there is none. The preferred task goes first unless another has
-        gone unserved too long. An isolated shard comes alone. A pull of no rows only announces the
-        worker, and returns at once.
+        - Stops at the shard that reaches `rows`; waits a moment where no shard waits.
+        - Where `lo` waits, one pull in four begins there.
+        - `prefer_task` goes first, unless another task has starved.
+        - An isolated shard comes alone.
+        - A pull of 0 rows only announces the worker, and returns at once.
         """
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Say that these shards are being computed: a death from here on counts against them.
+        """Mark these shards as being computed, so that a worker crash counts against them.
 
         Extends the leases and returns those still held, as `renew` does.
         """
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Extend the leases; returns those still held (a cancelled or lost one is missing)."""
+        """The leases still held, extended; a cancelled or lost one is missing."""
 
     async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
-        """Add a shard's votes (K,) once; False where the shard was counted or the job is over.
+        """Add a shard's votes (K,) once; False where the shard was counted or the job has ended.
 
-        The first commit of a shard is counted, even on a lease lost to another worker. Raises
-        ValueError for counts that cannot be the votes of the shard's rows.
+        The first commit of a shard counts, even on a lease lost to another worker.
+
+        Raises ValueError for counts that cannot be the votes of the shard's rows.
         """
 
     async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
-        """Report a failed attempt; the third ends the job with `problem`. A lost lease: nothing."""
+        """Report a failed attempt; the third ends the job with `problem`. Ignores a lost lease."""
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted, as a draining worker does."""
 
     async def cancel(self, job_id: str) -> bool:
-        """Drop what is left of a job; False where it had ended or is unknown."""
+        """Drop the rest of a job; False where it had ended or is unknown."""
 
     async def delete(self, job_id: str) -> bool:
         """Cancel a job and erase it, image and all; False where it is unknown."""
 
     def watch(self, job_id: str) -> AsyncIterator[JobStatus]:
-        """The job's status now and at every change, ending with its last; unknown: nothing.
+        """The job's status now and at every change, up to the final one; nothing if unknown.
 
-        A slow reader sees the latest status only. Where the engine loses the job meanwhile it ends
-        with a status that is not the last.
+        A slow reader sees the latest status only. Where the engine loses the job meanwhile, the
+        iterator ends without a final status.
         """
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """The job's status, or None; while it runs the votes are the tally so far.
+        """The job's status, or None; while the job runs, votes are those committed.
 
-        The job in it may lack its pixels, which are erased once it has ended.
+        The status's job may lack its pixels, which are erased at its end.
         """
 
     async def capacity(self, owner: str | None = None) -> Capacity:
-        """Backlog, that of one owner, measured speed, and what live workers serve."""
+        """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
 
     async def stats(self) -> EngineStats:
-        """How things stand in the queue, for whoever watches it; for a few calls a minute."""
+        """The queue's figures for the operator; meant for a few calls a minute."""
 
     async def close(self) -> None:
-        """Let go of every connection."""
+        """Release every connection."""
 
 
 def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
     """The counts (K,) as integers.
 
-    Raises ValueError where they are not one count >= 0 a class summing to the shard's rows.
+    Raises ValueError unless there is one count >= 0 per class and they sum to the shard's rows.
     """
     votes = [int(count) for count in counts]
     if len(votes) != lease.job.classes:
         raise ValueError(f"{len(votes)} counts for {lease.job.classes} classes")
     if min(votes) < 0:
-        raise ValueError("counts are negative")
+        raise ValueError(f"a count is negative: {min(votes)}")
     if sum(votes) != lease.shard.rows:
         raise ValueError(f"counts of {sum(votes)} rows for a shard of {lease.shard.rows}")
     return votes
 
 
 def died_over(job_id: str) -> dict[str, Any]:
-    """The problem document of a job that ends by the deaths of its workers."""
-    detail = "Workers died over the same rows again and again."
+    """The problem document of a job whose shard crashed too many workers."""
+    detail = f"Workers crashed {ISOLATED_CRASHES_ALLOWED + 1} times on the same rows."
     return ShardDead(detail, job=job_id).document()
 
 
 def abandoned(job_id: str) -> dict[str, Any]:
-    """The problem document of a job under a digest that workers have ceased to serve."""
+    """The problem document of a job under a digest that no worker serves any more."""
     detail = "No worker serves the networks that began this job any more; ask again."
     return ShardDead(detail, job=job_id).document()
 
 
 def rows_per_second(rows: int, seconds: float) -> float:
-    """The speed measured over `seconds` of work; 0.0 where no row was counted."""
+    """The speed over `seconds` of work; 0.0 where no row was counted."""
     return rows / max(seconds, 0.001)
 
 

@@ -1,4 +1,4 @@
-"""The in-process engine's lines: whose shards wait, and which are next. Without a clock."""
+"""Queues of the in-process engine, and the choice of the next shards; no clock."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from service.engine.scheduling import FAST_PULLS, Candidate, next_offer
 class Queue:
     """The open jobs of one task and bundle, by priority, oldest first.
 
-    `served` is the last pull; the last `passed` pulls left the `lo` priority waiting. No worker has
-    announced the line since `unserved`, where that is known.
+    `served` is the time of the last pull. The last `passed` pulls left the `lo` priority waiting.
+    No worker has announced the queue since `unserved`, where that is not None.
     """
 
     task: str
@@ -34,13 +34,13 @@ class Queue:
         return (record for record in records if record.waiting)
 
     def offer(self, now: float) -> Candidate:
-        """What is next of the line, and for how many seconds it has gone unserved."""
+        """The next shard as a candidate, with the seconds since the queue was served."""
         record = next(self.waiting())
         since = max(self.served, record.submitted)
         return Candidate(self.task, record.job.mode.priority == "hi", now - since)
 
     def take(self, rows: int) -> list[tuple[JobRecord, int]]:
-        """Take waiting shards until `rows` are reached; an isolated one only by itself."""
+        """Records and shard indices, taken until `rows` are reached; an isolated shard alone."""
         taken = self._taken(rows)
         served = any(record.job.mode.priority == "lo" for record, _ in taken)
         waits = any(record.waiting for record in self.priorities["lo"].values())
@@ -63,55 +63,57 @@ class Queue:
 
 
 class Queues:
-    """Every line with open jobs, by task and bundle."""
+    """Every queue with open jobs, by task and bundle."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, str], Queue] = {}
+        self._queues: dict[tuple[str, str], Queue] = {}
 
     def add(self, record: JobRecord) -> None:
-        """Put a job last in its line."""
+        """Append a job to its queue."""
         job = record.job
-        line = self._lines.setdefault((job.task, job.bundle), Queue(job.task))
-        line.priorities[job.mode.priority][job.id] = record
+        queue = self._queues.setdefault((job.task, job.bundle), Queue(job.task))
+        queue.priorities[job.mode.priority][job.id] = record
 
     def remove(self, record: JobRecord) -> None:
-        """Take a job out of its line."""
+        """Remove a job from its queue."""
         job = record.job
-        line = self._lines[job.task, job.bundle]
-        del line.priorities[job.mode.priority][job.id]
-        if not any(line.priorities.values()):
-            del self._lines[job.task, job.bundle]
+        queue = self._queues[job.task, job.bundle]
+        del queue.priorities[job.mode.priority][job.id]
+        if not any(queue.priorities.values()):
+            del self._queues[job.task, job.bundle]
 
     def priority(self, priority: str) -> list[JobRecord]:
-        """The open jobs of one priority, whatever their line."""
+        """The open jobs of one priority, of all queues."""
         return [
-            record for line in self._lines.values() for record in line.priorities[priority].values()
+            record
+            for queue in self._queues.values()
+            for record in queue.priorities[priority].values()
         ]
 
     def unserved(
         self, served: Collection[tuple[str, str]], now: float, seconds: float
     ) -> list[JobRecord]:
-        """The open jobs of the lines that were not among the served ones for so many seconds.
+        """The open jobs of queues that were not in `served` for `seconds`.
 
-        None where nothing is served at all.
+        An empty list where `served` is empty.
         """
         late: list[JobRecord] = []
-        for item, line in self._lines.items():
+        for item, queue in self._queues.items():
             if not served or item in served:
-                line.unserved = None
-            elif line.unserved is None:
-                line.unserved = now
-            if line.unserved is not None and now - line.unserved >= seconds:
+                queue.unserved = None
+            elif queue.unserved is None:
+                queue.unserved = now
+            if queue.unserved is not None and now - queue.unserved >= seconds:
                 late += chain.from_iterable(
-                    priority.values() for priority in line.priorities.values()
+                    priority.values() for priority in queue.priorities.values()
                 )
         return late
 
     def next_for(
         self, worker: Worker, prefer_task: str | None, starvation_seconds: float, now: float
     ) -> Queue | None:
-        """The line of which the worker is to take, or None where nothing waits that it serves."""
-        lines = [self._lines[item] for item in worker.bundles.items() if item in self._lines]
-        offers = [line.offer(now) for line in lines if any(line.waiting())]
+        """The queue that the worker takes from, or None where nothing waits that it serves."""
+        queues = [self._queues[item] for item in worker.bundles.items() if item in self._queues]
+        offers = [queue.offer(now) for queue in queues if any(queue.waiting())]
         offer = next_offer(offers, prefer_task, starvation_seconds)
-        return None if offer is None else self._lines[offer.task, worker.bundles[offer.task]]
+        return None if offer is None else self._queues[offer.task, worker.bundles[offer.task]]

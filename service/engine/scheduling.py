@@ -1,4 +1,4 @@
-"""Which task and lane a worker is given next: the rules, written once for every engine."""
+"""Scheduling rules of every engine: the task and priority of the next shards."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 FAST_PULLS = 3
-"""Pulls of one task in a row that may leave its waiting `lo` lane without a shard.
+"""Consecutive pulls of one task that may take no shard of its waiting `lo` priority.
 
-The next begins there: PREDICT goes first, and CERTIFY keeps a quarter however much of it comes.
+The next pull begins there, so CERTIFY gets a quarter of the pulls beside any load of PREDICT.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Work that waits for one task and bundle; `fast` where a `hi` shard is next.
+    """The next shard of one task and bundle; `fast` where its priority is `hi`.
 
-    What is next has gone unserved for `waited` seconds.
+    `waited` counts seconds from the later of the job's submission and the queue's last pull.
     """
 
     task: str
@@ -27,7 +27,7 @@ class Candidate:
 def next_offer(
     offers: Iterable[Candidate], prefer_task: str | None, starvation_seconds: float
 ) -> Candidate | None:
-    """The offer to take: a starved one, else the preferred task's, else the most urgent."""
+    """The candidate to serve: a starved one, else the preferred task's, else the most urgent."""
     offers = list(offers)
     starved = [offer for offer in offers if offer.waited > starvation_seconds]
     if starved:

@@ -6,12 +6,12 @@ import asyncio
 
 
 class Signal:
-    """Wakes everyone who has waited for `next` since it last rang."""
+    """Wakes every coroutine that waits for `next`, at each `notify`."""
 
     def __init__(self) -> None:
         self.next = asyncio.Event()
 
     def notify(self) -> None:
-        """Wake them; who waits from here on waits for the ring after this one."""
+        """Wake the waiting coroutines; a later wait on `next` ends at the next call."""
         self.next.set()
         self.next = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The API of a fleet: networks and workers are elsewhere, Redis stands between, no torch here."""
+"""API process of a fleet: shares its work with worker processes over Redis; loads no torch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from service.tasks.store import Store
 logger = logging.getLogger("vouchsafe")
 
 VOLUME = f"{PREFIX}volume"
-"""The key of the id of the data directory that all API processes share."""
+"""Redis key that holds the id of the data directory of all API processes."""
 VOLUME_SECONDS = 300
-"""How long that directory's place is kept after the last API process has ended."""
+"""Seconds that the key outlives the last API process."""
 LOOK_SECONDS = 5.0
 STRANGER = (
     "other API processes of this Redis have another data directory than {}, and so another noise "
@@ -40,16 +40,18 @@ STRANGER = (
     "VOUCHSAFE_DATA_DIR, or this one a Redis of its own; if the other directory was given up, "
     "wait for 5 minutes"
 )
-"""Why an API process must end."""
+"""Why an API process with another data directory must end."""
 
 
 def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.error) -> FastAPI:
-    """The application over the Redis that the settings name; any number of them share its work.
+    """The application over the Redis that the settings name.
 
-    All of them need the same data directory, for the noise secret and the tasks are in it. Where
-    others have another, `on_stranger` is called with the reason for which this process must end.
-    Raises SecretError, ValueError where no URL is set, and BundleError where the default task is
-    damaged.
+    Any number of API processes may share a Redis. All of them need the same data directory, which
+    holds the noise secret and the tasks. Where others have another directory, `on_stranger` is
+    called with the reason why this process must end.
+
+    Raises SecretError, ValueError where VOUCHSAFE_REDIS_URL is not set, and BundleError where the
+    default task is damaged.
     """
     if settings.redis_url is None:
         raise ValueError("VOUCHSAFE_REDIS_URL is not set")
@@ -67,7 +69,7 @@ def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.e
 async def _hold_volume(
     redis: Redis, store: Store, on_stranger: Callable[[str], None], stop: asyncio.Event
 ) -> None:
-    """Keep the data directory's id in Redis until `stop`, or until another one is found there."""
+    """Keep the data directory's id in Redis until `stop`, or until Redis holds another id."""
     async with aclosing(redis):
         volume = await asyncio.to_thread(store.volume)
         while not stop.is_set():
@@ -79,7 +81,7 @@ async def _hold_volume(
 
 
 async def is_shared(redis: Redis, volume: str) -> bool:
-    """Whether the fleet's data directory is the one with this id, or was none so far."""
+    """Whether Redis holds this id of a data directory, or held none; renews the key."""
     known = await redis.set(VOLUME, volume, nx=True, get=True, ex=VOLUME_SECONDS)
     if known is not None and known != volume.encode():
         return False
@@ -88,7 +90,7 @@ async def is_shared(redis: Redis, volume: str) -> bool:
 
 
 async def _unreachable(request: Request, error: Exception) -> Response:
-    """The answer where Redis has been out of reach for longer than a call may wait."""
+    """The response where Redis has been unreachable for longer than a call may wait."""
     logger.warning("Redis does not answer: %s", error)
     detail = (
         "The queue does not answer now; ask again, with the same Idempotency-Key if you sent one"

@@ -1,4 +1,4 @@
-"""The embedded default: engine, worker and networks in one process, and nothing else installed."""
+"""The embedded default: engine, worker and networks in one process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from service.worker.model import ModelUnavailable
 
 
 class Embedded(WorkerRuntime):
-    """Everything an answer needs, on one machine: `engine`, `tasks`, `secret` and a worker.
+    """Engine, tasks, secret and worker of one machine.
 
-    `runtime` stands in for the settings' own. Raises RuntimeUnavailable where this machine cannot
-    run networks so.
+    `runtime` overrides the settings' runtime.
+
+    Raises RuntimeUnavailable where this machine cannot run networks in that runtime.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
@@ -34,13 +35,13 @@ class Embedded(WorkerRuntime):
         self.secret = load_secret(settings.data_dir, settings.noise_secret_file)
         self.store = Store(settings, self.secret)
         options = EngineOptions.from_settings(settings)
-        # No other worker could serve what this one does not.
+        # There is no other worker to wait for.
         self.engine = MemoryEngine(replace(options, unserved_seconds=0.0))
 
     async def load(self, task: str) -> None:
-        """Load a task's networks, and return once the worker serves it under their digest.
+        """Load a task's networks, and return once the worker serves the task under their digest.
 
-        Raises TaskUnusable where they cannot be loaded, or where the device fails at it.
+        Raises TaskUnusable where the networks cannot be loaded, or the device fails.
         """
         try:
             await self.thread.run(self.models[task].loaded)
@@ -49,7 +50,7 @@ class Embedded(WorkerRuntime):
         await self.ready()
 
     async def ready(self) -> None:
-        """Return once the worker serves every task whose networks can be had."""
+        """Return once the worker serves every available task."""
         while not self._is_served(await self.engine.capacity()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -61,9 +62,9 @@ class Embedded(WorkerRuntime):
         )
 
     def worker(self, on_failure: Callable[[], None]) -> BackgroundTask:
-        """A background task of the app: loads and warms the default task, then works until stopped.
+        """A background task of the API: loads the default task, then works until the stop event.
 
-        Where loading fails or the device breaks, `failed` is set and `on_failure` called.
+        Sets `failed` and calls `on_failure` where loading fails or the device breaks.
         """
 
         async def run(stop: asyncio.Event) -> None:

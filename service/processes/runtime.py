@@ -1,4 +1,4 @@
-"""What serves tasks on a machine, whatever the engine: networks, their thread, and the worker."""
+"""Networks, compute thread and worker of one machine, for either engine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ logger = logging.getLogger("vouchsafe")
 
 
 class WorkerRuntime:
-    """The tasks of this machine and the one worker that answers for them.
+    """The tasks of this machine and the one worker that serves them.
 
-    `tasks` are the default one and those published in the data directory; `models` has a model for
-    each, which loads at its first use. `runtime` stands in for the settings' own. `failed` is set
-    where the worker has ended by an error. Raises RuntimeUnavailable where this machine cannot run
-    networks so, and BundleError for a damaged default task.
+    `runtime` overrides the settings' runtime. `tasks` are the default one and those published in
+    the data directory. `models` has a model for each task, which loads at its first use. `failed`
+    is True once the worker has ended by an error.
+
+    Raises RuntimeUnavailable where this machine cannot run networks in that runtime, and
+    BundleError for a damaged default task.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
@@ -84,7 +86,7 @@ class WorkerRuntime:
         )
 
     def waiting_for(self) -> str:
-        """What keeps this machine from answering; empty when nothing does."""
+        """The reason why this machine cannot serve yet; empty where it can."""
         if not self.thread.healthy:
             return "the device hangs or is broken"
         if not self.models["default"].is_loaded:
@@ -93,7 +95,7 @@ class WorkerRuntime:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Where the worker runs, once: sets `failed` for an error and takes no more calls after."""
+        """A context for the worker's run, once: sets `failed` after an error, closes the thread."""
         try:
             yield
         except Exception:
@@ -103,20 +105,22 @@ class WorkerRuntime:
             self.thread.close()
 
     async def load_default(self, stop: asyncio.Event) -> None:
-        """Load and warm the default task's networks; on `stop` they are left to load for nobody.
+        """Load and warm the default task's networks; returns early at `stop`.
 
-        Where the runtime was chosen automatically and cannot run them, torch does, before anything
-        is announced. Raises ModelUnavailable where they cannot be loaded and DeviceFailed where
-        they do not label alike.
+        Where an automatically chosen runtime cannot run them, torch replaces it before the worker
+        announces any task.
+
+        Raises ModelUnavailable where they cannot be loaded, and DeviceFailed where they give the
+        same rows different labels.
         """
         try:
             await self._load_default(stop)
         except ModelUnavailable as error:
-            why = error.__cause__ or error
+            cause = error.__cause__ or error
             is_settled = not self._is_automatic or isinstance(self._runtime, Torch)
-            if is_settled or isinstance(why, BundleError):
+            if is_settled or isinstance(cause, BundleError):
                 raise
-            self._runtime = instead_of(self._runtime, self.tasks["default"], why)
+            self._runtime = instead_of(self._runtime, self.tasks["default"], cause)
             self.models = self._model_cache()
             await self._load_default(stop)
 
@@ -152,14 +156,14 @@ class WorkerRuntime:
 
 
 def leave(status: int) -> NoReturn:
-    """Exit at once: the interpreter would wait for every thread, and for a hung one for ever."""
+    """Exit at once; the interpreter's own exit waits for every thread, a hung one included."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def leave_if_hung(serving: WorkerRuntime) -> None:
-    """Exit with 1 where the worker failed, and with 0 where its thread alone is left behind."""
+    """Exit with 1 where the worker failed, and with 0 where only its thread still runs."""
     if serving.failed or serving.thread.busy:
         leave(1 if serving.failed else 0)
 
@@ -173,11 +177,13 @@ def load_and_warm(
     models_dir: Path | None = None,
     beside_adaptation: bool = False,
 ) -> SmoothedModel:
-    """Networks that label rows alike in another place of the batch, beside other companions.
+    """The warmed networks of a bundle, for batches of at most `batch_rows` rows.
 
-    Raises DeviceFailed where they do not: such a device must not certify anything. Raises
-    BundleError where the bundle is no longer the one that was verified, and MemoryError where the
-    largest batch fits without headroom only.
+    Checks that a row's label does not depend on its place in the batch or on the other rows.
+
+    Raises DeviceFailed where the label depends on them: such a device must not certify. Raises
+    BundleError where the bundle is no longer the verified one, and MemoryError where the largest
+    batch leaves no headroom.
     """
     with _uncollected():
         model = load(
@@ -191,19 +197,25 @@ def load_and_warm(
         one, two, three = warm_up(bundle.resolution, half)
         first, second = model.labels([one, two]), model.labels([three, one])
     if not np.array_equal(first[:half], second[half:]):
-        raise DeviceFailed(f"task {bundle.id!r}: the same rows got two answers")
+        raise DeviceFailed(
+            f"task {bundle.id!r}: the same rows got different labels in another batch; "
+            "replace the device"
+        )
     check_headroom(best_device(), beside_adaptation=beside_adaptation)
-    served, told = model.digest[:16], naming(task_id=bundle.id)
     logger.info(
-        "serving task %s as %s; licences: %s", bundle.id, served, bundle.licence, extra=told
+        "serving task %s as %s; licenses: %s",
+        bundle.id,
+        model.digest[:16],
+        bundle.licence,
+        extra=naming(task_id=bundle.id),
     )
     return model
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No collection of garbage inside: what networks import and load stays, and collections that
-    go through all of it again and again take a second of nano's start."""
+    """A context without garbage collection: imports and weights stay, and repeated scans of them
+    take a second of nano's start."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

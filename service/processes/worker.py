@@ -1,4 +1,4 @@
-"""A worker process of a fleet: computes on this machine what any machine asks through Redis."""
+"""Worker process of a fleet: computes the shards of jobs that API processes queue in Redis."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ from service.tasks.supervisor import Supervisor
 logger = logging.getLogger("vouchsafe")
 
 GRACE_SECONDS = 20.0
-"""How long the batch in hand, and background tasks, may take once the process is told to stop."""
+"""Seconds that the current batch and background tasks may take after a signal to stop."""
 _CLOSING_SECONDS = 2.0
 
 
 class WorkerProcess:
-    """Works until it is told to stop or its device fails; needs no secret of the service.
+    """A worker that runs until a signal or a failed device; needs no secret of the service.
 
-    Beside it, the fleet's adaptation jobs are run where the settings say so. Raises RedisUnsuitable
-    where VOUCHSAFE_REDIS_URL is missing or is no URL, and what `WorkerRuntime` raises.
+    With `run_adaptation_jobs` set, the process also runs the fleet's adaptation jobs.
+
+    Raises RedisUnsuitable where VOUCHSAFE_REDIS_URL is missing or is no URL, and what
+    `WorkerRuntime` raises.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,16 +50,16 @@ class WorkerProcess:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.serving = WorkerRuntime(settings)
         self._stop = asyncio.Event()
-        self._begun = asyncio.Event()
+        self._ready = asyncio.Event()
         self._error: Exception | None = None
         self._connection = EngineConnection()
-        follow = partial(self.serving.tasks.follow, gone=self._forget)
+        follow = partial(self.serving.tasks.follow, gone=self._delete_metrics)
         background: list[BackgroundTask] = [self._work, follow]
         self._locks = RedisLocks(connect(self._url.get_secret_value()), self._connection)
         if settings.run_adaptation_jobs:
             supervisor = Supervisor(TaskRepository(settings), locks=self._locks)
             logger.info("adaptation jobs are taken from %s", settings.data_dir.resolve())
-            background.append(self._once_begun(supervisor.run))
+            background.append(self._once_ready(supervisor.run))
         self._background = BackgroundTasks(background, GRACE_SECONDS)
         self.health = Health(
             self._engine,
@@ -68,18 +70,18 @@ class WorkerProcess:
         )
 
     async def run(self, host: str, port: int | None) -> None:
-        """Work until SIGTERM or SIGINT; a `port` answers probes and metrics for as long.
+        """Work until SIGTERM or SIGINT; expose probes and metrics on `host` and `port` meanwhile.
 
-        Raises RedisUnsuitable, ModelUnavailable where the default task cannot be loaded,
-        DeviceFailed, and OSError where the address cannot be listened on.
+        Raises RedisUnsuitable; ModelUnavailable where the default task cannot be loaded;
+        DeviceFailed; OSError where the process cannot listen on the address.
         """
         for caught in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(caught, self.stop)
         app = probes_app(self.health, PROBLEM_HANDLERS)
-        beside = SideServer(app, host, port) if port is not None else None
-        if beside:
-            logger.info("probes and metrics are on %s port %d", host, beside.port)
-        async with beside.serving() if beside else nullcontext():
+        side_server = SideServer(app, host, port) if port is not None else None
+        if side_server:
+            logger.info("probes and metrics are on %s port %d", host, side_server.port)
+        async with side_server.serving() if side_server else nullcontext():
             self._background.start()
             await self._stop.wait()
             logger.info("worker %s is stopping", self.id)
@@ -89,35 +91,35 @@ class WorkerProcess:
             raise self._error
 
     def stop(self) -> None:
-        """Finish the batch in hand, hand back the rest, and return from `run`."""
+        """Finish the current batch, release the other leases, and return from `run`."""
         self._stop.set()
         self._connection.leave()
 
     async def _work(self, stop: asyncio.Event) -> None:
-        """The background task that the process lives for; its error is the process's."""
+        """The main background task; `run` raises its error."""
         try:
             with self.serving.in_use():
-                reached = await self._reaches()
+                is_reachable = await self._is_reachable()
                 await self.serving.load_default(stop)
                 failures = 0
-                while not reached and not stop.is_set():
+                while not is_reachable and not stop.is_set():
                     await self._connection.pause(failures)
                     failures += 1
-                    reached = await self._reaches()
+                    is_reachable = await self._is_reachable()
                 if not stop.is_set():
                     logger.info("worker %s begins", self.id)
-                    self._begun.set()
+                    self._ready.set()
                 await self.serving.work(self._engine, self.id, stop, self._connection.state)
         except Exception as error:
             self._error = error
         finally:
             self.stop()
 
-    def _once_begun(self, task: BackgroundTask) -> BackgroundTask:
-        """The task, from when Redis has been found fit for use and the networks are loaded."""
+    def _once_ready(self, task: BackgroundTask) -> BackgroundTask:
+        """The task, delayed until Redis has passed its check and the networks are loaded."""
 
         async def run(stop: asyncio.Event) -> None:
-            waiting = {asyncio.create_task(each.wait()) for each in (self._begun, stop)}
+            waiting = {asyncio.create_task(each.wait()) for each in (self._ready, stop)}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for wait in waiting:
                 wait.cancel()
@@ -125,8 +127,11 @@ class WorkerProcess:
 
         return run
 
-    async def _reaches(self) -> bool:
-        """Whether Redis answers; raises RedisUnsuitable where it does and cannot be used."""
+    async def _is_reachable(self) -> bool:
+        """Whether Redis is reachable.
+
+        Raises RedisUnsuitable where Redis is reachable and cannot serve the engine.
+        """
         try:
             await self._connection.ask(check_server(self._url, self._engine))
         except EngineUnreachable:
@@ -138,7 +143,7 @@ class WorkerProcess:
             return "the engine does not answer"
         return self.serving.waiting_for()
 
-    async def _forget(self, task: str) -> None:
+    async def _delete_metrics(self, task: str) -> None:
         if task not in self.serving.tasks:
             metrics.delete(task)
 
@@ -148,11 +153,14 @@ class WorkerProcess:
                 await self._locks.aclose()
                 await self._engine.close()
         except Exception as error:
-            logger.debug("Redis was left without a word: %s", error)
+            logger.debug("the connections to Redis were not closed cleanly: %s", error)
 
 
 def _engine(settings: Settings) -> tuple[RedisEngine, SecretStr]:
-    """The engine and the URL it is at; raises RedisUnsuitable for one that is missing or no URL."""
+    """The engine and its URL.
+
+    Raises RedisUnsuitable where VOUCHSAFE_REDIS_URL is missing or is no URL.
+    """
     if settings.redis_url is None:
         raise RedisUnsuitable(
             "VOUCHSAFE_REDIS_URL is not set: a worker takes its work from Redis, for example "
@@ -160,7 +168,7 @@ def _engine(settings: Settings) -> tuple[RedisEngine, SecretStr]:
         )
     try:
         return RedisEngine.from_settings(settings), settings.redis_url
-    except (ValueError, TypeError):  # Their words may quote a part of the password.
+    except (ValueError, TypeError):  # Their messages may quote a part of the password.
         raise RedisUnsuitable(
             "VOUCHSAFE_REDIS_URL cannot be read: a port is a number, and / @ # ? in a password are "
             "percent-encoded"

@@ -1,4 +1,4 @@
-"""How long a task is withheld whose networks could not be loaded, and the reason for callers."""
+"""Backoff of a task whose networks could not be loaded, and the reason for callers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ LONGEST_SECONDS = 300.0
 
 
 class Backoff:
-    """Withholds a task for 30 s after a failure, and twice as long after each one that follows it
-    without a success between, up to 300 s."""
+    """Withholds a task for 30 s after a failure, doubled at each consecutive one, up to 300 s."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -23,7 +22,7 @@ class Backoff:
 
     @property
     def is_over(self) -> bool:
-        """Whether the task may be tried."""
+        """Whether the task may be loaded."""
         return self._clock() >= self._until
 
     def fail(self) -> None:
@@ -32,12 +31,12 @@ class Backoff:
         self._until = self._clock() + self._seconds
 
     def succeed(self) -> None:
-        """Begin with the shortest time at the next failure."""
+        """Reset the time to 30 s."""
         self._seconds = 0.0
 
 
 def cannot_load(bundle: Bundle, error: Exception) -> str:
-    """The reason as callers may read it; the log has the rest."""
+    """The reason, without paths, for the problem document; the log has the full error."""
     return f"Task {as_json(bundle.id)} cannot be loaded: {_reason(error, bundle)}"
 
 

@@ -1,4 +1,4 @@
-"""What is told of a device batch: its metrics, and records that name its jobs."""
+"""Metrics of a device batch, and the log fields that name its jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("vouchsafe.worker")
 
 
 def measure(model: Model, task: str | None, batch: Sequence[Slice], seconds: float) -> None:
-    """Count a batch that took so long; of no task where that is gone: its series would stay."""
+    """Count a batch that took `seconds`; `task` is None for a deleted task, which has no series."""
     rows = sum(part.rows for part in batch)
     if task is not None:
         metrics.ROWS.labels(task=task).inc(rows)
@@ -29,5 +29,5 @@ def measure(model: Model, task: str | None, batch: Sequence[Slice], seconds: flo
 
 
 def about_batch(batch: Sequence[Slice]) -> dict[str, Any]:
-    """The `extra` of a record about a batch's jobs."""
+    """The `extra` of a log record about a batch's jobs."""
     return about(part.lease.job for part in batch)

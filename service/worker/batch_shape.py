@@ -25,11 +25,11 @@ SMALLEST_BATCH = 2
 
 
 class BatchShapes:
-    """Loads networks for the largest batches that fit, at most `most_rows`.
+    """Loads networks for the largest batches that fit, at most `most_rows` rows.
 
-    `load(bundle, rows)` loads and warms networks for batches of so many rows; `times_short` counts
-    the device's failed allocations. A shape at which one failed is not tried again, for any task:
-    libraries remember the kernels that they chose for it then.
+    `load(bundle, rows)` loads and warms networks for batches of `rows`. `times_short` counts the
+    device's failed allocations. A batch size at which an allocation failed is not tried again, for
+    any task: libraries cache the kernels that they chose for it then.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class BatchShapes:
     def load_largest(
         self, bundle: Bundle, rows: int, make_room: Callable[[], None]
     ) -> tuple[SmoothedModel, int]:
-        """Networks for batches of at most so many rows, and those rows.
+        """Networks for batches of at most `rows`, and their batch's rows.
 
-        Where they do not fit, `make_room` is called and they are tried again; then batches are
-        halved. Raises what `load` raises, and its last error of memory: halving does not help
-        weights that do not fit, nor SMALLEST_BATCH rows.
+        Where the networks do not fit, calls `make_room` and tries again, then halves the batches.
+
+        Raises what `load` raises. Its memory error is raised where halving cannot help: the weights
+        do not fit, or SMALLEST_BATCH rows do not.
         """
         rows, room_was_made = min(rows, self.most_rows), False
         while True:
@@ -73,31 +74,34 @@ class BatchShapes:
         before = self._times_short()
         model = self.load(bundle, rows)
         if self._times_short() > before:
-            raise MemoryError("a library took another way for want of memory")
+            raise MemoryError("memory ran out while loading, and a library took another kernel")
         return model
 
     def votes(
         self, bundle: Bundle, model: SmoothedModel, parts: Sequence[Rows]
     ) -> NDArray[np.int64]:
-        """Votes by class (len(parts), K) of a batch, which is tried twice where memory runs out.
+        """Votes by class (len(parts), K) of a batch, tried once more where memory runs out.
 
-        Raises DeviceFailed where it runs out twice, and what `SmoothedModel.votes` raises.
+        Raises DeviceFailed where memory runs out twice, and what `SmoothedModel.votes` raises.
         """
         votes = self._votes_once(bundle, model, parts)
         if votes is None:
             let_go()
             votes = self._votes_once(bundle, model, parts)
         if votes is None:
-            raise DeviceFailed(f"memory ran out twice for a batch of task {bundle.id!r}")
+            raise DeviceFailed(
+                f"memory ran out twice for a batch of task {bundle.id!r}; "
+                "free device memory and restart"
+            )
         return votes
 
     def _votes_once(
         self, bundle: Bundle, model: SmoothedModel, parts: Sequence[Rows]
     ) -> NDArray[np.int64] | None:
-        """The votes; None where memory ran out. The error is dropped: its frames hold the batch.
+        """The votes; None where memory ran out. Drops the error, whose frames hold the batch.
 
-        Raises DeviceFailed where more allocations failed than were raised: a library took another
-        kernel then, which the digest does not stand for, and remembers it.
+        Raises DeviceFailed where more allocations failed than were raised: a library then took, and
+        caches, another kernel than the digest covers.
         """
         before, raised, votes = self._times_short(), 0, None
         try:
@@ -109,11 +113,12 @@ class BatchShapes:
             raised = int(is_counted(error))
         if self._times_short() - before > raised:
             raise DeviceFailed(
-                f"memory ran out for a batch of task {bundle.id!r}, and a library took another way"
+                f"memory ran out for a batch of task {bundle.id!r}, "
+                "and a library took another kernel"
             )
         return votes
 
 
-def _warn(bundle: Bundle, what: str, error: Exception) -> None:
+def _warn(bundle: Bundle, event: str, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}"
-    logger.warning("task %s: %s: %s", bundle.id, what, reason, extra=naming(task_id=bundle.id))
+    logger.warning("task %s: %s: %s", bundle.id, event, reason, extra=naming(task_id=bundle.id))

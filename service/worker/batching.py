@@ -1,4 +1,4 @@
-"""Packs leased shards of one task and bundle into device batches: pure bookkeeping, no torch."""
+"""Packs leased shards of one task and bundle into device batches; no I/O, no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.engine.protocol import Lease
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows [start, stop) of a lease's shard, numbered as in its domain: its part of one batch."""
+    """A lease's part of one batch: rows [start, stop), numbered as in the shard's domain."""
 
     lease: Lease
     start: int
@@ -22,13 +22,13 @@ class Slice:
 
     @property
     def rows(self) -> int:
-        """How many noise rows the slice holds."""
+        """Number of noise rows in the slice."""
         return self.stop - self.start
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A lease in hand: the ranges of rows in no batch yet, and the votes (K,) of those counted."""
+    """A lease in flight: the ranges of rows in no batch yet, and the votes (K,) counted so far."""
 
     lease: Lease
     todo: deque[tuple[int, int]]
@@ -40,7 +40,7 @@ class _Entry:
 class Packer:
     """Fills batches of at most `batch_rows` rows from many leases, oldest first.
 
-    An isolated lease, or one put back as `alone`, never shares a batch.
+    A lease that is isolated, or was put back as `alone`, never shares a batch.
     """
 
     def __init__(self, batch_rows: int) -> None:
@@ -54,13 +54,16 @@ class Packer:
 
     @property
     def leases(self) -> list[Lease]:
-        """The leases that are not finished, those being computed included."""
+        """The unfinished leases, those being computed included."""
         return [entry.lease for entry in self._entries.values()]
 
     def add(self, lease: Lease) -> None:
-        """Take in all rows of a lease; raises ValueError for one that is in hand."""
+        """Add all rows of a lease.
+
+        Raises ValueError for a lease that is in flight.
+        """
         if lease.token in self._entries:
-            raise ValueError(f"the lease {lease.token} is in hand already")
+            raise ValueError(f"the lease {lease.token} is in flight already")
         self._entries[lease.token] = _Entry(
             lease=lease,
             todo=deque([(lease.shard.start, lease.shard.stop)]),
@@ -69,7 +72,7 @@ class Packer:
         )
 
     def next_batch(self) -> list[Slice]:
-        """The next rows, at most `batch_rows`; empty when there are none."""
+        """The slices of the next batch, at most `batch_rows` rows; empty where no row is left."""
         waiting = [entry for entry in self._entries.values() if entry.todo]
         if waiting and waiting[0].alone:
             return self._cut(waiting[:1])
@@ -89,7 +92,7 @@ class Packer:
         return batch
 
     def put_back(self, batch: Sequence[Slice], *, alone: bool = False) -> None:
-        """Take back a batch that was not counted; `alone` keeps its leases apart from now on."""
+        """Put an uncounted batch back; `alone` computes each of its leases alone from then on."""
         for part in reversed(batch):
             if entry := self._entries.get(part.lease.token):
                 stop = part.stop
@@ -101,10 +104,11 @@ class Packer:
     def absorb(
         self, batch: Sequence[Slice], votes: NDArray[np.int64]
     ) -> list[tuple[Lease, NDArray[np.int64]]]:
-        """Count a batch's votes (len(batch), K); returns the leases it finished with their counts.
+        """The leases that the batch finished, with their counts (K,).
 
-        Slices of dropped leases are passed over. Raises ValueError, and counts nothing, for votes
-        of another shape than the batch's and its jobs'.
+        Adds the batch's votes (len(batch), K), except those of dropped leases.
+
+        Raises ValueError, and counts nothing, for votes of another shape.
         """
         for part in batch:
             if votes.shape != (len(batch), classes := part.lease.job.classes):
@@ -122,5 +126,5 @@ class Packer:
         return finished
 
     def drop(self, lease: Lease) -> None:
-        """Let go of a lease and its rows; one not in hand is no matter."""
+        """Drop a lease and its rows; ignores a lease that is not in flight."""
         self._entries.pop(lease.token, None)

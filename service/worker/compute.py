@@ -1,4 +1,4 @@
-"""The device's one thread, and whether the device hangs or is broken."""
+"""Compute thread of the device, and its health."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class DeviceFailed(RuntimeError):
-    """The device hangs, is broken or out of memory: the process should exit and be restarted."""
+    """The device hangs, is broken or out of memory; the process must exit and be restarted."""
 
 
 class ComputeThread:
-    """The one thread that models run in; its health is a by-product of its work.
+    """The thread that models run in; unhealthy where a call exceeds `batch_seconds_limit`.
 
-    A hung call cannot be ended, and the interpreter waits for it at its exit: leave a process
-    whose thread is not healthy through `os._exit`.
+    A hung call cannot be ended, and the interpreter waits for it at exit: end a process whose
+    thread is not healthy by `os._exit`.
     """
 
     def __init__(self, *, batch_seconds_limit: float = 120.0) -> None:
@@ -32,7 +32,7 @@ class ComputeThread:
 
     @property
     def healthy(self) -> bool:
-        """False while a call runs past the limit, and for good once the device is broken."""
+        """False while a call runs past its limit, and always once the device is broken."""
         since = self._since
         return not self._broken and (since is None or time.monotonic() - since < self._patience)
 
@@ -43,28 +43,31 @@ class ComputeThread:
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within a call: what runs inside may take so long, and the limit of a batch counts after.
+        """A context within a call that may take `seconds`, for loading networks.
 
-        Networks are loaded so, for that is no device batch.
+        The limit of a batch applies again from its end.
         """
         self._patience = seconds
         try:
             yield
         finally:
-            self._since = time.monotonic()  # First: others read both in between.
+            self._since = time.monotonic()  # First: the event loop may read both in between.
             self._patience = self._limit
 
     def declare_broken(self) -> None:
-        """Expect nothing of the device any more."""
+        """Mark the device as broken, for good."""
         self._broken = True
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return or raise what the function does; calls run one at a time, in order."""
+        """The result of `function(*arguments)`, run in the thread; calls run one by one, in order.
+
+        Raises what the function raises.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._timed, function, *arguments)
 
     def close(self) -> None:
-        """Take no more calls; one that is running goes on."""
+        """Reject further calls, and cancel the waiting ones; a running call continues."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _timed(self, function: Callable[..., T], *arguments: Any) -> T:

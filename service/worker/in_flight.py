@@ -1,4 +1,4 @@
-"""The leased shards of a worker, by task and bundle, with the time of their last renewal."""
+"""Leased shards of a worker, by task and bundle, with the time of their last renewal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TaskBatch:
 
     @property
     def is_served(self) -> bool:
-        """Whether the model still has the digest, and its networks can be had."""
+        """Whether the model still has the digest and is available."""
         return self.model.digest == self.bundle and self.model.is_available
 
 
@@ -47,9 +47,9 @@ class InFlight:
         return [lease for task in self._tasks.values() for lease in task.packer.leases]
 
     def add(self, lease: Lease, model: Model, began: float) -> None:
-        """Take in a lease that `began` at that `time.monotonic`, to be computed by this model.
+        """Add a lease that `began` then (time.monotonic), for this model.
 
-        The model may have replaced another one under the same digest.
+        The model may replace another one of the same digest.
         """
         key = (lease.job.task, lease.job.bundle)
         task = self._tasks.setdefault(key, TaskBatch(*key, model, Packer(model.batch_rows)))
@@ -58,7 +58,7 @@ class InFlight:
         self._renewed[lease.token] = began
 
     def next_task(self) -> TaskBatch | None:
-        """The task whose turn it is; tasks take turns, however fast one of them is refilled."""
+        """The task of the next batch, or None; tasks with rows take turns."""
         for key, task in list(self._tasks.items()):
             if not task.packer.leases:
                 del self._tasks[key]
@@ -68,19 +68,19 @@ class InFlight:
         return None
 
     def remove(self, task: TaskBatch) -> list[Lease]:
-        """Drop all leases of a task, and return them."""
+        """The dropped leases: all of the task."""
         leases = task.packer.leases
         for lease in leases:
             task.packer.drop(lease)
         return leases
 
     def older_than(self, seconds: float) -> list[Lease]:
-        """The leases that began, or were renewed, at least so many seconds ago."""
+        """The leases that began, or were last renewed, at least `seconds` ago."""
         since = time.monotonic() - seconds
         return [lease for lease in self.leases if self._renewed[lease.token] <= since]
 
     def keep(self, leases: Sequence[Lease], held: Sequence[Lease]) -> bool:
-        """Of these leases drop all but those `held`, renewed now; True where none was dropped."""
+        """Note that `held` were renewed now, and drop the other `leases`; True where none was."""
         now, tokens = time.monotonic(), {lease.token for lease in held}
         for lease in leases:
             if lease.token in tokens:

@@ -1,4 +1,4 @@
-"""The worker: pulls shards from any engine, computes device batches, and commits the votes."""
+"""Worker loop: pulls shards from an engine, computes device batches, and commits the votes."""
 
 from __future__ import annotations
 
@@ -46,16 +46,15 @@ async def work(
 ) -> None:
     """Serve `models` (by task; read again at every pull) until `stop`.
 
-    While one batch is computed, the rows of one more are pulled. Nothing is pulled beside a slow
-    batch, one that takes longer than a third of a lease: what is leased is renewed meanwhile.
+    - Beside a batch, the worker pulls the rows of one more.
+    - Beside a slow batch, longer than a third of a lease, it pulls nothing and renews its leases.
+    - On `stop` it finishes and commits the current batch, and releases the other leases. An
+      unreachable engine may delay that by some seconds.
+    - It retries after errors of the engine, and reports them to `connection_state`.
 
-    On `stop` the current batch is finished and committed and the rest is released. An engine that
-    does not answer may delay that by some seconds. Errors of the engine are waited out and
-    reported to `connection_state`.
-
-    Raises DeviceFailed where the device hangs, is broken, or ran out of memory. All but the batch
-    being computed is released then. That batch has failed; where the device hangs or broke, its
-    leases expire instead.
+    Raises DeviceFailed where the device hangs, is broken, or ran out of memory. The worker then
+    reports the current batch as failed and releases the other leases. Where the device hangs or is
+    broken, the leases of the current batch expire instead.
     """
     connection = EngineConnection(connection_state)
     await _Loop(engine, models, worker_id, stop, thread, lease_seconds, connection).run()
@@ -100,7 +99,7 @@ class _Loop:
         self._connection.leave()
 
     async def _run_until_leaving(self) -> None:
-        """Repeat the step; after an error of the engine a pause is made before the next."""
+        """Repeat the step; back off after an error."""
         failures = 0
         while not self._connection.leaving.is_set():
             try:
@@ -112,7 +111,7 @@ class _Loop:
             except EngineUnreachable:
                 pass
             except Exception:
-                logger.exception("a step of the worker failed; trying again")
+                logger.exception("a step of the worker failed; retrying")
             await self._connection.pause(failures)
             failures += 1
 
@@ -125,7 +124,7 @@ class _Loop:
             await self._prefetcher.pull()
             return
         if not task.is_served:
-            self._hand_back(task)
+            self._release(task)
             return
         is_slow = self._is_slow(task)
         if is_slow:
@@ -143,12 +142,12 @@ class _Loop:
         """Whether the next batch loads networks, or the one before was slow."""
         return not task.model.is_loaded or task.task in self._slow_tasks
 
-    def _hand_back(self, task: TaskBatch) -> None:
-        """Release what is not served here, for now or any more: others may serve it."""
+    def _release(self, task: TaskBatch) -> None:
+        """Release the leases of a task that this worker does not serve now; others may serve it."""
         self._reporter.release(self._in_flight.remove(task))
 
     async def _start(self, task: TaskBatch, batch: Sequence[Slice]) -> bool:
-        """Start the batch; False where some leases were lost and dropped, so that more may fit."""
+        """Start the batch; False where lost leases were dropped, which makes room for others."""
         leases = leases_of(batch)
         try:
             held = await self._connection.ask(self._engine.start(leases))
@@ -167,7 +166,7 @@ class _Loop:
             self._drop(task, batch, error if self._thread.healthy else None)
             raise
         except DigestChanged:
-            self._hand_back(task)
+            self._release(task)
         except ModelUnavailable as error:
             logger.error("task %s: %s", task.task, error, extra=about_batch(batch))
             self._drop(task, batch, error)
@@ -176,8 +175,8 @@ class _Loop:
             let_go_of(error)
             await self._isolate(task, batch, error)
         else:
-            known = task.task if task.task in self._models else None
-            measure(task.model, known, batch, time.monotonic() - began)
+            counted_task = task.task if task.task in self._models else None
+            measure(task.model, counted_task, batch, time.monotonic() - began)
             for lease, counts in finished:
                 self._reporter.commit(lease, counts)
         finally:
@@ -188,14 +187,21 @@ class _Loop:
                 self._slow_tasks.discard(task.task)
 
     async def _votes(self, task: TaskBatch, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """The votes of one device batch; raises what the model raises."""
+        """The votes (len(parts), K) of one device batch.
+
+        Raises what the model raises, and ValueError for votes of another shape.
+        """
         votes = await self._computed(partial(task.model.votes, parts, task.bundle))
         if votes.shape != (len(parts), task.model.classes):
-            raise ValueError(f"votes of shape {votes.shape}")
+            shape = (len(parts), task.model.classes)
+            raise ValueError(f"votes of shape {votes.shape}, not {shape}")
         return votes
 
     async def _computed(self, call: Callable[[], T]) -> T:
-        """The result of a call in the compute thread; while it runs long, leases are renewed."""
+        """The result of a call in the compute thread; renews the leases during a long call.
+
+        Raises what the call raises, and DeviceFailed where it runs past its limit.
+        """
         computing = asyncio.ensure_future(self._thread.run(call))
         try:
             while not computing.done():
@@ -212,25 +218,25 @@ class _Loop:
             del computing  # An error's frames hold the batch, and this one would hold the error.
 
     async def _stay_alive(self) -> None:
-        """Renew all leases, and announce the worker, which may hold none any more."""
+        """Renew all leases, and announce the worker, which may have none left."""
         try:
             await self._renew()
             await self._prefetcher.announce()
         except EngineUnreachable:
             return
         except Exception:
-            logger.exception("the leases could not be renewed")
+            logger.exception("the leases could not be renewed; retrying")
 
     async def _renew(self, older_than: float = 0.0) -> None:
-        """Extend the leases that are so many seconds old, and drop those that were lost."""
+        """Extend the leases that were renewed at least `older_than` seconds ago; drop lost ones."""
         if leases := self._in_flight.older_than(older_than):
             self._in_flight.keep(leases, await self._connection.ask(self._engine.renew(leases)))
 
     def _drop(self, task: TaskBatch, batch: Sequence[Slice], error: Exception | None) -> None:
         """Report the batch's leases as failed.
 
-        Without an error the batch may be what hangs or breaks the device: nothing is reported, and
-        its leases expire, which counts as a death over them.
+        Without an error, the batch may be what hangs or breaks the device. Its leases are then not
+        reported and expire, which the engine counts as a worker crash.
         """
         for lease in leases_of(batch):
             task.packer.drop(lease)
@@ -238,7 +244,10 @@ class _Loop:
                 self._reporter.fail(lease, error)
 
     async def _isolate(self, task: TaskBatch, batch: Sequence[Slice], error: Exception) -> None:
-        """Tell a broken device from a bad shard: each lease of a failed batch is tried alone."""
+        """Distinguish a broken device from a bad shard: retry each lease of a failed batch alone.
+
+        Raises DeviceFailed where the device fails the self-test.
+        """
         try:
             works = await self._device_works(task)
         except DeviceFailed as failure:
@@ -255,7 +264,7 @@ class _Loop:
             self._drop(task, batch, error)
 
     async def _device_works(self, task: TaskBatch) -> bool:
-        """The self-test: a row that the networks computed as they were loaded."""
+        """Whether the self-test passes: a row that the networks computed as they were loaded."""
         try:
             await self._votes(task, [task.model.sample])
         except DeviceFailed:

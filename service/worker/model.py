@@ -1,4 +1,4 @@
-"""What a worker computes with: the networks of one served task."""
+"""Interface of a served task's networks."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from models.rows import Numerics, Rows
 
 
 class ModelUnavailable(RuntimeError):
-    """A task's networks cannot be loaded, whatever the rows; it says nothing of the device."""
+    """A task's networks cannot be loaded; neither the rows nor the device need be at fault."""
 
 
 class DigestChanged(RuntimeError):
-    """The networks were loaded for batches of fewer rows than the digest says: the task has another
-    digest now, and nothing was counted."""
+    """The networks were loaded for smaller batches than the digest covers; nothing was counted.
+
+    The task has another digest from then on.
+    """
 
 
 class Model(Protocol):
-    """A served task: networks that see one fixed shape, so that companions change nothing."""
+    """A served task: networks that see one fixed shape, so that other rows change no label."""
 
     @property
     def batch_rows(self) -> int:
-        """Most rows in a device batch."""
+        """Maximum rows of a device batch."""
 
     @property
     def sample(self) -> Rows:
-        """A row that the networks have computed before, as they were loaded."""
+        """A row that the networks computed as they were loaded."""
 
     def padding(self, rows: int) -> int:
-        """Rows computed for nothing in a device batch of so many."""
+        """Padding rows in a device batch of `rows`."""
 
     @property
     def classes(self) -> int:
-        """K, the number of labels."""
+        """Number of labels, K."""
 
     @property
     def numerics(self) -> Numerics:
-        """The numerics that it computes under."""
+        """The numerics of the networks."""
 
     @property
     def digest(self) -> str:
@@ -48,7 +50,7 @@ class Model(Protocol):
 
     @property
     def is_available(self) -> bool:
-        """Whether the task is announced; not for a while after it could not be loaded."""
+        """Whether the worker announces the task; False during the backoff after a failed load."""
 
     @property
     def is_loaded(self) -> bool:
@@ -57,13 +59,13 @@ class Model(Protocol):
     def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch under this served digest; blocks.
 
-        Raises ModelUnavailable where the networks cannot be loaded, DigestChanged where the digest
-        is another one, and DeviceFailed where this process can answer nothing more.
+        Raises ModelUnavailable where the networks cannot be loaded, DigestChanged where the model
+        has another digest, and DeviceFailed where the process must exit.
         """
 
 
 def warm_up(resolution: int, rows: int) -> list[Rows]:
-    """So many rows of each of the three images that networks compute as they are loaded."""
+    """`rows` of each of the three images that networks compute as they are loaded."""
     shape = (3, resolution, resolution)
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
     return [Rows(image, bytes(32), 0, rows, 0.25) for image in images]

@@ -1,4 +1,4 @@
-"""Networks of tasks, loaded at their first use; those of the tasks used last stay loaded."""
+"""Cache of the networks of tasks: loads them at their first use, unloads the least recent."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vouchsafe")
 
 LOAD_SECONDS = 1_800.0
-"""How long a task's networks may take to load before the device counts as hung."""
+"""Seconds that a task's networks may load before the device counts as hung."""
 
 
 class ModelCache(Mapping[str, "TaskModel"]):
     """A model for every task in `tasks`, which may change at any time.
 
-    `shapes` loads networks, for batches of at most the rows in `numerics`, in `cpu_threads`.
-    Networks of `max_loaded` tasks stay loaded beside the default one's. `patient` is the compute
-    thread's own.
+    - `shapes`: loads networks for batches of at most the rows in `numerics`, in `cpu_threads`.
+    - `max_loaded`: number of tasks whose networks stay loaded, beside the default task's.
+    - `patient`: `ComputeThread.patient`.
 
-    Read by the event loop; networks are loaded and unloaded in the compute thread.
+    The event loop reads the cache; the compute thread loads and unloads networks.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class ModelCache(Mapping[str, "TaskModel"]):
 
     def __getitem__(self, task: str) -> TaskModel:
         bundle = self._tasks[task]
-        known = self._models.get(task)
-        if known is None or known.bundle is not bundle:
-            replaced = known
-            known = self._models[task] = TaskModel(bundle, self, pinned=task == "default")
+        model = self._models.get(task)
+        if model is None or model.bundle is not bundle:
+            replaced = model
+            model = self._models[task] = TaskModel(bundle, self, pinned=task == "default")
             if replaced is not None:
                 replaced.unload()
-        return known
+        return model
 
     def __iter__(self) -> Iterator[str]:
         for task in self._models.keys() - self._tasks.keys():
@@ -81,11 +81,11 @@ class ModelCache(Mapping[str, "TaskModel"]):
         return len(self._tasks)
 
     def holds(self, model: TaskModel) -> bool:
-        """Whether the model is still the one of its task."""
+        """Whether the model is still the current one of its task."""
         return any(model is other for other in list(self._models.values()))
 
     def make_room_for(self, model: TaskModel) -> None:
-        """Note that a model is used, and unload the task that was not used for longest."""
+        """Note the use of a model, and unload the tasks that were used least recently."""
         self._recent = [other for other in self._recent if other.is_loaded and other is not model]
         self._recent = [*self._recent, model][-self._max_loaded :]
         for other in list(self._models.values()):
@@ -93,7 +93,7 @@ class ModelCache(Mapping[str, "TaskModel"]):
                 other.unload()
 
     def unload_others(self, model: TaskModel) -> None:
-        """Unload every task's networks but this one's and the default's."""
+        """Unload all networks except this model's and the default task's."""
         for other in list(self._models.values()):
             if not other.pinned and other is not model:
                 other.unload()
@@ -101,10 +101,9 @@ class ModelCache(Mapping[str, "TaskModel"]):
 
 
 class TaskModel:
-    """A task as the worker serves it: all that admits its jobs is there before its networks are.
+    """A task as the worker serves it; its digest is announced before its networks are loaded.
 
-    A model that is `pinned` is never unloaded. The shape of its batches is chosen as the networks
-    are loaded, which may change its digest.
+    A `pinned` model is never unloaded. Loading chooses the batch size, which may change the digest.
     """
 
     numerics: Numerics
@@ -122,7 +121,7 @@ class TaskModel:
 
     @property
     def is_available(self) -> bool:
-        """Whether the task is announced; not for a while after it could not be loaded."""
+        """Whether the worker announces the task; False during the backoff after a failed load."""
         return self._backoff.is_over
 
     @property
@@ -136,7 +135,7 @@ class TaskModel:
         return warm_up(self.bundle.resolution, 1)[0]
 
     def padding(self, rows: int) -> int:
-        """Rows that the networks compute for nothing in a batch of so many."""
+        """Padding rows in a device batch of `rows`."""
         return self.numerics.padding(rows)
 
     def unload(self) -> None:
@@ -146,20 +145,23 @@ class TaskModel:
     def votes(self, parts: Sequence[Rows], digest: str) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch under this served digest.
 
-        Loads the networks if need be. Raises ModelUnavailable where they cannot be loaded,
-        DigestChanged where they are loaded under another digest, and what `BatchShapes.votes`
-        raises.
+        Loads the networks where they are not loaded.
+
+        Raises ModelUnavailable where they cannot be loaded, DigestChanged where they are loaded
+        under another digest, and what `BatchShapes.votes` raises.
         """
         model = self.loaded()
         if self.digest != digest:
-            raise DigestChanged(f"task {self.bundle.id!r} is served under another digest")
+            raise DigestChanged(
+                f"task {self.bundle.id!r} is served under another digest: {self.digest[:16]}"
+            )
         return self._cache.shapes.votes(self.bundle, model, parts)
 
     def loaded(self) -> SmoothedModel:
-        """The networks, loaded now where they were not; for the compute thread alone.
+        """The networks, loaded where they are not; for the compute thread only.
 
-        Raises ModelUnavailable, after which the task is not announced for a while, and DeviceFailed
-        where the device computes the same rows differently.
+        Raises ModelUnavailable where they cannot be loaded, which begins the backoff; DeviceFailed
+        where the device gives the same rows different labels.
         """
         if not self.pinned:
             self._cache.make_room_for(self)
@@ -171,20 +173,20 @@ class TaskModel:
             if model.digest != self.digest:
                 raise BundleError(f"loads as {model.digest[:16]}, not as {self.digest[:16]}")
         except DeviceFailed:
-            raise  # Nothing that such a device computes may be answered.
+            raise  # No vote of such a device may be committed.
         except Exception as error:
-            if not isinstance(error, BundleError):  # Its reason says it all.
+            if not isinstance(error, BundleError):  # Its message is the full reason.
                 named = naming(task_id=self.bundle.id)
                 logger.exception("task %s cannot be loaded", self.bundle.id, extra=named)
             self._backoff.fail()
             raise ModelUnavailable(cannot_load(self.bundle, error)) from error
         self._backoff.succeed()
-        if self._cache.holds(self):  # The task may have gone while its networks were loaded.
+        if self._cache.holds(self):  # The task may have been deleted during the load.
             self._loaded = model
         return model
 
     def _load_largest(self) -> SmoothedModel:
-        """The networks for the largest batches that fit, which may change the digest."""
+        """The networks for the largest batches that fit; may change the digest."""
         model, rows = self._cache.shapes.load_largest(
             self.bundle, self.numerics.batch_rows, partial(self._cache.unload_others, self)
         )

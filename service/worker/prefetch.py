@@ -1,4 +1,4 @@
-"""Pulls a worker's shards: at once where it has none, ahead while a batch is computed."""
+"""Pulls a worker's shards: at once where it has none, in advance while a batch computes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from service.worker.reporter import Reporter
 
 
 class Prefetcher:
-    """Fills `in_flight` with the rows of one batch, and announces the worker's tasks by it.
+    """Fills `in_flight` with the rows of one batch; each pull announces the worker's tasks.
 
-    At most one pull is under way. `last_task` is the task that a pull prefers.
+    At most one pull runs at a time. `last_task` is the task that a pull prefers.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Prefetcher:
         self._until = 0.0
 
     def begin(self, seconds: float) -> None:
-        """Pull beside a batch, for so many seconds at most."""
+        """Pull beside a batch, for at most `seconds`."""
         self._until = time.monotonic() + seconds
         if self.pulling is None:
             self.pulling = asyncio.create_task(self._prefetch())
 
     def end(self) -> None:
-        """Begin no more pulls; one that is under way goes on."""
+        """Begin no more pulls; a running pull continues."""
         self._until = 0.0
 
     @property
@@ -55,26 +55,32 @@ class Prefetcher:
         return self.pulling is not None and self.pulling.done()
 
     async def finish(self) -> None:
-        """Wait for the pull under way, if any, and raise what it raised."""
+        """Wait for the running pull, if any.
+
+        Raises what the pull raised.
+        """
         pulling, self.pulling = self.pulling, None
         if pulling is not None:
             await pulling
 
     async def pull(self) -> None:
-        """Wait for the pull under way, or pull once."""
+        """Wait for the running pull, or pull once.
+
+        Raises what the pull raised.
+        """
         if self.pulling is not None:
             await self.finish()
         else:
             await self._pull()
 
     async def announce(self) -> None:
-        """Announce the worker, and lease nothing."""
+        """Announce the worker without leasing a shard."""
         await self._connection.ask(self._engine.pull(self._worker(), 0))
 
     @property
     def _missing_rows(self) -> int:
-        most = max((model.batch_rows for model in self._models.values()), default=1)
-        return most - self._in_flight.rows
+        max_rows = max((model.batch_rows for model in self._models.values()), default=1)
+        return max_rows - self._in_flight.rows
 
     async def _prefetch(self) -> None:
         while time.monotonic() < self._until and self._missing_rows > 0:
@@ -95,8 +101,8 @@ class Prefetcher:
             if model is None or model.digest != lease.job.bundle or not model.is_available:
                 stale.append(lease)  # The task changed during the pull.
             elif lease.job.classes != model.classes:  # No worker of the digest can compute it.
-                what = f"a job of {lease.job.classes} classes for a task of {model.classes}"
-                self._reporter.fail(lease, ValueError(what))
+                reason = f"a job of {lease.job.classes} classes for a task of {model.classes}"
+                self._reporter.fail(lease, ValueError(reason))
             else:
                 self._in_flight.add(lease, model, began)
         self._reporter.release(stale)

@@ -1,4 +1,4 @@
-"""Reports to the engine what became of a worker's shards, while the next batch computes."""
+"""Reports the outcomes of a worker's shards to the engine, while the next batch computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("vouchsafe.worker")
 
 
 class Reporter:
-    """Reports of one worker, each sent in a coroutine of its own and repeated for `seconds`."""
+    """Reports of one worker, each sent in a separate task and retried for `seconds`."""
 
     def __init__(self, engine: Engine, connection: EngineConnection, seconds: float) -> None:
         self._engine = engine
@@ -38,28 +38,32 @@ class Reporter:
         self._report(self._fail(lease, _problem(lease, error)))
 
     def release(self, leases: Sequence[Lease]) -> None:
-        """Hand shards back uncomputed."""
+        """Release shards uncomputed."""
         if leases:
             self._report(self.release_now(leases))
 
-    async def finish(self, seconds: float, beside: asyncio.Task[None] | None = None) -> None:
-        """Wait for all reports, and one task more; those left after the seconds are cancelled."""
-        last = asyncio.gather(*self._reports, *([beside] if beside else []), return_exceptions=True)
+    async def finish(self, seconds: float, extra: asyncio.Task[None] | None = None) -> None:
+        """Wait for all reports and the `extra` task; cancel those left after `seconds`."""
+        last = asyncio.gather(*self._reports, *([extra] if extra else []), return_exceptions=True)
         await asyncio.wait({last}, timeout=seconds)
         last.cancel()
         await asyncio.wait({last}, timeout=1)
 
     async def release_now(self, leases: Sequence[Lease]) -> None:
-        """Hand shards back, and return once the engine has them."""
+        """Release shards, and return once the engine has confirmed it or retries have failed."""
         if not leases:
             return
         try:
             await self._connection.insist(lambda: self._engine.release(leases), self._seconds)
         except EngineUnreachable:
-            logger.warning("%d shards go back only when their leases expire", len(leases))
+            logger.warning(
+                "the engine is unreachable; the leases of %d shards will expire", len(leases)
+            )
             metrics.SHARDS.labels(outcome="lost").inc(len(leases))
         except Exception:
-            logger.exception("%d shards could not be handed back", len(leases))
+            logger.exception(
+                "%d shards could not be released; their leases will expire", len(leases)
+            )
         else:
             metrics.SHARDS.labels(outcome="released").inc(len(leases))
 
@@ -69,7 +73,9 @@ class Reporter:
                 lambda: self._engine.commit(lease, counts.tolist()), self._seconds
             )
         except ValueError as error:
-            logger.error("votes were refused: %s", error, extra=about([lease.job]))
+            logger.error(
+                "the engine rejected the votes of a shard: %s", error, extra=about([lease.job])
+            )
             await self._fail(lease, _problem(lease, error))
         else:
             metrics.SHARDS.labels(outcome="committed" if counted else "refused").inc()
@@ -87,7 +93,7 @@ class Reporter:
 
 
 def _problem(lease: Lease, error: Exception) -> Problem:
-    """The problem of the job, should this attempt be the last."""
+    """The problem of the job, if this attempt is the last."""
     if isinstance(error, ModelUnavailable):
         return TaskUnusable(str(error), job=lease.job.id)
     detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
@@ -100,4 +106,4 @@ async def _logged(report: Coroutine[Any, Any, None]) -> None:
     except (EngineUnreachable, asyncio.CancelledError):
         metrics.SHARDS.labels(outcome="lost").inc()
     except Exception:
-        logger.exception("the outcome of a shard could not be reported")
+        logger.exception("the outcome of a shard could not be reported; its lease will expire")

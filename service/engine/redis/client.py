@@ -1,4 +1,4 @@
-"""The connection to Redis, and the Lua scripts that run there as one step each."""
+"""Connection to Redis, and the Lua scripts, each of which Redis runs as one step."""
 
 from __future__ import annotations
 
@@ -28,24 +28,29 @@ _SCRIPTS = Path(__file__).parent / "scripts"
 _SHARED = ("common", "sweep")
 
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=2.0)
-"""Seconds before the next try: longer each time, up to 2, jittered."""
+"""Seconds before the next try: longer after each failure, up to 2, jittered."""
 
 _WRITTEN = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
 _RETRIES = 6
-_MOST_CONNECTIONS = 64
+_MAX_CONNECTIONS = 64
 
 
 def connect(url: str) -> Redis:
-    """A client of the server at `url`, a Redis >= 7.0; nothing is sent yet.
+    """A client of the server at `url`, a Redis >= 7.0; sends nothing yet.
 
-    A lost connection, a server that is loading its data (LOADING) and one that has become a replica
-    (READONLY) are retried on a new connection for some seconds before the error is raised. One that
-    does not answer within 5 seconds raises TimeoutError at once.
+    The client retries for some seconds, each time on a new connection, after:
+
+    - a lost connection,
+    - LOADING, from a server that loads its data,
+    - READONLY, from a server that has become a replica.
+
+    Calls raise the error of the last try. A call without a reply for 5 seconds raises TimeoutError
+    at once.
     """
     network = {"socket_connect_timeout": 2, "socket_keepalive": True}
     pool = BlockingConnectionPool.from_url(
         url,
-        max_connections=_MOST_CONNECTIONS,
+        max_connections=_MAX_CONNECTIONS,
         timeout=10,
         socket_timeout=5,
         retry=Retry(BACKOFF, _RETRIES, (ConnectionError,)),
@@ -59,19 +64,21 @@ def connect(url: str) -> Redis:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A script to run, with what it is given, and who waits for its reply."""
+    """A call of a script: its name, its key and arguments, and the future of its reply."""
 
     name: str
-    passed: tuple[Any, ...]
+    arguments: tuple[Any, ...]
     reply: asyncio.Future[Any]
 
 
 class Scripts:
-    """The engine's scripts under one prefix; `terms` are the numbers that they go by.
+    """The engine's scripts over the keys that begin with `prefix`.
 
-    `clock` gives the Unix seconds that are written down; the server's own time unless given. Calls
-    made in one turn of the event loop travel together, in one round trip. A call whose reply got
-    lost is made again, so every script must bear being run twice.
+    `terms` are the scripts' limits and times. `clock` gives the Unix seconds that scripts write;
+    Redis's time unless given.
+
+    Calls of one turn of the event loop share a round trip. A call whose reply was lost is repeated,
+    so every script must be safe to run twice.
     """
 
     def __init__(
@@ -96,7 +103,10 @@ class Scripts:
         self._sending: set[asyncio.Task[None]] = set()
 
     async def run(self, name: str, *arguments: str | bytes | float) -> Any:
-        """The reply of one script, as Redis gives it: strings are bytes, missing ones None."""
+        """The reply of one script, as Redis returns it: strings are bytes, missing ones None.
+
+        Raises redis.exceptions.RedisError.
+        """
         now = "" if self._clock is None else self._clock()
         passed = (self._prefix, self._terms, now, *arguments)
         call = _Call(name, passed, asyncio.get_running_loop().create_future())
@@ -108,82 +118,82 @@ class Scripts:
         return await call.reply
 
     async def close(self) -> None:
-        """Give up what has no reply yet: whoever waits for it is told as of a lost connection."""
+        """Drop the calls without a reply; they raise ConnectionError, as for a lost connection."""
         for sending in self._sending:
             sending.cancel()
         try:
             await asyncio.gather(*self._sending, return_exceptions=True)
         finally:
             calls, self._calls = self._calls, []
-            _give_up(calls)
+            _abort(calls)
 
     async def _send(self) -> None:
         calls, self._calls = self._calls, []
         try:
             replies = await self._replies(calls)
         except asyncio.CancelledError:
-            _give_up(calls)
+            _abort(calls)
             raise
         except Exception as error:
             replies = [error] * len(calls)
         for call, reply in zip(calls, replies, strict=True):
             if call.reply.done():
-                continue  # Whoever asked was cancelled.
+                continue  # The caller was cancelled.
             if isinstance(reply, Exception):
                 call.reply.set_exception(reply)
             else:
                 call.reply.set_result(reply)
 
     async def _replies(self, calls: Sequence[_Call]) -> list[Any]:
-        """What every call is answered, be it an error."""
+        """The reply of every call, or its error."""
         if len(calls) == 1:
-            return [await self._alone(calls[0])]
-        async with self._redis.pipeline(transaction=False) as together:
+            return [await self._run_one(calls[0])]
+        async with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
-                together.evalsha(self._digests[call.name], 1, *call.passed)
-            replies = await together.execute(raise_on_error=False)
+                pipeline.evalsha(self._digests[call.name], 1, *call.arguments)
+            replies = await pipeline.execute(raise_on_error=False)
         for at, reply in enumerate(replies):
-            if isinstance(reply, (NoScriptError, ReadOnlyError)):  # It has done nothing yet.
+            if isinstance(reply, (NoScriptError, ReadOnlyError)):  # The script has not run.
                 try:
-                    replies[at] = await self._alone(calls[at])
+                    replies[at] = await self._run_one(calls[at])
                 except RedisError as error:
                     replies[at] = error
         return list(replies)
 
-    async def _alone(self, call: _Call) -> Any:
+    async def _run_one(self, call: _Call) -> Any:
         try:
-            return await self._redis.evalsha(self._digests[call.name], 1, *call.passed)
-        except NoScriptError:  # EVAL needs no script loaded before, however often Redis restarts.
-            return await self._redis.eval(self._texts[call.name], 1, *call.passed)
+            return await self._redis.evalsha(self._digests[call.name], 1, *call.arguments)
+        except NoScriptError:  # EVAL needs no loaded script; a restart of Redis drops them.
+            return await self._redis.eval(self._texts[call.name], 1, *call.arguments)
 
 
-def _give_up(calls: Sequence[_Call]) -> None:
-    """Tell whoever still waits; a cancellation would end tasks that nobody has cancelled."""
+def _abort(calls: Sequence[_Call]) -> None:
+    """Raise in the callers that wait; cancelled futures would cancel the callers' tasks."""
     for call in calls:
         if not call.reply.done():
-            call.reply.set_exception(ConnectionError("the connection was closed here"))
+            call.reply.set_exception(ConnectionError("this process closed the connection"))
 
 
 async def answered(reply: Awaitable[T]) -> T:
-    """What Redis replies, for a task that has not been cancelled meanwhile.
+    """The reply of Redis.
 
-    The client sends under `asyncio.wait_for`, which loses a cancellation that comes just as it
-    returns (CPython before 3.12).
+    Raises CancelledError where the task was cancelled meanwhile: the client sends under
+    `asyncio.wait_for`, which may lose a cancellation as it returns (CPython before 3.12).
     """
-    told = await reply
+    result = await reply
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-    return told
+    return result
 
 
 async def persists(redis: Redis) -> bool | None:
-    """Whether all that Redis last wrote to its disk got there; None where it may not be asked."""
+    """Whether Redis's last writes to disk succeeded; None where its user may not run INFO."""
     try:
-        told = await answered(redis.info("persistence"))
+        info = await answered(redis.info("persistence"))
     except NoPermissionError:
         return None
-    return all(told.get(name, "ok") == "ok" for name in _WRITTEN)
+    return all(info.get(name, "ok") == "ok" for name in _WRITTEN)
 
 
 def _sha1(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the engine reads of Redis, as the types of service.jobs and service.engine.protocol."""
+"""Converts between Redis replies and the types of service.jobs and service.engine.protocol."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from service.errors import ShardDead
 from service.jobs import Domain, Job, JobStatus, Shard, State, canonical_json
 
 Fields = Mapping[bytes, bytes]
-"""A hash as Redis gives it."""
+"""A hash as Redis returns it."""
 
 
 def line_of(task: str, bundle: str) -> str:
-    """The name of the streams that hold the shards of a task under a digest."""
+    """The last part of the streams' keys that hold the shards of a task under a digest."""
     return f"{quote(task, safe='')}@{quote(bundle, safe='')}"
 
 
 def caller_digest(owner: str | None, idempotency_key: str) -> str:
-    """What stands for an owner's Idempotency-Key; the key itself is not stored."""
+    """The SHA-256 (hex) that is stored in place of an owner's Idempotency-Key."""
     return hashlib.sha256(canonical_json([owner, idempotency_key])).hexdigest()
 
 
-def lost(what: str, job_id: str) -> dict[str, Any]:
-    """The problem document of a job of which Redis lost a part."""
-    return ShardDead(f"The {what} of the job got lost; ask again.", job=job_id).document()
+def lost(part: str, job_id: str) -> dict[str, Any]:
+    """The problem document of a job of which Redis lost `part`."""
+    return ShardDead(f"The {part} of the job got lost; ask again.", job=job_id).document()
 
 
 def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -39,21 +39,24 @@ def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def flat(shards: Iterable[Shard]) -> list[str | int]:
-    """What the scripts are told of shards: index, domain, start, stop of each."""
+    """Shards as the scripts' arguments: index, domain, start, stop of each."""
     return [figure for s in shards for figure in (s.index, s.domain.value, s.start, s.stop)]
 
 
 def named(leases: Iterable[Lease]) -> list[str | int]:
-    """What names leases to the scripts: job, shard, token of each."""
-    return [part for held in leases for part in (held.job.id, held.shard.index, held.token)]
+    """Leases as the scripts' arguments: job, shard, token of each."""
+    return [part for lease in leases for part in (lease.job.id, lease.shard.index, lease.token)]
 
 
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
-    """How many workers serve each task and digest, from announcements and their makers."""
+    """Number of workers by task and digest.
+
+    `announcements` are pairs of an announcement (JSON) and its number of workers.
+    """
     found: Served = Counter()
-    for text, makers in announcements:
+    for text, workers in announcements:
         for item in json.loads(text)["bundles"].items():
-            found[item] += makers
+            found[item] += workers
     return found
 
 
@@ -64,19 +67,19 @@ def numerics_of(announcements: Sequence[tuple[bytes, int]]) -> Iterator[Mapping[
 
 
 def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
-    """The lease of `job` that pull.lua returned."""
+    """The lease of `job` in a reply of pull.lua."""
     _, index, domain, start, stop, isolated, token = taken
     shard = Shard(int(index), Domain(domain.decode()), int(start), int(stop))
     return Lease(job, shard, token.decode(), bool(isolated))
 
 
 def shards_of(fields: Fields) -> tuple[Shard, ...]:
-    """The shards that a job was cut into when it was queued, from its hash."""
+    """A job's shards as they were cut at submission, from its hash."""
     return Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
 
 
 def job_status(fields: Fields) -> JobStatus:
-    """The status that a job's hash tells, of a job without pixels."""
+    """The status in a job's hash; its job has no pixels."""
     job = Job.decode(fields[b"job"], b"")
     state = State(fields[b"state"].decode())
     return JobStatus(
@@ -100,7 +103,7 @@ def _seconds(text: bytes | None) -> float | None:
 
 
 def _problem(job: Job, fields: Fields) -> dict[str, Any]:
-    """The problem reported; the deaths of workers, who report nothing, are told without one."""
+    """The reported problem; after worker crashes the field is empty, and `died_over` stands in."""
     text = fields[b"problem"]
     problem: dict[str, Any] = json.loads(text) if text else died_over(job.id)
     return problem

@@ -1,4 +1,4 @@
-"""The engine of a fleet: Redis >= 7.0 Streams between any number of processes."""
+"""Engine of a fleet: Redis >= 7.0 Streams between any number of processes."""
 
 from __future__ import annotations
 
@@ -55,25 +55,28 @@ from service.engine.scheduling import FAST_PULLS
 from service.jobs import Job, JobStatus, State, canonical_json
 
 PREFIX = "{vouchsafe}:"
-"""Before every key and channel; the braces keep them in one slot of a cluster."""
+"""Prefix of every key and channel; the braces keep all keys in one slot of a cluster."""
 
 _log = logging.getLogger("vouchsafe.engine")
 _DEAD_LETTERS = 1_000
 _STEADY_POLL_SECONDS = 10.0
 _GRACE_SECONDS = 60.0
-"""Open work outlives its retention so long, for a sweep to take it off the books first."""
+"""Seconds that keys of open jobs outlive the retention: a sweep corrects the backlog first."""
 
 
 class RedisEngine:
     """The engine over one Redis; every process with the same settings shares its work.
 
-    Each method is one Lua script or a few, so a process may die
-    between any two steps; leases are the group's pending entries, renewed by XCLAIM JUSTID. What
-    ran out is taken back every `sweep_seconds`, by whoever looks first; a watch looks again every
-    `poll_seconds` while it cannot hear, and seldom while it can. Jobs under a digest that no live
-    worker has announced for `unserved_seconds` fail, unless there is no live worker at all. `clock`
-    is for tests: what the scripts write down is its time then, not the server's. Methods raise
-    redis.exceptions.RedisError once Redis has been out of reach for some seconds.
+    Each method runs one Lua script or a few, so a process may crash between any two steps. Leases
+    are the group's pending entries, renewed by XCLAIM JUSTID.
+
+    - `poll_seconds`: an idle pull waits for it; a watch polls at it while the subscriber is down,
+      and every 10 s otherwise.
+    - `sweep_seconds`: time between two sweeps, of all processes together.
+    - `prefix`: begins every key and channel.
+    - `clock`: for tests, the time that scripts write; otherwise Redis's.
+
+    Methods raise redis.exceptions.RedisError once Redis has been unreachable for some seconds.
     """
 
     def __init__(
@@ -126,27 +129,27 @@ class RedisEngine:
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
     ) -> str:
-        """Queue a job; see Engine. A job whose id is known already changes nothing."""
+        """Queue a job; see Engine. A known job id changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
-        line = line_of(job.task, job.bundle)
+        queue = line_of(job.task, job.bundle)
         shards = flat(job.shards(self._options.shard_rows))
-        bound = most_rows(
+        limit = most_rows(
             job.owner, self._options.max_queue_rows, self._options.max_queue_rows_per_key
         )
-        told, *figures = await self._scripts.run(
-            "submit", job.encode(), job.pixels, key or "", fingerprint, line, bound, *shards
+        outcome, *figures = await self._scripts.run(
+            "submit", job.encode(), job.pixels, key or "", fingerprint, queue, limit, *shards
         )
-        match told:
+        match outcome:
             case b"mismatch":
                 raise another_request()
             case b"large":
-                raise too_large(job, bound)
+                raise too_large(job, limit)
             case b"unserved":
                 raise unserved(job.task)
             case b"quota":
-                open_rows, most, rows, seconds = figures
+                open_rows, quota, rows, seconds = figures
                 speed = rows_per_second(int(rows), float(seconds))
-                raise over_quota(job.charge, int(open_rows), int(most), speed)
+                raise over_quota(job.charge, int(open_rows), int(quota), speed)
             case b"full":
                 waiting, rows, seconds = figures
                 raise full(job.charge, int(waiting), rows_per_second(int(rows), float(seconds)))
@@ -161,11 +164,11 @@ class RedisEngine:
             leases = await self._puller.take(worker, rows, prefer_task)
             if leases or not rows:
                 return leases
-            if not await _rings_by(arrival, deadline):
+            if not await _notified_by(arrival, deadline):
                 return []
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Say that these shards are being computed now; see Engine."""
+        """Mark these shards as being computed; see Engine."""
         return await self._renew("start", leases)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -176,14 +179,14 @@ class RedisEngine:
         """Add a shard's votes once; see Engine."""
         votes = checked_counts(lease, counts)
         shard = lease.shard
-        some = [figure for item in enumerate(votes) if item[1] for figure in item]
+        nonzero = [figure for item in enumerate(votes) if item[1] for figure in item]
         counted = await self._scripts.run(
             "commit",
             *named([lease]),
             shard.domain.value,
             shard.rows,
             json.dumps(lost("record", lease.job.id)),
-            *some,
+            *nonzero,
         )
         return bool(counted)
 
@@ -197,7 +200,7 @@ class RedisEngine:
             await self._scripts.run("release", *named(leases))
 
     async def cancel(self, job_id: str) -> bool:
-        """Drop what is left of a job; False where it had ended or is unknown."""
+        """Drop the rest of a job; False where it had ended or is unknown."""
         return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
 
     async def delete(self, job_id: str) -> bool:
@@ -223,18 +226,18 @@ class RedisEngine:
                 wait = self._poll_seconds
                 if self._subscriber.steady:
                     wait = max(wait, _STEADY_POLL_SECONDS)
-                await _rings_by(change, asyncio.get_running_loop().time() + wait)
+                await _notified_by(change, asyncio.get_running_loop().time() + wait)
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """The job's status, or None; its job is without the pixels, which go at its end."""
+        """The job's status, or None; its job has no pixels."""
         fields = pairs(await self._scripts.run("status", job_id))
         return job_status(fields) if fields else None
 
     async def capacity(self, owner: str | None = None) -> Capacity:
-        """Backlog, that of one owner, measured speed, and what live workers serve."""
-        asked = () if owner is None else (owner,)
-        answer = await self._scripts.run("capacity", *asked)
-        backlog_rows, (rows, seconds), announcements, owner_rows = answer
+        """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
+        arguments = () if owner is None else (owner,)
+        reply = await self._scripts.run("capacity", *arguments)
+        backlog_rows, (rows, seconds), announcements, owner_rows = reply
         return Capacity(
             backlog_rows=int(backlog_rows),
             rows_per_second=rows_per_second(int(rows), float(seconds)),
@@ -244,12 +247,12 @@ class RedisEngine:
         )
 
     async def stats(self) -> EngineStats:
-        """How things stand in the queue; see Engine."""
+        """The queue's figures for the operator; see Engine."""
         (fast, slow), (rows, seconds), workers, dead = await self._scripts.run("stats")
         return EngineStats(
             priorities={
-                name: PriorityState(int(lane[0]), float(lane[1]))
-                for name, lane in (("hi", fast), ("lo", slow))
+                name: PriorityState(int(state[0]), float(state[1]))
+                for name, state in (("hi", fast), ("lo", slow))
             },
             rows_per_second=rows_per_second(int(rows), float(seconds)),
             workers=int(workers),
@@ -258,15 +261,15 @@ class RedisEngine:
         )
 
     async def reconcile(self) -> int:
-        """Queue again whatever open jobs miss in the streams; returns how many shards that were.
+        """Queue lost shards of open jobs again, and return their number.
 
-        Jobs that have gone unserved too long fail. Safe at any time and from any process: a shard
-        delivered twice is counted once.
+        Jobs that no worker has served for `unserved_seconds` fail. Any process may call this at
+        any time: a shard delivered twice is counted once.
         """
         return await reconcile(self._scripts)
 
     async def close(self) -> None:
-        """Let go of every connection."""
+        """Release every connection."""
         if self._reconciling is not None:
             self._reconciling.cancel()
             await asyncio.wait({self._reconciling})
@@ -276,11 +279,11 @@ class RedisEngine:
         await self._redis.connection_pool.disconnect()
 
     async def _was_cancelled(self, job_id: str) -> bool:
-        """Whether a job that is gone was cancelled lately, and not lost."""
+        """Whether a deleted job was cancelled lately, and not lost."""
         return bool(await answered(self._redis.exists(f"{self._prefix}cancelled:{job_id}")))
 
     def _reconcile_if_due(self) -> None:
-        """Reconcile once a lease's time, whichever process comes first; no pull waits for it."""
+        """Reconcile in the background, once per `lease_seconds` among all processes."""
         now = asyncio.get_running_loop().time()
         busy = self._reconciling is not None and not self._reconciling.done()
         if not busy and now >= self._reconciled + self._options.lease_seconds:
@@ -295,7 +298,11 @@ class RedisEngine:
             ):
                 await self.reconcile()
         except (RedisError, OSError) as error:
-            _log.warning("The streams could not be looked through: %s", error)
+            _log.warning(
+                "open jobs were not reconciled with the streams (%s); trying again in %.0f s",
+                error,
+                self._options.lease_seconds,
+            )
 
     async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
         if not leases:
@@ -304,12 +311,12 @@ class RedisEngine:
         return [leases[place] for place in held]
 
 
-async def _rings_by(ring: asyncio.Event, deadline: float) -> bool:
+async def _notified_by(signal: asyncio.Event, deadline: float) -> bool:
     if asyncio.get_running_loop().time() >= deadline:
         return False
     try:
         async with asyncio.timeout_at(deadline):
-            return await ring.wait()
+            return await signal.wait()
     except TimeoutError:
         return False
 

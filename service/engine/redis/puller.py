@@ -1,4 +1,4 @@
-"""One pull: which line a worker takes from, and the jobs whose shards it was given."""
+"""Pulls leases: the choice of a queue, and the jobs of the leased shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.jobs import Job, State, canonical_json
 
 
 class Puller:
-    """Takes leases, and keeps the jobs of those that anyone in this process still holds."""
+    """Takes leases, and caches the jobs of the leases that this process still holds."""
 
     def __init__(
         self, redis: Redis, scripts: Scripts, prefix: str, starvation_seconds: float
@@ -27,15 +27,14 @@ class Puller:
         self._jobs: WeakValueDictionary[str, Job] = WeakValueDictionary()
 
     async def take(self, worker: Worker, rows: int, prefer_task: str | None) -> list[Lease]:
-        """What waits for the worker now, as Engine.pull chooses; nothing where nothing does."""
+        """The leases of one pull, as Engine.pull defines it; empty where no shard waits."""
         tasks = list(worker.bundles)
-        lines = [line_of(*item) for item in worker.bundles.items()]
+        queues = [line_of(*item) for item in worker.bundles.items()]
         known = (worker.id, worker.announcement())
         chosen = ""
         while True:
             call = secrets.token_hex(8)
-            answer = await self._scripts.run("pull", *known, call, rows, chosen, *lines)
-            taken, waiting = answer
+            taken, waiting = await self._scripts.run("pull", *known, call, rows, chosen, *queues)
             jobs = {name: await self._job(name.decode()) for name, *_ in taken}
             if leases := [lease_of(job, one) for one in taken if (job := jobs[one[0]])]:
                 return leases
@@ -45,16 +44,16 @@ class Puller:
             offer = next_offer(offers, prefer_task, self._starvation_seconds)
             if offer is None and not (taken or chosen):
                 return []
-            chosen = "" if offer is None else lines[tasks.index(offer.task)]
+            chosen = "" if offer is None else queues[tasks.index(offer.task)]
 
     async def _job(self, job_id: str) -> Job | None:
-        """The job, read once for as long as this process holds leases of it; None: it is gone."""
+        """The job, or None where it is gone; read once while this process holds leases of it."""
         if job := self._jobs.get(job_id):
             return job
-        async with self._redis.pipeline(transaction=True) as both:
-            both.hget(f"{self._prefix}job:{job_id}", "job")
-            both.get(f"{self._prefix}image:{job_id}")
-            text, pixels = await answered(both.execute())
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hget(f"{self._prefix}job:{job_id}", "job")
+            pipeline.get(f"{self._prefix}image:{job_id}")
+            text, pixels = await answered(pipeline.execute())
         if text is None:
             return None
         if pixels is None:

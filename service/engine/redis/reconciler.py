@@ -1,4 +1,4 @@
-"""What open jobs miss in the streams, and open jobs that no worker is left for."""
+"""Queues lost shards of open jobs again, and fails the jobs that no worker serves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _log = logging.getLogger("vouchsafe.engine")
 
 
 async def reconcile(scripts: Scripts) -> int:
-    """Queue missing shards of open jobs again and fail the jobs of lines that went unserved.
+    """Queue missing shards of open jobs again, and fail the jobs of unserved queues.
 
-    Returns how many shards were queued.
+    Returns the number of queued shards.
     """
     late = await _unserved(scripts)
     requeued, ended = 0, 0
@@ -29,13 +29,13 @@ async def reconcile(scripts: Scripts) -> int:
         shards = shards_of(fields) if fields else ()
         requeued += await scripts.run("requeue", name, *flat(shards))
     if ended:
-        lines = ", ".join(sorted(line.decode() for line in late))
-        _log.warning("%d jobs ended that no worker serves any more: %s", ended, lines)
+        queues = ", ".join(sorted(name.decode() for name in late))
+        _log.warning("%d jobs failed: no worker serves their digest any more: %s", ended, queues)
     return requeued
 
 
 async def _unserved(scripts: Scripts) -> set[bytes]:
-    """The lines that went unserved too long; none while no worker at all is alive."""
+    """The queues unserved for longer than allowed; none while no worker is alive."""
     _, _, announcements, _ = await scripts.run("capacity")
-    lines = [line_of(*item) for item in served(announcements)]
-    return set(await scripts.run("unserved", *lines)) if lines else set()
+    queues = [line_of(*item) for item in served(announcements)]
+    return set(await scripts.run("unserved", *queues)) if queues else set()

@@ -1,4 +1,4 @@
-"""Whether a Redis can be the engine's: its release, what this user may do, and what it evicts."""
+"""Checks of a Redis server: its release, the user's rights, and the eviction policy."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _log = logging.getLogger("vouchsafe.engine")
 
 
 class RedisUnsuitable(RuntimeError):
-    """A Redis that is not there to be used, or cannot be; the message says what to change."""
+    """A Redis is missing or cannot serve the engine; the message names the remedy."""
 
 
 async def check_server(url: SecretStr, engine: RedisEngine) -> None:
-    """Returns where the engine can work on the Redis at `url`; warns where that may evict keys.
+    """Check that the engine can use the Redis at `url`; warn where Redis may evict keys.
 
-    Raises RedisUnsuitable for a wrong password, missing rights, an unknown database and a release
-    before 7.0, and redis.exceptions.RedisError where it is out of reach, or cannot do it just now.
+    Raises RedisUnsuitable for a wrong password, missing rights, an unknown database or a release
+    before 7.0; redis.exceptions.RedisError where Redis is unreachable, or cannot run a call now.
     """
     try:
         async with aclosing(connect(url.get_secret_value())) as redis:
@@ -44,17 +44,17 @@ async def check_server(url: SecretStr, engine: RedisEngine) -> None:
     except (ReadOnlyError, OutOfMemoryError):
         raise
     except RedisError as error:
-        # Over a Unix socket redis-py raises a refusal as the cause of a ConnectionError.
-        refusal = error.__cause__ if isinstance(error, ConnectionError) else error
-        if not isinstance(refusal, AuthenticationError | AuthorizationError | ResponseError):
+        # Over a Unix socket redis-py raises a rejection as the cause of a ConnectionError.
+        rejection = error.__cause__ if isinstance(error, ConnectionError) else error
+        if not isinstance(rejection, AuthenticationError | AuthorizationError | ResponseError):
             raise
-        raise RedisUnsuitable(f"the Redis of VOUCHSAFE_REDIS_URL refuses: {refusal}") from error
+        raise RedisUnsuitable(f"the Redis of VOUCHSAFE_REDIS_URL refuses: {rejection}") from error
 
 
 async def _check_version(redis: Redis) -> None:
-    """HELLO needs no rights at all, unlike INFO."""
-    told = await redis.execute_command("HELLO")  # type: ignore[no-untyped-call]
-    version = dict(zip(told[::2], told[1::2], strict=True))[b"version"].decode()
+    """Raises RedisUnsuitable for an old release; HELLO needs no rights, unlike INFO."""
+    hello = await redis.execute_command("HELLO")  # type: ignore[no-untyped-call]
+    version = dict(zip(hello[::2], hello[1::2], strict=True))[b"version"].decode()
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
         raise RedisUnsuitable(
@@ -66,10 +66,10 @@ async def _warn_of_eviction(redis: Redis) -> None:
     try:
         policy = (await redis.info("memory")).get("maxmemory_policy", "noeviction")
     except NoPermissionError:
-        return  # A user with the least rights may not ask.
+        return  # A user with minimal rights may not run INFO.
     if policy != "noeviction":
         _log.warning(
-            "Redis evicts keys when its memory is full (maxmemory-policy %s), and jobs fail then: "
-            "set it to noeviction",
+            "Redis evicts keys when its memory is full (maxmemory-policy %s), and jobs fail then; "
+            "set maxmemory-policy to noeviction",
             policy,
         )

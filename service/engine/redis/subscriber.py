@@ -1,4 +1,4 @@
-"""Hears what other processes publish: one subscribed connection, however many listen."""
+"""Receives what other processes publish, over one subscribed connection for all listeners."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _log = logging.getLogger("vouchsafe.engine")
 
 
 class Subscriber:
-    """Rings a signal for each message of a channel, and each time that it is subscribed (anew).
+    """Notifies a channel's signal at each message, and at each subscription.
 
-    What was published while the connection was lost is not heard, so whoever listens looks again
-    after every ring. The channel `always` is listened to as long as any.
+    Messages published while the connection was lost are missed, so a listener must check its state
+    after every notification. The channel `always` stays subscribed.
     """
 
     def __init__(self, redis: Redis, always: str) -> None:
@@ -41,22 +41,22 @@ class Subscriber:
 
     @property
     def steady(self) -> bool:
-        """Whether the subscribed connection has been answered and is not known to be lost.
+        """Whether the subscribed connection has had a reply and is not known to be lost.
 
-        One that is cut is known at once, one that went dead after some seconds of silence.
+        A closed connection is detected at once, a dead one after some seconds of silence.
         """
         connection = None if self._answered is None else self._answered.connection
         return connection is not None and bool(connection.is_connected)
 
     @property
     def always(self) -> Signal:
-        """The signal of the channel that is always listened to."""
+        """The signal of the channel that stays subscribed."""
         self._start()
         return self._always
 
     @asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[Signal]:
-        """The channel's signal, for as long as the context lasts."""
+        """The channel's signal, subscribed within the context."""
         name = channel.encode()
         signal = self._signals.setdefault(name, Signal())
         self._listeners[name] += 1
@@ -71,7 +71,7 @@ class Subscriber:
                 self._altered.set()
 
     async def close(self) -> None:
-        """Hear no more: bells are silent from here on, and no task is left."""
+        """Stop reading; no signal is notified from then on, and no task is left."""
         self._closing = True
         if self._reading is not None:
             self._reading.cancel()
@@ -83,17 +83,17 @@ class Subscriber:
 
     async def _read(self) -> None:
         failures = 0
-        while not self._closing:  # A cancellation may get lost where the client connects.
+        while not self._closing:  # The client may lose a cancellation as it connects.
             began = asyncio.get_running_loop().time()
             try:
                 async with self._redis.pubsub() as pubsub:
                     await self._hear(pubsub)
             except (RedisError, OSError, RuntimeError) as error:
-                # RuntimeError: it was lost while a subscription was sent, and is read by two.
-                # An outage is told by whoever asks; what is refused here alone, once.
+                # RuntimeError: the connection was lost as a subscription was sent, so two tasks
+                # read it. Callers report an outage; a rejection of SUBSCRIBE is logged here, once.
                 quiet = failures or isinstance(error, _OUTAGES)
                 level = logging.DEBUG if quiet else logging.WARNING
-                _log.log(level, "Redis is not heard: %s", error)
+                _log.log(level, "the subscription to Redis failed: %s; trying again", error)
             if asyncio.get_running_loop().time() - began > _STEADY_SECONDS:
                 failures = 0
             failures += 1
@@ -126,10 +126,10 @@ class Subscriber:
                     pinged, limit = False, clock() + _SILENCE_SECONDS
                     if message and (signal := self._signals.get(message["channel"])):
                         signal.notify()
-                elif clock() >= limit:  # A connection may be dead without having been cut.
+                elif clock() >= limit:  # A connection may be dead without being closed.
                     if pinged and self.steady:
-                        raise TimeoutError("no answer to a PING")
-                    if self.steady:  # Otherwise the client is making it again.
+                        raise TimeoutError("no reply to a PING")
+                    if self.steady:  # Otherwise the client is reconnecting.
                         await pubsub.ping()
                         pinged = True
                     limit = clock() + _SILENCE_SECONDS

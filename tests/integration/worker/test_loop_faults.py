@@ -46,7 +46,7 @@ from tests.support.working import (
 
 
 async def test_only_the_culprit_fails(engine: MemoryEngine) -> None:
-    """A is_poison job fails after its attempts; its companions are answered, without a failure."""
+    """A poison job fails after its attempts; its companions are answered, without a failure."""
     culprit = make_job("culprit", mode=Mode.PREDICT, n=6)
     innocents = [make_job(f"job-{number}", mode=Mode.PREDICT, n=6) for number in range(5)]
     spy, model = EngineSpy(engine), FakeModel(poison=keys(culprit))
@@ -343,7 +343,7 @@ async def test_a_job_that_breaks_its_devices_fails_within_the_bound(harness: Har
             await assert_exact(engine, job)
     assert status.state is State.FAILED
     assert status.problem is not None
-    assert "died over the same rows" in status.problem["detail"]
+    assert "crashed 6 times on the same rows" in status.problem["detail"]
 
 
 async def test_a_job_that_ends_its_workers_fails_within_the_bound(either: Engine) -> None:

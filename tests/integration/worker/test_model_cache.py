@@ -154,7 +154,7 @@ def test_tasks_may_come_while_room_is_made() -> None:
 def test_a_device_of_two_minds_is_withheld_by_no_task() -> None:
     """A device that fails its check while a task is loaded is broken for every task."""
     shelf = Shelf(bundles("default", "a"))
-    shelf.failures = [DeviceFailed("the same rows got two answers")]
+    shelf.failures = [DeviceFailed("got different labels in another batch")]
     with pytest.raises(DeviceFailed):
         shelf.use("a")
 
@@ -216,7 +216,7 @@ def test_a_library_that_takes_another_way_ends_the_process(how: str) -> None:
     """Its kernel is not the digest's, and is remembered: a second try would be counted."""
     shelf = Shelf(bundles("default", "a"))
     shelf.batch_failures = [SWALLOWED[how]]
-    with pytest.raises(DeviceFailed, match="a library took another way"):
+    with pytest.raises(DeviceFailed, match="a library took another kernel"):
         shelf.use("a")
     assert shelf.tries == 1
 
@@ -305,7 +305,7 @@ def test_memory_that_runs_out_unsaid_in_loading_halves_too() -> None:
     """Networks that were warmed while a library went another way, or that then had two minds, are
     not those of the digest."""
     shelf = Shelf(bundles("default", "a"))
-    errors = [DeviceFailed("the same rows got two answers"), None]
+    errors = [DeviceFailed("got different labels in another batch"), None]
 
     def short(bundle: Bundle, rows: int) -> FakeModel:
         made = shelf.load(bundle, rows)

@@ -143,7 +143,7 @@ def test_rows_are_those_in_no_batch() -> None:
 def test_a_lease_is_taken_in_once() -> None:
     """Two leases of one token would share their votes: the second is refused."""
     packer = packed(8, [lease("same")])
-    with pytest.raises(ValueError, match="in hand already"):
+    with pytest.raises(ValueError, match="in flight already"):
         packer.add(lease("same", rows=20))
     assert [part.lease.shard.rows for part in packer.next_batch()] == [10]
 

@@ -1,4 +1,5 @@
--- Fails the open job ARGV[3] with the problem ARGV[4], unless its line is served again; 1 where it did.
+-- Fails the open job ARGV[3] with the problem ARGV[4], unless its queue is served again.
+-- Returns 1 where the job failed.
 local state, line = unpack(redis.call('HMGET', key('job', ARGV[3]), 'state', 'line'))
 if not OPEN[state] or redis.call('HEXISTS', key('unserved'), line) == 0 then
   return 0

@@ -1,7 +1,7 @@
--- Counts a shard once: ARGV[3] is the job, [4] the shard, [5] the token, [6] the domain, [7] its rows,
--- [8] the problem where the record got lost, then class and votes of every class with any.
--- Returns 1 where it was counted. Who holds the shard by now does not matter, nor does the reply to
--- XACK, which a stale owner gets too: the first commit counts.
+-- Counts a shard once; returns 1 where it was counted. ARGV[3] is the job, [4] the shard, [5] the
+-- token, [6] the domain, [7] its rows, [8] the problem where the job's record got lost, then class
+-- and votes of every class with votes.
+-- The first commit counts, even on a lost lease: XACK succeeds for a stale worker too.
 local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
 local job, done, entries = key('job', id), key('done', id), key('entries', id)
 local state, line, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'line',

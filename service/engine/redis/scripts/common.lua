@@ -1,5 +1,5 @@
--- Ahead of every script, sweep.lua next. KEYS[1] is the prefix of all keys, ARGV[1] the terms as JSON, ARGV[2] the
--- time in Unix seconds, or '' for this server's own.
+-- Begins every script; sweep.lua follows. KEYS[1] is the prefix of all keys, ARGV[1] the limits and
+-- times as JSON, ARGV[2] the time in Unix seconds, or '' for the Redis server's.
 local GROUP, FREE = 'workers', '(free)'
 local PREFIX, TERMS, CLOCK = KEYS[1], cjson.decode(ARGV[1]), redis.call('TIME')
 local NOW = tonumber(ARGV[2]) or tonumber(CLOCK[1]) + tonumber(CLOCK[2]) / 1e6
@@ -38,7 +38,7 @@ local function heard(worker)
   redis.call('PEXPIRE', key('workers'), TERMS.open_ms)
 end
 
--- XPENDING that makes a lost group again: every entry is then delivered once more.
+-- XPENDING; creates a lost group again, which then delivers every entry once more.
 local function pending(stream, ...)
   local found = redis.pcall('XPENDING', stream, GROUP, ...)
   if not found.err then
@@ -68,7 +68,7 @@ local function drop(stream, id)
   redis.call('XDEL', stream, id)
 end
 
--- Everything handed back to the stream, some at a time: f(delivery, fields) until it returns true.
+-- Calls f(delivery, fields) for every shard that was put back, until f returns true.
 local function each_free(stream, call)
   local from, some = '-', nil
   repeat
@@ -85,7 +85,7 @@ local function each_free(stream, call)
   until #some < 16
 end
 
--- What is next of the stream, or nil where nobody could take anything.
+-- The next message of the stream, or nil where no shard waits.
 local function head(stream)
   local first
   each_free(stream, function(_, fields)
@@ -104,7 +104,7 @@ local function head(stream)
   return entry and message(entry)
 end
 
--- Entries are deleted as they are acknowledged, so an empty stream has nothing outstanding.
+-- Entries are deleted as they are acknowledged, so an empty stream has no pending entry.
 local function tidy(line)
   local gone = 0
   for _, lane in ipairs({'hi', 'lo'}) do
@@ -120,8 +120,8 @@ local function tidy(line)
   end
 end
 
--- A token names one delivery: entry, how often it was delivered, of which job, and to whom. The
--- entries of two streams may have the same id, but not within a job.
+-- A token names one delivery: entry, number of deliveries, job, worker. Entries of two streams may
+-- have the same id, but not within a job.
 local function token_of(id, deliveries, job, worker)
   return table.concat({id, deliveries, job, worker}, '/')
 end
@@ -135,7 +135,7 @@ local function held(stream, token)
   end
 end
 
--- The leases of ARGV[3..] (job, shard, token) that are still held: f(place, job, shard, token, ...).
+-- Calls f(place, job, shard, token, ...) for the leases of ARGV[3..] (job, shard, token) still held.
 local function each_held(call)
   for at = 3, #ARGV, 3 do
     local id, shard, token = unpack(ARGV, at, at + 2)
@@ -149,7 +149,7 @@ end
 
 local told_already = false
 
--- Every worker that waits looks, so one message a script is enough.
+-- Every idle worker pulls at a message, so a script publishes at most one.
 local function tell_workers()
   if not told_already then
     redis.call('PUBLISH', key('arrived'), '')
@@ -170,7 +170,7 @@ local function run(id, state)
   end
 end
 
--- The books of open work, one hash, so that what they say of jobs, owners, lanes and everyone agrees.
+-- The backlog is one hash, so that its figures by job, owner and priority agree with the total.
 local function open(id, owner, rows, lane)
   redis.call('HINCRBY', key('backlog'), 'all', rows)
   redis.call('HSET', key('backlog'), 'rows:' .. id, rows)
@@ -184,7 +184,7 @@ local function open(id, owner, rows, lane)
   end
 end
 
--- Rows of an open job that are done; no number: all that were left of it.
+-- Subtracts `rows` of an open job from the backlog; without a number, all rows left.
 local function settle(id, rows)
   local left, owner, fast = unpack(redis.call('HMGET', key('backlog'), 'rows:' .. id,
     'owner:' .. id, 'hi:' .. id))
@@ -207,7 +207,7 @@ local function close(id)
   redis.call('ZREM', key('opened'), id)
 end
 
--- A cancelled job leaves a mark, for a while, that its watchers read; a job gone without one was lost.
+-- A cancelled job leaves a short-lived mark for its watchers; without the mark, the job was lost.
 local function erase(id)
   local caller, state = unpack(redis.call('HMGET', key('job', id), 'caller', 'state'))
   if state == 'cancelled' then
@@ -221,7 +221,7 @@ local function erase(id)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
--- Takes the shards of a job off its line, and forgets which of them were counted.
+-- Deletes the shards of a job from its stream, and the set of counted ones.
 local function withdraw(id)
   local entries = key('entries', id)
   local line, stream = unpack(redis.call('HMGET', key('job', id), 'line', 'stream'))
@@ -233,7 +233,7 @@ local function withdraw(id)
   redis.call('DEL', entries, key('done', id))
 end
 
--- The image goes at once: answers do not need it, and it is the bulk of what a job takes.
+-- The image is deleted at once: no response needs it, and it is most of a job's memory.
 local function finish(id, state, problem)
   local job = key('job', id)
   local caller = redis.call('HGET', job, 'caller')
@@ -245,7 +245,7 @@ local function finish(id, state, problem)
   redis.call('ZADD', key('ended'), stamp(NOW), id)
   redis.call('PEXPIRE', key('ended'), TERMS.retention_ms)
   local most = redis.call('ZCARD', key('ended')) - TERMS.max_finished_jobs
-  if most > 0 then -- Many more only after `max_finished_jobs` was lowered: some at a time.
+  if most > 0 then -- More than one only after `max_finished_jobs` was lowered: 100 at a time.
     for _, oldest in ipairs(redis.call('ZRANGE', key('ended'), 0, math.min(most, 100) - 1)) do
       erase(oldest)
     end
@@ -253,24 +253,24 @@ local function finish(id, state, problem)
   redis.call('PUBLISH', key('changed', id), '')
 end
 
--- The lane of a job, which is read from its JSON as in the next function.
+-- The priority of a job, from its decoded JSON.
 local function lane_of(job)
   return job.mode == 'predict' and 'hi' or 'lo'
 end
 
--- Rows that an open job is charged with, from its JSON: its own, and what preparing it costs.
+-- Rows that an open job adds to the backlog, from its decoded JSON: its noise rows and setup rows.
 local function charge_of(job)
   return job.n0 + job.n + (job.setup_rows or 0)
 end
 
--- What the messages of all shards of a job say of it.
+-- The fields that the messages of all shards of a job share.
 local function labels(job, submitted)
   return {bundle = job.bundle, submitted = submitted,
     traceparent = job.traceparent ~= cjson.null and job.traceparent or '',
     deadline = stamp(tonumber(submitted) + TERMS.retention_ms / 1000)}
 end
 
--- A letter tells the operator which rows ended a job, without its image or key.
+-- A dead letter records for the operator which rows ended a job, without its image or key.
 local function bury(id, shard, fields, problem)
   local failures, deaths = unpack(redis.call('HMGET', key('job', id), 'f:' .. shard, 'd:' .. shard))
   redis.call('XADD', key('dead'), 'MAXLEN', '~', TERMS.dead_letters, '*', 'job', id,
@@ -300,7 +300,7 @@ local function open_rows(owner)
   return tonumber(redis.call('HGET', key('backlog'), 'of:' .. owner) or 0)
 end
 
--- Distinct announcements of live workers, with how many workers make each.
+-- Distinct announcements of live workers, each with its number of workers.
 local function announcements()
   local makers = {}
   for _, digest in ipairs(redis.call('HVALS', key('announced'))) do

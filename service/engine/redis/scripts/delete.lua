@@ -1,4 +1,4 @@
--- Cancels the job ARGV[3] and erases it; 1 where it was there.
+-- Cancels the job ARGV[3] and erases it; returns 1 where it existed.
 sweep()
 local state = redis.call('HGET', key('job', ARGV[3]), 'state')
 if OPEN[state] then

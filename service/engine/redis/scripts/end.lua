@@ -1,4 +1,4 @@
--- Ends the open job ARGV[3] in the state ARGV[4] with the problem ARGV[5]; 1 where it was open.
+-- Ends the open job ARGV[3] in the state ARGV[4] with the problem ARGV[5]; returns 1 where it was open.
 sweep()
 if not OPEN[redis.call('HGET', key('job', ARGV[3]), 'state')] then
   return 0

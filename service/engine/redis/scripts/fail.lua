@@ -1,4 +1,4 @@
--- A failed attempt of the lease ARGV[3..5], with the problem ARGV[6] as JSON.
+-- Counts a failed attempt of the lease ARGV[3..5], with the problem ARGV[6] as JSON.
 local problem = table.remove(ARGV)
 each_held(function(_, id, shard, _, stream, entry)
   if redis.call('HINCRBY', key('job', id), 'f:' .. shard, 1) >= TERMS.failures_allowed then

@@ -1,3 +1,3 @@
--- The open jobs, oldest first.
+-- Returns the open jobs, oldest first.
 sweep()
 return redis.call('ZRANGE', key('opened'), 0, -1)

@@ -1,14 +1,16 @@
--- Leases work to the worker ARGV[3], who announces ARGV[4] as JSON: ARGV[5] names the call, [6] the
--- rows to reach (0 only announces), [7] the line to take from, or '' where that is not chosen yet, then
--- its lines.
--- Returns {{job, shard, domain, start, stop, 1 where solitary, token}...} where the line was
--- chosen or one line alone has work, and besides, where several have, {place of the line, 1 where a `hi`
--- shard is next, seconds for which that has gone unserved}... to choose from.
+-- Leases shards to the worker ARGV[3], which announces ARGV[4] as JSON. ARGV[5] names the call, [6]
+-- is the rows to reach (0 only announces), [7] the queue to take from, or '' before the choice, then
+-- come the worker's queues.
+-- Returns {leases, candidates}:
+-- leases: {job, shard, domain, start, stop, 1 where isolated, token}..., where the queue was chosen
+-- or a single queue has work;
+-- candidates: {place of the queue, 1 where a `hi` shard is next, seconds unserved}..., where several
+-- queues have work.
 local worker, announcement, call, rows, chosen = unpack(ARGV, 3, 7)
 rows = tonumber(rows)
 local taken = {}
 
--- A call that is made again, for its reply got lost, gets that reply.
+-- A call repeated after a lost reply gets that reply.
 local answer = redis.call('GET', key('pulled', worker))
 if answer then
   local name, leases = unpack(cjson.decode(answer))
@@ -29,7 +31,7 @@ if redis.call('EXISTS', key('unserved')) == 1 then
   end
 end
 
--- The lanes of a line in the order of service: `hi` first, unless it was so for too many pulls.
+-- The priorities of a queue in the order of service: `hi` first, unless `lo` was passed too often.
 local function lanes(line)
   if tonumber(redis.call('HGET', key('passed'), line) or 0) < TERMS.fast_pulls then
     return 'hi', 'lo'
@@ -55,7 +57,7 @@ local function offers()
   return found
 end
 
--- Whether the shard is still to be computed, and if so alone.
+-- Whether the shard must still be computed, and whether it is isolated.
 local function wanted(fields)
   local state, deaths = unpack(redis.call('HMGET', key('job', fields.job), 'state',
     'd:' .. fields.shard))
@@ -103,7 +105,7 @@ local function take_new(stream)
   end
 end
 
--- Counts the pulls in a row that left the `lo` lane waiting; this one took so many of its shards.
+-- Counts consecutive pulls that left `lo` waiting; this one took `slow_ones` of its shards.
 local function pass(line, slow_ones)
   if slow_ones == 0 and head(key('lane', 'lo', line)) then
     redis.call('HINCRBY', key('passed'), line, 1)

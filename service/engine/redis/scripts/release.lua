@@ -1,4 +1,4 @@
--- Hands the leases of ARGV[3..] back uncounted.
+-- Puts the leases of ARGV[3..] back uncounted.
 each_held(function(_, id, shard, _, stream, entry)
   put_back(stream, entry, id, shard)
 end)

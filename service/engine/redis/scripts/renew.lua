@@ -1,5 +1,5 @@
--- Renews the leases of ARGV[4..], and where ARGV[3] is 'start' marks them as being computed; returns
--- the places of those still held.
+-- Renews the leases of ARGV[4..]; returns the places of those still held. Where ARGV[3] is 'start',
+-- marks them as being computed.
 local start = table.remove(ARGV, 3) == 'start'
 local kept = {}
 each_held(function(place, id, shard, token, stream, entry, worker)

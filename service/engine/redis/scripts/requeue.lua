@@ -1,5 +1,5 @@
--- Queues those shards of the job ARGV[3] again that are neither counted nor to be found in its
--- stream; ARGV[4..] are index, domain, start, stop of each. Returns how many.
+-- Queues the shards of the job ARGV[3] again that are neither counted nor in its stream; returns
+-- their number. ARGV[4..] are index, domain, start, stop of every shard of the job.
 local id = ARGV[3]
 local job = key('job', id)
 local state, text, line, stream, submitted, done = unpack(redis.call('HMGET', job, 'state', 'job',
@@ -31,7 +31,7 @@ for at = 1, #group, 2 do
   last = group[at] == 'last-delivered-id' and group[at + 1] or last
 end
 
--- In the stream, and either to come or in somebody's hands.
+-- Whether the entry is in the stream, and either undelivered or pending.
 local function findable(entry)
   return entry and read(stream, entry)
     and (follows(entry, last) or #pending(stream, entry, entry, 1) == 1)

@@ -1,6 +1,6 @@
--- What an operator watches, a few commands a line with work: {{rows waiting or leased, seconds since
--- the oldest shard that nobody holds was accepted, 0 where none waits}, of `hi` and of `lo`}, {rows and
--- seconds of the last minute of work}, live workers, shards that ended their jobs.
+-- Returns {{state of `hi`, state of `lo`}, {rows, seconds} of the last minute of work, live workers,
+-- shards that ended their jobs}. A state is {rows waiting or leased, seconds since the oldest shard
+-- without a lease was accepted, or 0}. Costs a few commands per queue with work.
 sweep()
 local lines = redis.call('HKEYS', key('lines'))
 

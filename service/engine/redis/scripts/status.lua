@@ -1,3 +1,3 @@
--- Every field of the job ARGV[3], as the sweep left it.
+-- Returns every field of the job ARGV[3], after the sweep.
 sweep()
 return redis.call('HGETALL', key('job', ARGV[3]))

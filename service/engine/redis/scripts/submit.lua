@@ -1,5 +1,6 @@
--- ARGV[3] is the job as JSON, [4] its image, [5] the caller's key or '', [6] the fingerprint, [7]
--- its line, [8] the most rows of it alone, then the shards: index, domain, start, stop of each.
+-- Queues a job: ARGV[3] is the job as JSON, [4] its image, [5] the caller's key or '', [6] the
+-- fingerprint, [7] its queue, [8] the limit in rows of one job, then the shards: index, domain, start,
+-- stop of each. Returns {outcome, figures...}.
 sweep()
 local text, image, caller, fingerprint, line, most_rows = unpack(ARGV, 3, 8)
 local job = cjson.decode(text)
@@ -37,7 +38,7 @@ if waiting + charge > TERMS.max_queue_rows then
 end
 
 if waiting == 0 then
-  redis.call('DEL', key('backlog')) -- An older release may have left what it did not know of.
+  redis.call('DEL', key('backlog')) -- An older release may have left stale figures.
   redis.call('HSET', key('speed'), 'since', stamp(NOW))
   stay(TERMS.retention_ms, key('speed'))
 end
@@ -50,7 +51,7 @@ redis.call('SET', key('image', id), image, 'PX', TERMS.open_ms)
 if caller ~= '' then
   redis.call('SET', key('caller', caller), id, 'PX', TERMS.open_ms)
 end
--- Where something waits already, nobody who could take it is idle, so there is nobody to tell.
+-- Where a shard of the queue waits already, no worker that serves the queue is idle.
 local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
 open(id, owner, charge, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)

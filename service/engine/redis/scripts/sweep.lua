@@ -1,7 +1,7 @@
--- Ahead of every script, after common.lua: takes back what has run out.
+-- Begins every script, after common.lua: expires leases, workers and jobs.
 local MOST_AT_ONCE = 500
 
--- A delivery nobody renewed: a death, where it was being computed.
+-- Expires an unrenewed delivery; counts a worker crash where the shard was being computed.
 local function lapse(stream, entry, worker, deliveries)
   local fields = read(stream, entry)
   if not fields then
@@ -21,7 +21,7 @@ local function lapse(stream, entry, worker, deliveries)
   put_back(stream, entry, id, shard)
 end
 
--- Returns how many of at most `most` leases ran out.
+-- Expires at most `most` leases, and returns their number.
 local function lapse_all(stream, most)
   local from, late, lapsed = '-', nil, 0
   repeat
@@ -51,8 +51,8 @@ local function oldest(name, until_then, most)
   return redis.call('ZRANGE', key(name), '-inf', until_then, 'BYSCORE', 'LIMIT', 0, most)
 end
 
--- Once in a while, and at the next script at once where so much has run out that Redis would be
--- kept from everyone else.
+-- Runs once per `sweep_ms`, and expires at most MOST_AT_ONCE items, so that Redis is not blocked for
+-- long; the next script continues where items are left.
 local function sweep()
   if not redis.call('SET', key('swept'), '', 'NX', 'PX', TERMS.sweep_ms) then
     return

@@ -1,6 +1,6 @@
--- The lines with work that have gone unserved too long, while other workers were heard from; ARGV[3..]
--- are those that live workers serve, one at least. The time begins as a line is first seen unserved,
--- and anew where a worker pulls for it, or where for three leases nobody looked.
+-- Returns the queues with work that no live worker has served for `unserved_ms`. ARGV[3..] are the
+-- queues that live workers serve, at least one. The time begins at the first call that finds a queue
+-- unserved. It begins again where a worker pulls for the queue, or after three leases without a call.
 local noted, served, late = key('unserved'), {}, {}
 for at = 3, #ARGV do
   served[ARGV[at]] = true
