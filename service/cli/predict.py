@@ -154,13 +154,13 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     served = {task: bundle.served_digest({}) for task, bundle in catalog.items()}
     await engine.pull(Worker("check", served, [{}]), 0)
     tasks = TaskService(Store(settings, secret), catalog)
-    desk = Predictions(settings, engine, catalog, secret, tasks.expect)
+    predictions = Predictions(settings, engine, catalog, secret, tasks.expect)
     try:
-        await desk.submit(asked, None, None)
+        await predictions.submit(asked, None, None)
     except InvalidImage:
         return
     finally:
-        await desk.close()
+        await predictions.close()
 
 
 def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
@@ -201,7 +201,7 @@ async def _answers(
     from service.tasks.service import TaskService
 
     tasks = TaskService(embedded.store, embedded.tasks)
-    desk = Predictions(
+    predictions = Predictions(
         embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
     )
     stop = asyncio.Event()
@@ -212,7 +212,7 @@ async def _answers(
             for path in paths:
                 try:
                     await _while_alive(working, embedded.ready())
-                    asking = _predict_one(embedded, desk, path, fields, progress)
+                    asking = _predict_one(embedded, predictions, path, fields, progress)
                     yield path, await _while_alive(working, asking)
                 except DeviceError as error:
                     if stopped is None:
@@ -223,7 +223,7 @@ async def _answers(
                     yield path, problem
     finally:
         stop.set()
-        await asyncio.gather(working, desk.close(), return_exceptions=True)
+        await asyncio.gather(working, predictions.close(), return_exceptions=True)
 
 
 async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, T]) -> T:
@@ -238,7 +238,7 @@ async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, 
 
 async def _predict_one(
     embedded: Embedded,
-    desk: Predictions,
+    predictions: Predictions,
     path: Path,
     fields: dict[str, object],
     progress: Progress,
@@ -247,14 +247,14 @@ async def _predict_one(
         data = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         raise InvalidImage(f"The file cannot be read: {error.strerror}") from error
-    asked = await desk.resolved(_question(data, fields))
+    asked = await predictions.resolved(_question(data, fields))
     await embedded.load(asked.task)
-    job_id = await desk.submit(asked, None, None)
+    job_id = await predictions.submit(asked, None, None)
     bar = progress.add_task(_shown(Path(path.name)), total=asked.rows)
-    async for status in desk.engine.watch(job_id):
+    async for status in predictions.engine.watch(job_id):
         progress.update(bar, completed=status.rows_done)
     progress.remove_task(bar)
-    return desk.answer(await desk.status(job_id, None))
+    return predictions.to_response(await predictions.status(job_id, None))
 
 
 def _shown(path: Path) -> str:
