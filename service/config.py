@@ -45,12 +45,12 @@ class Settings(BaseSettings):
     secrets_dir: Path | None = Field(
         None,
         description="A folder of settings as files, such as `/run/secrets`: `vouchsafe_redis_url` "
-        "holds the Redis URL. The environment goes before it.",
+        "holds the Redis URL. The environment precedes it.",
     )
     noise_secret_file: Path | None = Field(
         None,
-        description="Where the noise secret lies; `noise.secret` in the data directory unless "
-        "given. For the API of a fleet whose workers share that directory and may not know it.",
+        description="Path of the noise secret; `noise.secret` in the data directory unless "
+        "given. For the API of a fleet whose workers share that directory and must not read it.",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto",
         description="What runs the networks. `auto` is openvino where the CPU has AVX512-BF16 and "
-        "the default task runs on it, else torch; the log says which and why.",
+        "the default task runs on it, else torch; the log states which and why.",
     )
     max_queue_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     max_queue_rows_per_key: int = Field(
@@ -96,9 +96,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What the log holds; debug adds a worker's device batches."
     )
-    default_wait_seconds: int = Field(
-        120, ge=1, le=600, description="Wait, in seconds, without a `Prefer: wait`."
-    )
+    default_wait_seconds: int = Field(120, ge=1, le=600, description="Wait without `Prefer: wait`.")
     max_open_requests: int = Field(
         2_000,
         ge=2,

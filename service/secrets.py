@@ -63,8 +63,8 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
 def _close_to_others(folder: Path) -> None:
     """Set mode 0700 on a data directory that others may enter.
 
-    Raises SecretError for another user's directory, for a mode that cannot be changed, and for a
-    directory with foreign files, such as /tmp or a home.
+    Raises SecretError for another user's directory, for one with foreign files, such as /tmp, and
+    for a mode that cannot be changed.
     """
     status = folder.stat()
     mode = stat.S_IMODE(status.st_mode)
@@ -133,7 +133,7 @@ def _read_secret(path: Path, *, mounted: bool) -> bytes:
         )
     if len(secret) != SECRET_BYTES:
         raise SecretError(
-            f"{path}: holds {len(secret)} bytes where a secret has {SECRET_BYTES}; restore it from "
+            f"{path}: holds {len(secret)} bytes; a secret has {SECRET_BYTES}; restore it from "
             "a backup, or delete it and accept that every image is a new trial"
         )
     return secret

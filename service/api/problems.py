@@ -71,7 +71,7 @@ def _as_problem(error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         return kinds.get(error.status_code, MalformedRequest)(error.detail)
-    return Problem("The service failed; its log says why")
+    return Problem("The service failed; its log has the reason")
 
 
 def _allowed(request: Request) -> list[str]:

@@ -88,7 +88,7 @@ def adapt(
         raise typer.Exit(1)
     print(f"task {ended.id}: {ended.name}")
     print(json.dumps(dict(ended.status.figures), indent=2))
-    print(f"ask it: vouchsafe predict --task {ended.id} IMAGE")
+    print(f"use it: vouchsafe predict --task {ended.id} IMAGE")
     with _disk_errors_reported(out):
         if pictures := contact_sheet(store, ended, out):
             print(f"{pictures} pictures are in {out}")

@@ -131,7 +131,7 @@ def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
     """
     now = CollectorRegistry()
     gauge = partial(Gauge, registry=now)
-    gauge("vouchsafe_engine_up", "1 where the engine answers, else 0.").set(queue is not None)
+    gauge("vouchsafe_engine_up", "1 if the engine answers, else 0.").set(queue is not None)
     rows = gauge("vouchsafe_queue_rows", "Rows waiting or leased.", ["priority"])
     oldest = gauge(
         "vouchsafe_queue_oldest_seconds",
@@ -145,7 +145,7 @@ def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
         )
     speed = gauge("vouchsafe_queue_rows_per_second", "Speed, over the last minute of work.")
     speed.set(queue.rows_per_second if queue else _UNKNOWN)
-    workers = gauge("vouchsafe_workers", "Workers alive, as the engine knows them.")
+    workers = gauge("vouchsafe_workers", "Live workers, as the engine counts them.")
     workers.set(queue.workers if queue else _UNKNOWN)
     if queue is not None:
         dead = "Shards that ended their jobs, by failures or worker crashes."

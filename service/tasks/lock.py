@@ -25,7 +25,7 @@ LOCK_SECONDS = 30.0
 """Seconds after which the lock of a dead worker expires."""
 EXTEND, KEEP, SILENCE = 1 / 6, 1 / 2, 1 / 4
 """Shares of a lock's time: between two extensions, from the last extension until the job is
-abandoned, and without a step until the job's process exits."""
+abandoned, and from the last step until its process exits."""
 
 
 class HeldLock:
