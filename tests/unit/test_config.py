@@ -87,7 +87,7 @@ def test_secret_of_another_length_is_refused(tmp_path: Path, length: int) -> Non
     path = tmp_path / "noise.secret"
     path.write_bytes(b"x" * length)
     path.chmod(0o600)
-    with pytest.raises(SecretError, match="where a secret has 32"):
+    with pytest.raises(SecretError, match="a secret has 32"):
         load_secret(tmp_path)
     assert path.read_bytes() == b"x" * length
 
