@@ -1,4 +1,4 @@
-"""Settings from the environment, and the secret that every noise key is made from."""
+"""Settings from the environment and from files of secrets."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from pydantic_settings import (
 )
 
 PREFIX = "VOUCHSAFE_"
-_ROOM_FOR_FIELDS = 64 * 2**10
+_OTHER_FIELDS_BYTES = 64 * 2**10
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _ORIGIN = re.compile(rf"https?://({_HOST.pattern})(:[0-9]+)?")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 class SecretError(RuntimeError):
-    """A secret must not be used, or cannot be; the message names the file and what to change."""
+    """A secret cannot or must not be used; the message names the file and what to change."""
 
 
 class Settings(BaseSettings):
-    """Everything an operator can set, read once in each entry point from `VOUCHSAFE_...`.
+    """The settings of an operator, read once in each entry point from `VOUCHSAFE_...`.
 
-    What is not in the environment is taken from a file of `secrets_dir`, where there is one.
-    Raises SecretError for a folder that is missing and for a file in it that cannot be read.
+    A setting that is not in the environment is read from its file in `secrets_dir`, if any.
+    Raises SecretError for a missing folder, and for a file in it that cannot be read.
     """
 
     model_config = SettingsConfigDict(
@@ -45,17 +45,17 @@ class Settings(BaseSettings):
     secrets_dir: Path | None = Field(
         None,
         description="A folder of settings as files, such as `/run/secrets`: `vouchsafe_redis_url` "
-        "holds the Redis URL. The environment goes before it.",
+        "holds the Redis URL. The environment precedes it.",
     )
     noise_secret_file: Path | None = Field(
         None,
-        description="Where the noise secret lies; `noise.secret` in the data directory unless "
-        "given. For the API of a fleet whose workers share that directory and may not know it.",
+        description="Path of the noise secret; `noise.secret` in the data directory unless "
+        "given. For the API of a fleet whose workers share that directory and must not read it.",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Keys that may call, as `name:key` or a plain key, split by commas. The name "
-        "owns the jobs, so two keys of one name share them. None at all: everyone may call.",
+        "owns the jobs, so two keys of one name share them. Without keys, everyone may call.",
     )
     api_keys_file: Path | None = Field(
         None, description="A file of further keys, one a line; empty lines and # lines are skipped."
@@ -64,19 +64,19 @@ class Settings(BaseSettings):
         None,
         description="Where jobs wait for workers on other machines: a Redis >= 7.0 that evicts "
         "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`, "
-        "`?ssl_ca_certs=FILE` for a certificate authority of one's own.",
+        "`?ssl_ca_certs=FILE` for a private certificate authority.",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto",
         description="What runs the networks. `auto` is openvino where the CPU has AVX512-BF16 and "
-        "the default task runs on it, else torch; the log says which and why.",
+        "the default task runs on it, else torch; the log states which and why.",
     )
     max_queue_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     max_queue_rows_per_key: int = Field(
         100_000, ge=1, description="Noise rows that one key may have waiting at once."
     )
     shard_rows: int = Field(64, ge=1, description="Most noise rows in one shard.")
-    lease_seconds: float = Field(30.0, gt=0, description="How long a worker may hold a shard.")
+    lease_seconds: float = Field(30.0, gt=0, description="Seconds that a worker may hold a shard.")
     retention_seconds: float = Field(
         86_400.0,
         gt=0,
@@ -96,9 +96,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What the log holds; debug adds a worker's device batches."
     )
-    default_wait_seconds: int = Field(
-        120, ge=1, le=600, description="Wait without a `Prefer: wait`."
-    )
+    default_wait_seconds: int = Field(120, ge=1, le=600, description="Wait without `Prefer: wait`.")
     max_open_requests: int = Field(
         2_000,
         ge=2,
@@ -142,7 +140,7 @@ class Settings(BaseSettings):
         20, ge=1, description="Most tasks that may be in the making at once."
     )
     model_cache_size: int = Field(
-        4, ge=1, description="Tasks whose networks stay loaded, besides the default one."
+        4, ge=1, description="Tasks whose networks stay loaded, in addition to the default one."
     )
     run_adaptation_jobs: bool = Field(
         True,
@@ -159,19 +157,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments go before the environment, and that before the files of `secrets_dir`."""
-        told = {**env_settings(), **init_settings()}.get("secrets_dir")
-        files = _SecretFiles(settings_cls, told) if told else file_secret_settings
+        """Arguments precede the environment, which precedes the files of `secrets_dir`."""
+        folder = {**env_settings(), **init_settings()}.get("secrets_dir")
+        files = _SecretFiles(settings_cls, folder) if folder else file_secret_settings
         return init_settings, env_settings, files
 
     @property
     def tasks_folder(self) -> Path:
-        """Where the bundles of made tasks lie, absolute."""
+        """The absolute path of the bundles of made tasks."""
         return self.data_dir.resolve() / "tasks"
 
     @property
     def models_folder(self) -> Path:
-        """Where fetched networks lie, absolute."""
+        """The absolute path of fetched networks."""
         return (self.models_dir or self.data_dir / "models").resolve()
 
     @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
@@ -231,7 +229,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _two_bodies_fit(self) -> Self:
-        """One key may have half of all bodies, so the largest body must fit in that."""
+        """Check that the largest body fits in the half of all bytes that one key may have."""
         least = 2 * self.max_body_bytes
         if self.max_body_bytes_in_flight < least:
             raise ValueError(
@@ -242,13 +240,13 @@ class Settings(BaseSettings):
 
     @property
     def max_body_bytes(self) -> int:
-        """Largest body of a question: the largest image as base64, and the other fields."""
-        return -(-self.max_image_bytes // 3) * 4 + _ROOM_FOR_FIELDS
+        """Largest body of a question, in bytes: the largest image as base64, and other fields."""
+        return -(-self.max_image_bytes // 3) * 4 + _OTHER_FIELDS_BYTES
 
     def callers(self) -> dict[bytes, str]:
-        """SHA-256 of every key -> the name of the caller it belongs to; empty where all may call.
+        """SHA-256 of every key -> the name of its caller; empty if everyone may call.
 
-        Raises ValueError for an empty key and OSError where the keys' file cannot be read.
+        Raises ValueError for an empty key, and OSError for a file of keys that cannot be read.
         """
         keys = [key.get_secret_value() for key in self.api_keys]
         callers = dict(_caller(line, "api_keys") for line in keys)
@@ -267,7 +265,7 @@ def variable(field: str) -> str:
 def _names_a_server(url: SplitResult) -> bool:
     try:
         return bool(url.hostname) and url.port != 0
-    except ValueError:  # Its words quote what stands there, which may be a part of the password.
+    except ValueError:  # Its message quotes the text, which may be a part of the password.
         return False
 
 
@@ -284,21 +282,19 @@ def _caller(line: str, field: str) -> tuple[bytes, str]:
 
 
 class _SecretFiles(SecretsSettingsSource):
-    """Settings in files; one that is empty or cannot be read is an error, for it was meant."""
+    """Settings in files; a file that is empty or unreadable is an error."""
 
     def __call__(self) -> dict[str, Any]:
         folder = Path(str(self.secrets_dir))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                told = super().__call__()
+                settings = super().__call__()
         except (SettingsError, Warning) as error:
             raise SecretError(
                 f"VOUCHSAFE_SECRETS_DIR {folder}: {error.__cause__ or error}"
             ) from error
-        for name, value in told.items():
+        for name, value in settings.items():
             if not value:
-                raise SecretError(
-                    f"{folder / f'vouchsafe_{name}'}: holds nothing; fill or remove it"
-                )
-        return told
+                raise SecretError(f"{folder / f'vouchsafe_{name}'}: is empty; fill or remove it")
+        return settings

@@ -1,4 +1,4 @@
-"""Problems: every error the service reports, as RFC 9457 documents with a stable `type`."""
+"""Problems: the errors that the service reports, as RFC 9457 documents with a stable `type`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MOST_SHOWN = 80
 
 
 def cut(text: str) -> str:
-    """The text, or the beginning of one that is too long to be shown."""
+    """The text, cut to MOST_SHOWN characters."""
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
 
 def as_json(value: object) -> str:
-    """A caller's value as a detail shows it: JSON, of 80 characters at most."""
+    """A caller's value for a detail: JSON, cut to 80 characters."""
     return cut(json.dumps(value, ensure_ascii=False))
 
 
 class Problem(Exception):
-    """An error with a status, a stable type and a title; `detail` says what to change.
+    """An error with a status, a stable type and a title; `detail` states what to change.
 
     `extra` members join the document (`job`, `limit`, ...); `retry_after` is in whole seconds.
     """
@@ -66,7 +66,7 @@ class InvalidImage(Problem):
 
 
 class UnsupportedMedia(Problem):
-    """Neither a form nor JSON, or an image format that is not read."""
+    """The body is neither a form nor JSON, or the image has an unsupported format."""
 
     status, slug, title = 415, "unsupported-media-type", "The media type is not supported"
 
@@ -84,19 +84,19 @@ class Unauthorized(Problem):
 
 
 class Forbidden(Problem):
-    """The thing is there to be seen, but not the caller's to change."""
+    """The caller may see the resource, but not change it."""
 
     status, slug, title = 403, "forbidden", "The caller may not do this"
 
 
 class NotFound(Problem):
-    """No such job, task or page, or not the caller's."""
+    """The job, task or page does not exist, or belongs to another caller."""
 
     status, slug, title = 404, "not-found", "There is no such thing here"
 
 
 class MethodNotAllowed(Problem):
-    """The address exists, but not for this method."""
+    """The address does not support this method."""
 
     status, slug, title = 405, "method-not-allowed", "The method is not allowed here"
 
@@ -114,25 +114,25 @@ class Backlog(Problem):
 
 
 class EngineUnavailable(Problem):
-    """What stands between the door and the workers is out of reach."""
+    """The queue between the API and the workers is unreachable."""
 
     status, slug, title = 503, "engine-unavailable", "The service cannot reach its queue"
 
 
 class QuotaExceeded(Problem):
-    """The key has as many rows waiting as one key may; `limit` says how many."""
+    """The key's waiting rows have reached their `limit`."""
 
     status, slug, title = 429, "quota", "This key has too much work waiting"
 
 
 class Overloaded(Problem):
-    """Open requests, event streams or bodies in memory are at their limit, over all callers."""
+    """Open requests, event streams or bodies of all callers have reached their limit."""
 
     status, slug, title = 503, "overloaded", "The service has too much open at once"
 
 
 class TooManyOpen(Problem):
-    """One key has half of what may be open at once; `limit` says how much that is."""
+    """One key has reached its `limit`, which is half of what may be open at once."""
 
     status, slug, title = 429, "too-many-open", "This key has too much open at once"
 
@@ -157,37 +157,37 @@ class OriginRefused(Problem):
 
 
 class StorageFull(Problem):
-    """Tasks and their jobs fill the room they may take; `used` and `limit` are in bytes."""
+    """Tasks and their jobs have reached their limit of storage; `used` and `limit` are in bytes."""
 
     status, slug, title = 507, "storage-full", "There is no room for another task"
 
 
 class TaskNotReady(Problem):
-    """The task is still being made; `state`, `stage` and `progress` say how far it is."""
+    """The task is being made; `state`, `stage` and `progress` give its progress."""
 
     status, slug, title = 503, "task-not-ready", "The task is not ready yet"
 
 
 class TaskAmbiguous(Problem):
-    """The name is that of several tasks; `tasks` are their ids."""
+    """Several tasks have this name; `tasks` are their ids."""
 
     status, slug, title = 409, "task-ambiguous", "Several tasks have this name"
 
 
 class TaskFailed(Problem):
-    """The task could not be made; `problem` is why."""
+    """The task could not be made; `problem` is the reason."""
 
     status, slug, title = 409, "task-failed", "The task could not be made"
 
 
 class AdaptationFailed(Problem):
-    """An adaptation job that ended without a bundle; `kind` says what stood in its way."""
+    """The adaptation job ended without a bundle; `kind` is the kind of failure."""
 
     status, slug, title = 500, "adaptation-failed", "The adaptation failed"
 
 
 class TaskUnusable(Problem):
-    """The task's bundle is there, but its networks cannot be loaded from it."""
+    """The task's bundle exists, but its networks cannot be loaded from it."""
 
     status, slug, title = 500, "task-unusable", "The task's networks cannot be loaded"
 
@@ -211,18 +211,18 @@ class JobLost(Problem):
 
 
 class ShardDead(Problem):
-    """A shard failed too often; its job cannot be answered."""
+    """A shard failed too often, so its job failed."""
 
     status, slug, title = 500, "shard-dead", "The job failed"
 
 
 class JobFailed(Problem):
-    """A job that ended with a problem of its own, told again as the engine keeps it."""
+    """A job ended with this problem, as the engine stores it."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         super().__init__(str(document["detail"]))
         self._document = dict(document)
 
     def document(self) -> dict[str, Any]:
-        """The problem the job ended with."""
+        """The problem with which the job ended."""
         return dict(self._document)

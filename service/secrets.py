@@ -1,4 +1,4 @@
-"""The secret that every noise key is made from: made once, and read from a private file."""
+"""The noise secret, from which noise keys are derived: made once, in a private file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ _FOLDERS = {"tasks", "jobs", "models"}
 def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     """The service's noise secret (32 bytes), made on first use.
 
-    It lies in the data directory unless a `file` is given. The folder is made with mode 0700 and
-    the file with 0600, whole or not at all: processes that start together agree on the one whose
-    file came first. Raises SecretError where the file has another length, or others may read it. In
-    the data directory it must be this user's alone, and no link. A given `file` may be as secrets
-    are mounted: a link, root's, readable by its group; but all who share the data directory need
-    the same, and none may lie there.
+    The secret lies in `data_dir`, or in `file` if given. The folder is made with mode 0700 and the
+    file with 0600. The file is written atomically: processes that start together agree on the
+    first one.
 
-    Without a `file` an existing data directory is closed to other users (`_close_to_others`). With
-    one it is shared on purpose, and its owner and mode are the operator's choice.
+    - Without a `file`, the secret must be a regular file of this user, private to it. An existing
+      data directory is closed to other users (`_close_to_others`).
+    - With a `file`, the data directory is shared: its owner and mode are the operator's choice. All
+      processes that share it need the same secret, and none may lie in it. The file may be a link,
+      owned by root or readable by its group, as mounted secrets are.
+
+    Raises SecretError for a file of another length, and for one that others may read.
     """
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     own = data_dir / "noise.secret"
@@ -42,27 +44,27 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
         return _made_secret(own, mounted=False)
     if own.is_symlink() or own.exists():
         raise SecretError(
-            f"{own}: a secret lies there, where whoever shares the folder may read it; move it to "
+            f"{own}: a secret lies there, readable by all who share the folder; move it to "
             f"{file}, which VOUCHSAFE_NOISE_SECRET_FILE names"
         )
     if not file.exists() and (data_dir / _MARK).exists():
         raise SecretError(
-            f"{file}: is not there, and {data_dir} was used with a secret: restore it, or delete "
+            f"{file}: is missing, and {data_dir} was used with a secret: restore it, or delete "
             f"{data_dir / _MARK} and accept that every image is a new trial"
         )
     try:
         secret = _made_secret(file, mounted=True)
     except OSError as error:
-        raise SecretError(f"{file}: is not there, nor to be made: {error.strerror}") from error
-    _check_is_the_folders(data_dir, file, secret)
+        raise SecretError(f"{file}: is missing and cannot be made: {error.strerror}") from error
+    _check_is_unchanged(data_dir, file, secret)
     return secret
 
 
 def _close_to_others(folder: Path) -> None:
-    """Give the data directory mode 0700 where others may enter it.
+    """Set mode 0700 on a data directory that others may enter.
 
-    Raises SecretError for another user's directory, and where the mode cannot or must not be
-    changed: in a directory such as /tmp or a home, what lies there is not Vouchsafe's.
+    Raises SecretError for another user's directory, for one with foreign files, such as /tmp, and
+    for a mode that cannot be changed.
     """
     status = folder.stat()
     mode = stat.S_IMODE(status.st_mode)
@@ -98,12 +100,12 @@ def _made_secret(path: Path, *, mounted: bool) -> bytes:
     return _read_secret(path, mounted=mounted)
 
 
-def _check_is_the_folders(data_dir: Path, file: Path, secret: bytes) -> None:
-    """Raises SecretError for another secret than the one that the data directory was used with."""
-    path, told = data_dir / _MARK, hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
+def _check_is_unchanged(data_dir: Path, file: Path, secret: bytes) -> None:
+    """Raise SecretError if the data directory was used with another secret."""
+    path, mark = data_dir / _MARK, hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
     if not path.exists():
-        written_once(path, told.encode())
-    if path.read_text("ascii").strip() != told:
+        written_once(path, mark.encode())
+    if path.read_text("ascii").strip() != mark:
         raise SecretError(
             f"{file}: is another secret than the one that {data_dir} was used with; restore that "
             f"one, or delete {path} and accept that every image is a new trial"
@@ -121,17 +123,17 @@ def _read_secret(path: Path, *, mounted: bool) -> bytes:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() and not (mounted and status.st_uid == 0):
-        raise SecretError(f"{path}: belongs to another user, who knows the noise then")
+        raise SecretError(f"{path}: belongs to another user, who can compute the noise")
     if mode & 0o077 and not mounted:
         raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
     if mode & 0o027:
         raise SecretError(
-            f"{path}: others may read it, or its group write it (mode {mode:04o}); 0400, 0440 and "
-            "0600 are well"
+            f"{path}: others may read it, or its group write it (mode {mode:04o}); set 0400, 0440 "
+            "or 0600"
         )
     if len(secret) != SECRET_BYTES:
         raise SecretError(
-            f"{path}: holds {len(secret)} bytes where a secret has {SECRET_BYTES}; restore it from "
+            f"{path}: holds {len(secret)} bytes; a secret has {SECRET_BYTES}; restore it from "
             "a backup, or delete it and accept that every image is a new trial"
         )
     return secret

@@ -1,4 +1,4 @@
-"""Problems of single fields: each names the field, its value, its limit and what to change."""
+"""Problems of single fields: each has the field, its value, its limit and what to change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.errors import MOST_SHOWN, InvalidField, as_json, cut
 def invalid_field(
     field: str, detail: str, value: object = None, limit: float | None = None
 ) -> InvalidField:
-    """The problem of one field; `detail` is a sentence that stands alone."""
+    """The problem of one field; `detail` is a complete sentence."""
     explained: dict[str, Any] = {"field": field, "detail": detail}
     explained |= {} if value is None else {"value": _shown(value)}
     explained |= {} if limit is None else {"limit": limit}
@@ -25,23 +25,22 @@ def invalid_field(
 def invalid_fields(
     errors: Iterable[Mapping[str, Any]], document: type[BaseModel] = BaseModel
 ) -> InvalidField:
-    """The problem for pydantic's errors about a document: for each, the field, its value, its limit
-    and the detail."""
-    # A default that waits for another field is reported beside that field's own error.
+    """The problem of pydantic's `errors` in a `document`: field, value, limit, detail."""
+    # Skipped: a default that needs another field, whose own error is reported too.
     real = [error for error in errors if error["type"] != "default_factory_not_called"]
     meant = _meant(real, document)
     explained, lines = [], []
     for error in real:
         if error["type"] == "missing" and _field(error) in meant.values():
-            continue  # It is there, under a name that does not exist.
+            continue  # Sent under an unknown name.
         if error["type"] == "extra_forbidden":
-            told = _unknown(_field(error), meant, document)
-            lines.append(told["detail"])
+            entry = _unknown(_field(error), meant, document)
+            lines.append(entry["detail"])
         else:
-            told = _explained(error)
-            was = f" (it is {as_json(error['input'])})" if "value" in told else ""
-            lines.append(f"{told['field']}: {told['detail']}{was}")
-        explained.append(told)
+            entry = _explained(error)
+            was = f" (it is {as_json(error['input'])})" if "value" in entry else ""
+            lines.append(f"{entry['field']}: {entry['detail']}{was}")
+        explained.append(entry)
     return InvalidField("; ".join(lines), errors=explained)
 
 
@@ -50,8 +49,10 @@ def _field(error: Mapping[str, Any]) -> str:
 
 
 def _meant(errors: Sequence[Mapping[str, Any]], document: type[BaseModel]) -> dict[str, str]:
-    """Unknown fields -> the fields that were probably meant: those of the nearest name, or the one
-    that is required and missing."""
+    """Unknown fields -> the fields that were probably meant.
+
+    These are the fields of the nearest names, or the only required field that is missing.
+    """
     unknown = [_field(error) for error in errors if error["type"] == "extra_forbidden"]
     missing = [_field(error) for error in errors if error["type"] == "missing"]
     near = {name: get_close_matches(name.lower(), document.model_fields, 1) for name in unknown}
@@ -64,7 +65,7 @@ def _meant(errors: Sequence[Mapping[str, Any]], document: type[BaseModel]) -> di
 
 
 def _unknown(field: str, meant: Mapping[str, str], document: type[BaseModel]) -> dict[str, Any]:
-    """An error about a field that does not exist, without its value: that may be a file."""
+    """The error of an unknown field, without its value, which may be a file."""
     name = cut(field)
     advice = f"the fields are {', '.join(sorted(document.model_fields))}"
     if field in meant:
@@ -88,6 +89,6 @@ def _shown(value: object) -> object:
         return cut(value)
     try:
         is_short = len(json.dumps(value, ensure_ascii=False, allow_nan=False)) <= MOST_SHOWN
-    except ValueError:  # NaN and infinity are no JSON.
+    except ValueError:  # JSON has no NaN and no infinity.
         is_short = False
     return value if is_short else as_json(value)

@@ -1,4 +1,4 @@
-"""The HTTP side: endpoints over an engine, without a model and without torch."""
+"""The HTTP application: endpoints over an engine, without models and torch."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def create_app(
     secret: bytes,
     background_tasks: Sequence[BackgroundTask] = (),
 ) -> FastAPI:
-    """The application over an engine; `catalog` maps what callers send as `task` to its bundle.
+    """The application over an engine; `catalog` maps the `task` of a request to its bundle.
 
     `background_tasks` run for the app's lifetime. Each is called with an event that is set at
-    shutdown, and has a lease's time to end then.
+    shutdown, and has `lease_seconds` to end then.
     """
 
     @asynccontextmanager
@@ -83,7 +83,7 @@ def create_app(
     )
     app.add_middleware(HeadRequests)
     add_bounds(app, settings)
-    app.add_middleware(metrics.RequestTelemetry)  # Outermost: refusals are recorded too.
+    app.add_middleware(metrics.RequestTelemetry)  # Outermost: records rejected requests too.
     app.include_router(probe_routes)
     app.include_router(metrics_route, dependencies=[Depends(caller)], responses=KEYED)
     app.include_router(predictions_routes)

@@ -1,4 +1,4 @@
-"""Callers and their keys."""
+"""Authentication of callers by their keys."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def caller(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
 ) -> str | None:
-    """The name that the bearer key belongs to, or None where everyone may call.
+    """The name that owns the bearer key, or None for a service without keys.
 
-    Keys are looked up by their SHA-256, so that timing says nothing about them. Raises
-    Unauthorized without a known key.
+    Keys are looked up by their SHA-256, so timing does not reveal them. Raises Unauthorized for a
+    missing or an unknown key.
     """
     callers: Mapping[bytes, str] = request.app.state.callers
     if not callers:
@@ -35,5 +35,5 @@ def caller(
 
 
 def owner_of(key: str, callers: Mapping[bytes, str]) -> str | None:
-    """The name that a key belongs to, or None where it is not known."""
+    """The name that owns a key, or None for an unknown key."""
     return callers.get(hashlib.sha256(key.encode()).digest())

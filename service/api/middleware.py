@@ -1,6 +1,6 @@
-"""ASGI middleware that bounds what callers hold open, and checks hosts and origins.
+"""ASGI middleware that bounds open requests and bodies, and checks hosts and origins.
 
-Probes and /metrics pass it untouched: a full service can still be watched.
+Probes and /metrics are exempt, so a full service can be monitored.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _CORS_EXPOSED = ("Location", "Preference-Applied", "Retry-After", "X-Request-Id"
 
 
 def add_bounds(app: FastAPI, settings: Settings) -> None:
-    """Mount the bounds, and the checks of hosts and origins that the settings ask for."""
+    """Add the bounds, and the checks of hosts and origins that the settings require."""
     app.add_middleware(RequestBounds, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
@@ -64,34 +64,34 @@ def add_bounds(app: FastAPI, settings: Settings) -> None:
 
 
 def admitted(request: Request) -> None:
-    """Raises what RequestBounds refused the request with: here its route is known to metrics."""
-    refusal: Problem | None = getattr(request.state, "refusal", None)
-    if refusal is not None:
-        raise refusal
+    """Raise the problem of RequestBounds, here, where metrics have the request's route."""
+    problem: Problem | None = getattr(request.state, "problem", None)
+    if problem is not None:
+        raise problem
 
 
 class Allowance:
-    """An amount of something that all callers share; one key may hold half of it."""
+    """An amount that all callers share; one key may hold half of it."""
 
-    def __init__(self, what: str, setting: str, limit: int) -> None:
-        self._what, self._setting, self._limit = what, setting, limit
+    def __init__(self, noun: str, setting: str, limit: int) -> None:
+        self._noun, self._setting, self._limit = noun, setting, limit
         self._held = 0
         self._held_by: Counter[str] = Counter()
 
     def take(self, owner: str | None, amount: int = 1) -> None:
         """Hold `amount` more for a key's owner, or for a caller without a key.
 
-        Raises TooManyOpen where the owner would hold more than half, and Overloaded where all
-        callers would hold more than the limit.
+        Raises TooManyOpen above half of the limit for one owner, and Overloaded above the limit
+        for all callers.
         """
         half = self._limit // 2
         if owner is not None and self._held_by[owner] + amount > half:
-            detail = f"This key may have {half} {self._what} at once; end some, or ask again later"
+            detail = f"This key may have {half} {self._noun} at once; end some, or try again later"
             raise TooManyOpen(detail, retry_after=RETRY_SECONDS, limit=half)
         if self._held + amount > self._limit:
             detail = (
-                f"The service takes {self._limit} {self._what} at once ({self._setting}); "
-                "ask again later"
+                f"The service takes {self._limit} {self._noun} at once ({self._setting}); "
+                "try again later"
             )
             raise Overloaded(detail, retry_after=RETRY_SECONDS, limit=self._limit)
         self._held += amount
@@ -108,7 +108,7 @@ class Allowance:
 
 
 class Body:
-    """A request's body as it arrives: its bytes are held in an allowance, its time is limited."""
+    """A request's body as it arrives: bounded by an allowance of bytes and by a time limit."""
 
     def __init__(
         self,
@@ -122,16 +122,16 @@ class Body:
         self._seconds, self._clock = seconds, clock
         self._deadline = clock() + seconds
         self._held = 0
-        self._whole = False
+        self._is_complete = False
         self.is_answered = False
-        """Whether the response has begun, so that no problem can be reported any more."""
+        """Whether the response has begun; no problem can be reported then."""
 
     async def receive(self) -> Message:
         """The connection's next message; raises BodyTimeout, TooManyOpen and Overloaded.
 
-        Once the response has begun, a body that takes too long counts as a disconnected caller.
+        Once the response has begun, a disconnect is returned instead.
         """
-        if self._whole:
+        if self._is_complete:
             return await self._receive()
         try:
             return await self._next_part()
@@ -141,7 +141,7 @@ class Body:
             raise
 
     def release(self) -> None:
-        """Count the body's bytes no longer: nothing holds them any more."""
+        """Return the body's bytes to the allowance, once they are dropped."""
         self._allowance.give_back(self._owner, self._held)
         self._held = 0
 
@@ -155,8 +155,8 @@ class Body:
             size = len(message.get("body", b""))
             self._allowance.take(self._owner, size)
             self._held += size
-            self._whole = not message.get("more_body", False)
-            if not self._whole and self._clock() > self._deadline:
+            self._is_complete = not message.get("more_body", False)
+            if not self._is_complete and self._clock() > self._deadline:
                 raise self._too_slow()
         return message
 
@@ -168,8 +168,8 @@ class Body:
 class RequestBounds:
     """Bounds open requests, event streams, and request bodies in memory and in time.
 
-    `request.state.body` is the request's Body: a handler that drops the bytes before it answers
-    releases them there.
+    `request.state.body` is the request's Body. A handler that drops the bytes before it responds
+    calls its `release`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class RequestBounds:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request within the bounds, or leave it to `admitted` to refuse it."""
+        """Serve the request within the bounds; `admitted` rejects it beyond them."""
         if not _is_bounded(scope):
             await self._app(scope, receive, send)
             return
@@ -201,7 +201,7 @@ class RequestBounds:
         try:
             places.take(owner)
         except Problem as problem:
-            scope.setdefault("state", {})["refusal"] = problem
+            scope.setdefault("state", {})["problem"] = problem
             await self._app(scope, receive, send)
             return
         body = Body(receive, self._bytes, owner, self._body_seconds, self._clock)
@@ -224,17 +224,17 @@ class RequestBounds:
 
 
 class HostCheck:
-    """Answers this machine's own hosts and `hosts`, and requests of no other origin's pages.
+    """Rejects foreign hosts and origins; allowed are this machine's, `hosts` and `origins`.
 
-    A web page whose name was pointed at this machine (DNS rebinding) sends that name as its `Host`.
-    A form of another site names its own `Origin`; `origins` may send what they like.
+    A web page whose name resolves to this machine (DNS rebinding) sends that name as `Host`. A form
+    of another site sends its own `Origin`.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
         self._app, self._hosts, self._origins = app, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer with HostRefused or OriginRefused."""
+        """Pass the request on, or respond with HostRefused or OriginRefused."""
         if _is_bounded(scope):
             try:
                 self._check(scope)
@@ -255,7 +255,7 @@ class HostCheck:
         if scope["method"] in _SAFE_METHODS or "*" in self._origins:
             return
         for origin in map(str.lower, headers.getlist("origin")):
-            # A proxy that ends TLS changes the scheme, so host and port alone are compared.
+            # A proxy that ends TLS changes the scheme, so only host and port are compared.
             if origin not in self._origins and _netloc(origin) != host:
                 raise OriginRefused(
                     f"Pages of {as_json(origin)} may not send {scope['method']}: name the origin "
@@ -273,7 +273,7 @@ class HostCheck:
 
 
 def _netloc(origin: str) -> str:
-    """Host and port of an origin; empty where it names none."""
+    """Host and port of an origin; empty for an origin without them."""
     try:
         return urlsplit(origin).netloc
     except ValueError:

@@ -1,4 +1,4 @@
-"""What people open in a browser: the page, and the interface's description."""
+"""Pages for browsers: the front page, and the interface's description."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ docs_assets = StaticFiles(packages=[("fastapi_offline", "static")])
 
 @pages.get("/")
 async def get_page() -> HTMLResponse:
-    """The page; nothing but its own script and style may run on it."""
+    """The front page; its policy allows only its own script and style."""
     page = _PAGE.read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; script-src {_hash(page, 'script')}; style-src {_hash(page, 'style')};"
@@ -39,7 +39,7 @@ async def get_openapi(request: Request) -> Response:
 
 @pages.get("/docs")
 async def get_docs() -> HTMLResponse:
-    """The interface's description, for people, without a byte from elsewhere."""
+    """The interface's description, for people; nothing is loaded from other hosts."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title="Vouchsafe",

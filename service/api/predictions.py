@@ -23,7 +23,8 @@ from service.predictions.schemas import (
     PredictRequest,
     PredictResponse,
 )
-from service.predictions.service import Predictions, job_lost
+from service.predictions.service import Predictions
+from service.predictions.waiting import job_lost
 
 
 def _predictions(request: Request) -> Predictions:
@@ -32,7 +33,7 @@ def _predictions(request: Request) -> Predictions:
 
 
 Caller = Annotated[str | None, Depends(caller)]
-Desk = Annotated[Predictions, Depends(_predictions)]
+Service = Annotated[Predictions, Depends(_predictions)]
 
 routes = APIRouter(dependencies=[Depends(caller)], responses=KEYED)
 
@@ -87,38 +88,41 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
 )
 async def predict(
     request: Request,
-    desk: Desk,
+    predictions: Service,
     owner: Caller,
     prefer: Annotated[
         list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        Header(min_length=1, max_length=255, description="Makes a retry find the first's job"),
+        Header(
+            min_length=1, max_length=255, description="Makes a retry return the first request's job"
+        ),
     ] = None,
 ) -> Any:
     """Classify an image, with a radius inside which the label is proven stable.
 
-    A caller who leaves before the answer cancels the job, unless it came with an Idempotency-Key.
+    A caller who disconnects before the answer cancels the job, unless the request has an
+    Idempotency-Key.
     """
     settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
-    asked = await desk.resolved(await read_question(request, settings.max_body_bytes))
-    job_id = await desk.submit(asked, owner, idempotency_key, request.state.traceparent)
-    request.state.job, request.state.task = job_id, asked.task
-    del asked  # The image of a caller who waits would fill the memory.
+    question = await predictions.resolved(await read_question(request, settings.max_body_bytes))
+    job_id = await predictions.submit(question, owner, idempotency_key, request.state.traceparent)
+    request.state.job, request.state.task = job_id, question.task
+    del question  # Frees the image's memory while the caller waits.
     request.state.body.release()
     wait = preferences.seconds(settings.default_wait_seconds)
-    leaving = None if idempotency_key else partial(_left, request)
-    if (status := await desk.ended(job_id, wait, leaving)) is not None:
-        return desk.answer(status)
+    leaving = None if idempotency_key else partial(_disconnected, request)
+    if (status := await predictions.ended(job_id, wait, leaving)) is not None:
+        return predictions.to_response(status)
     if preferences.respond_async:
-        return _accepted(desk.told(await desk.status(job_id, owner)))
-    detail = f"Not ready after {wait} s; the job goes on: ask for /jobs/{job_id}"
+        return _accepted(predictions.to_job_response(await predictions.status(job_id, owner)))
+    detail = f"Not ready after {wait} s; the job goes on: request /jobs/{job_id}"
     raise errors.DeadlinePassed(detail, job=job_id)
 
 
-async def _left(request: Request) -> None:
-    """Returns when the caller has hung up."""
+async def _disconnected(request: Request) -> None:
+    """Return when the caller has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -129,18 +133,18 @@ def _accepted(job: JobResponse) -> Response:
 
 
 @routes.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
-async def get_job(id: str, desk: Desk, owner: Caller) -> JobResponse:
-    """A job as it stands; `result` is what the waiting call would have answered."""
-    return desk.told(await desk.status(id, owner))
+async def get_job(id: str, predictions: Service, owner: Caller) -> JobResponse:
+    """A job's state and progress; `result` is what the waiting call would have returned."""
+    return predictions.to_job_response(await predictions.status(id, owner))
 
 
 @routes.delete(
     "/jobs/{id}", tags=["jobs"], status_code=204, responses=problem_responses(errors.NotFound)
 )
-async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
-    """Cancel a job and erase it at once, image and all."""
-    await desk.status(id, owner)
-    await desk.engine.delete(id)
+async def delete_job(id: str, predictions: Service, owner: Caller) -> None:
+    """Cancel a job and erase it at once, its image included."""
+    await predictions.status(id, owner)
+    await predictions.engine.delete(id)
 
 
 @routes.get(
@@ -155,17 +159,17 @@ async def delete_job(id: str, desk: Desk, owner: Caller) -> None:
         **problem_responses(errors.NotFound),
     },
 )
-async def get_job_events(id: str, desk: Desk, owner: Caller) -> EventSourceResponse:
+async def get_job_events(id: str, predictions: Service, owner: Caller) -> EventSourceResponse:
     """A job's progress as server-sent events, ending with its result or its problem."""
-    await desk.status(id, owner)
-    return EventSourceResponse(_events(desk, id))
+    await predictions.status(id, owner)
+    return EventSourceResponse(_events(predictions, id))
 
 
-async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
+async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
     status = None
     try:
-        async for status in desk.engine.watch(job_id):
-            job = desk.told(status).model_dump(mode="json")
+        async for status in predictions.engine.watch(job_id):
+            job = predictions.to_job_response(status).model_dump(mode="json")
             if status.state is State.SUCCEEDED:
                 yield JSONServerSentEvent(job["result"], event="result")
             elif status.state.ended:
@@ -180,10 +184,10 @@ async def _events(desk: Predictions, job_id: str) -> AsyncIterator[JSONServerSen
 
 
 @routes.get("/models", tags=["predictions"])
-async def get_models(desk: Desk) -> ModelsResponse:
-    """Every task that can be asked for, its labels, and whether a worker serves it now."""
-    capacity = await desk.engine.capacity()
-    served = {task: capacity.digests_of(task, bundle) for task, bundle in desk.tasks.items()}
+async def get_models(predictions: Service) -> ModelsResponse:
+    """Every task, its labels, and whether a worker serves it now."""
+    capacity = await predictions.engine.capacity()
+    served = {task: capacity.digests_of(task, bundle) for task, bundle in predictions.tasks.items()}
     return ModelsResponse(
         models=[
             ModelResponse(
@@ -200,6 +204,6 @@ async def get_models(desk: Desk) -> ModelsResponse:
                 bundle=next(iter(served[task]), None),
                 ready=bool(served[task]),
             )
-            for task, bundle in desk.tasks.items()
+            for task, bundle in predictions.tasks.items()
         ]
     )

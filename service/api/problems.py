@@ -1,4 +1,4 @@
-"""Every error over HTTP: the one handler that renders problems, and how /docs describes them."""
+"""Problems over HTTP: the handler that renders every error, and their part of /docs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from service.operations.metrics import REJECTIONS
 from service.validation import invalid_fields
 
 MEDIA_TYPE = "application/problem+json"
-_FORESEEN = (Problem, HTTPException, RequestValidationError)
+_EXPECTED = (Problem, HTTPException, RequestValidationError)
 
 
 class ProblemResponse(BaseModel):
@@ -37,18 +37,18 @@ class ProblemResponse(BaseModel):
     type: str = Field(description="Names the kind of error, for programs; it never changes.")
     title: str = Field(description="The kind of error, for people.")
     status: int = Field(description="The HTTP status.")
-    detail: str = Field(description="What was wrong this time, and what to change.")
+    detail: str = Field(description="This error, and what to change.")
 
 
 async def render_problem(request: Request, error: Exception) -> Response:
-    """Any error as a problem document; what was not foreseen says no more than that."""
+    """Any error as a problem document; an unexpected error is reported without details."""
     problem = _as_problem(error)
     document = problem.document()
     REJECTIONS.labels(document["type"].rpartition(":")[2]).inc()
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(problem, MethodNotAllowed):
         headers["Allow"] = ", ".join(_allowed(request))
-    if not isinstance(error, _FORESEEN):
+    if not isinstance(error, _EXPECTED):
         headers["Connection"] = "close"  # The server closes it once the error is logged.
     if problem.retry_after is not None:
         headers["Retry-After"] = str(problem.retry_after)
@@ -58,7 +58,7 @@ async def render_problem(request: Request, error: Exception) -> Response:
 
 
 PROBLEM_HANDLERS: Mapping[int | type[Exception], Any] = dict.fromkeys(
-    (*_FORESEEN, Exception), render_problem
+    (*_EXPECTED, Exception), render_problem
 )
 """An app's `exception_handlers`: every error is a problem document."""
 
@@ -71,33 +71,33 @@ def _as_problem(error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         return kinds.get(error.status_code, MalformedRequest)(error.detail)
-    return Problem("The service failed; its log says why")
+    return Problem("The service failed; its log has the reason")
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods that the address takes: those of all its routes, HEAD wherever GET is one."""
+    """The methods that the address supports: those of its routes, and HEAD beside GET."""
 
-    def takes(method: str) -> bool:
-        asked = {**request.scope, "method": method}
-        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+    def supports(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
     if isinstance(request.scope.get("endpoint"), StaticFiles):
         return ["GET", "HEAD"]
-    methods = {method.value for method in HTTPMethod if takes(method)}
+    methods = {method.value for method in HTTPMethod if supports(method)}
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def _named(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A parameter's own name: where it stands in the request says nothing more."""
+    """A parameter's location, without `query`."""
     return loc[1:] if loc[:1] == ("query",) else loc
 
 
 def problem_responses(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for the problems that a route can answer with."""
+    """OpenAPI's `responses` for the problems that a route can raise."""
     responses: dict[int | str, dict[str, Any]] = {}
     schema = ProblemResponse.model_json_schema()
     for kind in kinds:
-        example = kind("What was wrong this time, and what to change").document()
+        example = kind("This error, and what to change").document()
         described = responses.setdefault(
             kind.status,
             {

@@ -1,4 +1,4 @@
-"""What a request says: who calls, what is asked, and how long the caller will wait."""
+"""Parses requests: questions and documents in their bodies, and the `Prefer` header."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from service.validation import invalid_field, invalid_fields
 Document = TypeVar("Document", bound=BaseModel)
 
 LONGEST_WAIT = 600
-"""Seconds: a longer `Prefer: wait` is cut to this."""
+"""Seconds; a longer `Prefer: wait` is reduced to this."""
 
 _JSON = "application/json"
-_MOST_FIELDS = 20
-_MOST_FIELD_BYTES = 4 * 2**10
+_MAX_FIELDS = 20
+_MAX_FIELD_BYTES = 4 * 2**10
 _TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
 
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """What RFC 7240's `Prefer` asked for, as far as it is honoured."""
+    """The preferences of RFC 7240's `Prefer` header that the service honors."""
 
     respond_async: bool = False
     wait: int | None = None
 
     @classmethod
     def of(cls, headers: Sequence[str]) -> Self:
-        """Read the headers; what cannot be honoured is ignored, as the RFC demands."""
+        """Parse the headers; other preferences are ignored, as the RFC requires."""
         tokens = (token.split(";")[0].partition("=") for token in ",".join(headers).split(","))
         named = {name.strip().lower(): value.strip(' "') for name, _, value in reversed([*tokens])}
         wait = named.get("wait", "")
@@ -47,16 +47,16 @@ class Preferences:
         return cls("respond-async" in named, seconds)
 
     def seconds(self, default: int) -> int:
-        """How long to wait before answering without the result."""
+        """Seconds to wait before responding without the result."""
         if self.wait is not None:
             return self.wait
         return 0 if self.respond_async else default
 
 
 async def read_question(request: Request, max_body_bytes: int) -> PredictRequest:
-    """The question in a form or in JSON, its body bounded while it is read.
+    """The question of a form or of JSON; the body is bounded while it is read.
 
-    Raises UnsupportedMedia, TooLarge, MalformedRequest, or InvalidField with every bad field.
+    Raises UnsupportedMedia, TooLarge, MalformedRequest, and InvalidField with every invalid field.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
@@ -70,12 +70,12 @@ async def read_question(request: Request, max_body_bytes: int) -> PredictRequest
     raise UnsupportedMedia(f"Send multipart/form-data or {_JSON}")
 
 
-async def read_document(request: Request, kind: type[Document], most_bytes: int) -> Document:
-    """A JSON body as such a document, bounded while it is read; raises as `read_question` does."""
+async def read_document(request: Request, kind: type[Document], max_bytes: int) -> Document:
+    """The JSON body as a `kind`, bounded while it is read; raises as `read_question` does."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
         raise UnsupportedMedia(f"Send {_JSON}")
     try:
-        return _read_json(await _whole_body(request, most_bytes), kind)
+        return _read_json(await _whole_body(request, max_bytes), kind)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
 
@@ -86,39 +86,39 @@ def _read_json(body: bytes, kind: type[Document]) -> Document:
 
 
 def _check_fields(body: bytes) -> None:
-    """Raises MalformedRequest for more fields than a form may have: each would be reported."""
+    """Raise MalformedRequest for too many fields, since every invalid field is reported."""
     try:
         fields = from_json(body)
     except ValueError as error:
         raise MalformedRequest(f"The body is not JSON: {error}") from error
-    if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
-        raise MalformedRequest(f"The body has {len(fields)} fields; the limit is {_MOST_FIELDS}")
+    if isinstance(fields, dict) and len(fields) > _MAX_FIELDS:
+        raise MalformedRequest(f"The body has {len(fields)} fields; the limit is {_MAX_FIELDS}")
 
 
-async def _whole_body(request: Request, most: int) -> bytes:
-    """The body, of `most` bytes at most, kept off the heap as it arrives.
+async def _whole_body(request: Request, max_bytes: int) -> bytes:
+    """The body, at most `max_bytes` long, collected outside the heap.
 
-    Small parts on the heap keep its pages from the operating system long after they were freed.
+    Small parts on the heap would hold its pages long after they are freed.
     """
-    with mmap(-1, most) as arrived:
-        async for part in _bounded(request, most).stream():
+    with mmap(-1, max_bytes) as arrived:
+        async for part in _bounded(request, max_bytes).stream():
             arrived.write(part)
         return arrived[: arrived.tell()]
 
 
-def _bounded(request: Request, most: int) -> Request:
-    """The same request, whose body may have `most` bytes."""
-    taken = 0
-    too_large = TooLarge(f"The body is larger than {most} bytes", limit=most)
+def _bounded(request: Request, max_bytes: int) -> Request:
+    """The same request; reading its body raises TooLarge beyond `max_bytes`."""
+    received = 0
+    too_large = TooLarge(f"The body is larger than {max_bytes} bytes", limit=max_bytes)
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:18]) > most:
+    if declared.isdecimal() and int(declared[:18]) > max_bytes:
         raise too_large
 
     async def receive() -> Message:
-        nonlocal taken
+        nonlocal received
         message = await request.receive()
-        taken += len(message.get("body", b""))
-        if taken > most:
+        received += len(message.get("body", b""))
+        if received > max_bytes:
             raise too_large
         return message
 
@@ -129,14 +129,14 @@ async def _form_fields(request: Request) -> dict[str, Any]:
     try:
         return await _read_form(request)
     except OSError as error:
-        detail = f"The upload cannot be kept in the folder of temporary files: {error.strerror}"
+        detail = f"The upload cannot be written to the folder of temporary files: {error.strerror}"
         raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     async with request.form(
-        max_files=_MOST_FIELDS, max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        max_files=_MAX_FIELDS, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
     ) as form:
         for name, value in form.multi_items():
             if name in fields:

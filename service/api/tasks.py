@@ -1,4 +1,4 @@
-"""The HTTP side of tasks: made from labels, watched, removed."""
+"""Endpoints of tasks, which are made from labels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from service.tasks.schemas import TaskRequest, TaskResponse, TasksResponse
 from service.tasks.service import TaskService
 
 MOST_BYTES = 2**20
-"""Largest body of a task's request."""
+"""Largest body, in bytes, of a request for a task."""
 MOST_LISTED = 1_000
-"""Most tasks in one answer."""
+"""Most tasks in one response."""
 
 
 def _service(request: Request) -> TaskService:
@@ -62,10 +62,10 @@ tasks = APIRouter(
 async def create_task(request: Request, service: Service, owner: Caller) -> Response:
     """Make a task from labels alone: 202 until it is ready, 200 from then on.
 
-    The same labels and settings are the same task, whoever asks; one that failed is tried again.
+    The same labels and settings are the same task for every caller. A failed task is tried again.
     """
-    asked = await read_document(request, TaskRequest, MOST_BYTES)
-    task = await service.create(asked, owner)
+    task_request = await read_document(request, TaskRequest, MOST_BYTES)
+    task = await service.create(task_request, owner)
     request.state.task = task.id
     status = 200 if task.state == "ready" else 202
     headers = {"Location": f"/tasks/{task.id}"}
@@ -79,16 +79,16 @@ async def get_tasks(
         int, Query(ge=1, le=MOST_LISTED, description=f"Most tasks, 1 to {MOST_LISTED}.")
     ] = 100,
     after: Annotated[
-        str | None, Query(description="A task's id: only those made before it are listed.")
+        str | None, Query(description="A task's id: only tasks made before it are listed.")
     ] = None,
 ) -> TasksResponse:
-    """The tasks that were made from labels, the newest first; /models has the built-in one too."""
+    """The tasks made from labels, the newest first; /models also lists the built-in task."""
     return await service.page(limit, after)
 
 
 @tasks.get("/{id}", responses=problem_responses(errors.NotFound, errors.TaskAmbiguous))
 async def get_task(id: str, service: Service) -> TaskResponse:
-    """A task as it stands, by its id, or by its name where no other task has it."""
+    """A task's state, by its id, or by a name that no other task has."""
     return await service.get(await service.resolve(id))
 
 
@@ -96,7 +96,7 @@ async def get_task(id: str, service: Service) -> TaskResponse:
     "/{id}", status_code=204, responses=problem_responses(errors.NotFound, errors.Forbidden)
 )
 async def delete_task(id: str, service: Service, owner: Caller) -> None:
-    """Remove a task that the caller's key made, ending its job, with all that belongs to it."""
+    """Remove a task of the caller's key, with its job and its files."""
     await service.delete(id, owner)
 
 
@@ -109,7 +109,7 @@ async def delete_task(id: str, service: Service, owner: Caller) -> None:
     },
 )
 async def get_reference(id: str, file: str, service: Service) -> Response:
-    """One of the pictures that a task is made from."""
+    """One of the pictures that a task was made from."""
     picture = await service.reference(id, file)
     return Response(picture, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
 

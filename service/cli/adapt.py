@@ -1,4 +1,4 @@
-"""The command that makes a task: `adapt`."""
+"""The command `adapt`: makes a task from labels."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
-"""Seconds from line to line of one stage, where the standard error is no terminal."""
+"""Seconds between two lines of one stage, if standard error is no terminal."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 def adapt(
@@ -59,7 +59,7 @@ def adapt(
         "references.png"
     ),
 ) -> None:
-    """Make a task from labels alone; the same labels and settings go on where they were stopped."""
+    """Make a task from labels alone; the same labels and settings resume a stopped run."""
     from service.tasks.contact_sheet import contact_sheet
 
     fields = {
@@ -75,28 +75,28 @@ def adapt(
         "allow_unknown_labels": allow_unknown_labels,
     }
     settings = read_settings()
-    with _disk_trouble_told(settings.data_dir):
+    with _disk_errors_reported(settings.data_dir):
         store = open_store(settings)
         task = _made(store, fields)
-    with _disk_trouble_told(store.jobs / task.id):
+    with _disk_errors_reported(store.jobs / task.id):
         ended = _run(store, task)
     if ended is None or ended.status.state != "ready":
-        told = ended.status.problem if ended else None
+        problem = ended.status.problem if ended else None
         errors.print(
-            f"vouchsafe: {told['detail'] if told else 'the task was removed'}", style="red"
+            f"vouchsafe: {problem['detail'] if problem else 'the task was removed'}", style="red"
         )
         raise typer.Exit(1)
     print(f"task {ended.id}: {ended.name}")
     print(json.dumps(dict(ended.status.figures), indent=2))
-    print(f"ask it: vouchsafe predict --task {ended.id} IMAGE")
-    with _disk_trouble_told(out):
+    print(f"use it: vouchsafe predict --task {ended.id} IMAGE")
+    with _disk_errors_reported(out):
         if pictures := contact_sheet(store, ended, out):
             print(f"{pictures} pictures are in {out}")
 
 
 @contextmanager
-def _disk_trouble_told(path: Path) -> Iterator[None]:
-    """Exits with 1 and one line where the disk takes nothing: which file, else `path`, and why."""
+def _disk_errors_reported(path: Path) -> Iterator[None]:
+    """Exit with 1 and one line for an OSError: the file, else `path`, and the reason."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def _lines(labels: Path) -> list[str]:
 
 
 def _label(line: str) -> str | dict[str, str]:
-    """A line of the labels file as it is asked for; a tab stands between label and prompt."""
+    """A line of the labels file as a field of TaskRequest; a tab separates label and prompt."""
     label, tab, prompt = line.strip().partition("\t")
     return {"label": label, "prompt": prompt} if tab else label
 
@@ -126,16 +126,16 @@ def open_store(settings: Settings) -> Store:
 
 
 def _made(store: Store, fields: dict[str, Any]) -> Task:
-    """The task in the store; exits with 2 where it cannot be. Raises OSError for a full disk."""
+    """The task in the store; exits with 2 for a Problem. Raises OSError for a full disk."""
     from service.tasks.schemas import TaskRequest
 
     try:
         try:
-            asked = TaskRequest.model_validate(fields)
+            request = TaskRequest.model_validate(fields)
         except ValidationError as error:
             raise invalid_fields(error.errors(), TaskRequest) from error
-        plan = asked.plan(store.models)
-        return store.create(plan, asked.name_of(plan), None)
+        plan = request.plan(store.models)
+        return store.create(plan, request.name_of(plan), None)
     except Problem as problem:
         if isinstance(problem.__cause__, OSError):
             raise problem.__cause__ from None
@@ -144,7 +144,7 @@ def _made(store: Store, fields: dict[str, Any]) -> Task:
 
 
 def _run(store: Store, task: Task) -> Task | None:
-    """The task once its job has ended here or in a server, or None where it was removed."""
+    """The task once its job has ended, here or in a server; None for a removed task."""
     from models.adaptation.plan import Status
     from service.tasks import process
 
@@ -169,7 +169,7 @@ def _run(store: Store, task: Task) -> Task | None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Status], None]]:
-    """Shows a job's status on the standard error: as a bar on a terminal, else in lines."""
+    """Show a job's status on standard error: a bar on a terminal, else lines."""
     if not errors.is_terminal:
         yield ProgressLines().show
         return
@@ -182,7 +182,7 @@ def _progress() -> Iterator[Callable[[Status], None]]:
 
 
 class ProgressLines:
-    """A job's progress as lines on the standard error: one a stage, and one every 10 seconds."""
+    """A job's progress as lines on standard error: one a stage, and one every 10 seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -190,7 +190,7 @@ class ProgressLines:
         self._printed = 0.0
 
     def show(self, status: Status) -> None:
-        """Print a line where the stage is another, or the last line is 10 seconds old."""
+        """Print a line for a new stage, or if the last line is 10 seconds old."""
         stage, now = status.stage or status.state, self._clock()
         if stage != self._stage or now - self._printed >= LINE_SECONDS:
             self._stage, self._printed = stage, now

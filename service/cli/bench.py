@@ -21,20 +21,18 @@ from typing import Any
 
 import httpx
 import numpy as np
-import open_clip
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_TASK, PROMPT_STATES, Bundle, read_bundle
+from models.bundle import DEFAULT_TASK, read_bundle
 from models.noise import discrete_gaussian
 from models.rows import Rows
 from models.runtime import Network, Runtime
-from models.smoothing import best_device, tried_runtime, votes
+from models.smoothing import tried_runtime, votes
 from service.api.app import create_app
+from service.cli.plain_loop import loaded, plain_loop
 from service.config import Settings
 from service.operations.server import DrainingServer
 from service.predictions.schemas import PredictRequest
@@ -45,41 +43,19 @@ CONCURRENCIES = (1, 4, 16)
 SIGMA = 0.25
 SELECTION_ROWS = 100
 LONGER = 10
-"""How many times more rows the question has that shows what memory depends on."""
+"""Factor on the rows of the second question whose peak memory is measured."""
 
 WAIT_SECONDS = 600
 
 Ask = Callable[[bytes], Awaitable[object]]
 
 
-def plain_loop(
-    unet: Any, alphas_cumprod: Tensor, states: Tensor, k: float, clip: Any, text: Tensor,
-    x: Tensor, n: int,
-) -> Tensor:  # fmt: skip
-    """What a researcher would write: float32, eager, torch.randn, batches of 64."""
-    t = int(((1 - alphas_cumprod) / alphas_cumprod).sqrt().ge(2 * SIGMA).nonzero()[0])
-    alpha_bar, level = alphas_cumprod[t].to(x), torch.tensor([min(k * t, 1000.0)]).to(x)
-    mean, std = (
-        torch.tensor(v).to(x)[:, None, None]
-        for v in (clip.visual.image_mean, clip.visual.image_std)
-    )
-    counts = torch.zeros(len(text), dtype=torch.long)
-    with torch.inference_mode():
-        for start in range(0, n, 64):
-            rows = min(64, n - start)
-            x_t = (2 * (x + SIGMA * torch.randn(rows, *x.shape).to(x)) - 1) * alpha_bar.sqrt()
-            prompt, levels = states.expand(rows, -1, -1), level.expand(rows)
-            noise = unet(torch.cat([x_t, x_t], 1), t, prompt, class_labels=levels).sample[:, :3]
-            x_0 = ((x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()).clamp(-1, 1)
-            features = clip.encode_image(((x_0 + 1) / 2 - mean) / std, normalize=True)
-            counts += torch.bincount((features @ text.T).argmax(1).cpu(), minlength=len(text))
-    return counts
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is asked: `requests` questions of 100 + `n` rows of the engine and over HTTP, one of
-    the loops beside each of them; `rounds` times."""
+    """Load of a benchmark: `requests` questions of 100 + `n` rows to the engine and over HTTP.
+
+    Each way is measured beside the loops, in `rounds` rounds.
+    """
 
     n: int = 1000
     requests: int = 16
@@ -87,7 +63,7 @@ class Plan:
 
 
 class _Watched:
-    """A runtime that adds up the seconds spent inside networks."""
+    """A runtime that sums the seconds spent inside networks."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.name = runtime.name
@@ -114,7 +90,7 @@ class _Watched:
 
 
 def bench(plan: Plan, runtime: str) -> dict[str, Any]:
-    """Every figure of the report, with the source of the loop it is compared to."""
+    """The figures of the report, and the source of the plain loop."""
     cores = torch.get_num_threads()
     watched = _Watched(tried_runtime(runtime, read_bundle(DEFAULT_TASK)))
     rows = plan.requests * (SELECTION_ROWS + plan.n)
@@ -144,24 +120,24 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
 async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int) -> dict[str, Any]:
     rows, bundle = SELECTION_ROWS + plan.n, embedded.tasks["default"]
     images = [png(seed, bundle.resolution) for seed in range(plan.requests)]
-    plain = _plain(bundle, _pixels(0, bundle.resolution), rows)
+    plain = loaded(bundle, _pixels(0, bundle.resolution), SIGMA, rows)
 
     def loop() -> Tensor:
-        torch.set_num_threads(cores)  # The cpu_threads, already running, keep their one.
+        torch.set_num_threads(cores)  # The running cpu_threads keep one each.
         return plain()
 
     ways: dict[str, list[float]] = {"plain loop": [], "smoothing.votes": []}
     latencies: dict[str, list[float]] = {}
     shares: list[float] = []
     async with (
-        _serving(embedded) as (desk, address),
+        _serving(embedded) as (predictions, address),
         httpx.AsyncClient(base_url=address, timeout=WAIT_SECONDS) as client,
     ):
         model = embedded.models["default"].loaded()
         own = partial(votes, model, _question(bundle.resolution, rows))
         question = {"sigma": str(SIGMA), "n0": str(SELECTION_ROWS), "n": str(plan.n)}
         asks: dict[str, tuple[Ask, int]] = {
-            "engine": (partial(ask_desk, desk, plan.n), plan.requests)
+            "engine": (partial(ask_desk, predictions, plan.n), plan.requests)
         }
         for concurrency in CONCURRENCIES:
             asks[f"http, {concurrency} at once"] = partial(post, client, question), concurrency
@@ -194,31 +170,9 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
     }  # fmt: skip
 
 
-def _plain(bundle: Bundle, pixels: NDArray[np.uint8], n: int) -> Callable[[], Tensor]:
-    """The plain loop over the bundle's networks, as diffusers and open_clip load them.
-
-    Raises ValueError where the head wants images of another size, which the loop would not make.
-    """
-    stage2, head, device = bundle.denoiser.verified(), bundle.classifier.verified(), best_device()
-    unet = UNet2DConditionModel.from_pretrained(stage2 / "unet", use_safetensors=True).eval()
-    scheduler = DDPMScheduler.from_pretrained(stage2 / "scheduler")
-    states = load_file(bundle.folder / PROMPT_STATES)["states"].float()[None].to(device)
-    clip = open_clip.create_model(f"local-dir:{head}", device=device).eval()
-    if tuple(clip.visual.image_size) != (bundle.resolution,) * 2:
-        raise ValueError(f"the head sees {clip.visual.image_size}, the task {bundle.resolution}")
-    words = open_clip.get_tokenizer(f"local-dir:{head}")(
-        [bundle.template.format(word) for word in bundle.words]
-    )
-    with torch.inference_mode():
-        text = clip.encode_text(words.to(device), normalize=True)
-    x = torch.tensor(pixels, device=device).permute(2, 0, 1).float() / 255
-    alphas_cumprod = scheduler.alphas_cumprod
-    return partial(plain_loop, unet.to(device), alphas_cumprod, states, bundle.k, clip, text, x, n)
-
-
 @asynccontextmanager
 async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]:
-    """The service on a free port of this process: its desk and its address, once it is ready."""
+    """The service on a free port of this process: its Predictions and its address, once ready."""
     server = DrainingServer("127.0.0.1", 0)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     app = server.config.app = create_app(
@@ -247,30 +201,31 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 async def driven(ask: Ask, images: Sequence[bytes], concurrency: int) -> list[float]:
-    """Seconds of every question, so many asked at once."""
+    """Seconds that each question took, with `concurrency` questions open at once."""
     waiting, taken = iter(images), []
 
-    async def asking() -> None:
+    async def send_all() -> None:
         for image in waiting:
             began = time.perf_counter()
             await ask(image)
             taken.append(time.perf_counter() - began)
 
-    await asyncio.gather(*(asking() for _ in range(concurrency)))
+    await asyncio.gather(*(send_all() for _ in range(concurrency)))
     return taken
 
 
-async def ask_desk(desk: Predictions, n: int, image: bytes) -> None:
-    """Ask for a certificate of `n` rows without HTTP; raises TimeoutError where none comes."""
-    asked = PredictRequest(image=image, sigma=SIGMA, n0=SELECTION_ROWS, n=n)
-    status = await desk.ended(await desk.submit(asked, None, None), seconds=WAIT_SECONDS)
+async def ask_desk(predictions: Predictions, n: int, image: bytes) -> None:
+    """Request a certificate of `n` rows without HTTP; raises TimeoutError after WAIT_SECONDS."""
+    question = PredictRequest(image=image, sigma=SIGMA, n0=SELECTION_ROWS, n=n)
+    job_id = await predictions.submit(question, None, None)
+    status = await predictions.ended(job_id, seconds=WAIT_SECONDS)
     if status is None:
         raise TimeoutError(f"no answer within {WAIT_SECONDS} seconds")
-    desk.answer(status)
+    predictions.to_response(status)
 
 
 async def post(client: httpx.AsyncClient, question: Mapping[str, str], image: bytes) -> None:
-    """Ask over HTTP and wait for the answer; raises httpx.HTTPStatusError for a problem."""
+    """Request over HTTP and wait for the answer; raises httpx.HTTPStatusError for a problem."""
     headers = {"Prefer": f"wait={WAIT_SECONDS}"}
     answer = await client.post("/predict", files={"image": image}, data=question, headers=headers)
     answer.raise_for_status()
@@ -281,7 +236,7 @@ def _pixels(seed: int, size: int) -> NDArray[np.uint8]:
 
 
 def png(seed: int, size: int) -> bytes:
-    """A square picture of that size, of random pixels."""
+    """A PNG of random pixels, `size` by `size`."""
     stream = io.BytesIO()
     Image.fromarray(_pixels(seed, size)).save(stream, "PNG")
     return stream.getvalue()
@@ -310,7 +265,7 @@ def _question(size: int, rows: int) -> Rows:
 
 
 def _peak_mib(n: int, runtime: str) -> int:
-    """Peak memory of a fresh process that certifies one image with n rows."""
+    """Peak memory, in MiB, of a new process that certifies one image with `n` rows."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
         image.write_bytes(png(0, 32))

@@ -1,4 +1,4 @@
-"""The console that every command shares: its settings, and the line that says why it ends."""
+"""The console that commands share: their settings, and the message with which they end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ errors = Console(stderr=True, markup=False, highlight=False)
 
 
 def tell(reason: object) -> None:
-    """Say in one line why the process ends, as a record where its log is in JSON."""
+    """Print why the process ends, in one line; logged if the log is JSON."""
     if logs.in_json():
         logging.getLogger("vouchsafe").critical("%s", reason)
     else:
@@ -29,10 +29,10 @@ def tell(reason: object) -> None:
 
 
 def read_settings(*, log: bool = False) -> Settings:
-    """The settings of this process, whose log is set up by them where `log` says so.
+    """The settings of this process; with `log`, they also configure its log.
 
-    Variables that look like settings and are none are warned of. Exits with 2 and one line for a
-    value that is refused; raises SecretError as `Settings` does.
+    Logs a warning for each unknown VOUCHSAFE_ variable. Exits with 2 and one line for an invalid
+    value; raises SecretError as `Settings` does.
     """
     try:
         settings = Settings()
@@ -48,9 +48,9 @@ def read_settings(*, log: bool = False) -> Settings:
 
 
 def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
-    """Environment variables that look like settings and are none -> the nearest setting's, if any.
+    """Unknown VOUCHSAFE_ variables -> the variable of the nearest setting, if any.
 
-    `names` are those of the environment. Case does not matter, as to `Settings`.
+    `names` are those of the environment; as in `Settings`, case does not matter.
     """
     known = [field.upper() for field in Settings.model_fields]
     found: dict[str, str | None] = {}
@@ -63,16 +63,13 @@ def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def explain(error: ValidationError) -> str:
-    """The refused settings in one line: for each its variable, the limit, and its value.
-
-    The value of a secret is left out.
-    """
+    """The invalid settings in one line: variable, limit, and value except for secrets."""
     return "; ".join(_explained(each["loc"], each["msg"], each["input"]) for each in error.errors())
 
 
 def _explained(location: tuple[int | str, ...], message: str, value: object) -> str:
     message = message.removeprefix("Value error, ")
-    if not location:  # Of the settings as a whole: the message begins with the field's name.
+    if not location:  # An error of all settings: its message begins with the field's name.
         field = message.partition(" ")[0]
         return f"{variable(field)}: {message}" if field in Settings.model_fields else message
     field = str(location[0])

@@ -35,8 +35,8 @@ app.command()(adapt.adapt)
 app.command()(worker.worker)
 app.add_typer(models.models, name="models")
 
-_MOST_NAMED = 5
-"""Tasks that the line of a ready server names."""
+_MAX_NAMED = 5
+"""Most tasks in the message of a ready server."""
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _reason(error: Exception) -> object:
-    """The error in one line; of a file its name first."""
+    """The error in one line; for a file, its name comes first."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return error
@@ -82,9 +82,9 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
 ) -> None:
-    """Serve predictions over HTTP, and make the tasks that are asked for.
+    """Serve predictions over HTTP, and make tasks.
 
-    With VOUCHSAFE_REDIS_URL the work is done by `vouchsafe worker`, on this machine or others.
+    With VOUCHSAFE_REDIS_URL, `vouchsafe worker` processes compute, on this machine or others.
     """
     settings = read_settings(log=True)
     from service.operations.server import DrainingServer
@@ -104,7 +104,7 @@ def serve(
 
 
 def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
-    """No torch here; exits with 2 where the fleet has another data directory."""
+    """Serve without torch; exits with 2 if the fleet has another data directory."""
     from service.processes.api import create_api
 
     reasons: list[str] = []
@@ -121,7 +121,7 @@ def _serve_fleet(settings: Settings, server: DrainingServer) -> None:
 
 
 def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
-    """Everything in this process: torch is loaded only now."""
+    """Serve with a worker in this process; loads torch."""
     from service.api.app import create_app
     from service.processes.embedded import Embedded, leave_if_hung
     from service.tasks.supervisor import Supervisor
@@ -144,18 +144,18 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
 
 
 async def _announce(settings: Settings, server: DrainingServer, served: FastAPI) -> None:
-    """Log one line once the process can answer; in a fleet, as soon as it listens."""
+    """Log one line once the process is ready; in a fleet, once it listens."""
     while settings.redis_url is None and not (await served.state.health.ready()).is_well:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     catalog = served.state.predictions.tasks
-    with suppress(OSError):  # The catalog logs what is wrong with its folder.
+    with suppress(OSError):  # The catalog logs errors of its folder.
         await catalog.refresh()
     names = [f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalog.items()]
-    more = len(names) - _MOST_NAMED
+    more = len(names) - _MAX_NAMED
     logger.info(
         "ready at %s; tasks: %s; data directory: %s",
         server.url,
-        ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else ""),
+        ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else ""),
         settings.data_dir.resolve(),
         extra={
             "address": server.url,
@@ -173,19 +173,19 @@ def evaluate(
     cifar10: Annotated[
         Path | None, typer.Option(help="Take the held-back training images of this folder.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    count: Annotated[int | None, typer.Option(help="Only the first COUNT images.")] = None,
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
     n0: SelectionRows = 100,
     n: Annotated[int, typer.Option("--n", help="Noise rows that bound its probability.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the noise keys.")] = 0,
     k: Annotated[float | None, typer.Option(help="Another timestep correction factor.")] = None,
-    generated: Annotated[int, typer.Option(help="Also recognise so many made images.")] = 0,
+    generated: Annotated[int, typer.Option(help="Also recognize this number of made images.")] = 0,
     log: Annotated[Path | None, typer.Option(help="Write a TSV line an image.")] = None,
 ) -> None:
     """Measure the default task: clean, one noisy row, certified accuracy, ACR.
 
-    The networks run as `serve` would run them (VOUCHSAFE_RUNTIME).
+    The networks run as in `serve` (VOUCHSAFE_RUNTIME).
     """
     from models.bundle import DEFAULT_TASK, read_bundle
     from models.evaluation import datasets, report
@@ -211,13 +211,13 @@ def bench(
         int, typer.Option("--n", min=10, max=MOST_ROWS // 10, help="Noise rows of a question.")
     ] = 1000,
     requests: Annotated[
-        int, typer.Option(min=16, help="Questions asked of the engine and over HTTP.")
+        int, typer.Option(min=16, help="Questions to the engine and over HTTP.")
     ] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Times over which to take medians.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds whose median is reported.")] = 1,
 ) -> None:
     """Compare the speed of a plain loop, the engine, and the service over HTTP.
 
-    The networks run as `serve` would run them (VOUCHSAFE_RUNTIME).
+    The networks run as in `serve` (VOUCHSAFE_RUNTIME).
     """
     from service.cli.bench import Plan
     from service.cli.bench import bench as run

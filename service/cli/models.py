@@ -49,7 +49,7 @@ def _all(store: Store) -> list[Task]:
 
 
 def _found(store: Store, task_id: str) -> Task:
-    """The task of this id; exits with 1 where there is none."""
+    """The task with this id; exits with 1 for an unknown id."""
     for task in _all(store):
         if task.id == task_id:
             return task
@@ -84,12 +84,12 @@ def list_tasks(as_json: AsJson = False) -> None:
     """List every task, ready or not."""
     store = open_store(read_settings())
     used = store.usage()
-    told = [_document(task, used.get(task.id, 0)) for task in _all(store)]
+    documents = [_document(task, used.get(task.id, 0)) for task in _all(store)]
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(documents, indent=2))
         return
     table = Table(Column("id", min_width=32), "name", "state", "labels", "MiB")
-    for task in told:
+    for task in documents:
         state = task["state"] + (f" {task['progress']:.0%}" if task["state"] == "running" else "")
         size = f"{task['bytes'] / 2**20:.1f}" if task["bytes"] else ""
         table.add_row(task["id"], escape(task["name"]), state, str(len(task["labels"])), size)
@@ -98,14 +98,14 @@ def list_tasks(as_json: AsJson = False) -> None:
 
 @models.command()
 def show(task_id: TaskId, as_json: AsJson = False) -> None:
-    """Show all that is known of one task."""
+    """Show one task with all its fields."""
     store = open_store(read_settings())
-    told = _document(_found(store, task_id), store.usage().get(task_id, 0))
+    document = _document(_found(store, task_id), store.usage().get(task_id, 0))
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(document, indent=2))
         return
     table = Table(show_header=False)
-    for field, value in told.items():
+    for field, value in document.items():
         plain = value if isinstance(value, str) else json.dumps(value)
         table.add_row(field, escape(plain))
     Console().print(table)
@@ -115,7 +115,7 @@ def show(task_id: TaskId, as_json: AsJson = False) -> None:
 def verify(
     task_id: Annotated[str | None, typer.Argument(help="One task's id; all unless given.")] = None,
 ) -> None:
-    """Check every hash of a task's bundle and of the networks it builds on; 1 where one differs."""
+    """Check the hashes of a task's bundle and of its base networks; exits with 1 if one differs."""
     store = open_store(read_settings())
     tasks = [_found(store, task_id)] if task_id else _all(store)
     wrong = 0
@@ -137,7 +137,7 @@ def verify(
 def _verify(folder: Path, task_id: str, models_dir: Path) -> None:
     bundle = read_bundle(folder)
     if bundle.id != task_id:
-        raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
+        raise BundleError(f"{folder}: the manifest has the id {bundle.id!r}")
     for network in (bundle.denoiser, bundle.classifier):
         network.verified(models_dir)
 
@@ -159,19 +159,19 @@ def fetch(
     name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.join(FETCHABLE)}.")],
     revision: Annotated[
         list[str] | None,
-        typer.Option(help="FOLDER=REVISION in the place of a folder's own; may be repeated."),
+        typer.Option(help="FOLDER=REVISION to override a folder's default; may be repeated."),
     ] = None,
 ) -> None:
-    """Fetch networks from the hub; what was cut short goes on, and what is there is checked."""
+    """Fetch networks from the hub; resumes partial files, and checks those that are there."""
     if name not in FETCHABLE:
-        _refuse(f"there is nothing called {name!r} to fetch; there is {', '.join(FETCHABLE)}")
+        _fail(f"there is nothing called {name!r} to fetch; there is {', '.join(FETCHABLE)}")
     revisions = {}
     for each in revision or ():
-        folder, _, asked = each.partition("=")
-        if folder not in FETCHABLE[name] or not asked:
+        folder, _, commit = each.partition("=")
+        if folder not in FETCHABLE[name] or not commit:
             wanted = f"FOLDER=REVISION with a folder of {', '.join(FETCHABLE[name])}"
-            _refuse(f"--revision is {each!r}; it must be {wanted}")
-        revisions[folder] = asked
+            _fail(f"--revision is {each!r}; it must be {wanted}")
+        revisions[folder] = commit
     from models.zoo.hub import FetchError, fetch
 
     models_dir = read_settings().models_folder
@@ -195,7 +195,7 @@ def check(
         bool, typer.Option("--hashes", help="Also read every byte of what was fetched.")
     ] = False,
 ) -> None:
-    """Tell what is there of the networks that are fetched; 1 where they cannot be used."""
+    """Report the fetched networks; exits with 1 if one cannot be used."""
     models_dir = (path or read_settings().models_folder).resolve()
     wrong = _report(models_dir, tuple(SOURCES))
     if hashes:
@@ -211,13 +211,13 @@ def check(
     raise typer.Exit(wrong)
 
 
-def _refuse(reason: str) -> NoReturn:
+def _fail(reason: str) -> NoReturn:
     errors.print(f"vouchsafe: {reason}", style="red")
     raise typer.Exit(2)
 
 
 def _report(models_dir: Path, folders: tuple[str, ...]) -> int:
-    """Print what is there; 1 where it cannot be used, else 0."""
+    """Print the networks of the folders; returns 1 if one cannot be used, else 0."""
     found = [inspect(folder, models_dir) for folder in folders]
     table = Table("network", "files", "GB", "weights", "parameters")
     for inventory in found:
@@ -231,10 +231,10 @@ def _report(models_dir: Path, folders: tuple[str, ...]) -> int:
         print(f"  licence: {source.licence}")
     for purpose, size in _needs(found).items():
         print(f"{purpose}: {size / 2**30:.2f} GiB of weights (computed; activations come on top)")
-    troubles = [trouble for inventory in found for trouble in inventory.troubles]
-    for trouble in troubles:
-        errors.print(trouble, style="red")
-    return int(bool(troubles))
+    problems = [problem for inventory in found for problem in inventory.troubles]
+    for problem in problems:
+        errors.print(problem, style="red")
+    return int(bool(problems))
 
 
 def _row(holding: Holding) -> tuple[str, ...]:

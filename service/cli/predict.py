@@ -1,4 +1,4 @@
-"""The command that classifies images on this machine: `predict`."""
+"""The command `predict`: classifies images on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-"""Which files of a folder are its pictures."""
+"""Suffixes of the pictures in a folder."""
 _NAMED_SUFFIXES = ", ".join(SUFFIXES)
 
 Sigma = Annotated[float, typer.Option(help="Noise strength in [0,1] pixel units.")]
@@ -42,7 +42,7 @@ SelectionRows = Annotated[int, typer.Option("--n0", help="Noise rows that choose
 
 
 class DeviceError(RuntimeError):
-    """The networks cannot be used any more."""
+    """The worker has ended, so the networks cannot be used."""
 
 
 def predict(
@@ -63,8 +63,8 @@ def predict(
 ) -> None:
     """Classify images on this machine.
 
-    Exits with 1 where one of them has no answer, and with 2 before it begins where a path or a
-    field cannot be used.
+    Exits with 1 if an image has no answer, and with 2, before any work, for an invalid path or
+    field.
     """
     settings = read_settings()
     fields = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
@@ -74,7 +74,7 @@ def predict(
         paths = pictures(images)
         asyncio.run(_check(settings, fields))
     except (OSError, Problem) as error:
-        _refuse(error)
+        _fail(error)
 
     from service.processes.embedded import Embedded, leave_if_hung
 
@@ -85,15 +85,15 @@ def predict(
         raise typer.Exit(1)
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     tell(error)
     raise typer.Exit(2) from error
 
 
 def pictures(arguments: Sequence[str]) -> list[Path]:
-    """The files that the arguments name, in their order: files, folders' pictures, patterns.
+    """The files that the arguments name, in order: files, pictures of folders, matches of patterns.
 
-    Raises OSError naming what cannot be read, a pattern without a match, and a folder without a
+    Raises OSError for an unreadable file, a pattern without a match, and a folder without a
     picture.
     """
     paths: list[Path] = []
@@ -112,7 +112,7 @@ def pictures(arguments: Sequence[str]) -> list[Path]:
 def _pictures_at(path: Path) -> list[Path]:
     try:
         if not path.is_dir():
-            if path.is_file() or not path.exists():  # What is read once, like a pipe, stays as is.
+            if path.is_file() or not path.exists():  # Pipes can be read only once.
                 path.open("rb").close()
             return [path]
         found = sorted(
@@ -132,9 +132,9 @@ def _pictures_at(path: Path) -> list[Path]:
 
 
 async def _check(settings: Settings, fields: dict[str, object]) -> None:
-    """Raises Problem for fields that no image can be asked with; no networks are loaded for it.
+    """Raise Problem for invalid fields, without loading networks.
 
-    A question about an empty image is refused for that image only where its fields are right.
+    The check submits an empty image, which is rejected only after valid fields.
     """
     from service.engine.memory import MemoryEngine
     from service.engine.options import EngineOptions
@@ -144,7 +144,7 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     from service.tasks.service import TaskService
     from service.tasks.store import Store
 
-    asked = _question(b"", fields)
+    question = _question(b"", fields)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     catalog = Catalog(
         {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
@@ -154,13 +154,13 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     served = {task: bundle.served_digest({}) for task, bundle in catalog.items()}
     await engine.pull(Worker("check", served, [{}]), 0)
     tasks = TaskService(Store(settings, secret), catalog)
-    desk = Predictions(settings, engine, catalog, secret, tasks.expect)
+    predictions = Predictions(settings, engine, catalog, secret, tasks.expect)
     try:
-        await desk.submit(asked, None, None)
+        await predictions.submit(question, None, None)
     except InvalidImage:
         return
     finally:
-        await desk.close()
+        await predictions.close()
 
 
 def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
@@ -173,18 +173,18 @@ def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
 async def _print_all(
     embedded: Embedded, paths: Sequence[Path], fields: dict[str, object], *, as_json: bool
 ) -> int:
-    """Print what is answered, as JSON a line as soon as it is known; returns how many answers."""
+    """Print answers and problems, as JSON once each is known; returns the number of answers."""
     answers: list[tuple[Path, PredictResponse]] = []
-    async for path, told in _answers(embedded, paths, fields, quiet=as_json):
-        if isinstance(told, PredictResponse):
-            answers.append((path, told))
-            document = told.model_dump(mode="json")
+    async for path, outcome in _answers(embedded, paths, fields, quiet=as_json):
+        if isinstance(outcome, PredictResponse):
+            answers.append((path, outcome))
+            document = outcome.model_dump(mode="json")
         else:
-            document = {"problem": told.document()}
+            document = {"problem": outcome.document()}
         if as_json:
             print(json.dumps({"image": _shown(path), **document}, ensure_ascii=False), flush=True)
-        elif isinstance(told, Problem):
-            errors.print(f"{_shown(path)}: {told}", style="red", soft_wrap=True)
+        elif isinstance(outcome, Problem):
+            errors.print(f"{_shown(path)}: {outcome}", style="red", soft_wrap=True)
     if answers and not as_json:
         Console().print(_table(answers))
     return len(answers)
@@ -195,13 +195,13 @@ async def _answers(
 ) -> AsyncIterator[tuple[Path, PredictResponse | Problem]]:
     """Each path with its answer or its problem, in order.
 
-    Where the networks stop, that is the problem of every path that is left.
+    Once the worker has ended, every further path gets that problem.
     """
     from service.predictions.service import Predictions
     from service.tasks.service import TaskService
 
     tasks = TaskService(embedded.store, embedded.tasks)
-    desk = Predictions(
+    predictions = Predictions(
         embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
     )
     stop = asyncio.Event()
@@ -212,8 +212,8 @@ async def _answers(
             for path in paths:
                 try:
                     await _while_alive(working, embedded.ready())
-                    asking = _predict_one(embedded, desk, path, fields, progress)
-                    yield path, await _while_alive(working, asking)
+                    prediction = _predict_one(embedded, predictions, path, fields, progress)
+                    yield path, await _while_alive(working, prediction)
                 except DeviceError as error:
                     if stopped is None:
                         tell(error)
@@ -223,12 +223,12 @@ async def _answers(
                     yield path, problem
     finally:
         stop.set()
-        await asyncio.gather(working, desk.close(), return_exceptions=True)
+        await asyncio.gather(working, predictions.close(), return_exceptions=True)
 
 
-async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, T]) -> T:
-    """What `wanted` returns; raises DeviceError where the worker ends first."""
-    task = asyncio.create_task(wanted)
+async def _while_alive(working: asyncio.Task[None], call: Coroutine[Any, Any, T]) -> T:
+    """The result of `call`; raises DeviceError if the worker ends first."""
+    task = asyncio.create_task(call)
     await asyncio.wait({task, working}, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
         task.cancel()
@@ -238,7 +238,7 @@ async def _while_alive(working: asyncio.Task[None], wanted: Coroutine[Any, Any, 
 
 async def _predict_one(
     embedded: Embedded,
-    desk: Predictions,
+    predictions: Predictions,
     path: Path,
     fields: dict[str, object],
     progress: Progress,
@@ -247,18 +247,18 @@ async def _predict_one(
         data = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         raise InvalidImage(f"The file cannot be read: {error.strerror}") from error
-    asked = await desk.resolved(_question(data, fields))
-    await embedded.load(asked.task)
-    job_id = await desk.submit(asked, None, None)
-    bar = progress.add_task(_shown(Path(path.name)), total=asked.rows)
-    async for status in desk.engine.watch(job_id):
+    question = await predictions.resolved(_question(data, fields))
+    await embedded.load(question.task)
+    job_id = await predictions.submit(question, None, None)
+    bar = progress.add_task(_shown(Path(path.name)), total=question.rows)
+    async for status in predictions.engine.watch(job_id):
         progress.update(bar, completed=status.rows_done)
     progress.remove_task(bar)
-    return desk.answer(await desk.status(job_id, None))
+    return predictions.to_response(await predictions.status(job_id, None))
 
 
 def _shown(path: Path) -> str:
-    """The path as text; bytes of its name that are not UTF-8 are replaced."""
+    """The path as text, with bytes outside UTF-8 replaced."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -267,18 +267,18 @@ def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
         "Certified means stable, not correct: no change of l2 norm below the radius, "
         "pixels in [0,1], changes the label. The radius is of the image as resized and cropped."
     ))  # fmt: skip
-    for path, told in answers:
-        votes = ", ".join(f"{vote.label} {vote.count}" for vote in told.counts[:3])
+    for path, answer in answers:
+        votes = ", ".join(f"{vote.label} {vote.count}" for vote in answer.counts[:3])
         table.add_row(
             escape(_shown(path)),
-            escape(told.label) if told.label else "(abstained)",
-            "" if told.radius is None else f"{_floor(told.radius):.3f}",
-            "" if told.p_lower is None else f"{_floor(told.p_lower):.3f}",
-            f"{votes} of {told.n}",
+            escape(answer.label) if answer.label else "(abstained)",
+            "" if answer.radius is None else f"{_floor(answer.radius):.3f}",
+            "" if answer.p_lower is None else f"{_floor(answer.p_lower):.3f}",
+            f"{votes} of {answer.n}",
         )
     return table
 
 
 def _floor(value: float) -> float:
-    """Rounded down to three places, for a bound must not be shown larger than it is."""
+    """The value rounded down to three places, so that no bound is shown too large."""
     return int(value * 1000) / 1000

@@ -1,4 +1,4 @@
-"""The command that computes for a fleet: `worker`."""
+"""The command `worker`: computes for a fleet."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def worker(
     ] = None,
     host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
 ) -> None:
-    """Compute what a fleet's API processes ask through VOUCHSAFE_REDIS_URL, until told to stop."""
+    """Compute jobs of a fleet's API processes, from VOUCHSAFE_REDIS_URL, until a signal."""
     for caught in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(caught, lambda *_: os._exit(0))  # Nothing is in hand before `run`.
+        signal.signal(caught, lambda *_: os._exit(0))  # No work is open before `run`.
     settings = read_settings(log=True)
 
     from service.engine.redis.requirements import RedisUnsuitable
@@ -34,21 +34,21 @@ def worker(
     try:
         process = WorkerProcess(settings)
     except RedisUnsuitable as error:
-        raise typer.Exit(_told(error, 2)) from error
+        raise typer.Exit(_reported(error, 2)) from error
     status = 0
     try:
         asyncio.Runner().run(process.run(host, port))
     except (RedisUnsuitable, OSError) as error:
-        status = _told(error, 2)
+        status = _reported(error, 2)
     except (DeviceFailed, ModelUnavailable) as error:
-        status = _told(error, 1)
+        status = _reported(error, 1)
     except Exception:
         logging.getLogger("vouchsafe").exception("the worker failed")
         status = 1
     leave(status)
 
 
-def _told(error: Exception, status: int) -> int:
-    """The exit status of an error that is told in one line."""
+def _reported(error: Exception, status: int) -> int:
+    """The exit `status`, once the error is printed in one line."""
     tell(error)
     return status

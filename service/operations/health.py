@@ -1,4 +1,4 @@
-"""The probes, and the coroutines that must be alive for the process to be ready."""
+"""Health of a process, for its probes: background tasks, engine and workers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _log = logging.getLogger("vouchsafe")
 
 
 class Condition(NamedTuple):
-    """What a probe reports: whether the process is well, and what it waits for or lacks."""
+    """The result of a probe: whether the process is well, and what it waits for or lacks."""
 
     is_well: bool
     detail: str = ""
 
 
 class Health:
-    """What the probes report.
+    """Computes the results of the probes.
 
-    `waiting_for` says what else the process waits for. `connection_state` is marked down where the
-    engine does not answer; its giver marks it up again. `open_jobs` counts the adaptation jobs that
-    have not ended; it blocks on the disk. With `workers_elsewhere` a process is well without a live
-    worker, for it answers for jobs that ended; `ready` then says that none serves.
+    - `waiting_for` returns what else the process waits for, or an empty string.
+    - `connection_state` is marked down when the engine does not answer; its owner marks it up.
+    - `open_jobs` counts the adaptation jobs that have not ended; it blocks on the disk.
+    - With `workers_elsewhere`, a process is ready without a live worker, since it serves ended
+      jobs; the detail of `ready` then reports that no worker serves.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Health:
         self._was_ready = False
 
     async def ready(self) -> Condition:
-        """The process can answer: its background tasks and engine live, and its worker serves."""
+        """Ready while the background tasks and the engine are alive, and a worker serves."""
         if not self._background.started:
             return Condition(False, "the service is starting or stopping")
         if not self._background.all_alive:
@@ -76,36 +77,36 @@ class Health:
         return Condition(True, "" if served else _NO_WORKER)
 
     async def startup(self) -> Condition:
-        """Ready once; without a worker of its own it has started when it can be asked."""
+        """Well once `ready` has been; a process without workers is well once it has started."""
         if self._was_ready or (self._background.started and self._workers_elsewhere):
             return Condition(True)
         return await self.ready()
 
     async def capacity(self) -> Capacity | None:
-        """The engine's capacity, or None where it does not answer in time."""
+        """The engine's capacity, or None if the engine does not answer in time."""
         return await self._answer(self._engine.capacity())
 
     async def stats(self) -> EngineStats | None:
-        """How the engine's queue stands, or None where it does not answer in time."""
+        """The engine's statistics, or None if the engine does not answer in time."""
         return await self._answer(self._engine.stats())
 
     async def open_jobs(self) -> float | None:
-        """Adaptation jobs that have not ended: None where nobody counts them, NaN for trouble."""
+        """The number of open adaptation jobs: None without a counter, NaN for disk errors."""
         if self._open_jobs is None:
             return None
         try:
             async with asyncio.timeout(_DISK_SECONDS):
                 return await asyncio.to_thread(self._open_jobs)
-        except OSError:  # TimeoutError is one.
+        except OSError:  # Includes TimeoutError.
             return float("nan")
 
     async def _answer(self, call: Awaitable[T]) -> T | None:
-        asked = time.monotonic()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
                 answer = await call
         except Exception as error:
-            self._connection_state.mark_down(error, asked)
+            self._connection_state.mark_down(error, began)
             return None
         if self._owns_state:
             self._connection_state.mark_up()

@@ -1,4 +1,4 @@
-"""ASGI middleware for two rules of HTTP: HEAD is GET without a body, and a close is announced."""
+"""ASGI middleware for HTTP semantics: HEAD requests, and `Connection: close`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LINGER_SECONDS = 5.0
-"""How long the rest of a refused body is read and discarded, so that its caller sees the answer."""
+"""Seconds to discard the rest of a rejected body, so that its caller gets the response."""
 
 
-class _Answered(Exception):
-    """The headers of an answer to HEAD are sent; its body is not computed."""
+class _HeadersSent(Exception):
+    """Ends a HEAD request once its headers are sent; the body is not computed."""
 
 
 class HeadRequests:
-    """Answers HEAD with the status and headers that GET would get, and ends there.
+    """Answers HEAD with the status and headers of GET.
 
-    An event stream sends its headers first, so HEAD never opens one.
+    An event stream sends its headers first, so HEAD never opens a stream.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request; of a HEAD request the app sees a GET."""
+        """Serve a request; the app receives HEAD as GET."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
@@ -34,24 +34,24 @@ class HeadRequests:
         async def send_headers(message: Message) -> None:
             await send(message)
             await send({"type": "http.response.body"})
-            raise _Answered
+            raise _HeadersSent
 
-        asked = {**scope, "method": "GET"}
+        get_scope = {**scope, "method": "GET"}
         try:
-            await self._app(asked, receive, send_headers)
-        except* _Answered:
+            await self._app(get_scope, receive, send_headers)
+        except* _HeadersSent:
             pass
         finally:
-            scope["route"] = asked.get("route")
+            scope["route"] = get_scope.get("route")
 
 
 class ConnectionClose:
-    """Adds `Connection: close` to each answer after which the connection does not stay open.
+    """Adds `Connection: close` to each response after which the connection is closed.
 
-    These are answers that begin before the request's body was read to its end, and all answers
-    where `is_stopping` says so. The rest of the body is discarded for `linger_seconds` at most
-    before the connection ends: closing on bytes that are still arriving would reset it, and the
-    caller could lose the answer.
+    These are responses that begin before the whole body has been read, and all responses while
+    `is_stopping`. Before the close, the rest of the body is discarded for at most
+    `linger_seconds`. Closing while bytes arrive would reset the connection, and the caller could
+    lose the response.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ConnectionClose:
         self._linger_seconds = linger_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, then read what is left of a body that nobody wanted."""
+        """Serve a request, then discard the rest of an unread body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""The log of a process: lines to read, or one JSON object a line, on the standard error."""
+"""The log of a process on standard error: plain lines, or one JSON object a line."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from service.jobs import Job
 from service.operations.tracing import trace_id
 
 IDS = ("request_id", "job_id", "task_id", "trace_id")
-"""What a record may be about, as its `extra`; of several it has a list."""
+"""Ids in the `extra` of a record; several of one kind are a list."""
 
 
 class TextFormatter(logging.Formatter):
-    """Level, logger and message in a line; behind it the ids of the record that are not in it."""
+    """One line: level, logger and message, then the record's ids that the message lacks."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(name)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without what is told of an exception."""
-        told = ((name, _listed(getattr(record, name, ""))) for name in IDS)
-        behind = (f" {name}={value}" for name, value in told if value not in record.message)
+        """The line without the traceback."""
+        ids = ((name, _listed(getattr(record, name, ""))) for name in IDS)
+        behind = (f" {name}={value}" for name, value in ids if value not in record.message)
         return super().formatMessage(record) + "".join(behind)
 
 
 def json_formatter() -> logging.Formatter:
-    """Writes `time` (RFC 3339, UTC), `level`, `logger` and `message`, then all that is `extra`.
+    """A formatter of `time` (RFC 3339, UTC), `level`, `logger`, `message` and the `extra`.
 
-    An exception is the field `exception`, its traceback in one string.
+    The traceback of an exception is one string, `exception`.
     """
     return JsonFormatter(
         ("levelname", "name", "message"),
@@ -47,9 +47,9 @@ FORMATTERS = {"text": TextFormatter, "json": json_formatter}
 
 
 def set_up(settings: Settings) -> None:
-    """Log everything of this process, its libraries included, in the settings' format and level.
+    """Log this process and its libraries in the settings' format and level.
 
-    Libraries log from `warning` on; at `debug` from `info` on.
+    Libraries log from `warning` on, or from `info` on if the level is `debug`.
     """
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     libraries = logging.INFO if level < logging.INFO else max(level, logging.WARNING)
@@ -66,7 +66,7 @@ def in_json() -> bool:
 
 
 def about(jobs: Iterable[Job]) -> dict[str, Any]:
-    """The `extra` of a record about these jobs: the ids of them, of their tasks and traces."""
+    """The `extra` of a record about these jobs: their ids, and those of their tasks and traces."""
     found = list({job.id: job for job in jobs}.values())
     traces = (trace_id(job.traceparent) for job in found)
     return naming(
@@ -77,7 +77,7 @@ def about(jobs: Iterable[Job]) -> dict[str, Any]:
 
 
 def naming(**named: str | Sequence[str] | None) -> dict[str, Any]:
-    """The `extra` of a record about what has these ids: one, or several, or none of a kind."""
+    """The `extra` of a record with these ids: a string, a list, or nothing for each kind."""
     distinct = {
         kind: [given] if isinstance(given, str) else list(dict.fromkeys(given or ()))
         for kind, given in named.items()

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the whole service (docs/metrics.md), and the middleware of requests."""
+"""Prometheus metrics of the service (docs/metrics.md), and the middleware of requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNKNOWN = float("nan")
 _log = logging.getLogger("vouchsafe.access")
-disable_created_metrics()  # type: ignore[no-untyped-call]  # Gauges that nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # Their gauges are not used.
 
 
 def _version() -> str:
@@ -70,7 +70,7 @@ BATCH_JOBS = Histogram(
 PADDING_ROWS = Counter("vouchsafe_padding_rows", "Rows computed only to fill a network's batch.")
 BATCH_SECONDS = Histogram(
     "vouchsafe_batch_duration_seconds",
-    "Time to compute a device batch, and to load its networks where they were not.",
+    "Time to compute a device batch, and to load its networks if needed.",
     buckets=_SECONDS,
 )
 SHARDS = Counter(
@@ -80,7 +80,7 @@ SHARDS = Counter(
 )
 SHAPES_LOWERED = Counter(
     "vouchsafe_shapes_lowered",
-    "Times that a task was loaded for smaller batches, for want of memory.",
+    "Times that a task was loaded for smaller batches, for lack of memory.",
 )
 QUEUE_SECONDS = Histogram(
     "vouchsafe_job_queue_duration_seconds",
@@ -115,7 +115,7 @@ BUILD_INFO.info({"version": VERSION})
 
 
 def delete(task: str) -> None:
-    """Drop the series of a task that is there no more, for ids are never used up."""
+    """Drop the series of a removed task, since the number of ids is unbounded."""
     for metric in (ROWS, BATCHES):
         metric.remove(task)
     for mode in Mode:
@@ -126,12 +126,12 @@ def delete(task: str) -> None:
 def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
     """Every metric in Prometheus' text format.
 
-    `queue` is how it stands now, None where the engine is silent: NaN is told then, and counts are
-    left out. So are `open_jobs`, the adaptation jobs that have not ended, where nobody counts them.
+    `queue` is None if the engine does not answer: gauges are NaN then, and counters are left out.
+    `open_jobs`, the number of adaptation jobs that have not ended, is left out if None.
     """
     now = CollectorRegistry()
     gauge = partial(Gauge, registry=now)
-    gauge("vouchsafe_engine_up", "1 where the engine answers, else 0.").set(queue is not None)
+    gauge("vouchsafe_engine_up", "1 if the engine answers, else 0.").set(queue is not None)
     rows = gauge("vouchsafe_queue_rows", "Rows waiting or leased.", ["priority"])
     oldest = gauge(
         "vouchsafe_queue_oldest_seconds",
@@ -145,13 +145,13 @@ def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
         )
     speed = gauge("vouchsafe_queue_rows_per_second", "Speed, over the last minute of work.")
     speed.set(queue.rows_per_second if queue else _UNKNOWN)
-    workers = gauge("vouchsafe_workers", "Workers alive, as the engine knows them.")
+    workers = gauge("vouchsafe_workers", "Live workers, as the engine counts them.")
     workers.set(queue.workers if queue else _UNKNOWN)
     if queue is not None:
-        dead = "Shards that ended their jobs, by failures or the deaths of workers."
+        dead = "Shards that ended their jobs, by failures or worker crashes."
         Counter("vouchsafe_dead_letters", dead, registry=now).inc(queue.dead_letters)
     if queue is not None and queue.persists is not None:
-        written = "1 where Redis wrote to its disk what it last had to, else 0."
+        written = "1 if the last write of Redis to its disk succeeded, else 0."
         gauge("vouchsafe_redis_persistence_up", written).set(queue.persists)
     if open_jobs is not None:
         gauge("vouchsafe_adaptations_open", "Adaptation jobs queued or running.").set(open_jobs)
@@ -161,10 +161,11 @@ def exposition(queue: EngineStats | None, open_jobs: float | None) -> bytes:
 class RequestTelemetry:
     """ASGI middleware: counts and times requests by route template and logs one record for each.
 
-    A caller's `X-Request-Id` (64 letters, digits, dots, dashes or underscores at most) is kept,
-    otherwise one is made; either way it is in the answer and in the record. So is the trace of a
-    valid W3C `traceparent`, or of one made here, which `request.state.traceparent` has for jobs;
-    and `request.state.job` and `.task`, where a handler has set them.
+    - `X-Request-Id`: the caller's (at most 64 letters, digits, dots, dashes or underscores) or a
+      new one, in the response and in the record.
+    - Trace: of the caller's valid W3C `traceparent` or of a new one, in the record and, for jobs,
+      in `request.state.traceparent`.
+    - `request.state.job` and `.task`: set by handlers, in the record.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -204,11 +205,11 @@ def _record(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     REQUESTS.labels(method, route, str(status)).inc()
     REQUEST_SECONDS.labels(route).observe(seconds)
     state = scope["state"]
-    told = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+    fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
     named = naming(
         request_id=request_id,
         job_id=state.get("job"),
         task_id=state.get("task"),
         trace_id=tracing.trace_id(state["traceparent"]),
     )
-    _log.info("%s %s %d in %.4f s", method, route, status, seconds, extra=told | named)
+    _log.info("%s %s %d in %.4f s", method, route, status, seconds, extra=fields | named)

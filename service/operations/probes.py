@@ -1,4 +1,4 @@
-"""The routes by which a process is watched: /livez, /readyz, /startupz and /metrics."""
+"""Routes that monitor a process: /livez, /readyz, /startupz and /metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from service.operations.http_semantics import HeadRequests
 
 
 class HealthResponse(BaseModel):
-    """A probe's answer."""
+    """A probe's response."""
 
     status: Literal["ok", "unavailable"] = Field(description="`ok` with 200, else with 503.")
     detail: str = Field(
-        description="What the probe is waiting for. With `ok` it is empty, or says that no live "
+        description="What the probe is waiting for. With `ok` it is empty, or reports that no live "
         "worker serves any task of a fleet: new questions get 503 until one does."
     )
 
@@ -38,7 +38,7 @@ metrics_route = APIRouter(tags=["operation"])
 
 
 def probes_app(health: Health, exception_handlers: Mapping[Any, Any]) -> FastAPI:
-    """An app of the probes and metrics alone, for a process that answers nothing else."""
+    """An app of the probes and metrics, for a process without other routes."""
     app = FastAPI(openapi_url=None, exception_handlers=dict(exception_handlers))
     app.state.health = health
     app.add_middleware(HeadRequests)
@@ -62,7 +62,7 @@ async def livez() -> HealthResponse:
 
 @probe_routes.get("/readyz", responses={503: {"model": HealthResponse}})
 async def readyz(health: Probe, response: Response) -> HealthResponse:
-    """The process can answer now: in a fleet for jobs that ended, even while no worker lives."""
+    """The process can answer now; in a fleet, for ended jobs even without a live worker."""
     return _probed(await health.ready(), response)
 
 

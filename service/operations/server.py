@@ -1,5 +1,4 @@
-"""Uvicorn, made to drain: waiting callers are answered, and a clean stop exits with 0; and made to
-serve beside a process's own work."""
+"""Uvicorn servers: one that drains and exits with 0, and one beside a process's own work."""
 
 from __future__ import annotations
 
@@ -17,14 +16,13 @@ from fastapi import FastAPI
 from service.operations.http_semantics import ConnectionClose
 
 DRAIN_SECONDS = 5.0
-"""How long callers who wait for an answer may go on waiting once the service is told to stop."""
+"""Seconds that waiting callers have for their answers once the service is stopping."""
 
 
 class _BoundServer(uvicorn.Server):
-    """Listens as soon as it is made, before there is an app to serve, and says `Connection: close`
-    in each answer after which it closes the connection.
+    """Listens from its construction on, before it has an app, and sends `Connection: close`.
 
-    Raises OSError, which names the address, where it cannot listen.
+    Raises OSError with the address if it cannot listen.
     """
 
     def __init__(self, config: uvicorn.Config, host: str, port: int) -> None:
@@ -33,23 +31,23 @@ class _BoundServer(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port it listens on, whichever was asked for."""
+        """The port on which the server listens, also if the requested port was 0."""
         return int(self._sockets[0].getsockname()[1])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on the sockets that it has listened on from the beginning."""
+        """Serve on the sockets of the constructor."""
         try:
             await super().serve(sockets or self._sockets)
         finally:
             self.close()
 
     def close(self) -> None:
-        """Listen no more, whether or not it has served."""
+        """Close the sockets, whether or not the server has served."""
         for each in self._sockets:
             each.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's own, with the app that the configuration has loaded wrapped."""
+        """Start as Uvicorn does, with ConnectionClose around the loaded app."""
         app = self.config.loaded_app
         self.config.loaded_app = ConnectionClose(app, lambda: self.should_exit)
         await super().startup(sockets)
@@ -81,10 +79,10 @@ class DrainingServer(_BoundServer):
     def serve_app(
         self, app: FastAPI, once_listening: Callable[[], Coroutine[Any, Any, None]] | None = None
     ) -> None:
-        """Serve until told to stop; `once_listening` runs beside it as soon as calls are answered.
+        """Serve until a signal or `stop`; `once_listening` runs once the server listens.
 
-        Uvicorn raises a signal again once it has drained; by then the process has ended well, so
-        both signals do no more than ask it to stop.
+        Uvicorn raises its signal again after draining. The handlers set here only stop the server,
+        so that the process exits with 0.
         """
         self.config.app = app
         self._once_listening = once_listening
@@ -97,13 +95,13 @@ class DrainingServer(_BoundServer):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's own, and what is to run once it listens."""
+        """Start as Uvicorn does, then run `once_listening`."""
         await super().startup(sockets)
         if self.started and self._once_listening is not None:
             self._beside = asyncio.create_task(self._once_listening())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's own, after telling the app to let go of waiting callers."""
+        """Shut down as Uvicorn does, after draining the app's waiting callers."""
         if self._beside is not None:
             self._beside.cancel()
         app = self.config.app
@@ -113,7 +111,7 @@ class DrainingServer(_BoundServer):
 
 
 class SideServer(_BoundServer):
-    """Serves an app for as long as a process works, and leaves the signals to it."""
+    """Serves an app while a process works; signals stay with the process."""
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
         config = uvicorn.Config(
@@ -128,12 +126,12 @@ class SideServer(_BoundServer):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
+        """Capture no signals."""
         yield
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Serve within the context."""
+        """Serve during the context."""
         running = asyncio.create_task(self.serve())
         try:
             yield
@@ -143,7 +141,7 @@ class SideServer(_BoundServer):
 
 
 def _listening(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to every address of the host; raises OSError that names host and port."""
+    """Sockets bound to every address of the host; raises OSError with host and port."""
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -155,7 +153,7 @@ def _listening(host: str, port: int) -> list[socket.socket]:
             each.close()
         if isinstance(error, UnicodeError):
             reason = "no host can have that name"
-        elif isinstance(error, socket.gaierror):  # Its number is not the system's.
+        elif isinstance(error, socket.gaierror):  # Its errno is not the system's.
             reason = error.strerror or "unknown host"
         else:
             reason = os.strerror(error.errno or 0)

@@ -1,4 +1,4 @@
-"""W3C Trace Context: the `traceparent` that ties a job to the request it came with."""
+"""W3C Trace Context: the `traceparent` that connects a job to its request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _KNOWN_FLAGS = 0b11  # sampled, random-trace-id
 
 
 def received(values: Sequence[str]) -> str | None:
-    """The caller's context, as version 00 writes it; None where the header is none, or not valid.
+    """The caller's context in the format of version 00; None for a missing or invalid header.
 
-    `values` are those of every `traceparent` header of the request: more than one is not valid. Of
-    a later version what version 00 knows is read; flags that it does not know are cleared.
+    `values` are those of all `traceparent` headers of the request; more than one is invalid. From
+    later versions, the fields of version 00 are read, and unknown flags are cleared.
     """
     found = _TRACEPARENT.fullmatch(values[0]) if len(values) == 1 else None
     if found is None or (found["version"] == "00" and found["more"]):
@@ -27,7 +27,7 @@ def received(values: Sequence[str]) -> str | None:
 
 
 def begun() -> str:
-    """A context of a new trace, which nobody samples."""
+    """A context of a new trace, which is not sampled."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
 
 

@@ -1,4 +1,4 @@
-"""A job's status -> what the caller is told: the certificate, the progress or the problem."""
+"""Turns a job's status into responses: the certificate, the progress or the problem."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from service.predictions.schemas import JobResponse, LabelCount, PredictResponse
 
 
 def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
-    """Bound on how far a row's drawn noise is from the ideal, without torch.
+    """Bound on the total variation distance of a row's drawn noise from the ideal, without torch.
 
-    Fewer than 5000 sigma + 10 thresholds a pixel, each blurring one word in 2^63, doubled for the
-    redraws; never under `models.noise.total_variation`.
+    `shape` is (channels, height, width). A pixel has fewer than 5000 sigma + 10 thresholds, and
+    each blurs one word in 2^63; redraws double that. Never below `models.noise.total_variation`.
     """
     return prod(shape) * (5000 * sigma + 10) * 2.0**-62
 
 
 def certificate(status: JobStatus) -> Certificate:
-    """What a succeeded job's votes prove; its `method` is that of the job's noise key."""
+    """The certificate of a succeeded job's votes; its `method` is that of the noise key."""
     job = status.job
     blur = total_variation(job.shape, job.sigma)
     return _proven(job.mode, status.selection, status.estimation, job.sigma, job.alpha, blur)
 
 
-@lru_cache(maxsize=256)  # The caller's response, the metrics and /jobs/ID ask for the same one.
+@lru_cache(maxsize=256)  # The caller's response, the metrics and /jobs/ID need the same one.
 def _proven(
     mode: Mode,
     selection: tuple[int, ...],
@@ -44,8 +44,8 @@ def _proven(
     return certify(selection, estimation, sigma, alpha, total_variation=blur)
 
 
-def answer(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
-    """The answer of a succeeded job, in the labels of the bundle that it was asked of."""
+def to_response(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
+    """The response of a succeeded job; `labels` are those of its bundle."""
     job, proven = status.job, certificate(status)
     votes = sorted(zip(status.estimation, labels, strict=True), key=lambda vote: -vote[0])
     return PredictResponse(
@@ -72,7 +72,7 @@ def answer(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
 
 
 def example() -> PredictResponse:
-    """An answer for /docs, computed as every answer is: 970 frogs and 30 cats of 1000 rows."""
+    """A response for /docs, computed like any other: 970 frogs and 30 cats of 1000 rows."""
     labels = ("cat", "frog")
     job = Job(
         id="rB3hYbY0mPz2kQ9xW1cVdA",
@@ -93,11 +93,11 @@ def example() -> PredictResponse:
     ended = JobStatus(
         job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426
     )
-    return answer(ended, labels)
+    return to_response(ended, labels)
 
 
 def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse:
-    """The job as it stands; `labels`, in which it answers, are needed once it succeeded."""
+    """The job's response; `labels`, those of its bundle, are needed once it has succeeded."""
     job = status.job
     return JobResponse(
         id=job.id,
@@ -110,13 +110,13 @@ def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse
         created=job.created,
         started=status.started,
         finished=status.finished,
-        result=answer(status, labels) if labels else None,
+        result=to_response(status, labels) if labels else None,
         problem=problem(status),
     )
 
 
 def problem(status: JobStatus) -> dict[str, Any] | None:
-    """Why the job has no answer and never will: a problem document, or None."""
+    """The problem document of a job that failed or was cancelled, else None."""
     if status.state is State.CANCELLED:
         return JobCancelled(
             "The job was cancelled before it was done", job=status.job.id
@@ -128,7 +128,7 @@ def problem(status: JobStatus) -> dict[str, Any] | None:
 
 
 def _timing(status: JobStatus) -> Timing:
-    """Milliseconds; wall clocks may step, so no time is allowed to be negative."""
+    """Times in milliseconds; none is negative, though wall clocks may step."""
     created = status.job.created
     started = max(created, status.started or created)
     finished = max(started, status.finished or started)

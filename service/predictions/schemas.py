@@ -1,4 +1,4 @@
-"""What is asked and answered over HTTP: one pydantic model per document, described for /docs."""
+"""Documents of predictions over HTTP: one pydantic model each, described for /docs."""
 
 from __future__ import annotations
 
@@ -81,25 +81,25 @@ class PredictRequest(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Noise rows the whole question needs."""
+        """Noise rows of the whole question."""
         return self.selection_rows + self.n
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the question, the same for a form and for JSON."""
-        asked = self.model_dump(mode="json", exclude={"image", "n0"})
-        asked |= {"n0": self.selection_rows, "image": hashlib.sha256(self.image).hexdigest()}
-        return hashlib.sha256(canonical_json(asked)).hexdigest()
+        fields = self.model_dump(mode="json", exclude={"image", "n0"})
+        fields |= {"n0": self.selection_rows, "image": hashlib.sha256(self.image).hexdigest()}
+        return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 class LabelCount(BaseModel):
     """The votes of one label."""
 
     label: str = Field(description="The label.")
-    count: int = Field(description="How many noisy rows were classified as it.")
+    count: int = Field(description="Noisy rows classified as the label.")
 
 
 class Timing(BaseModel):
-    """Where the time went, in milliseconds."""
+    """Times of a job, in milliseconds."""
 
     queue: float = Field(description="From the question's acceptance to its first row's start.")
     inference: float = Field(description="From the first row's start to the last row's vote.")
@@ -110,10 +110,10 @@ class PredictResponse(BaseModel):
     """An answer: certified means stable, not correct."""
 
     id: str = Field(description="The job's id, for /jobs/{id}.")
-    task: str = Field(description="The task that was asked for.")
-    mode: AnyMode = Field(description="The mode that was asked for.")
+    task: str = Field(description="The requested task.")
+    mode: AnyMode = Field(description="The requested mode.")
     label: str | None = Field(description="The label, or null on abstention.")
-    label_index: int | None = Field(description="Its place in the task's labels, from 0, or null.")
+    label_index: int | None = Field(description="The label's index, from 0, or null.")
     abstained: bool = Field(description="Whether the votes were too close to answer.")
     certified: bool = Field(
         description="Whether the radius is a guarantee: the label is stable within it. It may "
@@ -136,8 +136,8 @@ class PredictResponse(BaseModel):
     )
     method: str = Field(description="The statistical procedure.")
     resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
-    bundle: str = Field(description="SHA-256 of the task's artefact with the numerics used.")
-    timing_ms: Timing = Field(description="Where the time went.")
+    bundle: str = Field(description="SHA-256 of the task's artifact with the numerics used.")
+    timing_ms: Timing = Field(description="Times, in milliseconds.")
 
 
 class JobResponse(BaseModel):
@@ -145,13 +145,13 @@ class JobResponse(BaseModel):
 
     id: str = Field(description="The job's id.")
     state: Annotated[State, WithJsonSchema({"enum": [state.value for state in State]})] = Field(
-        description="How far the job is."
+        description="The job's state."
     )
     progress: float = Field(description="Share of the rows that are counted, from 0 to 1.")
     rows_done: int = Field(description="Rows counted so far.")
     rows: int = Field(description="Rows the job needs.")
-    task: str = Field(description="The task that was asked for.")
-    mode: AnyMode = Field(description="The mode that was asked for.")
+    task: str = Field(description="The requested task.")
+    mode: AnyMode = Field(description="The requested mode.")
     created: float = Field(description="When the job was accepted, in Unix seconds.")
     started: float | None = Field(description="When its first row started, or null.")
     finished: float | None = Field(description="When it ended, or null.")
@@ -162,16 +162,16 @@ class JobResponse(BaseModel):
 
 
 class ModelResponse(BaseModel):
-    """A task that can be asked for."""
+    """A task that callers can request."""
 
-    task: str = Field(description="What to send as `task`.")
-    name: str = Field(description="What its maker called it; may be empty.")
-    id: str = Field(description="The id of the task's artefact.")
+    task: str = Field(description="The value to send as `task`.")
+    name: str = Field(description="The name that its maker chose; may be empty.")
+    id: str = Field(description="The id of the task's artifact.")
     labels: list[str] = Field(description="The labels, in the order of `label_index`.")
     resolution: int = Field(description="Side of the certified square, in pixels.")
     denoiser: str = Field(description="The kind of denoiser.")
     classifier: str = Field(description="The kind of classifier.")
-    licence: str = Field(description="What the weights may be used for.")
+    licence: str = Field(description="The license of the weights.")
     k: float = Field(description="Scale of the denoiser's noise-level conditioning.")
     largest_sigma: float = Field(description="The strongest noise that the task supports.")
     bundle: str | None = Field(description="The digest served now, or null without a worker.")
@@ -179,6 +179,6 @@ class ModelResponse(BaseModel):
 
 
 class ModelsResponse(BaseModel):
-    """Every task that can be asked for."""
+    """Every task that callers can request."""
 
     models: list[ModelResponse] = Field(description="The tasks.")

@@ -1,4 +1,4 @@
-"""The tasks that can be asked for: the built-in ones and the bundles published in a folder."""
+"""The catalog of tasks: the built-in ones and the bundles published in a folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger("vouchsafe.tasks")
 POLL_SECONDS = 1.0
 
 BaseState = tuple[str, tuple[tuple[str, str], ...], Signature]
-"""A base network's folder, the hashes that a bundle states, and the files as they are."""
+"""A base network's folder, the hashes in a bundle's manifest, and the files' signature."""
 _UNSEEN: Signature = (("", 0, 0),)
 
 
 @dataclass(frozen=True, slots=True)
 class RefusedBundle:
-    """Why a bundle is not served, whether making it anew would help, and what its files were."""
+    """A bundle that is not served: the reason, whether a new one would help, its signature."""
 
     reason: str
     replaceable: bool
@@ -34,8 +34,8 @@ class RefusedBundle:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """One look: bundles as read, whatever became of their networks, and what is made of each."""
+class _Scan:
+    """The result of one scan: the bundles read, and those served, refused or unreadable."""
 
     read: dict[str, tuple[Signature, Bundle]] = field(default_factory=dict)
     served: dict[str, Bundle] = field(default_factory=dict)
@@ -44,11 +44,12 @@ class _Found:
 
 
 class Catalog(Mapping[str, Bundle]):
-    """Verified bundles by what callers send as `task`; `refresh` finds what came and went.
+    """Verified bundles by the `task` of requests; `refresh` reads changes in `folder`.
 
-    `refused` says of each folder that is not served why, and `unread` of each that could not be
-    looked at and will be again. Bundles of a folder are named like it. Their base networks lie in
-    the package or in `models_dir`.
+    - `refused`: the folders that are not served, with the reasons.
+    - `unread`: the folders that could not be read and will be read again, with the reasons.
+
+    A bundle's id is its folder's name. Base networks lie in the package or in `models_dir`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Catalog(Mapping[str, Bundle]):
         self._read: dict[str, tuple[Signature, Bundle]] = {}
         self._bases: dict[BaseState, str] = {}
         self._gone: set[str] = set()
-        self._alone = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     def __getitem__(self, task: str) -> Bundle:
         return self._bundles[task]
@@ -75,26 +76,26 @@ class Catalog(Mapping[str, Bundle]):
         return len(self._bundles)
 
     async def refresh(self) -> None:
-        """Read what has changed in the folder, or in the networks that its bundles build on."""
-        async with self._alone:
-            found = await asyncio.to_thread(self._look_through)
+        """Read changes in the folder, and in the base networks of its bundles."""
+        async with self._lock:
+            found = await asyncio.to_thread(self._scan)
             bundles = self._built_in | found.served
             self._gone |= {t for t, was in self._bundles.items() if bundles.get(t) is not was}
             self._bundles, self._read = bundles, found.read
             self.refused, self.unread = found.refused, found.unread
 
     async def follow(self, stop: asyncio.Event, *, gone: Callable[[str], Awaitable[None]]) -> None:
-        """Look once a second until `stop`, telling `gone` of each task not served as before."""
+        """Refresh once a second until `stop`; calls `gone` with each removed or replaced task."""
         while not stop.is_set():
             try:
                 await self.refresh()
-                await self._tell(gone)
+                await self._report(gone)
             except Exception:
-                logger.exception("the published tasks cannot be looked through; trying again")
+                logger.exception("the published tasks cannot be read; trying again")
             await sleep_or_stop(stop, POLL_SECONDS)
 
-    async def _tell(self, gone: Callable[[str], Awaitable[None]]) -> None:
-        """Tell of each task once; of one where that raises, the next time again."""
+    async def _report(self, gone: Callable[[str], Awaitable[None]]) -> None:
+        """Call `gone` once with each task; a task for which it raises comes up next time again."""
         while self._gone:
             task = self._gone.pop()
             try:
@@ -103,10 +104,10 @@ class Catalog(Mapping[str, Bundle]):
                 self._gone.add(task)
                 raise
 
-    def _look_through(self) -> _Found:
-        """What the folder holds now; only what has changed is read and hashed."""
-        found, states = _Found(), dict[str, Signature]()
-        for task, seen in self._look().items():
+    def _scan(self) -> _Scan:
+        """The folder's bundles; only changed files are read and hashed."""
+        found, states = _Scan(), dict[str, Signature]()
+        for task, seen in self._signatures().items():
             refused = self.refused.get(task)
             if refused is not None and refused.seen == seen and task not in self._read:
                 found.refused[task] = refused
@@ -118,24 +119,24 @@ class Catalog(Mapping[str, Bundle]):
                     self._verify(base, states)
                 if self._bundles.get(task) is not bundle:
                     logger.info(
-                        "task %s is there to be asked, as %s",
+                        "task %s is available, as %s",
                         task,
                         bundle.digest[:16],
                         extra=naming(task_id=task),
                     )
                 found.served[task] = bundle
             except Exception as error:
-                self._leave_out(found, task, seen, error)
+                self._reject(found, task, seen, error)
         return found
 
-    def _leave_out(self, found: _Found, task: str, seen: Signature, error: Exception) -> None:
-        """Not served, but for passing trouble with the networks of a task that is."""
+    def _reject(self, found: _Scan, task: str, seen: Signature, error: Exception) -> None:
+        """Note why the task is not served; a served task survives transient errors."""
         reason = f"{error}".replace(f"{self._folder}/", "").replace(f"{MODELS}/", "")
         _, read = found.read.get(task, (None, None))
-        if read is not None and self._bundles.get(task) is read and _will_pass(error):
+        if read is not None and self._bundles.get(task) is read and _is_transient(error):
             found.served[task] = read
             return
-        if _will_pass(error):
+        if _is_transient(error):
             found.unread[task] = reason
         else:
             found.refused[task] = RefusedBundle(reason, _is_replaceable(self._folder / task), seen)
@@ -143,7 +144,7 @@ class Catalog(Mapping[str, Bundle]):
         if reason not in (self.unread.get(task), before and before.reason):
             logger.error("task %s is not served: %s", task, error, extra=naming(task_id=task))
 
-    def _look(self) -> dict[str, Signature]:
+    def _signatures(self) -> dict[str, Signature]:
         """The signature of every bundle in the folder."""
         try:
             names = sorted(path.name for path in self._folder.iterdir() if is_task_id(path.name))
@@ -160,22 +161,22 @@ class Catalog(Mapping[str, Bundle]):
         return {name: seen for name, seen in found.items() if seen}
 
     def _bundle(self, task: str, seen: Signature) -> Bundle:
-        """The task's bundle, read anew where its files are not as they were."""
+        """The task's bundle, read again if its files have changed."""
         before, known = self._read.get(task, (None, None))
         if known is not None and before == seen:
             return known
         folder = self._folder / task
         bundle = read_bundle(folder)
         if bundle.id != folder.name:
-            raise BundleError(f"{folder}: the manifest says the id {bundle.id!r}")
+            raise BundleError(f"{folder}: the manifest has the id {bundle.id!r}")
         return bundle
 
     def _verify(self, base: Base, states: dict[str, Signature]) -> None:
-        """As `Base.verified`, but files that have not changed since are not hashed again.
+        """Verify like `Base.verified`, without hashing unchanged files again.
 
-        `states` are the signatures of base networks' folders as this look has found them.
+        `states` caches the signatures of base networks' folders during one scan.
         """
-        base_folder(base.folder, self._models_dir)  # Before anything elsewhere is looked at.
+        base_folder(base.folder, self._models_dir)  # First, so that no other folder is read.
         if base.folder not in states:
             states[base.folder] = signature(MODELS / base.folder) if base.folder else ()
         state = base.folder, tuple(sorted(base.files.items())), states[base.folder]
@@ -189,15 +190,15 @@ class Catalog(Mapping[str, Bundle]):
             raise BundleError(self._bases[state])
 
 
-def _will_pass(error: Exception) -> bool:
-    """Whether the machine failed, not the bundle: it may be read the next time."""
+def _is_transient(error: Exception) -> bool:
+    """Whether the machine failed, not the bundle: the next scan may read it."""
     cause = error if isinstance(error, OSError) else error.__cause__
     missing = FileNotFoundError, NotADirectoryError, IsADirectoryError
     return isinstance(cause, OSError) and not isinstance(cause, missing)
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Whether the bundle is damaged; one that another release wrote may be whole."""
+    """Whether the bundle is damaged; a bundle of another release may be intact."""
     try:
         described = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A contact sheet: what a task's labels look like to the denoiser that was adapted to them."""
+"""Contact sheets: the pictures from which a task was made, a row for each label."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from service.tasks.store import Store
 from service.tasks.task import Task
 
 _TILE = 64
-_TALLEST = 32_000
-"""Pixels: a task of many labels gets smaller pictures instead of a taller sheet."""
-_MOST_SHOTS = 16
-_WORDS = 220
+_MAX_HEIGHT = 32_000
+"""Maximum height in pixels; a task of many labels gets smaller pictures."""
+_MAX_SHOTS = 16
+_TEXT_WIDTH = 220
 _GAP = 4
 
 
 def contact_sheet(store: Store, task: Task, out: Path) -> int:
-    """Write a PNG with one row a label: its text, then its pictures. Returns how many there are.
+    """Write a PNG with one row for each label: its text, then its pictures.
 
-    Where the task has no pictures nothing is written.
+    Returns the number of pictures. Nothing is written for a task without pictures.
     """
     folder = store.jobs / task.id / REFERENCES
-    shots = min(int(task.settings.get("shots", 0)), _MOST_SHOTS)
-    tile = max(16, min(_TILE, _TALLEST // len(task.labels) - _GAP))
+    shots = min(int(task.settings.get("shots", 0)), _MAX_SHOTS)
+    tile = max(16, min(_TILE, _MAX_HEIGHT // len(task.labels) - _GAP))
     row = tile + _GAP
-    sheet = Image.new("RGB", (_WORDS + shots * row + _GAP, len(task.labels) * row + _GAP), "white")
+    sheet = Image.new(
+        "RGB", (_TEXT_WIDTH + shots * row + _GAP, len(task.labels) * row + _GAP), "white"
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=min(14, tile - 2))
     placed = 0
     for index, label in enumerate(task.labels):
@@ -38,7 +40,7 @@ def contact_sheet(store: Store, task: Task, out: Path) -> int:
             if path.is_file():
                 with Image.open(path) as picture:
                     small = picture.convert("RGB").resize((tile, tile), Image.Resampling.BICUBIC)
-                sheet.paste(small, (_WORDS + shot * row, top))
+                sheet.paste(small, (_TEXT_WIDTH + shot * row, top))
                 placed += 1
     if placed:
         sheet.save(out, "PNG")
@@ -46,9 +48,9 @@ def contact_sheet(store: Store, task: Task, out: Path) -> int:
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The label, cut where it would run into the pictures."""
-    if font.getlength(label) <= _WORDS - 2 * _GAP:
+    """The label, cut to the width of its column."""
+    if font.getlength(label) <= _TEXT_WIDTH - 2 * _GAP:
         return label
-    while font.getlength(f"{label}…") > _WORDS - 2 * _GAP:
+    while font.getlength(f"{label}…") > _TEXT_WIDTH - 2 * _GAP:
         label = label[:-1]
     return f"{label}…"

@@ -22,35 +22,35 @@ from service.operations.logs import naming
 logger = logging.getLogger("vouchsafe.tasks")
 
 LOCK_SECONDS = 30.0
-"""How long a lock outlives the worker that held it."""
+"""Seconds after which the lock of a dead worker expires."""
 EXTEND, KEEP, SILENCE = 1 / 6, 1 / 2, 1 / 4
-"""Shares of a lock's time: between two extensions; from the last extension until the job is given
-up; and for which the job's process goes on unattended."""
+"""Shares of a lock's time: between two extensions, from the last extension until the job is
+abandoned, and from the last step until its process exits."""
 
 
 class HeldLock:
-    """A lock that this process holds until `until` (time.monotonic), or for good."""
+    """A lock that this process holds until `until` (time.monotonic), or forever."""
 
     def __init__(self, until: float = math.inf) -> None:
         self.until = until
 
     @property
     def is_held(self) -> bool:
-        """Whether the job may still be run here."""
+        """Whether this process may still run the job."""
         return time.monotonic() < self.until
 
 
 class Locks(Protocol):
-    """The locks of all jobs; `silence` are the seconds that a job's process goes on unattended."""
+    """The locks of all jobs; after `silence` seconds without a step, a job's process exits."""
 
     silence: float | None
 
     def acquire(self, task_id: str) -> AbstractAsyncContextManager[HeldLock | None]:
-        """Hold a job's lock; None where another process has it. Raises EngineUnreachable."""
+        """Hold a job's lock; None if another process holds it. Raises EngineUnreachable."""
 
 
 class LocalLocks:
-    """Locks of one machine: always free, for a file in the job's folder keeps processes apart."""
+    """Locks of one machine: always free, since a file lock in the job's folder is enough."""
 
     silence: float | None = None
 
@@ -61,10 +61,11 @@ class LocalLocks:
 
 
 class RedisLocks:
-    """Locks of a fleet, in Redis; `reach` asks Redis, and logs where it is out of reach.
+    """Locks of a fleet, in Redis; `connection` logs when Redis is unreachable.
 
-    A lock expires `seconds` after its last extension. Its holder gives the job up after half of
-    that, and the job's process ends by itself after a quarter: none is left when the lock expires.
+    A lock expires `seconds` after its last extension. Its holder abandons the job after half of
+    that, and the job's process exits without steps after a quarter. So no process of the job is
+    left when the lock expires.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RedisLocks:
 
     @asynccontextmanager
     async def acquire(self, task_id: str) -> AsyncIterator[HeldLock | None]:
-        """Hold the job's lock, and extend it meanwhile; None where another worker has it."""
+        """Hold the job's lock, and extend it; None if another worker holds it."""
         name = f"{self._prefix}adaptation:{task_id}"
         lock = self._redis.lock(name, timeout=self._seconds, blocking=False, thread_local=False)
         held = HeldLock(time.monotonic() + self._seconds * KEEP)
@@ -96,7 +97,7 @@ class RedisLocks:
         finally:
             extending.cancel()
             await asyncio.wait({extending})
-            with suppress(EngineUnreachable):  # It expires then.
+            with suppress(EngineUnreachable):  # The lock expires then.
                 await self._connection.ask(_owned(lock.release()))
 
     async def aclose(self) -> None:
@@ -104,20 +105,20 @@ class RedisLocks:
         await self._redis.aclose()
 
     async def _extend(self, lock: Lock, held: HeldLock, task_id: str) -> None:
-        """Extend the lock until it is lost, or could not be extended in time."""
+        """Extend the lock until it is lost, or cannot be extended in time."""
         while held.is_held:
             await asyncio.sleep(self._seconds * EXTEND)
-            asked = time.monotonic()
+            began = time.monotonic()
             with suppress(EngineUnreachable):
                 is_owned = await self._connection.ask(answered(_owned(lock.reacquire())))
-                held.until = asked + self._seconds * KEEP if is_owned else 0.0
+                held.until = began + self._seconds * KEEP if is_owned else 0.0
         logger.warning("the lock of job %s is lost", task_id, extra=naming(task_id=task_id))
 
 
-async def _owned(asking: Awaitable[object]) -> bool:
-    """Whether the lock was still this process's as Redis was asked to extend or release it."""
+async def _owned(request: Awaitable[object]) -> bool:
+    """Whether this process still held the lock when Redis extended or released it."""
     try:
-        await asking
+        await request
     except LockError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""One adaptation job's processes: started, watched, started again where they die, ended."""
+"""The processes of one adaptation job: started, watched, restarted and ended."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ from service.tasks.repository import is_running
 logger = logging.getLogger("vouchsafe.tasks")
 
 JOB = (sys.executable, "-m", "models.adaptation.job")
-"""The command that runs a job, given its folder, the folder to publish in, the one of fetched
-networks, and for how many seconds it goes on unattended."""
+"""The command that runs a job. Its arguments: the job's folder, the folder to publish in, that of
+fetched networks, and the seconds without a step after which it exits."""
 CLAIM = "claim"
-"""Held locked by the process that looks after the job, as `lock` is by the one that computes it."""
+"""Locked by the process that supervises the job, as `lock` is by the process that computes it."""
 LOG = "log.txt"
 LOG_BYTES = 2**20
 ATTEMPTS = 4
-"""How often a job's process, or its worker, may die before the job gets any further."""
+"""Crashes of a job's process or its worker, without progress in between, that fail the job."""
 GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds: between two looks at a process, between two looks for jobs, before a process that
-    died is started again, without news until it counts as hung, and for which a job is put aside
-    whose folder is in trouble."""
+    """Times in seconds.
+
+    - `look`: between two steps of a run.
+    - `poll`: between two searches for jobs.
+    - `restart`: before a crashed process is started again.
+    - `news`: without a change of the status until a process counts as hung.
+    - `aside`: for which a job is postponed after an error of its folder.
+    """
 
     look: float = 0.2
     poll: float = 1.0
@@ -47,12 +52,11 @@ class Patience:
 
 
 class Run:
-    """One job's processes, one after another until the job has ended; a step takes no time.
+    """Runs one job's processes, one after another, until the job has ended.
 
-    A job that another process looks after is only watched. `stop` or `abandon` must be called in
-    the end; a run that was stopped can go on. How often processes have died without getting further
-    is counted in the job's status. With `silence` a process ends by itself where no step was taken
-    for that many seconds.
+    `step` does not block. A job that another process supervises is only watched. Call `stop` or
+    `abandon` at the end; a stopped run can go on. The job's status counts crashes without progress.
+    With `silence`, a process exits after that many seconds without a step.
     """
 
     def __init__(
@@ -78,19 +82,19 @@ class Run:
         self._is_new = True
         self._attempts = 0
         self._furthest = 0.0
-        self._last_death = ""
+        self._last_crash = ""
         self._disk_was_full = False
         self._news: tuple[int, float] = (0, clock())
 
     @property
     def is_mine(self) -> bool:
-        """Whether it is this process that looks after the job."""
+        """Whether this process supervises the job."""
         return self._claim is not None
 
     def step(self) -> bool:
-        """Look after the process; True once nothing is left to do: ended, or removed.
+        """Start, check or restart the process; True once the job has ended or was removed.
 
-        Raises OSError where the job's folder is in trouble.
+        Raises OSError for a job's folder that cannot be read or written.
         """
         if not self.job.is_dir():
             self._kill()
@@ -101,31 +105,31 @@ class Run:
         if code is None:
             self._watch(self._child)
             return False
-        self._leave(self._child)
+        self._forget_child(self._child)
         if code == 0 and Status.read(self.job).ended:
             return True
-        return self._died(code)
+        return self._crashed(code)
 
     def stop(self) -> None:
-        """End the process, if there is one; the job can go on later from its checkpoints."""
+        """End the process, if any; the job can go on later from its checkpoints."""
         try:
             if self._child is not None:
                 self._end(self._child)
         except OSError as error:
-            self._tell(logging.ERROR, "its status cannot be written: %s", error)
+            self._log(logging.ERROR, "its status cannot be written: %s", error)
         finally:
-            self._let_go()
+            self._release_claim()
 
     def abandon(self) -> None:
-        """Kill the process, if there is one, and leave the folder to its new owner."""
+        """Kill the process, if any, and leave the folder to its new owner."""
         self._kill()
-        self._let_go()
+        self._release_claim()
 
-    def _tell(self, level: int, message: str, *told: object) -> None:
+    def _log(self, level: int, message: str, *values: object) -> None:
         name = self.job.name
-        logger.log(level, f"job %s: {message}", name, *told, extra=naming(task_id=name))
+        logger.log(level, f"job %s: {message}", name, *values, extra=naming(task_id=name))
 
-    def _let_go(self) -> None:
+    def _release_claim(self) -> None:
         if self._claim is not None:
             self._claim.close()
             self._claim = None
@@ -138,7 +142,7 @@ class Run:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        self._leave(child)
+        self._forget_child(child)
         if self.job.is_dir() and not (status := Status.read(self.job)).ended:
             status.changed(state="queued", eta_seconds=None).write(self.job)
 
@@ -148,27 +152,27 @@ class Run:
         if not self._claimed():
             return False
         if self._is_new:
-            self._take_up()
+            self._resume()
         if self._attempts >= ATTEMPTS:
             return self._give_up()
         if self._clock() >= self._start_at and not is_running(self.job):
             self._start()
         return False
 
-    def _take_up(self) -> None:
-        """Go on with the job's own count.
+    def _resume(self) -> None:
+        """Read the job's count of crashes.
 
-        A job that says it runs was lost by its worker. Where machines do not share locks its
-        process may last a little, so none is started before `silence` has passed.
+        A job whose status is still `running` has lost its worker. Machines may not share file
+        locks, so the old process may still run: a new one is started only after `silence` seconds.
         """
         status = Status.read(self.job)
         self._attempts, self._furthest, self._is_new = status.attempts, status.furthest, False
         if status.state == "running":
-            self._tell(logging.WARNING, "its worker went away")
-            self._count("its worker went away", self._silence or 0.0)
+            self._log(logging.WARNING, "its worker was lost")
+            self._count("its worker was lost", self._silence or 0.0)
 
     def _claimed(self) -> bool:
-        """Take the job for this process, unless another has it or it has just been removed."""
+        """Claim the job for this process, unless another has claimed it or it was removed."""
         if self._claim is None:
             try:
                 claim = (self.job / CLAIM).open("ab")
@@ -183,7 +187,7 @@ class Run:
         return True
 
     def _start(self) -> None:
-        # Before the process says so itself: one that takes its worker with it at once counts too.
+        # Written before the process starts: a crash that ends the worker at once counts too.
         Status.read(self.job).changed(state="running").write(self.job)
         self._trim_log()
         with (self.job / LOG).open("ab") as log:
@@ -192,8 +196,8 @@ class Run:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                # Ctrl-C at the terminal is for its parent. Not a session of its own: Linux weighs
-                # sessions alike (autogroup), and the job's low priority would count for nothing.
+                # Ctrl-C at the terminal is for the parent. A new session would void the job's low
+                # priority: Linux gives sessions equal shares (autogroup).
                 process_group=0,
             )
         if self._child.stdin is not None:
@@ -202,45 +206,47 @@ class Run:
 
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
         if child.stdin is not None:
-            with suppress(BlockingIOError, BrokenPipeError):  # It is stopped, or dead.
+            with suppress(BlockingIOError, BrokenPipeError):  # The process is suspended or dead.
                 os.write(child.stdin.fileno(), b".")
         self._trim_log()
         written = _time_of_change(self.job / STATUS)
         if written != self._news[0]:
             self._news = (written, self._clock())
         elif self._clock() - self._news[1] > self._patience.news:
-            self._tell(logging.ERROR, "no news for %g s; ended", self._patience.news)
+            self._log(
+                logging.ERROR, "its status has not changed for %g s; ended", self._patience.news
+            )
             child.kill()
 
     def _trim_log(self) -> None:
-        """Empty the log where it has grown too long; its writer appends."""
+        """Truncate a log above LOG_BYTES; its writer appends."""
         log = self.job / LOG
         if log.is_file() and log.stat().st_size > LOG_BYTES:
             os.truncate(log, 0)
 
-    def _died(self, code: int) -> bool:
+    def _crashed(self, code: int) -> bool:
         if code == UNATTENDED:
-            self._tell(logging.WARNING, "its process was not attended to, and ended")
+            self._log(logging.WARNING, "its process exited after no step was taken")
             self._start_at = self._clock() + self._patience.restart
             return False
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
-        self._tell(logging.ERROR, "its process %s; see its %s", how, LOG)
+        self._log(logging.ERROR, "its process %s; see its %s", how, LOG)
         self._count(f"its process {how}", self._patience.restart)
         return self._attempts >= ATTEMPTS and self._give_up()
 
-    def _count(self, death: str, pause: float) -> None:
-        """Count a death; no process is started before `pause` seconds have passed."""
+    def _count(self, crash: str, pause: float) -> None:
+        """Count a crash; the next process starts after `pause` seconds."""
         status = Status.read(self.job)
         if status.progress > self._furthest:
             self._furthest, self._attempts = status.progress, 0
-        self._attempts, self._last_death = self._attempts + 1, death
+        self._attempts, self._last_crash = self._attempts + 1, crash
         self._start_at = self._clock() + pause
-        if self._attempts < ATTEMPTS:  # Else its failure is written next.
+        if self._attempts < ATTEMPTS:  # Otherwise, the failure is written next.
             counted = status.changed(attempts=self._attempts, furthest=self._furthest)
             counted.changed(state="queued", eta_seconds=None).write(self.job)
 
     def _give_up(self) -> bool:
-        """Let the job fail; where that cannot be written it is for the next step to do."""
+        """Write that the job failed; raises OSError, and the next step tries again."""
         failed = Status.read(self.job).changed(state="failed", finished=time.time())
         failed = failed.changed(problem=self._problem(), eta_seconds=None)
         try:
@@ -256,8 +262,8 @@ class Run:
             kind, cause = "disk-full", "The disk was full: make room on it, or delete tasks"
         detail = (
             f"The adaptation died {self._attempts} times without getting further, at last because "
-            f"{self._last_death}. {cause}; jobs/{self.job.name}/{LOG} in the data directory has "
-            "its last words. Post the same task to try again"
+            f"{self._last_crash}. {cause}; jobs/{self.job.name}/{LOG} in the data directory has "
+            "the end of its output. Post the same task to try again"
         )
         return {"kind": kind, "detail": detail}
 
@@ -265,9 +271,9 @@ class Run:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
-            self._leave(self._child)
+            self._forget_child(self._child)
 
-    def _leave(self, child: subprocess.Popen[bytes]) -> None:
+    def _forget_child(self, child: subprocess.Popen[bytes]) -> None:
         if child.stdin is not None:
             child.stdin.close()
         self._child = None

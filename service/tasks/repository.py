@@ -1,7 +1,7 @@
 """Tasks as folders on disk: published bundles, and the adaptation jobs that make them.
 
-Other processes may make, run and remove tasks in the same folders at the same time. What is made
-or removed here appears or vanishes by one rename, so a process may be killed at any point.
+Several processes may make, run and remove tasks in the same folders. Each folder appears or
+vanishes by one rename, so a process may be killed at any point.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ logger = logging.getLogger("vouchsafe.tasks")
 
 REFERENCES_SHOWN = 20
 CHILD_SECONDS = 10.0
-"""How long a removal waits for the job's process to be gone."""
+"""Seconds that a removal waits for the job's process to exit."""
 PARTIAL = ".partial-"
-"""How the names of half-made folders begin."""
+"""Prefix of the names of half-made folders."""
 SPARED_SECONDS = 3_600.0
-"""In a fleet half-made folders are let be for so long: machines may not see each other's locks."""
+"""Age below which a fleet spares half-made folders, since machines may not share file locks."""
 _LOCK = ".lock"
 _REFERENCE = re.compile(r"(\d{1,4})-(\d{1,3})\.png")
 _WITHDRAWN = ".withdrawn-"
@@ -43,8 +43,8 @@ _ENTRIES_READ = 1_000
 class TaskRepository:
     """The tasks under a data directory; its methods block on the disk.
 
-    `tasks` and `jobs` are the folders of the published bundles and of the adaptation jobs, `models`
-    that of the networks that were fetched.
+    `tasks` is the folder of published bundles, `jobs` of adaptation jobs, `models` of fetched
+    networks.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,11 +55,11 @@ class TaskRepository:
 
     @property
     def exists(self) -> bool:
-        """Whether tasks were ever made here: a volume that is not mounted has no lock file."""
+        """Whether tasks were ever made here; an unmounted volume has no lock file."""
         return (self.jobs / _LOCK).is_file()
 
     def find(self, task_id: str) -> Task | None:
-        """The task as it stands, or None."""
+        """The task's current state, or None."""
         if not is_task_id(task_id):
             return None
         job, bundle = self.jobs / task_id, self.tasks / task_id
@@ -74,7 +74,7 @@ class TaskRepository:
             return None
 
     def get(self, task_id: str) -> Task:
-        """The task as it stands; raises NotFound."""
+        """The task's current state; raises NotFound."""
         if (task := self.find(task_id)) is None:
             raise NotFound("There is no such task, or no longer", task=task_id[:64])
         return task
@@ -86,17 +86,17 @@ class TaskRepository:
         return sorted((task for task in found if task is not None), key=_age)
 
     def unfinished(self) -> list[Task]:
-        """The tasks still to be made, the oldest first."""
+        """The tasks whose jobs have not ended, the oldest first."""
         found = [self.find(job.name) for job in self._open()]
         unfinished = [task for task in found if task is not None and not task.status.ended]
         return sorted(unfinished, key=_age)
 
     def open_jobs(self) -> int:
-        """How many adaptation jobs are queued or running; what cannot be read is left out."""
+        """Number of adaptation jobs that are queued or running; unreadable ones are skipped."""
         return len(self._open())
 
     def references(self, task: Task) -> list[str]:
-        """File names of at most 20 pictures the task was made from, one of each label first."""
+        """File names of at most 20 pictures of the task, one of each label first."""
         try:
             with os.scandir(self.jobs / task.id / REFERENCES) as entries:
                 names = [
@@ -117,7 +117,7 @@ class TaskRepository:
         raise NotFound("There is no such picture, or no longer")
 
     def usage(self) -> dict[str, int]:
-        """Bytes that each task takes with its job, leftovers of killed processes included."""
+        """Bytes of each task with its job, leftovers of killed processes included."""
         used: dict[str, int] = {}
         for folder in (self.tasks, self.jobs):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -125,18 +125,18 @@ class TaskRepository:
         return used
 
     def delete(self, task_id: str) -> None:
-        """Remove a task, published or not, and its job; the process that runs the job ends it.
+        """Remove a task, published or not, and its job; the job's process then exits.
 
-        Each folder leaves sight by one rename before it is removed. Raises NotFound.
+        Each folder is renamed before it is removed. Raises NotFound.
         """
         if not is_task_id(task_id):
             raise NotFound("There is no such task, or no longer", task=task_id[:64])
-        with self._alone():
-            trash = [self._out_of_sight(self.tasks / task_id)]
-            trash.append(job := self._out_of_sight(self.jobs / task_id))
+        with self._locked():
+            trash = [self._moved_away(self.tasks / task_id)]
+            trash.append(job := self._moved_away(self.jobs / task_id))
             if job is not None:
                 _wait_until_free(job, CHILD_SECONDS)
-            trash.append(self._out_of_sight(self.tasks / task_id))  # Published at the last moment.
+            trash.append(self._moved_away(self.tasks / task_id))  # Published while it was deleted.
             leftovers = [
                 path
                 for prefix in (PARTIAL, _WITHDRAWN)
@@ -149,37 +149,38 @@ class TaskRepository:
             raise NotFound("There is no such task, or no longer", task=task_id)
 
     def clear(self, task_id: str) -> None:
-        """Remove what a job's process has published of a task that was removed meanwhile.
+        """Remove a bundle that a job's process has published after its task was removed.
 
-        For who ran the job, once its process is gone: where machines do not share their locks, a
-        removal elsewhere could not wait for that.
+        The supervisor calls this once the process is gone. On machines that do not share file
+        locks, `delete` cannot wait for the process.
         """
-        with self._alone():
+        with self._locked():
             if (self.jobs / task_id).exists():
                 return
-            left = [self._out_of_sight(self.tasks / task_id)]
+            left = [self._moved_away(self.tasks / task_id)]
             left += self.tasks.glob(f"{PARTIAL}{task_id}-*")
         for path in left:
             if path is not None:
                 shutil.rmtree(path, ignore_errors=True)
 
     def withdraw(self, task_id: str, seen: Signature) -> None:
-        """Put a published bundle that cannot be served aside, until another is in its place.
+        """Move a published bundle that cannot be served away, until another replaces it.
 
-        Its job, if there is one, stays. A bundle that is not the one `seen` is let be: somebody
-        else has put that aside, and this may be what was made instead.
+        Its job, if any, stays. A bundle with another signature than `seen` stays as well: another
+        process has moved the old one away, and this may be its replacement.
         """
-        with self._alone():
+        with self._locked():
             if signature(self.tasks / task_id) == seen:
-                self._out_of_sight(self.tasks / task_id, _WITHDRAWN)
+                self._moved_away(self.tasks / task_id, _WITHDRAWN)
 
     def sweep(self) -> None:
-        """Remove what killed processes left: half-made folders, and those out of sight.
+        """Remove the leftovers of killed processes: half-made folders, and folders moved away.
 
-        Half-made bundles are let be while any process writes one, those put aside until there is
-        another, and in a fleet half-made folders for an hour.
+        - Half-made bundles stay while any process writes a bundle.
+        - Withdrawn bundles stay until another is in their place.
+        - In a fleet, half-made folders stay for an hour.
         """
-        with self._alone(), (self.tasks / WRITERS).open("a") as writers:
+        with self._locked(), (self.tasks / WRITERS).open("a") as writers:
             left = [path for folder in (self.jobs, self.tasks) for path in folder.glob(".trash-*")]
             left += self._half_made(self.jobs)
             for bundle in _folders(self.tasks):
@@ -204,17 +205,17 @@ class TaskRepository:
         return [path for path in found if not self._spared_seconds or _last_change(path) < before]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other process or thread makes or removes tasks."""
-        # The data directory first: parents that mkdir makes on the way may be read by everyone.
+    def _locked(self) -> Iterator[None]:
+        """Exclude other processes and threads that make or remove tasks."""
+        # The data directory first: mkdir gives parents that it makes the default mode.
         for folder in (self.jobs.parent, self.jobs, self.tasks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.jobs / _LOCK).open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
-    def _out_of_sight(self, folder: Path, prefix: str = ".trash-") -> Path | None:
-        """Where the folder lies now, or None where there was none."""
+    def _moved_away(self, folder: Path, prefix: str = ".trash-") -> Path | None:
+        """The folder's new path, or None for a missing folder."""
         trash = folder.with_name(f"{prefix}{folder.name}-{time.time_ns()}")
         try:
             folder.rename(trash)
@@ -229,7 +230,7 @@ def _age(task: Task) -> tuple[float, str]:
 
 
 def is_running(job: Path) -> bool:
-    """Whether some process runs the job now; nothing is written, for the disk may be full."""
+    """Whether a process runs the job now; nothing is written, since the disk may be full."""
     try:
         with (job / LOCK).open("rb") as stream:
             return not _taken(stream)
@@ -238,7 +239,7 @@ def is_running(job: Path) -> bool:
 
 
 def _taken(stream: IO[Any]) -> bool:
-    """Whether nobody held a lock on the file; the stream holds it now."""
+    """Whether the file's lock was free; the stream holds it now."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -250,8 +251,8 @@ def _wait_until_free(job: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while is_running(job):
         if time.monotonic() > deadline:
-            told = naming(task_id=job.name)
-            logger.error("the process of job %s has not ended", job.name, extra=told)
+            ids = naming(task_id=job.name)
+            logger.error("the process of job %s has not ended", job.name, extra=ids)
             return
         time.sleep(0.02)
 
@@ -266,14 +267,14 @@ def _bytes_in(path: Path) -> int:
 
 
 def _last_change(folder: Path) -> float:
-    """When the folder or a file in it was last written to, in Unix seconds."""
+    """The last change of the folder or of a file in it, in Unix seconds."""
     with suppress(OSError):
         return max([folder.stat().st_mtime, *(state.st_mtime for state in _states(folder))])
     return time.time()
 
 
 def _states(path: Path) -> Iterator[os.stat_result]:
-    """Of a file, or of every file under a folder; what vanishes meanwhile is left out."""
+    """The stat results of a file, or of every file under a folder; vanished files are skipped."""
     for root, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
         for name in names:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is asked and told about tasks over HTTP: one pydantic model per document."""
+"""Documents of tasks over HTTP: one pydantic model each."""
 
 from __future__ import annotations
 
@@ -70,13 +70,11 @@ Label = Annotated[
 
 
 class TaskRequest(BaseModel):
-    """A task to be made from nothing but its labels; what is left out is the set's own choice."""
+    """A request to make a task from its labels; the denoiser set has defaults for the rest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Name | None = Field(
-        None, description="What people call the task; it changes nothing of it."
-    )
+    name: Name | None = Field(None, description="A name for people; it does not affect the task.")
     labels: Annotated[list[Label], FailFast()] = Field(
         description=f"The labels to choose from, {LABELS[0]} to {LABELS[1]} of them; "
         "with a `prompt` where other words stand for the label in the template."
@@ -102,12 +100,15 @@ class TaskRequest(BaseModel):
         None, max_length=_SET_NAME_LENGTH, description="The classifier set to adapt."
     )
     allow_unknown_labels: bool = Field(
-        False, description="Take labels that the set was not trained on, whatever comes of it."
+        False, description="Accept labels that the set was not trained on, at any quality."
     )
 
     def plan(self, models_dir: Path | None = None) -> Plan:
-        """The plan of the task; raises InvalidField for what is outside its limits, and for
-        networks that are not whole in `models_dir`."""
+        """The plan of the task.
+
+        Raises InvalidField for a field outside its limits, and for networks that are incomplete in
+        `models_dir`.
+        """
         settings = self.model_dump(exclude={"name", "labels"})
         try:
             return Plan.checked(self.labels, **settings, models_dir=models_dir)
@@ -115,7 +116,7 @@ class TaskRequest(BaseModel):
             raise invalid_field(error.field, str(error), error.value, error.limit) from error
 
     def name_of(self, plan: Plan) -> str:
-        """The name, or the plan's first labels where none is given."""
+        """The name, or the plan's first labels by default."""
         if self.name is not None:
             return self.name
         more = len(plan.labels) - _LABELS_NAMED
@@ -127,8 +128,8 @@ class TaskResponse(BaseModel):
     """A task, whether or not it is ready."""
 
     id: str = Field(description="The task's id, to be sent as `task` once it is ready.")
-    name: str = Field(description="What people call it.")
-    state: STATES = Field(description="How far the task is.")
+    name: str = Field(description="The task's name, for people.")
+    state: STATES = Field(description="The task's state.")
     stage: str | None = Field(
         description="While it runs: synthesizing, personalizing, finetuning or evaluating."
     )
@@ -144,13 +145,13 @@ class TaskResponse(BaseModel):
     )
     labels: list[str] = Field(description="The labels, in the order of `label_index`.")
     prompts: dict[str, str] = Field(
-        description="What stands for a label in the template, where that is not the label itself."
+        description="The words for a label in the template, if other than the label itself."
     )
     template: str = Field(description="The sentence that labels are put in.")
     settings: dict[str, Any] = Field(
         description="denoiser, classifier, shots, steps, epochs and seed, as far as known."
     )
-    created: float = Field(description="When it was asked for, in Unix seconds.")
+    created: float = Field(description="When it was requested, in Unix seconds.")
     started: float | None = Field(description="When its job first ran, or null.")
     finished: float | None = Field(description="When it ended, or null.")
     references: list[str] = Field(
@@ -159,7 +160,7 @@ class TaskResponse(BaseModel):
 
 
 class TasksResponse(BaseModel):
-    """Tasks that were made from labels, the newest first, and where the next ones are."""
+    """Tasks that were made from labels, the newest first, and the address of the next page."""
 
     tasks: list[TaskResponse] = Field(description="The tasks.")
     next: str | None = Field(description="The address of the tasks before these, or null.")

@@ -1,4 +1,4 @@
-"""Tasks as callers see them: what is on disk, together with what is served."""
+"""Tasks for callers: the state on disk, together with the catalog of this process."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ class TaskService:
         self._store = store
         self._catalog = catalog
 
-    async def create(self, asked: TaskRequest, owner: str | None) -> TaskResponse:
-        """The task of these labels and settings, made if need be.
+    async def create(self, request: TaskRequest, owner: str | None) -> TaskResponse:
+        """The task of these labels and settings, made if necessary.
 
-        One that failed is tried again, and one whose bundle is damaged is made again. Raises
+        A failed task is tried again, and a task with a damaged bundle is made again. Raises
         InvalidField, StorageFull and Backlog.
         """
-        plan = await asyncio.to_thread(asked.plan, self._store.models)
-        made = plan, asked.name_of(plan), owner
+        plan = await asyncio.to_thread(request.plan, self._store.models)
+        made = plan, request.name_of(plan), owner
         task = await asyncio.to_thread(self._store.create, *made)
         refusal = await self._refusal(task)
         if refusal is not None and refusal.replaceable:
             await asyncio.to_thread(self._store.withdraw, task.id, refusal.seen)
             await self._catalog.refresh()
         if task.status.state == "ready" and task.id not in self._catalog:
-            # Its bundle was put aside, here or by somebody who posted the same at the same time.
+            # Its bundle was withdrawn, here or by a concurrent request for the same task.
             task = await asyncio.to_thread(self._store.create, *made)
         return await self._response(task)
 
     async def resolve(self, task: str) -> str:
-        """The id of the task with this id, else of the one with this name; else `task` as it is.
+        """The id of the task with this id or, failing that, this name; else `task` itself.
 
-        A name is that of the ready tasks that have it; of others where none is ready. Raises
-        TaskAmbiguous where it is that of several.
+        A name means the ready tasks that have it, or else the others. Raises TaskAmbiguous for a
+        name of several tasks.
         """
         if task in self._catalog or await asyncio.to_thread(self._store.find, task) is not None:
             return task
@@ -69,18 +69,20 @@ class TaskService:
         if not ids:
             ids = [t.id for t in await asyncio.to_thread(self._store.all) if t.name == name]
         if len(ids) > 1:
-            detail = f"{len(ids)} tasks are called {as_json(name)}; ask by id: {', '.join(ids)}"
+            detail = (
+                f"{len(ids)} tasks are called {as_json(name)}; request one by id: {', '.join(ids)}"
+            )
             raise TaskAmbiguous(detail, tasks=ids)
         return ids[0] if ids else task
 
     async def get(self, task_id: str) -> TaskResponse:
-        """The task as it stands; raises NotFound. Ready means that it can be asked."""
+        """The task's state; raises NotFound. A ready task is served."""
         return await self._response(await asyncio.to_thread(self._store.get, task_id))
 
     async def page(self, limit: int, after: str | None) -> TasksResponse:
-        """So many tasks, the newest first, from the one that follows `after` on.
+        """At most `limit` tasks, the newest first, beginning behind the task `after`.
 
-        Raises InvalidField for an `after` that is no task, or no longer.
+        Raises InvalidField if `after` is not the id of a task.
         """
         tasks = (await asyncio.to_thread(self._store.all))[::-1]
         ids = [task.id for task in tasks]
@@ -99,7 +101,7 @@ class TaskService:
         return await asyncio.to_thread(self._store.reference, task_id, name)
 
     async def watch(self, task: TaskResponse) -> AsyncIterator[TaskResponse | None]:
-        """The task as it is, then at every change, ending with its last; None: it was removed."""
+        """The task, again after every change, until it has ended; None once it was removed."""
         yield task
         while task.state in ("queued", "running"):
             await asyncio.sleep(WATCH_SECONDS)
@@ -115,7 +117,7 @@ class TaskService:
     async def delete(self, task_id: str, owner: str | None) -> None:
         """Remove the task and end its job.
 
-        Raises NotFound, and Forbidden for the built-in task or another caller's.
+        Raises NotFound, and Forbidden for the built-in task and for tasks of other callers.
         """
         if task_id == "default":
             raise Forbidden("The default task ships with the project and cannot be deleted")
@@ -130,9 +132,9 @@ class TaskService:
         await self._catalog.refresh()
 
     async def expect(self, task: str) -> str:
-        """The id of a task that can be asked from now on, see `resolve`, or is unknown.
+        """The id of a task that is served now or unknown; see `resolve`.
 
-        Raises TaskNotReady while it is being made, TaskFailed where it could not be, and
+        Raises TaskNotReady for a task that is being made, TaskFailed for a failed one, and
         TaskAmbiguous.
         """
         task_id = await self.resolve(task)
@@ -157,8 +159,8 @@ class TaskService:
                 stage=status.stage,
                 progress=status.progress,
             )
-        if (trouble := self._catalog.unread.get(task.id)) is not None:
-            detail = f"The task {name} cannot be read now: {trouble}"
+        if (reason := self._catalog.unread.get(task.id)) is not None:
+            detail = f"The task {name} cannot be read now: {reason}"
             raise TaskNotReady(detail, retry_after=RETRY_SECONDS, task=task.id, state=status.state)
 
     async def _response(self, task: Task) -> TaskResponse:
@@ -177,7 +179,7 @@ class TaskService:
         )
 
     async def _status(self, task: Task) -> Status:
-        """The task's status, with whether its bundle is served here."""
+        """The task's status; failed if this process does not serve its bundle."""
         if (refusal := await self._refusal(task)) is None:
             return task.status
         advice = "Post the same task to make it again"
@@ -187,7 +189,7 @@ class TaskService:
         return task_status(task.status, is_published=True, refusal=reason)
 
     async def _refusal(self, task: Task) -> RefusedBundle | None:
-        """Why a published task is not served, or None; one that is new is looked at now."""
+        """The reason why a published task is not served, or None; a new task is read now."""
         if task.status.state != "ready":
             return None
         if task.id not in self._catalog and task.id not in self._catalog.refused:

@@ -1,4 +1,4 @@
-"""The tasks on disk, for those who may make new ones: within bounds, under ids of the secret."""
+"""The tasks on disk with their making: within limits, under ids derived from the secret."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from service.tasks.repository import PARTIAL, TaskRepository
 from service.tasks.task import Task, is_task_id
 
 RETRY_SECONDS = 60
-"""Retry-After of a full queue where the running job has no estimate yet."""
+"""Retry-After of a full queue while the running job has no estimate."""
 LONGEST_RETRY = 600
 VOLUME = ".volume"
-"""The file beside the jobs with the id of one fleet's folders."""
+"""The file beside the jobs with the id of a fleet's data directory."""
 _LARGEST_NAMED = 5
 
 
 def retry_after(eta_seconds: float | None, default: int) -> int:
-    """Whole seconds, from 1 to 600, after which asking again makes sense."""
+    """Whole seconds, from 1 to 600, after which a caller should retry."""
     seconds = default if eta_seconds is None else int(eta_seconds) + 1
     return min(max(1, seconds), LONGEST_RETRY)
 
@@ -35,31 +35,31 @@ def retry_after(eta_seconds: float | None, default: int) -> int:
 class Store(TaskRepository):
     """The tasks under a data directory, where new ones can be made; see TaskRepository.
 
-    The secret makes their ids, so that nobody can guess one.
+    Ids are derived from the `secret`, so that callers cannot guess them.
     """
 
     def __init__(self, settings: Settings, secret: bytes) -> None:
         super().__init__(settings)
-        self._most_bytes = settings.task_storage_bytes
-        self._most_jobs = settings.max_pending_tasks
+        self._max_bytes = settings.task_storage_bytes
+        self._max_jobs = settings.max_pending_tasks
         self._secret = secret
 
     def volume(self) -> str:
-        """The id of these folders, made where they have none; raises OSError."""
+        """The id of this data directory, made on first use; raises OSError."""
         self.jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (path := self.jobs / VOLUME).exists():
             written_once(path, secrets.token_hex(16).encode())
         return path.read_text("ascii")
 
     def create(self, plan: Plan, name: str, owner: str | None) -> Task:
-        """The plan's task, queued where there is none and again where it failed.
+        """The plan's task; a new or a failed one is queued.
 
-        Raises StorageFull where tasks take all the room they may and Backlog for too many jobs, of
-        all callers or, where callers have keys, of this one: no key may fill more than half.
+        Raises StorageFull at the limit of storage, and Backlog at the limit of jobs, which is half
+        for one key.
         """
         task_id = plan.identity(self._secret)
         try:
-            with self._alone():
+            with self._locked():
                 found = self.find(task_id)
                 if found is None or found.status.state in ("failed", "cancelled"):
                     self._check_room(owner)
@@ -78,14 +78,14 @@ class Store(TaskRepository):
     def _check_room(self, owner: str | None) -> None:
         unfinished = self.unfinished()
         own = [task for task in unfinished if task.owner == owner]
-        most_own = max(1, self._most_jobs // 2)
-        if len(unfinished) >= self._most_jobs:
-            raise _too_many(unfinished, self._most_jobs, "tasks are being made")
-        if owner is not None and len(own) >= most_own:
-            raise _too_many(own, most_own, "tasks of this key are being made")
+        max_own = max(1, self._max_jobs // 2)
+        if len(unfinished) >= self._max_jobs:
+            raise _too_many(unfinished, self._max_jobs, "tasks are being made")
+        if owner is not None and len(own) >= max_own:
+            raise _too_many(own, max_own, "tasks of this key are being made")
         used = self.usage()
-        if (total := sum(used.values())) >= self._most_bytes:
-            raise _storage_full(total, self._most_bytes, used)
+        if (total := sum(used.values())) >= self._max_bytes:
+            raise _storage_full(total, self._max_bytes, used)
 
     def _publish_job(self, task_id: str, document: Mapping[str, Any]) -> None:
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.jobs))
@@ -96,17 +96,17 @@ class Store(TaskRepository):
             flush(self.jobs)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            # A machine that does not share our locks has just made the same task.
+            # Another machine may make the same task, without sharing our file locks.
             if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
 
 
-def _too_many(unfinished: Sequence[Task], most: int, what: str) -> Backlog:
+def _too_many(unfinished: Sequence[Task], limit: int, description: str) -> Backlog:
     etas = [t.status.eta_seconds for t in unfinished if t.status.eta_seconds is not None]
     return Backlog(
-        f"{len(unfinished)} {what}; at most {most} may be",
+        f"{len(unfinished)} {description}; at most {limit} may be",
         retry_after=retry_after(min(etas, default=None), RETRY_SECONDS),
-        limit=most,
+        limit=limit,
     )
 
 

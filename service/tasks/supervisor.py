@@ -1,4 +1,4 @@
-"""Runs adaptation jobs: one low-priority process at a time, in the order that they were made."""
+"""Runs adaptation jobs: one low-priority process at a time, the oldest job first."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger("vouchsafe.tasks")
 
 
 class Supervisor:
-    """Looks through the folders for open jobs, and runs the first one whose lock is free.
+    """Searches the folders for open jobs, and runs the first one whose lock is free.
 
-    `locks` keep the workers of a fleet apart. A job whose folder is in trouble is put off for a
-    while, and the others go on.
+    `locks` exclude the other workers of a fleet. A job whose folder raises errors is postponed,
+    and the others go on.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Supervisor:
         self._locks = locks or LocalLocks()
         self._command = command
         self._patience = patience or Patience()
-        self._put_off: dict[str, tuple[float, Run]] = {}
+        self._postponed: dict[str, tuple[float, Run]] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run jobs until `stop`, then end the one that runs so that it can go on later."""
+        """Run jobs until `stop`; the running job ends then, and can go on later."""
         swept = False
         while not stop.is_set():
             try:
@@ -52,20 +52,20 @@ class Supervisor:
                 while await self._run_first(stop):
                     pass
             except EngineUnreachable:
-                pass  # It is logged as Redis goes down.
+                pass  # `EngineConnection` logs that Redis is unreachable.
             except Exception:
-                logger.exception("adaptation jobs cannot be looked after; trying again")
+                logger.exception("adaptation jobs cannot be run; trying again")
             await sleep_or_stop(stop, self._patience.poll)
 
     async def _run_first(self, stop: asyncio.Event) -> bool:
-        """Whether a job was run: the oldest open one whose lock was free."""
+        """Run the oldest open job whose lock is free; False if there is none."""
         open_jobs = await asyncio.to_thread(self._repository.unfinished)
         ids = {task.id for task in open_jobs}
-        self._put_off = {name: put for name, put in self._put_off.items() if name in ids}
+        self._postponed = {name: entry for name, entry in self._postponed.items() if name in ids}
         for task in open_jobs:
             if stop.is_set():
                 return False
-            if task.id in self._put_off and time.monotonic() < self._put_off[task.id][0]:
+            if task.id in self._postponed and time.monotonic() < self._postponed[task.id][0]:
                 continue
             async with self._locks.acquire(task.id) as lock:
                 if lock is not None and await self._run(task, lock, stop):
@@ -73,7 +73,7 @@ class Supervisor:
         return False
 
     async def _run(self, task: Task, lock: HeldLock, stop: asyncio.Event) -> bool:
-        """Run the job to its end, or until `stop`; False where it is not to be run here or now."""
+        """Run the job until its end or `stop`; False if it cannot run here now."""
         job = self._repository.jobs / task.id
         run = self._run_of(job)
         try:
@@ -90,26 +90,26 @@ class Supervisor:
                 await asyncio.to_thread(self._tidy, task.id)
         except Exception:
             named, seconds = naming(task_id=task.id), self._patience.aside
-            logger.exception("job %s is put off for %g s", task.id, seconds, extra=named)
-            self._put_off[task.id] = time.monotonic() + seconds, run
+            logger.exception("job %s is postponed for %g s", task.id, seconds, extra=named)
+            self._postponed[task.id] = time.monotonic() + seconds, run
             return False
         finally:
             metrics.ADAPTATION_PROGRESS.set(float("nan"))
-            run.stop()  # Where the supervisor itself is cancelled.
+            run.stop()  # For a supervisor that is cancelled.
         return True
 
     def _tidy(self, task_id: str) -> None:
-        """Count how the job ended, where it did, and remove what its processes left."""
+        """Count the outcome of an ended job, and remove leftovers of its processes."""
         if not self._repository.exists:
-            return  # The volume went away with all folders: the job has not ended.
+            return  # The volume is unmounted; the job has not ended.
         self._repository.clear(task_id)
         _count_end(self._repository.find(task_id))
         self._repository.sweep()
 
     def _run_of(self, job: Path) -> Run:
-        """A new run, or the one that was put off."""
-        if job.name in self._put_off:
-            return self._put_off.pop(job.name)[1]
+        """The postponed run of the job, or a new one."""
+        if job.name in self._postponed:
+            return self._postponed.pop(job.name)[1]
         return Run(
             job,
             self._repository.tasks,
@@ -121,7 +121,7 @@ class Supervisor:
 
 
 def _count_end(task: Task | None) -> None:
-    """Count how the job of a task ended, where it did; None: by the removal of its task."""
+    """Count the outcome of a task's job if it has ended; None means a removed task."""
     status = task.status if task else Status("cancelled")
     if not status.ended:
         return

@@ -1,4 +1,4 @@
-"""A task as its folders tell it: an adaptation job's, a published bundle's, or both."""
+"""A task as read from its folders: an adaptation job's, a published bundle's, or both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SETTINGS = ("denoiser", "classifier", "shots", "steps", "epochs", "seed")
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of each file of a folder: one that differs must be read again."""
+"""Name, time of change (ns) and size (bytes) of each file of a folder."""
 
 
 def is_task_id(name: str) -> bool:
@@ -27,7 +27,7 @@ def is_task_id(name: str) -> bool:
 
 
 def signature(folder: Path) -> Signature:
-    """Empty for what is no folder or is being removed; raises OSError for other trouble."""
+    """The folder's signature, empty for a missing folder; raises OSError."""
     try:
         paths = sorted(folder.rglob("*"))
         states = [(path, path.lstat()) for path in paths if not path.is_dir()]
@@ -40,9 +40,9 @@ def signature(folder: Path) -> Signature:
 
 
 def task_status(job: Status, is_published: bool, refusal: str | None = None) -> Status:
-    """A task's status: what its `job` says, unless the task's bundle says otherwise.
+    """A task's status, derived from its `job`'s status and its bundle.
 
-    `refusal` is the reason for which a published bundle is not served.
+    `refusal` is the reason why a published bundle is not served.
     """
     if not is_published:
         return job.changed(state="cancelled", progress=0.0) if job.state == "ready" else job
@@ -55,18 +55,18 @@ def task_status(job: Status, is_published: bool, refusal: str | None = None) -> 
 
 
 def job_status(job: Path, bundle: Path) -> Status:
-    """The status of the task that a job's folder makes and a bundle's may have."""
-    status = Status.read(job)  # Before the bundle is looked for: a job is ready once it has one.
+    """The status of the task with these folders of its job and its bundle."""
+    status = Status.read(job)  # Read before the bundle: a job is ready once it has one.
     if is_published := (bundle / MANIFEST).is_file():
-        status = Status.read(job)  # What it wrote until then, too.
+        status = Status.read(job)  # Read again for later changes.
     return task_status(status, is_published)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task as its folders tell it; `created` in Unix seconds, `owner` the caller that made it.
+    """A task as read from its folders; `created` in Unix seconds, `owner` the caller that made it.
 
-    `prompts` maps labels to what stands for them in the template, where that is another word.
+    `prompts` maps labels to their words in the template, if these differ from the labels.
     """
 
     id: str
@@ -81,14 +81,16 @@ class Task:
 
     @staticmethod
     def of_job(folder: Path, bundle: Path) -> Task:
-        """The task of an adaptation job; ready means published, whatever its status says yet.
+        """The task of an adaptation job; it is ready once its bundle is published.
 
         Raises OSError, and ValueError, TypeError, KeyError, AttributeError or RecursionError for
-        documents that are not a job's.
+        documents of another format.
         """
         described = json.loads((folder / PLAN).read_text())
         plan, status = Plan.read(folder), job_status(folder, bundle)
-        if status.state == "ready" and status.finished is None:  # Its job has not said so yet.
+        if (
+            status.state == "ready" and status.finished is None
+        ):  # Its job has not written its end yet.
             manifest = bundle / MANIFEST
             status = status.changed(figures=_figures(manifest), finished=manifest.stat().st_mtime)
         settings = {name: value for name, value in asdict(plan).items() if name in _SETTINGS}
@@ -107,7 +109,7 @@ class Task:
 
     @staticmethod
     def of_bundle(folder: Path) -> Task:
-        """The task of a bundle that came without its job; raises as `of_job` does."""
+        """The task of a bundle without a job; raises as `of_job` does."""
         manifest = folder / MANIFEST
         described, created = json.loads(manifest.read_text()), manifest.stat().st_mtime
         adaptation, figures = described.get("adaptation", {}), described["figures"]
@@ -135,7 +137,7 @@ _TYPES = TypeAdapter(Task)
 
 
 def _checked(task: Task) -> Task:
-    """The task; raises ValueError where a field has another type or is no JSON."""
+    """The task; raises ValueError for a field of another type or outside JSON."""
     checked = _TYPES.validate_python(asdict(task))
     if checked.status.state not in _STATES:
         raise ValueError(f"the state is {checked.status.state!r}")
@@ -144,12 +146,12 @@ def _checked(task: Task) -> Task:
 
 
 def _described(figures: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An adapted task's figures, with what they were measured on where the file leaves it out."""
+    """An adapted task's figures, with the default of `measured_on`."""
     return {"measured_on": MEASURED_ON, **figures} if figures else figures
 
 
 def _figures(manifest: Path) -> dict[str, Any]:
-    """What was measured, or nothing where the manifest is damaged: its task can be made again."""
+    """The manifest's figures; empty for a damaged manifest, whose task can be made again."""
     try:
         return dict(json.loads(manifest.read_text())["figures"])
     except (ValueError, TypeError, KeyError, RecursionError):

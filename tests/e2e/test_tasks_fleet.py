@@ -303,7 +303,7 @@ async def test_job_that_kills_its_runners(hasty: Fleet) -> None:
     assert (status.state, len(starts(hasty.store, poison))) == ("failed", ATTEMPTS)
     assert status.problem is not None
     assert status.problem["kind"] == "died"
-    assert "at last because its worker went away" in status.problem["detail"]
+    assert "at last because its worker was lost" in status.problem["detail"]
     assert status.finished is not None
 
 
@@ -341,7 +341,7 @@ async def test_redis_killed_and_started(
         await fleet.assert_nothing_left()
     fleet.assert_made_once(task)
     assert caplog.text.count("the engine is out of reach") == 1
-    assert "cannot be looked after" not in caplog.text
+    assert "cannot be run" not in caplog.text
 
 
 async def test_short_outage(own_server: RedisServer, tmp_path: Path) -> None:

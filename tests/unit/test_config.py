@@ -87,7 +87,7 @@ def test_secret_of_another_length_is_refused(tmp_path: Path, length: int) -> Non
     path = tmp_path / "noise.secret"
     path.write_bytes(b"x" * length)
     path.chmod(0o600)
-    with pytest.raises(SecretError, match="where a secret has 32"):
+    with pytest.raises(SecretError, match="a secret has 32"):
         load_secret(tmp_path)
     assert path.read_bytes() == b"x" * length
 
@@ -268,7 +268,7 @@ def test_processes_with_other_secrets_do_not_share_a_directory(
     """The directory knows which secret it was used with, without telling it."""
     load_secret(tmp_path / "data", mounted)
     other = tmp_path / "other.secret"
-    with pytest.raises(SecretError, match=f"{other}: is not there, and {tmp_path}/data was used"):
+    with pytest.raises(SecretError, match=f"{other}: is missing, and {tmp_path}/data was used"):
         load_secret(tmp_path / "data", other)
     assert not other.exists()
     load_secret(tmp_path / "elsewhere", other)
@@ -284,7 +284,7 @@ def test_secret_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     with pytest.raises(SecretError, match=f"{tmp_path}/folder: cannot be read: Is a directory"):
         load_secret(tmp_path / "data", tmp_path / "folder")
-    with pytest.raises(SecretError, match=r"plain/noise\.secret: is not there, nor to be made"):
+    with pytest.raises(SecretError, match=r"plain/noise\.secret: is missing and cannot be made"):
         load_secret(tmp_path / "data", tmp_path / "plain" / "noise.secret")
 
 

@@ -1,4 +1,4 @@
-"""Colors of an embedded ICC profile -> sRGB."""
+"""Converts the colors of an embedded ICC profile to sRGB."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 MAX_PROFILE_BYTES = 4 * 2**20
-"""Larger than printers' profiles are."""
+"""More than the profiles of printers have."""
 
 _SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 _CLASSES = {"scnr", "mntr", "prtr", "spac"}
@@ -18,8 +18,8 @@ _STEPS = np.linspace(0, 255, 18).round().astype(np.uint8)
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The image (gray, RGB or CMYK, 8 bits) as RGB, from its profile's colors to those of sRGB.
 
-    Relative colorimetric, without black point compensation. A profile that is broken, too large
-    or of another color space than the image is ignored, and so is one that is sRGB itself.
+    The intent is relative colorimetric, without black point compensation. Ignored are sRGB
+    profiles, and profiles that are broken, too large or of another color space than the image.
     """
     transform = _transform(image.mode, profile) if profile else None
     if transform is None:
@@ -28,7 +28,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _transform(mode: str, profile: bytes) -> ImageCms.ImageCmsTransform | None:
-    # Elements of a pipeline (mpet) are unlimited in number, so that they could cost any time.
+    # A pipeline (mpet) may have any number of elements, so it could take any time.
     if len(profile) > MAX_PROFILE_BYTES or b"mpet" in profile:
         return None
     try:
@@ -45,11 +45,11 @@ def _transform(mode: str, profile: bytes) -> ImageCms.ImageCmsTransform | None:
         )
         return None if _keeps_colors(transform, mode) else transform
     except Exception:
-        return None  # Of whatever class: an unreadable profile does not spoil readable pixels.
+        return None  # Of any class: an unreadable profile does not spoil readable pixels.
 
 
 def _keeps_colors(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether no color moves by more than a level: sRGB in the rounding of its writer."""
+    """Whether no color moves by more than a level: sRGB, rounded by its writer."""
     if mode == "CMYK":
         return False
     if mode == "L":

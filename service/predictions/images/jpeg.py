@@ -1,4 +1,4 @@
-"""JPEG files: the segments that make the picture, metadata, and damage that libjpeg warns of."""
+"""JPEG files: the picture's segments, its metadata, and the damage that libjpeg warns of."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image
 from service.errors import InvalidImage
 
 MAX_SCANS = 100
-"""A usual progressive JPEG has ten scans; thousands cost minutes of decoding in a few kilobytes."""
+"""A usual progressive JPEG has ten scans; thousands in a few kilobytes take minutes to decode."""
 
 MAX_SEGMENTS = 10_000
-"""A file of 10 MB needs 160 segments for its metadata; each of millions would cost microseconds."""
+"""A file of 10 MB needs 160 segments for its metadata; millions would take seconds to walk."""
 
 MAX_EXTRA_BYTES = 16
-"""Bytes of any value that may follow the scan data; damaged data usually leave more."""
+"""Bytes that may follow the scan data; damaged data usually leave more."""
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -38,7 +38,7 @@ _JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"
 
 @dataclass(frozen=True, slots=True)
 class Jpeg:
-    """A JPEG without metadata, ending at EOI, beside its EXIF block and its ICC profile."""
+    """A JPEG up to EOI without metadata, with its EXIF block and its ICC profile apart."""
 
     file: bytes
     exif: bytes | None
@@ -48,18 +48,18 @@ class Jpeg:
 
     @classmethod
     def parse(cls, data: bytes) -> Jpeg:
-        """Walk the markers up to EOI; what follows it is not looked at.
+        """Walk the markers up to EOI; bytes after EOI are ignored.
 
-        Raises InvalidImage where a segment is cut off, EOI is missing, a component has no scan, or
-        there are more than MAX_SCANS scans or MAX_SEGMENTS segments.
+        Raises InvalidImage for a segment that is cut off, a missing EOI, a component without a
+        scan, and more than MAX_SCANS scans or MAX_SEGMENTS segments.
         """
         return _Walk(data).jpeg()
 
     def check(self) -> None:
-        """Raise InvalidImage where the scan data are damaged, as far as libjpeg notices.
+        """Raise InvalidImage for scan data in which libjpeg reports damage.
 
-        The scan data are decoded once more, at an eighth of the size, by libjpeg-turbo with its
-        warnings: Pillow does not pass them on, and returns gray or shifted rows.
+        libjpeg-turbo decodes the scan data again, at an eighth of the size, with its warnings on.
+        Pillow suppresses these warnings, and returns gray or shifted rows.
         """
         try:
             simplejpeg.decode_jpeg(self.file, "GRAY", min_height=1, min_width=1, strict=True)
@@ -87,12 +87,12 @@ class _Walk:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._kept = [b"\xff\xd8"]
+        self._parts = [b"\xff\xd8"]
         self._exif: bytes | None = None
         self._profile: list[bytes] = []
         self._frame: int | None = None
         self._components: set[int] = set()
-        self._missing: dict[int, list[int]] = {}  # by component: bits to come of each coefficient
+        self._missing: dict[int, list[int]] = {}  # by component: missing bits of each coefficient
         self._scans = 0
 
     def jpeg(self) -> Jpeg:
@@ -113,10 +113,10 @@ class _Walk:
         if self._frame in _PROGRESSIVE and any(map(any, self._missing.values())):
             raise InvalidImage("The JPEG is truncated: its last scans are missing")
         profile = b"".join(part[14:] for part in sorted(self._profile))
-        return Jpeg(b"".join([*self._kept, b"\xff\xd9"]), self._exif, profile or None)
+        return Jpeg(b"".join([*self._parts, b"\xff\xd9"]), self._exif, profile or None)
 
     def _segment(self, marker: int, start: int) -> int:
-        """Keep what the segment says; return where the next marker is searched."""
+        """Keep the segment's data; returns the offset at which to search the next marker."""
         length = int.from_bytes(self._data[start : start + 2], "big")
         end = start + length
         if length < 2 or end > len(self._data):
@@ -130,7 +130,7 @@ class _Walk:
         elif marker in _TABLES or (marker == _APP14 and payload.startswith(b"Adobe")):
             self._keep(marker, payload)
         elif marker == _APP0 and payload.startswith(b"JFIF\0"):
-            self._keep(marker, _JFIF)  # Its density, thumbnail and version do not matter.
+            self._keep(marker, _JFIF)  # Density, thumbnail and version do not matter.
         elif marker == _APP1 and payload.startswith(b"Exif\0") and self._exif is None:
             self._exif = payload
         elif marker == _APP2 and payload.startswith(b"ICC_PROFILE\0"):
@@ -150,7 +150,7 @@ class _Walk:
         self._scans += 1
         if self._scans > MAX_SCANS:
             raise InvalidImage(f"The JPEG has more than {MAX_SCANS} scans")
-        if self._frame in _SEQUENTIAL:  # Some writers leave these three bytes 0, to no effect.
+        if self._frame in _SEQUENTIAL:  # Without effect; some writers leave 0.
             payload = payload[:-3] + b"\x00\x3f\x00"
         if self._frame not in _PROGRESSIVE or payload[-3:-2] == b"\0":
             self._components -= set(payload[1:-3:2])
@@ -161,8 +161,8 @@ class _Walk:
         found = _SCAN_END.search(self._data, start)
         end = len(self._data) if found is None else found.start()
         self._keep(_SOS, payload)
-        self._kept.append(self._data[start:end])
+        self._parts.append(self._data[start:end])
         return end
 
     def _keep(self, marker: int, payload: bytes) -> None:
-        self._kept.append(bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload)
+        self._parts.append(bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload)

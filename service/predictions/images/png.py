@@ -1,4 +1,4 @@
-"""PNG files: the chunks that make the picture, its metadata, and damage that libpng warns of."""
+"""PNG files: the picture's chunks, its metadata, and the damage that libpng warns of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.errors import InvalidImage, as_json
 from service.predictions.images.color import MAX_PROFILE_BYTES
 
 MAX_CHUNKS = 100_000
-"""A file of 10 MB has some thousand chunks; each of a million would cost microseconds."""
+"""A file of 10 MB has some thousand chunks; a million would take seconds to walk."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _RGB, _PALETTE, _GRAY_ALPHA, _RGBA = 0, 2, 3, 4, 6
@@ -32,7 +32,7 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-"""First column, first row and the steps to the next ones, of each pass."""
+"""First column, first row, and the steps to the next ones, of each pass."""
 
 _LOW_BYTES = {_RGB: "RGB;16L", _RGBA: "RGBA;16L"}
 """Pillow's raw modes that take the second byte of each 16-bit sample."""
@@ -40,7 +40,7 @@ _LOW_BYTES = {_RGB: "RGB;16L", _RGBA: "RGBA;16L"}
 
 @dataclass(frozen=True, slots=True)
 class Png:
-    """A PNG of nothing but critical chunks, beside its transparency, EXIF block and ICC profile."""
+    """A PNG's critical chunks, with its transparency, EXIF block and ICC profile apart."""
 
     file: bytes
     rows: bytes
@@ -58,10 +58,10 @@ class Png:
 
     @classmethod
     def parse(cls, data: bytes) -> Png:
-        """Walk the chunks up to IEND; ancillary ones with a wrong checksum are skipped.
+        """Walk the chunks up to IEND; ancillary chunks with a wrong checksum are skipped.
 
-        Raises InvalidImage where a critical chunk is damaged, missing or out of place, or
-        where the PNG is animated.
+        Raises InvalidImage for a critical chunk that is damaged, missing or out of place, and for
+        an animated PNG.
         """
         chunks = _Chunks(data)
         width, height, depth, color, compression, filtering, interlace = struct.unpack(
@@ -90,7 +90,7 @@ class Png:
         )
 
     def check(self) -> None:
-        """Raise InvalidImage where the compressed rows are damaged or fewer than the height."""
+        """Raise InvalidImage for compressed rows that are damaged, or fewer than the height."""
         missing, pending, start = self._row_bytes(), b"", 0
         inflater = zlib.decompressobj()
         try:
@@ -109,7 +109,7 @@ class Png:
             raise InvalidImage("The PNG is truncated: it has too few rows for its height")
 
     def layers(self, image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-        """The decoded image in 8 bits, gray or RGB, and its opacity where it is transparent."""
+        """The decoded image in 8 bits, gray or RGB, and its opacity or None."""
         if self.color == _PALETTE:
             return self._palette_layers(image)
         if self.depth == 16:
@@ -154,7 +154,7 @@ class Png:
         if self.color == _GRAY:
             values = np.asarray(image)
             yield (values >> 8).astype(np.uint8), values.astype(np.uint8)
-        elif self.color == _GRAY_ALPHA:  # A pixel has as many bytes as one of RGBA in 8 bits.
+        elif self.color == _GRAY_ALPHA:  # A pixel has the four bytes of RGBA in 8 bits.
             gray, gray_low, alpha, alpha_low = self._decoded_as("RGBA").split()
             yield np.asarray(gray), np.asarray(gray_low)
             yield np.asarray(alpha), np.asarray(alpha_low)
@@ -164,14 +164,14 @@ class Png:
                 yield np.asarray(image.getchannel(band)), np.asarray(lower.getchannel(band))
 
     def _decoded_as(self, raw_mode: str) -> Image.Image:
-        """The rows decoded once more, their bytes unpacked in another way."""
+        """The rows decoded again, with their bytes unpacked as `raw_mode`."""
         image = Image.open(BytesIO(self.file), formats=("PNG",))
         image.tile = [image.tile[0]._replace(args=raw_mode)]
         image.load()
         return image
 
     def _key(self) -> tuple[int, ...] | None:
-        """The samples of the color that tRNS makes transparent; bits above the depth are void."""
+        """The samples of the color that tRNS makes transparent; higher bits are ignored."""
         samples = _SAMPLES[self.color]
         if self.color not in (_GRAY, _RGB) or len(self.transparency) != 2 * samples:
             return None
@@ -189,7 +189,7 @@ class Png:
 
 
 class _Chunks:
-    """The chunks of a PNG that say what it looks like."""
+    """The chunks of a PNG that affect its pixels."""
 
     def __init__(self, data: bytes) -> None:
         self.header = b""
@@ -240,7 +240,7 @@ class _Chunks:
 
 
 def _checked(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of the chunks up to IEND, those with a right checksum."""
+    """Type and content of the chunks up to IEND that have a right checksum."""
     if not data.startswith(_SIGNATURE):
         raise InvalidImage("The PNG is broken: its signature is not whole")
     position = len(_SIGNATURE)
@@ -275,7 +275,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _inflate_profile(body: bytes) -> bytes | None:
-    """The ICC profile of an iCCP chunk, none where it is broken or too large."""
+    """The ICC profile of an iCCP chunk, or None for one that is broken or too large."""
     _, _, packed = body.partition(b"\0")
     try:
         profile = zlib.decompressobj().decompress(packed[1:], MAX_PROFILE_BYTES + 1)
@@ -285,7 +285,7 @@ def _inflate_profile(body: bytes) -> bytes | None:
 
 
 def _rounded(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(256 high + low) / 257 to nearest, which is high + (low - high) / 257."""
+    """(256 high + low) / 257, rounded to nearest: high + (low - high) / 257."""
     more = low > (wide := high.astype(np.int16)) + 128
     less = low < wide - 128
     return high + more.astype(np.uint8) - less.astype(np.uint8)

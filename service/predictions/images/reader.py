@@ -1,4 +1,4 @@
-"""Uploaded bytes -> the uint8 array that is certified, within bounds on bytes, pixels and time."""
+"""Decodes uploads to the uint8 arrays that are certified, within limits on size and time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.predictions.images.png import Png
 from service.predictions.images.webp import WebP
 
 MOST_ELONGATED = 100
-"""Longest side over shortest: what a thin strip becomes at the resolution is bounded by this."""
+"""Longest side over shortest: bounds the resized image of a thin strip."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -34,7 +34,7 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What one image may cost: encoded bytes, decoded pixels."""
+    """Limits of one image: encoded bytes, decoded pixels."""
 
     bytes: int = 10 * 2**20
     pixels: int = 25_000_000
@@ -43,28 +43,31 @@ class ImageLimits:
 def decode(data: bytes, resolution: int, limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
     """The image as uint8 (3, resolution, resolution), RGB: shorter side resized, center cropped.
 
-    JPEG, PNG or WebP, told by content, decoded at full size. 16-bit samples are rounded to 8 bits.
-    CMYK, gray and palettes become RGB; the colors of an embedded ICC profile become sRGB.
-    Transparent pixels are laid on white, and the EXIF orientation is applied. An image of the right
-    size is not resampled: its pixels stay as they are.
+    `data` is a JPEG, PNG or WebP, recognized by its content. The decoder works at full size.
 
-    Raises UnsupportedMedia for anything else, TooLarge beyond the limits, and InvalidImage for
-    a broken, truncated, animated or extremely elongated one; nothing but these.
+    - 16-bit samples are rounded to 8 bits.
+    - CMYK, gray and palettes become RGB; the colors of an embedded ICC profile become sRGB.
+    - Transparent pixels are laid on white, and the EXIF orientation is applied.
+    - An image of the right size is not resampled.
+
+    Raises UnsupportedMedia for another format, TooLarge beyond the `limits`, and InvalidImage for
+    a broken, truncated, animated or extremely elongated image; nothing else.
     """
     _check_bytes(data, limits.bytes)
     try:
         return _decode(_parse(data), resolution, limits.pixels)
     except Problem:
         raise
-    except Exception as error:  # A decoder's failure, of whatever class, is the image's.
+    except Exception as error:  # A decoder may raise any class; the image is at fault.
         raise InvalidImage("The image is truncated or broken: it cannot be decoded") from error
 
 
-def _check_bytes(data: bytes, most: int) -> None:
+def _check_bytes(data: bytes, max_bytes: int) -> None:
     if not data:
         raise InvalidImage("The image is empty: it has 0 bytes")
-    if len(data) > most:
-        raise TooLarge(f"The image has {len(data)} bytes: at most {most} are read", limit=most)
+    if len(data) > max_bytes:
+        detail = f"The image has {len(data)} bytes: at most {max_bytes} are read"
+        raise TooLarge(detail, limit=max_bytes)
 
 
 def _parse(data: bytes) -> Jpeg | Png | WebP:
@@ -77,8 +80,8 @@ def _parse(data: bytes) -> Jpeg | Png | WebP:
     raise UnsupportedMedia("The image is not a JPEG, PNG or WebP")
 
 
-def _decode(source: Jpeg | Png | WebP, resolution: int, most_pixels: int) -> NDArray[np.uint8]:
-    image = _open(source, most_pixels)
+def _decode(source: Jpeg | Png | WebP, resolution: int, max_pixels: int) -> NDArray[np.uint8]:
+    image = _open(source, max_pixels)
     if getattr(image, "is_animated", False):
         raise InvalidImage("The image is animated: send one frame")
     if max(image.size) > MOST_ELONGATED * min(image.size):
@@ -93,19 +96,19 @@ def _decode(source: Jpeg | Png | WebP, resolution: int, most_pixels: int) -> NDA
     return _fit(_upright(shown, source.exif), resolution)
 
 
-def _open(source: Jpeg | Png | WebP, most_pixels: int) -> Image.Image:
-    """Read the header alone; the size is checked before any pixel is decoded."""
+def _open(source: Jpeg | Png | WebP, max_pixels: int) -> Image.Image:
+    """The image with only its header read; its size is checked before any pixel is decoded."""
     try:
         image = Image.open(BytesIO(source.file), formats=(source.format,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(most_pixels) from error
-    if image.width * image.height > most_pixels:
-        raise _too_many_pixels(most_pixels)
+        raise _too_many_pixels(max_pixels) from error
+    if image.width * image.height > max_pixels:
+        raise _too_many_pixels(max_pixels)
     return image
 
 
-def _too_many_pixels(most: int) -> TooLarge:
-    return TooLarge(f"The image has too many pixels: at most {most} are decoded", limit=most)
+def _too_many_pixels(limit: int) -> TooLarge:
+    return TooLarge(f"The image has too many pixels: at most {limit} are decoded", limit=limit)
 
 
 def _on_white(image: Image.Image, opacity: Image.Image | None) -> Image.Image:
@@ -117,7 +120,7 @@ def _on_white(image: Image.Image, opacity: Image.Image | None) -> Image.Image:
 
 
 def _upright(image: Image.Image, block: bytes | None) -> Image.Image:
-    """The image turned as its EXIF block says; a block that cannot be read turns nothing."""
+    """The image in its EXIF orientation; an EXIF block that cannot be read is ignored."""
     if block is None:
         return image
     exif = Image.Exif()
@@ -130,7 +133,7 @@ def _upright(image: Image.Image, block: bytes | None) -> Image.Image:
 
 
 def _fit(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
-    """Shorter side to the resolution (bicubic, antialiased), then the center square."""
+    """The center square after the shorter side is resized (bicubic, antialiased)."""
     shorter = min(image.size)
     if shorter != resolution:
         width, height = (max(resolution, round(side * resolution / shorter)) for side in image.size)
@@ -141,10 +144,10 @@ def _fit(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
 
 
 class ImageReader:
-    """Decodes in a few threads of its own, each image within a time limit.
+    """Decodes images in a pool of `threads`, each image within `seconds`.
 
-    A thread cannot be stopped: one that is late keeps its place until it is done, so that never
-    more than `threads` images are in memory.
+    A thread cannot be stopped. A late thread occupies its place until it is done, so at most
+    `threads` images are in memory.
     """
 
     def __init__(self, limits: ImageLimits, seconds: float, threads: int) -> None:
@@ -154,9 +157,10 @@ class ImageReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
 
     async def read(self, data: bytes, resolution: int) -> NDArray[np.uint8]:
-        """What `decode` returns or raises.
+        """The image, as `decode` returns it.
 
-        Raises Backlog where no thread is free, and InvalidImage where decoding takes too long.
+        Raises as `decode` does, Backlog while no thread is free, and InvalidImage when decoding
+        takes too long.
         """
         try:
             await asyncio.wait_for(self._places.acquire(), self._seconds)
@@ -164,17 +168,17 @@ class ImageReader:
             raise Backlog("Too many images are being decoded", retry_after=1) from None
         loop = asyncio.get_running_loop()
         decoding = loop.run_in_executor(self._pool, decode, data, resolution, self._limits)
-        decoding.add_done_callback(self._leave)
+        decoding.add_done_callback(self._release)
         await asyncio.wait({decoding}, timeout=self._seconds)
         if not decoding.done():
             raise InvalidImage(f"The image took longer than {self._seconds:g} s to decode")
         return decoding.result()
 
-    def _leave(self, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
+    def _release(self, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
         self._places.release()
         if not decoding.cancelled():
-            decoding.exception()  # Read, so that a late failure is not reported as forgotten.
+            decoding.exception()  # Else asyncio logs a late failure as unretrieved.
 
     def close(self) -> None:
-        """Take no more images; those in hand are finished and dropped."""
+        """Take no more images; those being decoded are finished and dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""WebP files: the picture's metadata; libwebp itself refuses damage that it notices."""
+"""WebP files: the picture's metadata. libwebp itself rejects the damage that it detects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class WebP:
-    """A WebP beside its EXIF block and its ICC profile."""
+    """A WebP, with its EXIF block and its ICC profile apart."""
 
     file: bytes
     exif: bytes | None
@@ -19,7 +19,7 @@ class WebP:
 
     @classmethod
     def parse(cls, data: bytes) -> WebP:
-        """Walk the chunks; of several of a kind the first one counts."""
+        """Walk the chunks; the first of each kind counts."""
         chunks: dict[bytes, bytes] = {}
         position = 12
         while position + 8 <= len(data):
@@ -30,9 +30,9 @@ class WebP:
         return cls(data, chunks.get(b"EXIF"), chunks.get(b"ICCP"))
 
     def check(self) -> None:
-        """Nothing: decoding raises where the data are cut off."""
+        """Do nothing: decoding raises for data that are cut off."""
 
     def layers(self, image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-        """The decoded image as RGB, and its opacity where it has an alpha channel."""
+        """The decoded image as RGB, and its alpha channel or None."""
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
         return image.convert("RGB"), alpha

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.noise import discrete_gaussian
 from models.smoothing import load, votes
-from service.cli.bench import _plain, _question, plain_loop
+from service.cli.bench import SIGMA, _question
 from service.cli.main import app
+from service.cli.plain_loop import loaded, plain_loop
 
 
 def test_the_plain_loop_is_short_and_computes_the_service_s_function(
@@ -30,7 +31,7 @@ def test_the_plain_loop_is_short_and_computes_the_service_s_function(
         discrete_gaussian(question.key, start, start + 64, (3, 32, 32), 0.25) / 255 / 0.25
         for start in (0, 64)
     ]
-    loop = _plain(bundle, question.pixels.transpose(1, 2, 0), 128)
+    loop = loaded(bundle, question.pixels.transpose(1, 2, 0), SIGMA, 128)
     monkeypatch.setattr(torch, "randn", lambda *shape: rows.pop(0))
     plain = loop().numpy()
     served = votes(model, question)

@@ -143,7 +143,7 @@ def test_it_is_refused_before_anything_loads(folder: Path, arguments: list[str],
     [
         (["--n", "9"], "the smallest n that works is 10"),
         (["--sigma", "1.5"], "supports at most 1"),
-        (["--n", "60000"], "n = 60000 makes 60100 rows, more than may ever wait at once"),
+        (["--n", "60000"], "n = 60000 makes 60100 rows: at most 50000 may wait"),
     ],
 )
 def test_what_the_task_or_the_settings_rule_out_is_refused_too(

@@ -233,7 +233,7 @@ async def test_trouble_with_the_disk_is_waited_out(
     monkeypatch.setattr(store, "sweep", troubled)
     async with supervising(store):
         await until(lambda: state(store, task.id) == "ready")
-    assert caplog.text.count("cannot be looked after") == 2
+    assert caplog.text.count("cannot be run") == 2
 
 
 @pytest.mark.parametrize(("code", "kind"), [(28, "disk-full"), (5, "died")])

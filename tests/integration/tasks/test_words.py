@@ -69,7 +69,7 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
         settings = Settings(data_dir=tmp_path / folder)
         desks.append(Predictions(settings, engine, catalog, SECRET))
     for desk in desks:
-        desk._admission._asked["pets"] = float("-inf")  # It was waited for already.
+        desk._admission._first_requests["pets"] = float("-inf")  # It was waited for already.
     await works(engine, theirs)
     with pytest.raises(Backlog, match='Live workers have another bundle of task "pets"'):
         await desks[0].submit(asked, None, None)
@@ -80,10 +80,10 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
     for desk, job_id, word in zip(desks, jobs, ("dog", "bird"), strict=True):
         status = await desk.ended(job_id, 30)
         assert status is not None
-        assert desk.answer(status).label == word
+        assert desk.to_response(status).label == word
     status = await desks[0].status(jobs[1], None)
-    for told in (desks[0].answer, desks[0].told):
-        with pytest.raises(NotFound, match="is gone, or another by now"):
+    for told in (desks[0].to_response, desks[0].to_job_response):
+        with pytest.raises(NotFound, match="is gone or was replaced"):
             told(status)
     for desk in desks:
         await desk.close()

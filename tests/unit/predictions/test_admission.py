@@ -78,7 +78,7 @@ async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: P
     """Workers are given the time to find it once more."""
     tasks = TASKS | {"birds": replace(TASKS["default"], id="birds")}
     desk = Predictions(Settings(data_dir=tmp_path), engine, tasks, SECRET)
-    desk._admission._asked["birds"] = time.monotonic() - 60
+    desk._admission._first_requests["birds"] = time.monotonic() - 60
     with pytest.raises(Backlog):
         await desk.submit(ASKED, None, None)
     await desk.cancel_stale("birds")

@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 
 from service.jobs import JobStatus, Mode, State
-from service.predictions.results import answer, certificate, example
+from service.predictions.results import certificate, example, to_response
 from service.predictions.schemas import PredictResponse
 from tests.support.fakes import make_job
 from tests.support.paths import ROOT
@@ -56,6 +56,6 @@ def test_predict_abstains_by_the_noise_as_drawn(monkeypatch: pytest.MonkeyPatch)
     job = make_job("a", mode=Mode.PREDICT, n=100)
     status = JobStatus(job, State.SUCCEEDED, job.rows, (0, 0, 0), (70, 30, 0))
     labels = ("ant", "bee", "cat")
-    assert answer(status, labels).label == "ant"
+    assert to_response(status, labels).label == "ant"
     monkeypatch.setattr("service.predictions.results.total_variation", lambda *_: 9.5e-6)
-    assert answer(status, labels).abstained
+    assert to_response(status, labels).abstained

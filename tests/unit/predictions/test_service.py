@@ -14,7 +14,7 @@ from service.engine.protocol import Engine, Worker
 from service.errors import TaskNotReady
 from service.jobs import JobStatus, State
 from service.predictions import results as answers
-from service.predictions import service as predictions
+from service.predictions import waiting
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
 from tests.support.engines import HARNESSES
@@ -282,7 +282,7 @@ async def test_a_task_that_changes_as_it_is_asked_is_another_question(
     spy = Replacing(engine)
     desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
-    with pytest.raises(TaskNotReady, match='"default" changed as it was asked; ask again') as told:
+    with pytest.raises(TaskNotReady, match='"default" changed meanwhile; send the request') as told:
         await desk.submit(asked, "ada", "key")
     assert told.value.retry_after == 1
     assert (await engine.capacity()).backlog_rows == 0
@@ -295,14 +295,14 @@ async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the engine is out of reach just then, the key is free once it answers again."""
-    monkeypatch.setattr(predictions, "_AWAY_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "_UNREACHABLE_SECONDS", 0.01)
     spy = Replacing(engine)
     spy.trouble = lambda: spy.calls[-1][0] == "delete" and len(spy.asked("delete")) < 3
     desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady):
         await desk.submit(asked, "ada", "key")
-    await soon(lambda: len(spy.asked("delete")) == 3 and not desk._forgetting)
+    await soon(lambda: len(spy.asked("delete")) == 3 and not desk._waiter._deleting)
     assert (await engine.capacity()).backlog_rows == 0
     job_id = await desk.submit(asked, "ada", "key")
     assert (await desk.status(job_id, "ada")).state is State.QUEUED
