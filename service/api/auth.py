@@ -23,7 +23,7 @@ def caller(
     Keys are looked up by their SHA-256, so timing does not reveal them. Raises Unauthorized for a
     missing or an unknown key.
     """
-    callers: Mapping[bytes, str] = request.app.state.callers
+    callers: Mapping[bytes, str] = request.app.state.services.callers
     if not callers:
         return None
     if credentials is None:

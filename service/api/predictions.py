@@ -28,7 +28,7 @@ from service.predictions.waiting import job_lost
 
 
 def _predictions(request: Request) -> Predictions:
-    predictions: Predictions = request.app.state.predictions
+    predictions: Predictions = request.app.state.services.predictions
     return predictions
 
 
@@ -105,7 +105,7 @@ async def predict(
     A caller who disconnects before the answer cancels the job, unless the request has an
     Idempotency-Key.
     """
-    settings, preferences = request.app.state.settings, Preferences.of(prefer or [])
+    settings, preferences = request.app.state.services.settings, Preferences.of(prefer or [])
     question = await predictions.resolved(await read_question(request, settings.max_body_bytes))
     job_id = await predictions.submit(question, owner, idempotency_key, request.state.traceparent)
     request.state.job, request.state.task = job_id, question.task

@@ -23,7 +23,7 @@ MOST_LISTED = 1_000
 
 
 def _service(request: Request) -> TaskService:
-    service: TaskService = request.app.state.task_service
+    service: TaskService = request.app.state.services.tasks
     return service
 
 

@@ -175,20 +175,15 @@ async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]
     """The service on a free port of this process: its Predictions and its address, once ready."""
     server = DrainingServer("127.0.0.1", 0)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    app = server.config.app = create_app(
-        embedded.settings,
-        embedded.engine,
-        embedded.tasks,
-        embedded.secret,
-        background_tasks=[embedded.worker(on_failure=server.stop)],
-    )
+    services = embedded.services([embedded.worker(on_failure=server.stop)])
+    server.config.app = create_app(services)
     serving = asyncio.create_task(server.serve())
     ready = asyncio.create_task(embedded.ready())
     try:
         await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             raise RuntimeError("the service stopped before it was ready")
-        yield app.state.predictions, server.url
+        yield services.predictions, server.url
     finally:
         ready.cancel()
         server.stop()

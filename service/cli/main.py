@@ -127,16 +127,8 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
     from service.tasks.supervisor import Supervisor
 
     embedded = Embedded(settings)
-    served = create_app(
-        settings,
-        embedded.engine,
-        embedded.tasks,
-        embedded.secret,
-        background_tasks=[
-            embedded.worker(on_failure=server.stop),
-            Supervisor(embedded.store).run,
-        ],
-    )
+    background = [embedded.worker(on_failure=server.stop), Supervisor(embedded.store).run]
+    served = create_app(embedded.services(background))
     try:
         server.serve_app(served, lambda: _announce(settings, server, served))
     finally:
@@ -145,9 +137,9 @@ def _serve_embedded(settings: Settings, server: DrainingServer) -> None:
 
 async def _announce(settings: Settings, server: DrainingServer, served: FastAPI) -> None:
     """Log one line once the process is ready; in a fleet, once it listens."""
-    while settings.redis_url is None and not (await served.state.health.ready()).is_well:  # noqa: ASYNC110
+    while settings.redis_url is None and not (await served.state.services.health.ready()).is_well:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
-    catalog = served.state.predictions.tasks
+    catalog = served.state.services.predictions.tasks
     with suppress(OSError):  # The catalog logs errors of its folder.
         await catalog.refresh()
     names = [f"{task} ({bundle.name})" if bundle.name else task for task, bundle in catalog.items()]

@@ -106,7 +106,7 @@ class DrainingServer(_BoundServer):
             self._beside.cancel()
         app = self.config.app
         if isinstance(app, FastAPI):
-            app.state.predictions.drain(DRAIN_SECONDS)
+            app.state.services.predictions.drain(DRAIN_SECONDS)
         await super().shutdown(sockets)
 
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.api.app import create_app
 from service.api.problems import render_problem
+from service.api.services import Services
 from service.background import sleep_or_stop
 from service.config import Settings
 from service.engine.connection import UNREACHABLE
@@ -61,7 +62,7 @@ def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.e
     catalog = Catalog({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
     redis = connect(settings.redis_url.get_secret_value())
     holding = partial(_hold_volume, redis, store, on_stranger)
-    app = create_app(settings, engine, catalog, secret, [holding])
+    app = create_app(Services.build(settings, engine, catalog, secret, [holding]))
     app.add_exception_handler(RedisError, _unreachable)
     return app
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.runtime import Runtime
+from service.api.services import Services
 from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
@@ -48,6 +49,10 @@ class Embedded(WorkerRuntime):
         except (ModelUnavailable, DeviceFailed) as error:
             raise TaskUnusable(str(error)) from error
         await self.ready()
+
+    def services(self, background_tasks: Sequence[BackgroundTask]) -> Services:
+        """The services of this process's API, with its background tasks."""
+        return Services.build(self.settings, self.engine, self.tasks, self.secret, background_tasks)
 
     async def ready(self) -> None:
         """Return once the worker serves every available task."""

@@ -125,8 +125,9 @@ async def test_many_tasks_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
         return next(waits)
 
     app, server = FastAPI(), DrainingServer("127.0.0.1", 0)
-    app.state.health = SimpleNamespace(ready=ready)
-    app.state.predictions = SimpleNamespace(tasks=Tasks())
+    app.state.services = SimpleNamespace(
+        health=SimpleNamespace(ready=ready), predictions=SimpleNamespace(tasks=Tasks())
+    )
     with caplog.at_level(logging.INFO, "vouchsafe"):
         await asyncio.wait_for(cli._announce(Settings(data_dir=tmp_path), server, app), 30)
     server.close()

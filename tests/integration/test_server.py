@@ -127,7 +127,8 @@ def test_what_runs_beside_begins_once_it_listens_and_ends_with_it() -> None:
             seen.append(server.should_exit)
 
     app = FastAPI()
-    app.state.predictions = SimpleNamespace(drain=lambda _: None)
+    predictions = SimpleNamespace(drain=lambda _: None)
+    app.state.services = SimpleNamespace(predictions=predictions)
     server.serve_app(app, beside)
     assert seen == [True, True]
 

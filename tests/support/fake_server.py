@@ -16,9 +16,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     embedded, server = Embedded(Settings()), DrainingServer("127.0.0.1", int(sys.argv[2]))
     background = [embedded.worker(on_failure=server.stop), Supervisor(embedded.store, FAKE).run]
-    app = create_app(
-        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, background
-    )
+    app = create_app(embedded.services(background))
     try:
         server.serve_app(app)
     finally:

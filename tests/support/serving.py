@@ -17,6 +17,7 @@ from PIL import Image
 
 from models.bundle import Base, Bundle
 from service.api.app import create_app
+from service.api.services import Services
 from service.background import BackgroundTask
 from service.config import Settings
 from service.engine.memory import MemoryEngine
@@ -125,7 +126,9 @@ class Service:
         running = [self.voter.run, *more] if background_tasks is None else background_tasks
         configured = Settings(max_queue_rows=backlog_rows, **settings)
         self.catalog = Catalog(TASKS, configured.data_dir / "tasks", configured.models_folder)
-        self.app = create_app(configured, self.engine, self.catalog, SECRET, running)
+        self.app = create_app(
+            Services.build(configured, self.engine, self.catalog, SECRET, running)
+        )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")
 

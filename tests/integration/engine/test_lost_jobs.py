@@ -40,9 +40,10 @@ async def test_who_waits_for_a_lost_job_is_told_to_ask_again() -> None:
     later the job is a 404."""
     async with serving() as service:
         service.voter.open.clear()
-        predictions: Predictions = service.app.state.predictions
+        predictions: Predictions = service.app.state.services.predictions
         forgetful = Forgetful(service.engine)
         predictions.engine = forgetful  # type: ignore[assignment]
+        predictions._waiter._engine = forgetful  # type: ignore[assignment]
         waiting = asyncio.create_task(service.ask())
         await service.voter.busy.wait()
         job_id = service.voter.leases[0].job.id

@@ -221,13 +221,7 @@ async def test_a_task_whose_networks_fail_is_not_ready_in_one_process(tmp_path: 
     embedded, stop = Embedded(Settings(data_dir=tmp_path)), asyncio.Event()
     clock = embedded.models.clock = FakeClock()
     put_broken(embedded.settings.tasks_folder, "broken")
-    app = create_app(
-        embedded.settings,
-        embedded.engine,
-        embedded.tasks,
-        embedded.secret,
-        [embedded.worker(on_failure=stop.set)],
-    )
+    app = create_app(embedded.services([embedded.worker(on_failure=stop.set)]))
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
