@@ -41,7 +41,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     since = time.time()
     try:
         while not run.step():
-            now, written = _told(job)
+            now, written = _stage_of(job)
             if now is not None and now != stage:
                 seconds[stage] = written - since
                 stage, since = now, written
@@ -62,7 +62,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def _told(job: Path) -> tuple[str | None, float]:
+def _stage_of(job: Path) -> tuple[str | None, float]:
     """The stage that the job last said it is in, and when it said so."""
     try:
         with (job / STATUS).open() as stream:
@@ -85,7 +85,7 @@ def main(given: Sequence[str] | None = None) -> None:
         epochs=arguments.epochs,
     )
     with tempfile.TemporaryDirectory() as folder:
-        told = measured(plan, Path(folder))
+        result = measured(plan, Path(folder))
     # Loaded only now: a child's memory begins at that of its parent, which is small without torch.
     from benchmarks.machine import machine
     from models.smoothing import best_device
@@ -94,7 +94,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "plan": asdict(plan),
         "cores": len(os.sched_getaffinity(0)),
         "machine": machine(best_device()),
-        **told,
+        **result,
     }
     text = json.dumps(report, indent=2)
     print(text)

@@ -83,8 +83,8 @@ def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
     bare = replace(bundle, id="", prompt=default.prompt, files=states, folder=blank, adaptation={})
     groups = [{"zero-shot": bare}]
     if ADAPTER in bundle.files:
-        kept = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
-        groups.append({"personalized": replace(bundle, files=kept)})
+        files = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
+        groups.append({"personalized": replace(bundle, files=files)})
     if TUNED in bundle.files:
         both = ADAPTER in bundle.files
         groups[-1]["personalized and fine-tuned" if both else "fine-tuned"] = bundle
@@ -135,8 +135,8 @@ def compared(before: list[Certified], after: list[Certified]) -> dict[str, Any]:
     changes = {name: np.array(paired_bootstrap(*pair)) for name, pair in quantities.items()}
     base = quantities["average certified radius"][0].mean()
     relative = changes["average certified radius"] / (base or float("nan"))
-    told = {"ACR, relative": relative, **changes}
-    return {name: [round(float(value), 4) for value in change] for name, change in told.items()}
+    figures = {"ACR, relative": relative, **changes}
+    return {name: [round(float(value), 4) for value in change] for name, change in figures.items()}
 
 
 def main() -> None:
@@ -248,10 +248,10 @@ def certified(
     if lines != known:
         with written_whole(path) as partial:
             partial.write_text("".join(lines))
-    told = ", ".join(names)
+    title = ", ".join(names)
     with path.open("a") as stream:
         missing = places[len(lines) :].tolist()
-        for place in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
+        for place in track(missing, f"{title}, sigma {sigma:g}", console=Console(stderr=True)):
             counted = image_votes(
                 model, whole, place, sigma, arguments.n0, arguments.n, arguments.seed
             )

@@ -69,7 +69,7 @@ class Way:
     mixing: float = 1.0
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The row's name in the table."""
         ratio = "" if self.k == SET.k else f", k {self.k:g}"
         if not self.steps and not self.epochs:
@@ -130,17 +130,17 @@ class Bench:
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
         """Each sigma's outcomes of the networks adapted this way; kept in the folder."""
         name = self.name_of(way)
-        kept = self._work / f"{name}.json"
-        if not kept.exists():
+        path = self._work / f"{name}.json"
+        if not path.exists():
             found = {str(sigma): shares.tolist() for sigma, shares in self._run(way, name).items()}
-            with written_whole(kept) as partial_file:
+            with written_whole(path) as partial_file:
                 partial_file.write_text(json.dumps(found))
-        return {float(sigma): np.array(f) for sigma, f in json.loads(kept.read_text()).items()}
+        return {float(sigma): np.array(f) for sigma, f in json.loads(path.read_text()).items()}
 
     def name_of(self, way: Way) -> str:
         """Of what is kept of a way."""
-        told = json.dumps([asdict(way), *self._measured_with])
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        described = json.dumps([asdict(way), *self._measured_with])
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     def _run(self, way: Way, name: str) -> dict[float, Outcomes]:
         out = self._work / name
@@ -246,13 +246,13 @@ def table(found: dict[str, dict[float, Outcomes]], say: Callable[[str], None] = 
     say(f"| adapted by | {' | '.join(head)} |")
     say("|---" * (1 + 2 * len(SIGMAS)) + "|")
     base = next(iter(found.values()))
-    for told, outcomes in found.items():
+    for label, outcomes in found.items():
         cells = []
         for sigma in SIGMAS:
             difference, low, high = paired_bootstrap(base[sigma], outcomes[sigma])
             cells.append(f"{100 * outcomes[sigma].mean():.1f} %")
             cells.append(f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-        say(f"| {told} | {' | '.join(cells)} |")
+        say(f"| {label} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -270,12 +270,12 @@ def main() -> None:
         found: dict[str, dict[float, Outcomes]] = {}
         for way in EVERY:
             began = time.perf_counter()
-            found[way.told] = bench.outcomes(way)
-            print(f"{way.told}: {time.perf_counter() - began:.0f} s", flush=True)
+            found[way.label] = bench.outcomes(way)
+            print(f"{way.label}: {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.out:
         figures = {
-            told: {f"{sigma:g}": round(float(o.mean()), 4) for sigma, o in outcomes.items()}
-            for told, outcomes in found.items()
+            label: {f"{sigma:g}": round(float(o.mean()), 4) for sigma, o in outcomes.items()}
+            for label, outcomes in found.items()
         }
         settings = {"images": len(bench.held_back), "rows an image": DRAWS, "share right": figures}
         arguments.out.write_text(json.dumps(settings, indent=2) + "\n")

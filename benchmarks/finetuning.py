@@ -74,19 +74,19 @@ def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> 
 
 def radii(shares: NDArray[np.float64], sigma: float, rows: int) -> NDArray[np.float64]:
     """Each image's estimated radius (N,), 0 where no majority names it right."""
-    most = 1 - 1 / (2 * rows)
-    found: NDArray[np.float64] = sigma * np.maximum(ndtri(np.clip(shares, 0.5, most)), 0.0)
+    highest = 1 - 1 / (2 * rows)
+    found: NDArray[np.float64] = sigma * np.maximum(ndtri(np.clip(shares, 0.5, highest)), 0.0)
     return found
 
 
 def row(
-    told: str, shares: NDArray[np.float64], base: NDArray[np.float64], radius: NDArray[np.float64]
+    label: str, shares: NDArray[np.float64], base: NDArray[np.float64], radius: NDArray[np.float64]
 ) -> str:
     """A line of the table; the change and its interval as shares of the mean of `base`."""
     rows, images = 100 * shares.mean(), 100 * np.mean(shares > 0.5)
     by, low, high = (100 * value / base.mean() for value in paired_bootstrap(base, radius))
     change = f"{by:+.1f} % ({low:+.1f} to {high:+.1f})"
-    return f"| {told} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
+    return f"| {label} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
 
 
 def main() -> None:
@@ -110,23 +110,23 @@ def main() -> None:
         bench = Bench(arguments.data, work, RUNTIMES[arguments.runtime]())
         data = bench.held_back[arguments.first :][: arguments.count]
         rows = cache(lambda: denoised(bench.denoiser(), data, arguments.sigma, arguments.rows))
-        asked = [arguments.sigma, arguments.first, len(data), arguments.rows]
+        settings = [arguments.sigma, arguments.first, len(data), arguments.rows]
         print("| fine-tuned on | rows right | images right | ACR, estimated | change |")
         print("|---" * 5 + "|")
         base = None
         for way in EVERY:
             out = work / bench.name_of(way)
             out.mkdir(exist_ok=True)
-            kept = out / f"shares-{'-'.join(f'{each:g}' for each in asked)}.json"
-            if not kept.exists():
+            path = out / f"shares-{'-'.join(f'{each:g}' for each in settings)}.json"
+            if not path.exists():
                 classify = bench.classifier(bench.tuned(way, out))
                 found = shares_of(classify, rows(), data.labels)
-                with written_whole(kept) as partial:
+                with written_whole(path) as partial:
                     partial.write_text(json.dumps(found.tolist()))
-            shares = np.array(json.loads(kept.read_text()))
+            shares = np.array(json.loads(path.read_text()))
             radius = radii(shares, arguments.sigma, arguments.rows)
             base = radius if base is None else base
-            print(row(way.told, shares, base, radius), flush=True)
+            print(row(way.label, shares, base, radius), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ SERVED = BUNDLE.served_digest(NUMERICS)
 SHARD_ROWS = 8
 LEASE_SECONDS = 4.0
 """A fleet's lease: as short as a busy machine lets it be, for the dead are missed so late."""
-ASKED: dict[str, bytes] = {}
+PIXELS: dict[str, bytes] = {}
 """Pixels by job, as they were asked about: an engine lets go of them as a job ends."""
 LONG = 600.0
 """Seconds of a lease that does not run out while a test lasts."""
@@ -72,10 +72,10 @@ class RunningWorker:
     def probe(self, path: str) -> dict[str, Any]:
         """What a probe answers; empty where nobody listens."""
         try:
-            told: dict[str, Any] = httpx.get(self.url + path, timeout=10).json()
+            found: dict[str, Any] = httpx.get(self.url + path, timeout=10).json()
         except httpx.TransportError:
             return {}
-        return told
+        return found
 
     def metric(self, name: str) -> float:
         """A sample of the process's metrics, labels and all, or 0."""
@@ -163,7 +163,7 @@ def question(
     A smaller `shape` takes the picture's first bytes, which no network of the task can take.
     """
     image = evaluation_slice(SLICE).images[index].transpose(2, 0, 1)
-    pixels = ASKED[name] = image.astype(np.uint8).tobytes()[: math.prod(shape)]
+    pixels = PIXELS[name] = image.astype(np.uint8).tobytes()[: math.prod(shape)]
     job = Job(
         id=name,
         task=task,
@@ -190,7 +190,7 @@ def default_model(bundle: Bundle | None = None) -> SmoothedModel:
 
 def rows_of(job: Job, domain: Domain) -> Rows:
     """All the job's rows of a domain, as the networks are asked for them."""
-    pixels = np.frombuffer(job.pixels or ASKED[job.id], np.uint8).reshape(job.shape)
+    pixels = np.frombuffer(job.pixels or PIXELS[job.id], np.uint8).reshape(job.shape)
     rows = job.n0 if domain is Domain.SELECTION else job.n
     return Rows(pixels, job.domain_key(domain), 0, rows, job.sigma)
 
@@ -198,11 +198,11 @@ def rows_of(job: Job, domain: Domain) -> Rows:
 def counted_exactly(status: JobStatus, model: SmoothedModel) -> bool:
     """Whether the job has succeeded with the votes of each of its rows, counted once."""
     job = status.job
-    told = {Domain.SELECTION: status.selection, Domain.ESTIMATION: status.estimation}
+    counts = {Domain.SELECTION: status.selection, Domain.ESTIMATION: status.estimation}
     return (
         status.state is State.SUCCEEDED
         and status.rows_done == job.rows
-        and all(tuple(votes(model, rows_of(job, d)).tolist()) == told[d] for d in told)
+        and all(tuple(votes(model, rows_of(job, d)).tolist()) == counts[d] for d in counts)
     )
 
 
@@ -270,21 +270,21 @@ class Fleet:
 
     async def open_jobs(self) -> int:
         """Jobs that have not ended."""
-        told = [await persist(partial(self.engine.status, job.id)) for job in self.jobs]
-        return sum(status is not None and not status.state.ended for status in told)
+        statuses = [await persist(partial(self.engine.status, job.id)) for job in self.jobs]
+        return sum(status is not None and not status.state.ended for status in statuses)
 
     async def verdict(self) -> dict[str, Any]:
         """How the jobs have ended, their votes compared with this process' own."""
-        told = [await ended(self.engine, job) for job in self.jobs]
-        done = [status for status in told if status and status.state is State.SUCCEEDED]
+        statuses = [await ended(self.engine, job) for job in self.jobs]
+        done = [status for status in statuses if status and status.state is State.SUCCEEDED]
         async with Redis.from_url(self.server.url) as client:
             letters = [fields for _, fields in await client.xrange(f"{PREFIX}dead")]
         return {
-            "jobs": len(told),
+            "jobs": len(statuses),
             "shards": sum(len(job.shards(SHARD_ROWS)) for job in self.jobs),
             "rows": sum(job.rows for job in self.jobs),
-            "jobs lost": told.count(None),
-            "jobs that failed": len(told) - told.count(None) - len(done),
+            "jobs lost": statuses.count(None),
+            "jobs that failed": len(statuses) - statuses.count(None) - len(done),
             "dead letters": [
                 {name.decode(): fields[name].decode() for name in (b"failures", b"deaths")}
                 for fields in letters
@@ -297,8 +297,8 @@ async def ended(engine: RedisEngine, job: Job) -> JobStatus | None:
     """The job's last status, however often Redis is away meanwhile; None for a job that is gone."""
 
     async def last() -> JobStatus | None:
-        told = [status async for status in engine.watch(job.id)]
-        return told[-1] if told else None
+        statuses = [status async for status in engine.watch(job.id)]
+        return statuses[-1] if statuses else None
 
     return await persist(last)
 

@@ -193,10 +193,10 @@ class Bench:
         total = SELECTION_ROWS + self._plan.n
         needed = point["first call, seconds"] + total / point["rows/s"]
         if needed >= self._left():
-            told = {"skipped": f"CERTIFY needs about {needed:.0f} s; {self._left():.0f} are left"}
+            result = {"skipped": f"CERTIFY needs about {needed:.0f} s; {self._left():.0f} are left"}
         else:
-            told = self._tried(partial(self._questions, variant, point["rows"]))
-        return {"variant": variant.name, "rows": point["rows"], **told, "the paper": PAPER}
+            result = self._tried(partial(self._questions, variant, point["rows"]))
+        return {"variant": variant.name, "rows": point["rows"], **result, "the paper": PAPER}
 
     def _questions(self, variant: Variant, rows: int) -> dict[str, Any]:
         model = self._networks.smoothed(variant, rows)
@@ -268,25 +268,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--miniature", action="store_true")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     def save(report: dict[str, Any]) -> None:
-        partly = asked.out.with_suffix(".part")
+        partly = options.out.with_suffix(".part")
         partly.write_text(json.dumps(report, indent=2) + "\n")
-        partly.replace(asked.out)
+        partly.replace(options.out)
 
-    began, device = time.perf_counter(), torch.device(asked.device)
+    began, device = time.perf_counter(), torch.device(options.device)
     try:
-        shape = miniature() if asked.miniature else full_size()
+        shape = miniature() if options.miniature else full_size()
         networks, flops = Networks(shape, device), operations(shape)
     except Exception as error:
         save({"skipped": reason(error)})
         raise SystemExit(f"nothing was measured: {reason(error)}") from error
-    sizes = tuple(asked.batches or ((5, 10) if asked.miniature else BATCHES))
-    n, matrices, copied = (100, (128, 256), 4) if asked.miniature else (10_000, (8192, 16384), 4096)
-    plan = Plan(sizes, n, matrices, copied, asked.seconds - (time.perf_counter() - began))
+    sizes = tuple(options.batches or ((5, 10) if options.miniature else BATCHES))
+    n, matrices, copied = (
+        (100, (128, 256), 4) if options.miniature else (10_000, (8192, 16384), 4096)
+    )
+    plan = Plan(sizes, n, matrices, copied, options.seconds - (time.perf_counter() - began))
     bench = Bench(networks, plan, flops, save)
-    bench.run([variant for variant in VARIANTS if variant.name in asked.variants])
+    bench.run([variant for variant in VARIANTS if variant.name in options.variants])
     print(json.dumps(bench.report, indent=2))
 
 

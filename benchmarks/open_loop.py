@@ -64,8 +64,8 @@ async def ask(client: httpx.AsyncClient, mode: Mode, wait_seconds: int, key: str
     except httpx.TransportError:
         pass
     else:
-        status, told = answer.status_code, answer.headers.get("Retry-After", "")
-        retry_after = int(told) if told.isdecimal() else None
+        status, header = answer.status_code, answer.headers.get("Retry-After", "")
+        retry_after = int(header) if header.isdecimal() else None
     return Outcome(mode, status, time.perf_counter() - began, retry_after)
 
 
@@ -89,7 +89,7 @@ def summary(outcomes: Sequence[Outcome], wait_seconds: int) -> dict[str, Any]:
     refused = [each for each in outcomes if each.status in (429, 503)]
     admitted = [each for each in outcomes if each.status in (200, 504)]
     modes = {mode: [each for each in admitted if each.mode is mode] for mode in Mode}
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "asked": len(outcomes),
         "admitted": len(admitted),
         "by status": dict(sorted(Counter(each.status for each in outcomes).items())),
@@ -102,11 +102,11 @@ def summary(outcomes: Sequence[Outcome], wait_seconds: int) -> dict[str, Any]:
     for mode, those in modes.items():
         if those:
             taken = _percentiles([each.seconds for each in those])
-            told[f"{mode.value}, admitted, s"] = {"answers": len(those), **taken}
+            figures[f"{mode.value}, admitted, s"] = {"answers": len(those), **taken}
     if refused:
-        told["a refusal takes, s"] = _percentiles([each.seconds for each in refused])
-        told["Retry-After, s"] = _percentiles([each.retry_after or 0 for each in refused])
-    return told
+        figures["a refusal takes, s"] = _percentiles([each.seconds for each in refused])
+        figures["Retry-After, s"] = _percentiles([each.retry_after or 0 for each in refused])
+    return figures
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -154,12 +154,12 @@ async def overloaded(
         outcomes = await offered(client, load)
         seconds, used = time.perf_counter() - began, api.cpu_seconds() - used
         watching.cancel()
-    told = summary(outcomes, load.wait_seconds)
+    figures = summary(outcomes, load.wait_seconds)
     return {
         "asked, rows/s": round(load.rows_per_second, 1),
         "asked, questions/s": round(load.questions_per_second, 2),
-        "answered, rows/s": round(told["rows answered"] / seconds, 1),
-        **told,
+        "answered, rows/s": round(figures["rows answered"] / seconds, 1),
+        **figures,
         "CPU of the API, ms a question": round(1000 * used / len(outcomes), 1),
         "keys before": before["keys"],
         "seconds until nothing is kept": round(await expired(watch), 1),
@@ -172,8 +172,8 @@ def _client(api: Running) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=api.url, timeout=WAIT_SECONDS, limits=limits)
 
 
-async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    keys = [f"key-of-caller-{number}" for number in range(asked.keys)]
+async def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    keys = [f"key-of-caller-{number}" for number in range(options.keys)]
     settings: dict[str, object] = {
         "api_keys": ",".join(f"caller{number}:{key}" for number, key in enumerate(keys)),
         "retention_seconds": RETENTION_SECONDS,
@@ -181,7 +181,7 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with ExitStack() as fleet:
         log = fleet.enter_context((folder / "log").open("wb"))
         server = fleet.enter_context(redis_server(folder / "redis"))
-        runtime = {"runtime": asked.runtime, "retention_seconds": RETENTION_SECONDS}
+        runtime = {"runtime": options.runtime, "retention_seconds": RETENTION_SECONDS}
         worker = fleet.enter_context(
             worker_process(folder / "worker", server.url, log=log, **runtime)
         )
@@ -192,30 +192,30 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         data = folder / "api"
         with api_process(data, server.url, log, **settings) as api:
             async with _client(api) as client:
-                speed = await capacity(client, keys[0], asked.questions)
+                speed = await capacity(client, keys[0], options.questions)
                 left = await hung_up(client, engine, worker, keys[0])
-        backlog_rows = int(SAFETY * speed * asked.wait)
+        backlog_rows = int(SAFETY * speed * options.wait)
         if backlog_rows < 2 * ROWS[Mode.CERTIFY]:
             raise ValueError(
-                f"wait = {asked.wait} s: at {speed:.0f} rows/s a backlog that is done in time has "
+                f"wait = {options.wait} s: at {speed:.0f} rows/s a backlog done in time has "
                 f"{backlog_rows} rows, too few for two certifications of {ROWS[Mode.CERTIFY]}"
             )
         settings["max_queue_rows"] = backlog_rows
         settings["max_queue_rows_per_key"] = max(backlog_rows // 2, ROWS[Mode.CERTIFY])
-        rate = asked.times * speed
-        load = Load(rate, asked.seconds, asked.predict_share, asked.wait, keys)
+        rate = options.times * speed
+        load = Load(rate, options.seconds, options.predict_share, options.wait, keys)
         with api_process(data, server.url, log, **settings) as api:
             figures = await overloaded(api, worker, redis, engine, load)
         await engine.close()
     return {
         "machine": {"cores": os.cpu_count(), "load": [round(each, 2) for each in os.getloadavg()]},
-        "runtime": asked.runtime,
+        "runtime": options.runtime,
         "capacity, rows/s": round(speed, 1),
         "a caller hangs up": left,
         "backlog_rows": backlog_rows,
         "max_queue_rows_per_key": settings["max_queue_rows_per_key"],
-        "keys": asked.keys,
-        "PREDICT, share of questions": asked.predict_share,
+        "keys": options.keys,
+        "PREDICT, share of questions": options.predict_share,
         **figures,
     }
 
@@ -230,14 +230,14 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=4, help="callers with a key of their own")
     parser.add_argument("--questions", type=int, default=12, help="from which capacity is measured")
     parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            told = asyncio.run(_measured(asked, Path(folder)))
+            figures = asyncio.run(_measured(options, Path(folder)))
         except Exception:
             print((Path(folder) / "log").read_text(errors="replace")[-2000:], file=sys.stderr)
             raise
-    print(json.dumps(told, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ class Running:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples of that name, whatever their labels."""
-        told = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
+        text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
         return sum(
             sample.value
-            for family in text_string_to_metric_families(told)
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name
         )

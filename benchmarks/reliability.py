@@ -26,7 +26,7 @@ import torch
 from redis.asyncio import Redis
 
 from benchmarks.fleet import (
-    ASKED,
+    PIXELS,
     SHARD_ROWS,
     Fleet,
     default_model,
@@ -163,17 +163,19 @@ async def restarted(fleet: Fleet) -> dict[str, Any]:
     worker = fleet.start(data_dir=data)
     await until(lambda: ready(worker))
     redis = {"redis_url": fleet.server.url}
-    asked = {"files": {"image": picture(0)}, "data": {"n": "2000"}}
+    request = {"files": {"image": picture(0)}, "data": {"n": "2000"}}
     async with httpx.AsyncClient() as client:
         with serving(data, settings=redis) as (url, api):
             worker.process.send_signal(signal.SIGSTOP)
-            told = await client.post(f"{url}/predict", headers={"Prefer": "respond-async"}, **asked)
+            accepted = await client.post(
+                f"{url}/predict", headers={"Prefer": "respond-async"}, **request
+            )
             api.kill()
             worker.process.send_signal(signal.SIGCONT)
-        job_id = told.json()["id"]
+        job_id = accepted.json()["id"]
         if status := await fleet.engine.status(job_id):
             fleet.jobs.append(status.job)
-            ASKED[job_id] = question("as the API has it").pixels
+            PIXELS[job_id] = question("as the API has it").pixels
         with serving(data, settings=redis) as (url, _):
             verdict = await fleet.verdict()
             found = (await client.get(f"{url}/jobs/{job_id}")).json()
@@ -193,10 +195,10 @@ async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
     verdict = await fleet.verdict()
     lines = [line.split() for log in logs for line in log.read_text().splitlines()]
     own = {
-        (asked.key.hex(), row): digest
+        (rows.key.hex(), row): digest
         for job in fleet.jobs
-        for asked in (rows_of(job, domain) for domain in Domain)
-        for row, digest in enumerate(_hashes(asked))
+        for rows in (rows_of(job, domain) for domain in Domain)
+        for row, digest in enumerate(_hashes(rows))
     }
     keys = {key for key, _ in own}  # Rows of a worker's warm-up are of no job.
     drawn = {(key, int(row)): digest for key, row, digest in lines if key in keys}
@@ -210,10 +212,10 @@ async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
     }
 
 
-def _hashes(asked: Rows) -> list[str]:
+def _hashes(rows: Rows) -> list[str]:
     """SHA-256 of each row's noise, drawn here."""
-    shape = asked.pixels.shape
-    drawn = discrete_gaussian(asked.key, asked.start, asked.stop, shape, asked.sigma, CPU)
+    shape = rows.pixels.shape
+    drawn = discrete_gaussian(rows.key, rows.start, rows.stop, shape, rows.sigma, CPU)
     return row_hashes(drawn)
 
 

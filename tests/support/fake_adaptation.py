@@ -39,8 +39,8 @@ def adapt(job: Path, tasks: Path, starts: int) -> None:
     plan, earlier = Plan.read(job), Status.read(job)
     status = Status("running", attempts=earlier.attempts, furthest=earlier.furthest)
     status = status.changed(started=time.time())
-    told = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
-    ways = told.split()[0].lower()
+    words = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
+    ways = words.split()[0].lower()
     left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}
     if not (tasks / job.name).exists():
         pictures(job / REFERENCES, plan)

@@ -85,15 +85,15 @@ class FakeModel:
     def votes(self, parts: Iterable[Rows], digest: str) -> NDArray[np.int64]:
         if digest != self.digest:
             raise DigestChanged(f"{digest} is asked for and {self.digest} served")
-        asked = [(part.key, part.start, part.stop) for part in parts]
-        self.batches.append(asked)
+        rows = [(part.key, part.start, part.stop) for part in parts]
+        self.batches.append(rows)
         self.gate.wait()
         time.sleep(self.delay)
-        if self.broken or any(key in self.poison for key, _, _ in asked):
+        if self.broken or any(key in self.poison for key, _, _ in rows):
             raise RuntimeError("the fake device says no")
-        if sum(stop - start for _, start, stop in asked) > self.batch_rows:
+        if sum(stop - start for _, start, stop in rows) > self.batch_rows:
             raise ValueError("more rows than a batch holds")
-        votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in asked]
+        votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in rows]
         return np.array(votes, np.int64)
 
 

@@ -57,10 +57,10 @@ def described(path: Path, name: str, key: str) -> dict[str, Any]:
     body = path.read_bytes()
     size, sha256 = len(body), hashlib.sha256(body).hexdigest()
     blob = hashlib.sha1(b"blob %d\0" % size + body).hexdigest()  # noqa: S324 - as git names it.
-    told: dict[str, Any] = {key: name, "size": size, "blobId": blob, "oid": blob}
+    entry: dict[str, Any] = {key: name, "size": size, "blobId": blob, "oid": blob}
     if name.endswith(LARGE):
-        told["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 100}
-    return told
+        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 100}
+    return entry
 
 
 class _Server(ThreadingHTTPServer):
@@ -99,8 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             listed = [{"type": "file", **described(path, name, "path")} for name, path in files]
             return self._answer(json.dumps(listed).encode())
         siblings = [described(path, name, "rfilename") for name, path in files]
-        told = {"id": repository, "sha": commit, "siblings": siblings}
-        return self._answer(json.dumps(told).encode())
+        about = {"id": repository, "sha": commit, "siblings": siblings}
+        return self._answer(json.dumps(about).encode())
 
     def _file(self, path: Path, name: str, commit: str) -> None:
         body = path.read_bytes()
