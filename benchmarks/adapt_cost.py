@@ -1,8 +1,8 @@
-"""What one adaptation costs by itself: `python -m benchmarks.adapt_cost`.
+"""Cost of one adaptation on an otherwise idle machine: `python -m benchmarks.adapt_cost`.
 
-Runs a job as `vouchsafe adapt` does, in a process of its own and a temporary folder, and prints
-one JSON: what its UNets computed in, the seconds of each stage, and the peak memory of the job's
-process or, where it starts any, of its largest child.
+Runs a job as `vouchsafe adapt` does, in a separate process and a temporary folder. Prints one JSON:
+the dtype of its UNets, the seconds of each stage, and the peak memory of the job's process or of
+its largest child.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
 
 
 def _stage_of(job: Path) -> tuple[str | None, float]:
-    """The stage that the job last said it is in, and when it said so."""
+    """The stage in the job's status, and the time when the status was written."""
     try:
         with (job / STATUS).open() as stream:
             return json.load(stream)["stage"], os.fstat(stream.fileno()).st_mtime
@@ -86,7 +86,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         result = measured(plan, Path(folder))
-    # Loaded only now: a child's memory begins at that of its parent, which is small without torch.
+    # Imported only now: a child's memory starts at its parent's, which is small without torch.
     from benchmarks.machine import machine
     from models.smoothing import best_device
 

@@ -1,10 +1,10 @@
-"""What a running adaptation costs those who ask meanwhile: `python -m benchmarks.beside_a_job`.
+"""Latency of predictions beside a running adaptation: `python -m benchmarks.beside_a_job`.
 
-Starts a server of its own in a temporary folder and asks it one question after another: with
-nothing beside it, then in every stage of a running adaptation job, then with nothing beside it
-once more. Each stage has its share of the questions; once it has, the job goes on unasked, for at
-its low priority it would hardly do so beside more of them. A question counts where the job ran
-before it and after it. Prints a table of latencies; `--out` keeps all figures as JSON.
+Starts a server in a temporary folder and sends requests one after another: with no job, in every
+stage of a running adaptation job, then again with no job. Each stage has its share of the requests.
+After it, the job continues without requests, because at its low priority it hardly progresses
+beside them. A request counts if the job ran before it and after it. Prints a table of latencies;
+`--out` writes all figures as JSON.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from service.predictions.schemas import DEFAULT_ROWS
 IMAGE = Path(__file__).parents[1] / "docs" / "ship.png"
 NAME = "made beside a benchmark"
 WARM = 5
-"""Questions before each block that are not counted."""
+"""Requests before each block that are not counted."""
 LOOK_SECONDS = 0.1
 
 Timings = list[tuple[str, float]]
-"""The stage in which each question was asked, and the seconds it took."""
+"""The stage during each request, and the request's seconds."""
 
 
 async def measured(
     url: str, question: Mapping[str, str], task: Mapping[str, Any], requests: int
 ) -> dict[str, Any]:
-    """Figures of at least so many questions beside jobs, and of so many before and after."""
+    """Figures of at least `requests` requests beside jobs, and of as many before and after."""
     image, rows = IMAGE.read_bytes(), int(question["n"]) + int(question.get("n0", 0))
     async with httpx.AsyncClient(base_url=url, timeout=WAIT_SECONDS) as client:
         send = partial(post, client, question)
@@ -73,7 +73,9 @@ async def _alone(send: Ask, image: bytes, requests: int) -> list[float]:
 async def _beside_jobs(
     client: httpx.AsyncClient, send: Ask, image: bytes, task: Mapping[str, Any], requests: int
 ) -> Timings:
-    """So many questions, as many in one stage as in another, beside as many jobs as that takes."""
+    """Timings of `requests` requests, equally many in each stage, beside as many jobs as that
+    needs.
+    """
     left_out = {"personalizing": task.get("steps") == 0, "finetuning": task.get("epochs") == 0}
     stages = [stage for stage in STAGES if not left_out.get(stage)]
     timings: Timings = []
@@ -98,7 +100,7 @@ async def _beside_jobs(
 
 
 async def _stage(client: httpx.AsyncClient, location: str) -> str | None:
-    """The stage that the job is in, once it is in one, or None where it is ready.
+    """The stage of the job, once it has one, or None where it is ready.
 
     Raises RuntimeError where it has failed.
     """

@@ -1,9 +1,9 @@
-"""Tallies under injected deaths, counted in two steps and in one.
+"""Tallies under injected worker crashes, counted in two steps and in one.
 
-`python -m benchmarks.count_then_ack --url URL` counts the same jobs twice over Redis. Workers die
-now and then where it hurts most: once a shard's votes are counted and before that is known. The
-shard is then delivered again. Prints how many jobs end with votes of which some were counted
-twice, or not at all. Uses keys of its own below a random prefix and erases them.
+`python -m benchmarks.count_then_ack --url URL` counts the same jobs twice over Redis. Workers crash
+at random after a shard's votes are counted and before they are acknowledged. The shard is then
+delivered again. Prints how many jobs end with votes that were counted twice, or not at all. Uses
+keys below a random prefix and deletes them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def two_steps(
         for shard in job.shards(options.shard_rows):
             fields = {"job": number, "label": shard.index % LABELS, "rows": shard.rows}
             await redis.xadd(stream, fields)
-    while True:  # What a dead worker had is claimed first, its lease taken as run out.
+    while True:  # A crashed worker's shards are claimed first, as if their leases had expired.
         _, entries, _ = await redis.xautoclaim(stream, GROUP, "worker", 0, count=1)
         if not entries:
             read = await redis.xreadgroup(GROUP, "worker", {stream: ">"}, count=1)
@@ -57,9 +57,10 @@ async def two_steps(
 async def one_script(
     redis: Redis, prefix: str, jobs: list[Job], options: argparse.Namespace
 ) -> Tallies:
-    """The engine, whose commit counts and acknowledges; what it was not seen to do is done again.
+    """Tallies of the engine, whose commit counts and acknowledges; an unconfirmed commit is
+    repeated.
 
-    As many workers die just before the commit: their leases run out, and others take the shards.
+    As many workers crash just before the commit: their leases expire, and others take the shards.
     """
     chance, worker = random.Random(options.seed), Worker("worker", WORKER_BUNDLES)
     engine = RedisEngine(
@@ -89,7 +90,7 @@ async def one_script(
 
 
 async def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """How many jobs have wrong tallies, each way."""
+    """The number of jobs with wrong tallies, each way."""
     shards = -(-options.rows // options.shard_rows)
     figures: dict[str, Any] = {"jobs": options.jobs, "shards a job": shards}
     jobs = [made_up_job(options) for _ in range(options.jobs)]

@@ -1,10 +1,10 @@
-"""What fine-tuning in other ways would certify: `python -m benchmarks.finetuning --data DATA`.
+"""Certified radii after other ways of fine-tuning: `python -m benchmarks.finetuning --data DATA`.
 
-Fine-tunes nano's classifier for its ten labels, behind the denoiser at rest, in several ways. Every
-classifier names the same denoised rows of held-back images, which make an estimate of the average
-certified radius: sigma times the normal quantile of the share named right, without the bounds of a
-certificate. Prints a Markdown table with each way's change to nothing adapted and its
-paired-bootstrap 95 % interval over images. What `--work` knows is not made again.
+Fine-tunes nano's classifier for its ten labels, behind the unadapted denoiser, in several ways.
+Every classifier labels the same denoised rows of held-back images. They give an estimate of the
+average certified radius: sigma times the normal quantile of the share of correct rows, without the
+bounds of a certificate. Prints a Markdown table with each way's change to nothing adapted and its
+paired-bootstrap 95 % interval over images. Results in `--work` are not computed again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EVERY = (
 
 @torch.inference_mode()
 def denoised(denoise: Denoiser, data: LabelledImages, sigma: float, rows: int) -> Tensor:
-    """So many noisy rows of every image behind the denoiser (N,rows,3,H,W) float16."""
+    """`rows` noisy rows of every image behind the denoiser (N,rows,3,H,W) float16."""
     height, width, channels = data.images.shape[1:]
     found = torch.empty(len(data), rows, channels, height, width, dtype=torch.float16)
     generator = torch.Generator().manual_seed(1)
@@ -64,7 +64,7 @@ def denoised(denoise: Denoiser, data: LabelledImages, sigma: float, rows: int) -
 
 @torch.inference_mode()
 def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The share of each image's rows (N,rows,3,H,W) that the classifier names right (N,)."""
+    """The share of each image's rows (N,rows,3,H,W) that the classifier labels correctly (N,)."""
     named = np.array(
         [[classify(part.float()).argmax(1).numpy() for part in each.split(BATCH)] for each in rows]
     )
@@ -73,7 +73,7 @@ def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> 
 
 
 def radii(shares: NDArray[np.float64], sigma: float, rows: int) -> NDArray[np.float64]:
-    """Each image's estimated radius (N,), 0 where no majority names it right."""
+    """Each image's estimated radius (N,), 0 where no majority of rows is correct."""
     highest = 1 - 1 / (2 * rows)
     found: NDArray[np.float64] = sigma * np.maximum(ndtri(np.clip(shares, 0.5, highest)), 0.0)
     return found
@@ -99,7 +99,7 @@ def main() -> None:
         "--rows", type=int, default=60, help=f"of each image; a multiple of {BATCH}"
     )
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="of the evaluation")
-    parser.add_argument("--work", type=Path, help="keep what is made here, and go on with it")
+    parser.add_argument("--work", type=Path, help="store results here, and resume from them")
     arguments = parser.parse_args()
     if arguments.rows < BATCH or arguments.rows % BATCH:
         parser.error(f"--rows = {arguments.rows}: must be a multiple of {BATCH}")

@@ -1,9 +1,9 @@
-"""What Redis between askers and workers costs: `python -m benchmarks.fleet_rows`.
+"""Cost of Redis between API and workers: `python -m benchmarks.fleet_rows`.
 
-The same certifications are asked of the engine in this process, of a worker process on all cores
-and of two on half the cores each, both through a Redis of their own, by turns. All processes are
-up the whole time, so what idle ones take is in every figure. Prints one JSON: rows a second, what
-they lose against the engine in process, where the processor's time goes, how full batches are.
+Requests the same certifications, by turns, of the engine in this process, of a worker process on
+all cores, and of two on half the cores each. Both fleets have their own Redis. All processes are up
+the whole time, so idle ones are in every figure. Prints one JSON: rows/s, the loss against the
+engine in process, processor time by process, rows per batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ METRICS = {
 
 
 class Way:
-    """One way to ask: a desk, and the processes behind it."""
+    """One deployment: the use case, and the processes behind it."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Way:
         self._redis = redis
 
     async def used(self) -> dict[str, float]:
-        """Seconds of processor time, by who took them, and the workers' metrics, all so far."""
+        """Seconds of processor time by process, and the workers' metrics, all so far."""
         used = {"asking": time.process_time()}
         if self._redis is not None:
             used["Redis"] = self._redis.cpu_seconds()
@@ -68,7 +68,7 @@ class Way:
         return used
 
     async def measured(self, n: int, images: Sequence[bytes], concurrency: int) -> dict[str, float]:
-        """What it took to certify the images, so many at once."""
+        """Figures of certifying the images, `concurrency` at once."""
         before, began = await self.used(), time.perf_counter()
         taken = await driven(partial(ask_desk, self.predictions, n), images, concurrency)
         seconds = time.perf_counter() - began
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=8, help="of each way in each round")
-    parser.add_argument("--concurrency", type=int, default=8, help="asked at once")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

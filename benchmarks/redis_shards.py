@@ -1,8 +1,8 @@
-"""Shards a second through Redis without a device: `python -m benchmarks.redis_shards --url URL`.
+"""Shards per second through Redis without a device: `python -m benchmarks.redis_shards --url URL`.
 
-Processes pull, start and commit shards as workers do, with votes made up at once; the jobs are
-queued before the clock starts. Uses keys of its own below a random prefix and erases them. Prints
-the figures of Redis beside the speed: its share of a core, its calls and bytes for each shard.
+Processes pull, start and commit shards as workers do, with synthetic votes. The jobs are queued
+before the clock starts. Uses keys below a random prefix and deletes them. Prints the speed and
+Redis's share of a core, calls and bytes per shard.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def made_up_votes(lease: Lease) -> list[int]:
 
 
 async def _drain(url: str, prefix: str, options: argparse.Namespace) -> None:
-    """Work until nothing waits."""
+    """Work until the queues are empty."""
     engine = _engine(url, prefix, options)
     worker = Worker(f"bench-{os.getpid()}", WORKER_BUNDLES)
     computed: list[Lease] = []

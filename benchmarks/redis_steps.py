@@ -1,8 +1,8 @@
-"""What each step of a fleet costs Redis: `python -m benchmarks.redis_steps --url URL --workers N`.
+"""Redis's cost of each step of a fleet: `python -m benchmarks.redis_steps --url URL --workers N`.
 
-So many workers have announced themselves and listen; then each step is done many times, one after
-another, and Redis's own processor time is divided by the number. Uses keys of its own below a
-random prefix and erases them.
+N workers have announced themselves and are subscribed. Then each step is repeated, and Redis's
+processor time is divided by the number of repetitions. Uses keys below a random prefix and deletes
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[[], Awaitable[object]]
 
 
 async def milliseconds(redis: Redis, times: int, step: Step) -> float:
-    """Redis's processor time for one step, of so many."""
+    """Redis's processor time for one step, the mean of `times`."""
     before = await _processor_seconds(redis)
     for _ in range(times):
         await step()
@@ -40,7 +40,7 @@ async def _processor_seconds(redis: Redis) -> float:
 
 @asynccontextmanager
 async def listeners(url: str, channel: str, number: int) -> AsyncIterator[None]:
-    """So many connections subscribed to the channel, which read what comes."""
+    """`number` connections subscribed to the channel, which read its messages."""
     host, port = url.split("/")[2].rsplit("@")[-1].split(":")
     ended: list[asyncio.Task[None]] = []
     writers = []
@@ -126,7 +126,9 @@ def main() -> None:
     """Read the command line, measure, and print the milliseconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="redis://127.0.0.1:6379/0", help="a Redis >= 7.0")
-    parser.add_argument("--workers", type=int, default=1000, help="that are announced, and listen")
+    parser.add_argument(
+        "--workers", type=int, default=1000, help="announced and subscribed workers"
+    )
     parser.add_argument("--times", type=int, default=300, help="how often each step is done")
     parser.add_argument("--rows", type=int, default=1100, help="noise rows of each job")
     parser.add_argument("--shard-rows", type=int, default=64)

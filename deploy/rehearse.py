@@ -145,7 +145,7 @@ class Rehearsal:
         self._host.start_redis()
         self._report("started    redis")
         self._fires([])
-        self._until("a question, asked again where it is a 503", self._answered)
+        self._until("a question, retried after a 503", self._answered)
 
     def end(self) -> None:
         """Check that each process exits with 0 after SIGTERM."""
