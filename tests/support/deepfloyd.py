@@ -1,4 +1,4 @@
-"""Miniatures in the very layout of DeepFloyd IF's and CLIP's repositories, with random weights."""
+"""Miniatures in the exact layout of DeepFloyd IF's and CLIP's repositories, with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub of a few repositories on this machine, as far as fetching one needs it."""
+"""A hub of a few repositories on this machine, with the parts that a fetch needs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ LARGE = (".safetensors", ".bin", ".model")
 
 @dataclass
 class Hub:
-    """Folders by repository, each at one commit. Files of `gated` repositories are for `token`
-    alone; the file `stops`, with its repository, is sent as half of itself, once, until `go_on`."""
+    """Folders by repository, each at one commit.
+
+    Files of `gated` repositories need `token`. The file `stops`, with its repository, is sent half,
+    once, until `go_on`.
+    """
 
     folders: dict[str, Path]
     commits: dict[str, str]
@@ -135,4 +138,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nobody reads it."""
+        """Discard the message."""
