@@ -243,7 +243,7 @@ class Bench:
         return self._ends - time.perf_counter()
 
     def _for_questions(self) -> float:
-        """Seconds that PREDICT and CERTIFY will need by the figures so far; 0 once they are done."""
+        """Seconds that PREDICT and CERTIFY will need by the figures so far; 0 once done."""
         if self._best is None or self.report["questions"]:
             return 0.0
         needed = 10 + (5 * PREDICT_ROWS + self._plan.n) / self._best_speed()

@@ -37,7 +37,7 @@ class RedisServer:
         return f"unix://{user and user + '@'}{self.socket}?db={database}"
 
     def start(self, **more: str | int) -> None:
-        """Returns once the server answers, with its data loaded; `more` are the server's options."""
+        """Returns once the server answers, with its data loaded; `more` are its options."""
         self.launch(**more)
         deadline = time.monotonic() + 20
         with redis.Redis.from_url(self.url, retry=None) as client:

@@ -261,7 +261,7 @@ def faults(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 async def run(name: str, folder: Path, model: SmoothedModel, *, short: bool) -> dict[str, Any]:
-    """One scenario's figures, from processes of its own."""
+    """One scenario's figures, from separate processes."""
     began = time.monotonic()
     fsync = "always" if name.endswith("always") else "everysec"
     scenario, whole, some = SCENARIOS[name]
