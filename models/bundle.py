@@ -84,7 +84,7 @@ class Base:
                     raise BundleError(f"{path}: is not of the base network; remove it")
         pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
         if self.folder and pickles:
-            raise BundleError(f"{folder}: remove the pickled files: {', '.join(sorted(pickles))}")
+            raise BundleError(f"{folder}: holds pickled files; remove {', '.join(sorted(pickles))}")
         return folder
 
     @contextmanager

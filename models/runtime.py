@@ -21,9 +21,7 @@ class RuntimeUnavailable(OSError):
 
 
 class Runtime(Protocol):
-    """A way to run networks. Their outputs depend on `name`, which includes the version, besides
-    torch.
-    """
+    """A way to run networks. Outputs depend on torch and on `name`, which includes the version."""
 
     name: str
 

@@ -52,7 +52,7 @@ _PLAIN_WORD = "thing"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a task's bundle depends on besides networks and profile of its sets.
+    """All that a task's bundle depends on, beyond networks and profile of its sets.
 
     Create one with `Plan.checked`. `steps` of personalization and `epochs` of fine-tuning: 0 omits
     that part. `prompts` maps labels to their words in the template, where these differ from the

@@ -84,7 +84,7 @@ def _inspected(name: str, folder: Path) -> Inventory:
         troubles.append(f"{folder}: a download was cut short: {', '.join(left)}")
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
     if pickles:
-        troubles.append(f"{folder}: remove the pickled files: {', '.join(pickles)}")
+        troubles.append(f"{folder}: holds pickled files; remove {', '.join(pickles)}")
     return Inventory(name, folder, origin(folder), holdings, tuple(troubles))
 
 

@@ -290,7 +290,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pickled": (
         lambda d: (d / "if-ii-l/stage2/unet/diffusion_pytorch_model.bin").write_bytes(b""),
-        r"stage2: remove the pickled files: diffusion_pytorch_model.bin",
+        r"stage2: holds pickled files; remove diffusion_pytorch_model.bin",
     ),
     "a link, as in the hub's cache": (
         lambda d: linked(d / "if-ii-l/stage2/unet/config.json"),
