@@ -1,8 +1,8 @@
-"""What one adaptation costs by itself: `python -m benchmarks.adapt_cost`.
+"""Cost of one adaptation on an otherwise idle machine: `python -m benchmarks.adapt_cost`.
 
-Runs a job as `vouchsafe adapt` does, in a process of its own and a temporary folder, and prints
-one JSON: what its UNets computed in, the seconds of each stage, and the peak memory of the job's
-process or, where it starts any, of its largest child.
+Runs a job as `vouchsafe adapt` does, in a separate process and a temporary folder. Prints one JSON:
+the dtype of its UNets, the seconds of each stage, and the peak memory of the job's process or of
+its largest child.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     since = time.time()
     try:
         while not run.step():
-            now, written = _told(job)
+            now, written = _stage_of(job)
             if now is not None and now != stage:
                 seconds[stage] = written - since
                 stage, since = now, written
@@ -62,8 +62,8 @@ def measured(plan: Plan, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def _told(job: Path) -> tuple[str | None, float]:
-    """The stage that the job last said it is in, and when it said so."""
+def _stage_of(job: Path) -> tuple[str | None, float]:
+    """The stage in the job's status, and the time when the status was written."""
     try:
         with (job / STATUS).open() as stream:
             return json.load(stream)["stage"], os.fstat(stream.fileno()).st_mtime
@@ -85,8 +85,8 @@ def main(given: Sequence[str] | None = None) -> None:
         epochs=arguments.epochs,
     )
     with tempfile.TemporaryDirectory() as folder:
-        told = measured(plan, Path(folder))
-    # Loaded only now: a child's memory begins at that of its parent, which is small without torch.
+        result = measured(plan, Path(folder))
+    # Imported only now: a child's memory starts at its parent's, which is small without torch.
     from benchmarks.machine import machine
     from models.smoothing import best_device
 
@@ -94,7 +94,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "plan": asdict(plan),
         "cores": len(os.sched_getaffinity(0)),
         "machine": machine(best_device()),
-        **told,
+        **result,
     }
     text = json.dumps(report, indent=2)
     print(text)

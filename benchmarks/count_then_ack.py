@@ -1,9 +1,9 @@
-"""Tallies under injected deaths, counted in two steps and in one.
+"""Tallies under injected worker crashes, counted in two steps and in one.
 
-`python -m benchmarks.count_then_ack --url URL` counts the same jobs twice over Redis. Workers die
-now and then where it hurts most: once a shard's votes are counted and before that is known. The
-shard is then delivered again. Prints how many jobs end with votes of which some were counted
-twice, or not at all. Uses keys of its own below a random prefix and erases them.
+`python -m benchmarks.count_then_ack --url URL` counts the same jobs twice over Redis. Workers crash
+at random after a shard's votes are counted and before they are acknowledged. The shard is then
+delivered again. Prints how many jobs end with votes that were counted twice, or not at all. Uses
+keys below a random prefix and deletes them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ GROUP = "workers"
 
 
 async def two_steps(
-    redis: Redis, prefix: str, jobs: list[Job], asked: argparse.Namespace
+    redis: Redis, prefix: str, jobs: list[Job], options: argparse.Namespace
 ) -> Tallies:
     """A stream read by a group; the worker adds up the votes, then acknowledges the shard."""
-    chance, stream = random.Random(asked.seed), f"{prefix}shards"
+    chance, stream = random.Random(options.seed), f"{prefix}shards"
     await redis.xgroup_create(stream, GROUP, "0", mkstream=True)
     for number, job in enumerate(jobs):
-        for shard in job.shards(asked.shard_rows):
+        for shard in job.shards(options.shard_rows):
             fields = {"job": number, "label": shard.index % LABELS, "rows": shard.rows}
             await redis.xadd(stream, fields)
-    while True:  # What a dead worker had is claimed first, its lease taken as run out.
+    while True:  # A crashed worker's shards are claimed first, as if their leases had expired.
         _, entries, _ = await redis.xautoclaim(stream, GROUP, "worker", 0, count=1)
         if not entries:
             read = await redis.xreadgroup(GROUP, "worker", {stream: ">"}, count=1)
@@ -48,26 +48,27 @@ async def two_steps(
         ((entry, fields),) = entries
         tally = f"{prefix}votes:{int(fields[b'job'])}"
         await redis.hincrby(tally, fields[b"label"].decode(), int(fields[b"rows"]))
-        if chance.random() >= asked.deaths:
+        if chance.random() >= options.deaths:
             await redis.xack(stream, GROUP, entry)
-    told = [await redis.hgetall(f"{prefix}votes:{number}") for number in range(len(jobs))]
-    return [tuple(int(votes.get(b"%d" % k, 0)) for k in range(LABELS)) for votes in told]
+    stored = [await redis.hgetall(f"{prefix}votes:{number}") for number in range(len(jobs))]
+    return [tuple(int(votes.get(b"%d" % k, 0)) for k in range(LABELS)) for votes in stored]
 
 
 async def one_script(
-    redis: Redis, prefix: str, jobs: list[Job], asked: argparse.Namespace
+    redis: Redis, prefix: str, jobs: list[Job], options: argparse.Namespace
 ) -> Tallies:
-    """The engine, whose commit counts and acknowledges; what it was not seen to do is done again.
+    """Tallies of the engine, whose commit counts and acknowledges; an unconfirmed commit is
+    repeated.
 
-    As many workers die just before the commit: their leases run out, and others take the shards.
+    As many workers crash just before the commit: their leases expire, and others take the shards.
     """
-    chance, worker = random.Random(asked.seed), Worker("worker", WORKER_BUNDLES)
+    chance, worker = random.Random(options.seed), Worker("worker", WORKER_BUNDLES)
     engine = RedisEngine(
-        connect(asked.url),
+        connect(options.url),
         EngineOptions(
-            shard_rows=asked.shard_rows,
+            shard_rows=options.shard_rows,
             lease_seconds=0.2,
-            max_queue_rows=2 * asked.jobs * asked.rows,
+            max_queue_rows=2 * options.jobs * options.rows,
         ),
         prefix=prefix,
         poll_seconds=0.05,
@@ -78,28 +79,28 @@ async def one_script(
         await engine.submit(job)
     while (await engine.capacity()).backlog_rows:
         for lease in await engine.pull(worker, 1):
-            if chance.random() < asked.deaths:
+            if chance.random() < options.deaths:
                 continue
             await engine.commit(lease, made_up_votes(lease))
-            if chance.random() < asked.deaths:
+            if chance.random() < options.deaths:
                 await engine.commit(lease, made_up_votes(lease))
     statuses = [await engine.status(job.id) for job in jobs]
     await engine.close()
     return [status.estimation if status else () for status in statuses]
 
 
-async def measured(asked: argparse.Namespace) -> dict[str, Any]:
-    """How many jobs have wrong tallies, each way."""
-    shards = -(-asked.rows // asked.shard_rows)
-    figures: dict[str, Any] = {"jobs": asked.jobs, "shards a job": shards}
-    jobs = [made_up_job(asked) for _ in range(asked.jobs)]
+async def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The number of jobs with wrong tallies, each way."""
+    shards = -(-options.rows // options.shard_rows)
+    figures: dict[str, Any] = {"jobs": options.jobs, "shards a job": shards}
+    jobs = [made_up_job(options) for _ in range(options.jobs)]
     wanted = [0] * LABELS
-    for shard in jobs[0].shards(asked.shard_rows):
+    for shard in jobs[0].shards(options.shard_rows):
         wanted[shard.index % LABELS] += shard.rows
     for way in (two_steps, one_script):
-        redis, prefix = connect(asked.url), f"{{bench-{secrets.token_hex(8)}}}:"
+        redis, prefix = connect(options.url), f"{{bench-{secrets.token_hex(8)}}}:"
         try:
-            tallies = await way(redis, prefix, jobs, asked)
+            tallies = await way(redis, prefix, jobs, options)
         finally:
             async for key in redis.scan_iter(match=f"{prefix}*"):
                 await redis.delete(key)

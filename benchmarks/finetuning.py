@@ -1,10 +1,10 @@
-"""What fine-tuning in other ways would certify: `python -m benchmarks.finetuning --data DATA`.
+"""Certified radii after other ways of fine-tuning: `python -m benchmarks.finetuning --data DATA`.
 
-Fine-tunes nano's classifier for its ten labels, behind the denoiser at rest, in several ways. Every
-classifier names the same denoised rows of held-back images, which make an estimate of the average
-certified radius: sigma times the normal quantile of the share named right, without the bounds of a
-certificate. Prints a Markdown table with each way's change to nothing adapted and its
-paired-bootstrap 95 % interval over images. What `--work` knows is not made again.
+Fine-tunes nano's classifier for its ten labels, behind the unadapted denoiser, in several ways.
+Every classifier labels the same denoised rows of held-back images. They give an estimate of the
+average certified radius: sigma times the normal quantile of the share of correct rows, without the
+bounds of a certificate. Prints a Markdown table with each way's change to nothing adapted and its
+paired-bootstrap 95 % interval over images. Results in `--work` are not computed again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EVERY = (
 
 @torch.inference_mode()
 def denoised(denoise: Denoiser, data: LabelledImages, sigma: float, rows: int) -> Tensor:
-    """So many noisy rows of every image behind the denoiser (N,rows,3,H,W) float16."""
+    """`rows` noisy rows of every image behind the denoiser (N,rows,3,H,W) float16."""
     height, width, channels = data.images.shape[1:]
     found = torch.empty(len(data), rows, channels, height, width, dtype=torch.float16)
     generator = torch.Generator().manual_seed(1)
@@ -64,7 +64,7 @@ def denoised(denoise: Denoiser, data: LabelledImages, sigma: float, rows: int) -
 
 @torch.inference_mode()
 def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The share of each image's rows (N,rows,3,H,W) that the classifier names right (N,)."""
+    """The share of each image's rows (N,rows,3,H,W) that the classifier labels correctly (N,)."""
     named = np.array(
         [[classify(part.float()).argmax(1).numpy() for part in each.split(BATCH)] for each in rows]
     )
@@ -73,20 +73,20 @@ def shares_of(classify: Classifier, rows: Tensor, labels: NDArray[np.int64]) -> 
 
 
 def radii(shares: NDArray[np.float64], sigma: float, rows: int) -> NDArray[np.float64]:
-    """Each image's estimated radius (N,), 0 where no majority names it right."""
-    most = 1 - 1 / (2 * rows)
-    found: NDArray[np.float64] = sigma * np.maximum(ndtri(np.clip(shares, 0.5, most)), 0.0)
+    """Each image's estimated radius (N,), 0 where no majority of rows is correct."""
+    highest = 1 - 1 / (2 * rows)
+    found: NDArray[np.float64] = sigma * np.maximum(ndtri(np.clip(shares, 0.5, highest)), 0.0)
     return found
 
 
 def row(
-    told: str, shares: NDArray[np.float64], base: NDArray[np.float64], radius: NDArray[np.float64]
+    label: str, shares: NDArray[np.float64], base: NDArray[np.float64], radius: NDArray[np.float64]
 ) -> str:
     """A line of the table; the change and its interval as shares of the mean of `base`."""
     rows, images = 100 * shares.mean(), 100 * np.mean(shares > 0.5)
     by, low, high = (100 * value / base.mean() for value in paired_bootstrap(base, radius))
     change = f"{by:+.1f} % ({low:+.1f} to {high:+.1f})"
-    return f"| {told} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
+    return f"| {label} | {rows:.1f} % | {images:.1f} % | {radius.mean():.3f} | {change} |"
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
         "--rows", type=int, default=60, help=f"of each image; a multiple of {BATCH}"
     )
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="of the evaluation")
-    parser.add_argument("--work", type=Path, help="keep what is made here, and go on with it")
+    parser.add_argument("--work", type=Path, help="store results here, and resume from them")
     arguments = parser.parse_args()
     if arguments.rows < BATCH or arguments.rows % BATCH:
         parser.error(f"--rows = {arguments.rows}: must be a multiple of {BATCH}")
@@ -110,23 +110,23 @@ def main() -> None:
         bench = Bench(arguments.data, work, RUNTIMES[arguments.runtime]())
         data = bench.held_back[arguments.first :][: arguments.count]
         rows = cache(lambda: denoised(bench.denoiser(), data, arguments.sigma, arguments.rows))
-        asked = [arguments.sigma, arguments.first, len(data), arguments.rows]
+        settings = [arguments.sigma, arguments.first, len(data), arguments.rows]
         print("| fine-tuned on | rows right | images right | ACR, estimated | change |")
         print("|---" * 5 + "|")
         base = None
         for way in EVERY:
             out = work / bench.name_of(way)
             out.mkdir(exist_ok=True)
-            kept = out / f"shares-{'-'.join(f'{each:g}' for each in asked)}.json"
-            if not kept.exists():
+            path = out / f"shares-{'-'.join(f'{each:g}' for each in settings)}.json"
+            if not path.exists():
                 classify = bench.classifier(bench.tuned(way, out))
                 found = shares_of(classify, rows(), data.labels)
-                with written_whole(kept) as partial:
+                with written_whole(path) as partial:
                     partial.write_text(json.dumps(found.tolist()))
-            shares = np.array(json.loads(kept.read_text()))
+            shares = np.array(json.loads(path.read_text()))
             radius = radii(shares, arguments.sigma, arguments.rows)
             base = radius if base is None else base
-            print(row(way.told, shares, base, radius), flush=True)
+            print(row(way.label, shares, base, radius), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Worker processes of a fleet, an engine that asks them, and what they should answer."""
+"""Worker processes of a fleet, an engine that sends them jobs, and their expected votes."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ SERVED = BUNDLE.served_digest(NUMERICS)
 """The digest that a worker on this machine serves the default task under."""
 SHARD_ROWS = 8
 LEASE_SECONDS = 4.0
-"""A fleet's lease: as short as a busy machine lets it be, for the dead are missed so late."""
-ASKED: dict[str, bytes] = {}
-"""Pixels by job, as they were asked about: an engine lets go of them as a job ends."""
+"""A fleet's lease: as short as a busy machine allows, because crashes are noticed that late."""
+PIXELS: dict[str, bytes] = {}
+"""Pixels by job: an engine deletes them when a job ends."""
 LONG = 600.0
 """Seconds of a lease that does not run out while a test lasts."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunningWorker:
-    """`vouchsafe worker` with its probes on `url`; `log` is where all that it says goes."""
+    """A `vouchsafe worker` with its probes on `url`; `log` is the file of its output."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -70,12 +70,12 @@ class RunningWorker:
         return self.probe("/readyz").get("status") == "ok"
 
     def probe(self, path: str) -> dict[str, Any]:
-        """What a probe answers; empty where nobody listens."""
+        """A probe's response; empty where the process does not listen."""
         try:
-            told: dict[str, Any] = httpx.get(self.url + path, timeout=10).json()
+            found: dict[str, Any] = httpx.get(self.url + path, timeout=10).json()
         except httpx.TransportError:
             return {}
-        return told
+        return found
 
     def metric(self, name: str) -> float:
         """A sample of the process's metrics, labels and all, or 0."""
@@ -87,13 +87,13 @@ class RunningWorker:
         return self.process.wait(120)
 
     def until(self, holds: Callable[[], object], seconds: float = 120) -> None:
-        """Returns once the condition holds; raises where the process ends or time passes first."""
+        """Returns once the condition holds; raises where the process or the time ends first."""
         deadline = time.monotonic() + seconds
         while not holds():
             if self.process.poll() is not None:
                 raise RuntimeError(f"the worker has ended: {self.said()}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the worker says: {self.said()}")
+                raise TimeoutError(f"the worker's log: {self.said()}")
             time.sleep(0.05)
 
 
@@ -163,7 +163,7 @@ def question(
     A smaller `shape` takes the picture's first bytes, which no network of the task can take.
     """
     image = evaluation_slice(SLICE).images[index].transpose(2, 0, 1)
-    pixels = ASKED[name] = image.astype(np.uint8).tobytes()[: math.prod(shape)]
+    pixels = PIXELS[name] = image.astype(np.uint8).tobytes()[: math.prod(shape)]
     job = Job(
         id=name,
         task=task,
@@ -189,8 +189,8 @@ def default_model(bundle: Bundle | None = None) -> SmoothedModel:
 
 
 def rows_of(job: Job, domain: Domain) -> Rows:
-    """All the job's rows of a domain, as the networks are asked for them."""
-    pixels = np.frombuffer(job.pixels or ASKED[job.id], np.uint8).reshape(job.shape)
+    """All rows of a domain of the job, as input of the networks."""
+    pixels = np.frombuffer(job.pixels or PIXELS[job.id], np.uint8).reshape(job.shape)
     rows = job.n0 if domain is Domain.SELECTION else job.n
     return Rows(pixels, job.domain_key(domain), 0, rows, job.sigma)
 
@@ -198,11 +198,11 @@ def rows_of(job: Job, domain: Domain) -> Rows:
 def counted_exactly(status: JobStatus, model: SmoothedModel) -> bool:
     """Whether the job has succeeded with the votes of each of its rows, counted once."""
     job = status.job
-    told = {Domain.SELECTION: status.selection, Domain.ESTIMATION: status.estimation}
+    counts = {Domain.SELECTION: status.selection, Domain.ESTIMATION: status.estimation}
     return (
         status.state is State.SUCCEEDED
         and status.rows_done == job.rows
-        and all(tuple(votes(model, rows_of(job, d)).tolist()) == told[d] for d in told)
+        and all(tuple(votes(model, rows_of(job, d)).tolist()) == counts[d] for d in counts)
     )
 
 
@@ -212,7 +212,7 @@ def row_hashes(noise: Tensor) -> list[str]:
 
 
 class Fleet:
-    """One redis-server, an engine as an API process has it, and workers that come and go."""
+    """One redis-server, an engine as an API process has it, and a changing set of workers."""
 
     def __init__(self, folder: Path, model: SmoothedModel, fsync: str = "everysec") -> None:
         self.folder = folder
@@ -225,7 +225,7 @@ class Fleet:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Fleet]:
-        """Everything is started here and ended in the end."""
+        """Start everything, and stop it at the end."""
         self.server.start()
         self.engine = engine_at(self.server.url, shard_rows=SHARD_ROWS, lease_seconds=LEASE_SECONDS)
         try:
@@ -236,7 +236,7 @@ class Fleet:
             self.server.kill()
 
     def start(self, command: Sequence[str] = VOUCHSAFE, **settings: object) -> RunningWorker:
-        """One more worker, which is just started."""
+        """One more worker, just started."""
         chosen = {"lease_seconds": LEASE_SECONDS, "run_adaptation_jobs": False, **settings}
         self._started += 1
         place = self.folder / f"worker-{self._started}"
@@ -244,7 +244,7 @@ class Fleet:
         return self._processes.enter_context(process)
 
     async def submit(self, count: int, **rows: int) -> list[Job]:
-        """So many jobs about different pictures, queued."""
+        """`count` queued jobs about different pictures."""
         first = len(self.jobs)
         new = [question(f"job-{at}", index=at % 500, **rows) for at in range(first, first + count)]
         for job in new:
@@ -255,11 +255,11 @@ class Fleet:
         return new
 
     async def announce(self) -> None:
-        """Let jobs in before a worker is there."""
+        """Have jobs accepted before there is a worker."""
         await self.engine.pull(Worker("announcing", {"default": SERVED}, [NUMERICS]), 1)
 
     async def held(self, worker: RunningWorker) -> int:
-        """Shards that the worker has leases of."""
+        """Number of shards that the worker leases."""
         async with Redis.from_url(self.server.url) as client:
             found = 0
             async for stream in client.scan_iter(match=f"{PREFIX}lane:*"):
@@ -270,21 +270,21 @@ class Fleet:
 
     async def open_jobs(self) -> int:
         """Jobs that have not ended."""
-        told = [await persist(partial(self.engine.status, job.id)) for job in self.jobs]
-        return sum(status is not None and not status.state.ended for status in told)
+        statuses = [await persist(partial(self.engine.status, job.id)) for job in self.jobs]
+        return sum(status is not None and not status.state.ended for status in statuses)
 
     async def verdict(self) -> dict[str, Any]:
-        """How the jobs have ended, their votes compared with this process' own."""
-        told = [await ended(self.engine, job) for job in self.jobs]
-        done = [status for status in told if status and status.state is State.SUCCEEDED]
+        """The jobs' outcomes, with their votes compared with this process's own."""
+        statuses = [await ended(self.engine, job) for job in self.jobs]
+        done = [status for status in statuses if status and status.state is State.SUCCEEDED]
         async with Redis.from_url(self.server.url) as client:
             letters = [fields for _, fields in await client.xrange(f"{PREFIX}dead")]
         return {
-            "jobs": len(told),
+            "jobs": len(statuses),
             "shards": sum(len(job.shards(SHARD_ROWS)) for job in self.jobs),
             "rows": sum(job.rows for job in self.jobs),
-            "jobs lost": told.count(None),
-            "jobs that failed": len(told) - told.count(None) - len(done),
+            "jobs lost": statuses.count(None),
+            "jobs that failed": len(statuses) - statuses.count(None) - len(done),
             "dead letters": [
                 {name.decode(): fields[name].decode() for name in (b"failures", b"deaths")}
                 for fields in letters
@@ -294,11 +294,11 @@ class Fleet:
 
 
 async def ended(engine: RedisEngine, job: Job) -> JobStatus | None:
-    """The job's last status, however often Redis is away meanwhile; None for a job that is gone."""
+    """The job's last status, through any outage of Redis; None for a job that is gone."""
 
     async def last() -> JobStatus | None:
-        told = [status async for status in engine.watch(job.id)]
-        return told[-1] if told else None
+        statuses = [status async for status in engine.watch(job.id)]
+        return statuses[-1] if statuses else None
 
     return await persist(last)
 
@@ -320,5 +320,5 @@ async def until(holds: Callable[[], Awaitable[object]]) -> None:
 
 
 async def ready(*workers: RunningWorker) -> bool:
-    """Whether each of them says so."""
+    """Whether all workers report that they are ready."""
     return all([await asyncio.to_thread(worker.ready) for worker in workers])

@@ -1,9 +1,9 @@
-"""What Redis between askers and workers costs: `python -m benchmarks.fleet_rows`.
+"""Cost of Redis between API and workers: `python -m benchmarks.fleet_rows`.
 
-The same certifications are asked of the engine in this process, of a worker process on all cores
-and of two on half the cores each, both through a Redis of their own, by turns. All processes are
-up the whole time, so what idle ones take is in every figure. Prints one JSON: rows a second, what
-they lose against the engine in process, where the processor's time goes, how full batches are.
+Requests the same certifications, by turns, of the engine in this process, of a worker process on
+all cores, and of two on half the cores each. Both fleets have their own Redis. All processes are up
+the whole time, so idle ones are in every figure. Prints one JSON: rows/s, the loss against the
+engine in process, processor time by process, rows per batch.
 """
 
 from __future__ import annotations
@@ -43,45 +43,48 @@ METRICS = {
 
 
 class Way:
-    """One way to ask: a desk, and the processes behind it."""
+    """One deployment: the use case, and the processes behind it."""
 
     def __init__(
-        self, desk: Predictions, workers: Sequence[Running] = (), redis: Running | None = None
+        self,
+        predictions: Predictions,
+        workers: Sequence[Running] = (),
+        redis: Running | None = None,
     ) -> None:
-        self.desk = desk
+        self.predictions = predictions
         self._workers = workers
         self._redis = redis
 
     async def used(self) -> dict[str, float]:
-        """Seconds of processor time, by who took them, and the workers' metrics, all so far."""
-        told = {"asking": time.process_time()}
+        """Seconds of processor time by process, and the workers' metrics, all so far."""
+        used = {"asking": time.process_time()}
         if self._redis is not None:
-            told["Redis"] = self._redis.cpu_seconds()
-            told["workers"] = sum(worker.cpu_seconds() for worker in self._workers)
+            used["Redis"] = self._redis.cpu_seconds()
+            used["workers"] = sum(worker.cpu_seconds() for worker in self._workers)
         for name, metric in METRICS.items():
             read = [partial(worker.metric, metric) for worker in self._workers]
             here: list[Callable[[], float]] = [partial(_own_metric, metric)]
-            told[name] = sum([await asyncio.to_thread(each) for each in read or here])
-        return told
+            used[name] = sum([await asyncio.to_thread(each) for each in read or here])
+        return used
 
     async def measured(self, n: int, images: Sequence[bytes], concurrency: int) -> dict[str, float]:
-        """What it took to certify the images, so many at once."""
+        """Figures of certifying the images, `concurrency` at once."""
         before, began = await self.used(), time.perf_counter()
-        taken = await driven(partial(ask_desk, self.desk, n), images, concurrency)
+        taken = await driven(partial(ask_desk, self.predictions, n), images, concurrency)
         seconds = time.perf_counter() - began
         after = await self.used()
-        told = {name: after[name] - value for name, value in before.items()}
+        used = {name: after[name] - value for name, value in before.items()}
         thousands = len(images) * (SELECTION_ROWS + n) / 1000
-        cpu = {name: told[name] for name in ("asking", "Redis", "workers") if name in told}
+        cpu = {name: used[name] for name in ("asking", "Redis", "workers") if name in used}
         return {
             "rows/s": 1000 * thousands / seconds,
             "latency, p50, s": percentiles(taken)["p50"],
             **{f"CPU of {name}, s": value / thousands for name, value in cpu.items()},
             "CPU of all, s": sum(cpu.values()) / thousands,
-            "rows a batch": told["rows"] / told["batches"],
-            "padding, share": told["padding"] / (told["rows"] + told["padding"]),
+            "rows a batch": used["rows"] / used["batches"],
+            "padding, share": used["padding"] / (used["rows"] + used["padding"]),
             "between batches, share of the time": 1
-            - told["batch seconds"] / (seconds * max(1, len(self._workers))),
+            - used["batch seconds"] / (seconds * max(1, len(self._workers))),
         }
 
 
@@ -101,14 +104,14 @@ async def in_process(settings: Settings) -> AsyncIterator[Way]:
     embedded = Embedded(settings)
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
-    desk = Predictions(settings, embedded.engine, embedded.tasks, embedded.secret)
+    predictions = Predictions(settings, embedded.engine, embedded.tasks, embedded.secret)
     try:
         await embedded.ready()
-        yield Way(desk)
+        yield Way(predictions)
     finally:
         stop.set()
         await asyncio.gather(working, return_exceptions=True)
-        await desk.close()
+        await predictions.close()
 
 
 @asynccontextmanager
@@ -132,47 +135,47 @@ async def through_redis(
         engine = RedisEngine.from_settings(settings)
         fleet.push_async_callback(engine.close)
         tasks = {"default": read_bundle(DEFAULT_TASK)}
-        desk = Predictions(settings, engine, tasks, load_secret(settings.data_dir))
-        fleet.push_async_callback(desk.close)
-        yield Way(desk, workers, server)
+        predictions = Predictions(settings, engine, tasks, load_secret(settings.data_dir))
+        fleet.push_async_callback(predictions.close)
+        yield Way(predictions, workers, server)
 
 
-async def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+async def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The rounds' medians, and the cost against the engine in process."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     settings = Settings.model_validate(
-        {"data_dir": folder / "own", "runtime": asked.runtime, "max_queue_rows": 10**7}
+        {"data_dir": folder / "own", "runtime": options.runtime, "max_queue_rows": 10**7}
     )
-    images = [png(seed, read_bundle(DEFAULT_TASK).resolution) for seed in range(asked.requests)]
+    images = [png(seed, read_bundle(DEFAULT_TASK).resolution) for seed in range(options.requests)]
     rounds: dict[str, list[dict[str, float]]] = {}
     load = []
     async with AsyncExitStack() as stack:
-        one = through_redis(folder / "one", asked.runtime, [cores])
-        two = through_redis(folder / "two", asked.runtime, [cores[:half], cores[half:]])
+        one = through_redis(folder / "one", options.runtime, [cores])
+        two = through_redis(folder / "two", options.runtime, [cores[:half], cores[half:]])
         ways = {
             IN_PROCESS: await stack.enter_async_context(in_process(settings)),
             "1 worker": await stack.enter_async_context(one),
             "2 workers": await stack.enter_async_context(two),
         }
         for way in ways.values():
-            await way.measured(asked.n, images[:1], 1)
+            await way.measured(options.n, images[:1], 1)
         names = list(ways)
-        for number in range(asked.rounds):
+        for number in range(options.rounds):
             for name in names[number % 3 :] + names[: number % 3]:
-                figures = await ways[name].measured(asked.n, images, asked.concurrency)
+                figures = await ways[name].measured(options.n, images, options.concurrency)
                 rounds.setdefault(name, []).append(figures)
                 print(
                     f"round {number + 1}, {name}: {figures['rows/s']:.0f} rows/s", file=sys.stderr
                 )
                 load.append(os.getloadavg()[0])
     return {
-        "runtime": asked.runtime,
+        "runtime": options.runtime,
         "cores": len(cores),
-        "n": asked.n,
-        "requests a round": asked.requests,
-        "at once": asked.concurrency,
-        "rounds": asked.rounds,
+        "n": options.n,
+        "requests a round": options.requests,
+        "at once": options.concurrency,
+        "rounds": options.rounds,
         "load, median": round(float(np.median(load)), 2),
         **{name: _medians(each) for name, each in rounds.items()},
         "lost against in process": {
@@ -207,17 +210,17 @@ def main() -> None:
     parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=8, help="of each way in each round")
-    parser.add_argument("--concurrency", type=int, default=8, help="asked at once")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            told = asyncio.run(measured(asked, Path(folder)))
+            figures = asyncio.run(measured(options, Path(folder)))
         except Exception:
             for log in Path(folder).glob("*/log"):
                 print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
             raise
-    print(json.dumps(told, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""How fast denoise-and-classify is at IF-II-L's size, with random weights:
-`python -m benchmarks.gpu --device cuda --out FILE.json`.
+"""Speed of denoise-and-classify at IF-II-L's size, with random weights.
 
-One run on one machine gives the machine's ceilings, rows/s over batch sizes for every variant of
-large_networks.py, and with the fastest PREDICT and CERTIFY beside the paper's figures. FILE holds
-after every measurement what is known by then; what could not be measured says why. `--miniature`
-goes the same ways with small networks, on a CPU too.
+`python -m benchmarks.gpu --device cuda --out FILE.json` measures one machine's ceilings and rows/s
+over batch sizes for every variant of large_networks.py. With the fastest variant it measures
+PREDICT and CERTIFY, beside the paper's figures. FILE is written after every measurement, with the
+reason for each that failed. `--miniature` does the same with small networks, on a CPU too.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ LEAST_SECONDS = 1.0
 """A batch is timed again until its times add up to this."""
 
 GAIN, PATIENCE = 1.01, 2
-"""A sweep ends once so many batch sizes in a row were not faster by this factor."""
+"""A sweep ends after this many batch sizes in a row that were not faster by this factor."""
 
 ALIKE = 0.5
 """A variant with fewer of fp32's labels is wrong and never the fastest; rounding costs a tenth."""
@@ -58,7 +57,7 @@ KEPT_FOR_QUESTIONS = 0.4
 """Largest share of the time that variants leave to PREDICT and CERTIFY."""
 
 SLOW_START = 100.0
-"""Variants that need more seconds to start wait until the questions are answered."""
+"""Variants that need more seconds to start are measured after PREDICT and CERTIFY."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Plan:
 
 
 class Bench:
-    """Measures into `report`, which `save` is called with whenever something was added."""
+    """Measurements in `report`; `save` is called after each addition."""
 
     def __init__(
         self, networks: Networks, plan: Plan, flops: int, save: Callable[[dict[str, Any]], None]
@@ -193,10 +192,10 @@ class Bench:
         total = SELECTION_ROWS + self._plan.n
         needed = point["first call, seconds"] + total / point["rows/s"]
         if needed >= self._left():
-            told = {"skipped": f"CERTIFY needs about {needed:.0f} s; {self._left():.0f} are left"}
+            result = {"skipped": f"CERTIFY needs about {needed:.0f} s; {self._left():.0f} are left"}
         else:
-            told = self._tried(partial(self._questions, variant, point["rows"]))
-        return {"variant": variant.name, "rows": point["rows"], **told, "the paper": PAPER}
+            result = self._tried(partial(self._questions, variant, point["rows"]))
+        return {"variant": variant.name, "rows": point["rows"], **result, "the paper": PAPER}
 
     def _questions(self, variant: Variant, rows: int) -> dict[str, Any]:
         model = self._networks.smoothed(variant, rows)
@@ -244,7 +243,7 @@ class Bench:
         return self._ends - time.perf_counter()
 
     def _for_questions(self) -> float:
-        """Seconds that PREDICT and CERTIFY will need as far as is known, and none once asked."""
+        """Seconds that PREDICT and CERTIFY will need by the figures so far; 0 once done."""
         if self._best is None or self.report["questions"]:
             return 0.0
         needed = 10 + (5 * PREDICT_ROWS + self._plan.n) / self._best_speed()
@@ -268,25 +267,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--miniature", action="store_true")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     def save(report: dict[str, Any]) -> None:
-        partly = asked.out.with_suffix(".part")
+        partly = options.out.with_suffix(".part")
         partly.write_text(json.dumps(report, indent=2) + "\n")
-        partly.replace(asked.out)
+        partly.replace(options.out)
 
-    began, device = time.perf_counter(), torch.device(asked.device)
+    began, device = time.perf_counter(), torch.device(options.device)
     try:
-        shape = miniature() if asked.miniature else full_size()
+        shape = miniature() if options.miniature else full_size()
         networks, flops = Networks(shape, device), operations(shape)
     except Exception as error:
         save({"skipped": reason(error)})
         raise SystemExit(f"nothing was measured: {reason(error)}") from error
-    sizes = tuple(asked.batches or ((5, 10) if asked.miniature else BATCHES))
-    n, matrices, copied = (100, (128, 256), 4) if asked.miniature else (10_000, (8192, 16384), 4096)
-    plan = Plan(sizes, n, matrices, copied, asked.seconds - (time.perf_counter() - began))
+    sizes = tuple(options.batches or ((5, 10) if options.miniature else BATCHES))
+    n, matrices, copied = (
+        (100, (128, 256), 4) if options.miniature else (10_000, (8192, 16384), 4096)
+    )
+    plan = Plan(sizes, n, matrices, copied, options.seconds - (time.perf_counter() - began))
     bench = Bench(networks, plan, flops, save)
-    bench.run([variant for variant in VARIANTS if variant.name in asked.variants])
+    bench.run([variant for variant in VARIANTS if variant.name in options.variants])
     print(json.dumps(bench.report, indent=2))
 
 

@@ -123,7 +123,7 @@ class Graphed:
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """`dtype` itself; raises RuntimeUnavailable off a CUDA device."""
         if device.type != "cuda":
-            raise RuntimeUnavailable(f"CUDA graphs need a CUDA device; asked for on {device.type}")
+            raise RuntimeUnavailable(f"CUDA graphs need a CUDA device; not {device.type}")
         return dtype
 
     def prepare(self, network: nn.Module) -> Network:
@@ -187,7 +187,7 @@ VARIANTS = (
     Variant("compile, tuned", lambda: Compiled("default"), tuned=True, start_seconds=60),
     Variant("max-autotune, tuned", lambda: Compiled("max-autotune"), tuned=True, start_seconds=200),
 )
-"""In an order that never asks for weights that an earlier variant has rounded away."""
+"""In an order in which no variant needs weights that an earlier one has rounded."""
 
 
 class Networks:
@@ -222,7 +222,7 @@ class Networks:
         )
 
     def smoothed(self, variant: Variant, rows: int) -> SmoothedModel:
-        """What the service would run, in batches of so many rows.
+        """The model that the service would run, in batches of `rows` rows.
 
         Raises RuntimeUnavailable where the device cannot run the variant.
         """
@@ -236,8 +236,11 @@ class Networks:
         return SmoothedModel(denoiser, classifier, numerics, self.device)
 
     def centre(self) -> None:
-        """Take from CLIP what it says of every picture alike, all that random weights say loudly,
-        so that labels tell pictures apart and a wrong variant from a right one."""
+        """Subtract from CLIP's output its mean over the pictures, which dominates with random
+        weights.
+
+        So labels tell pictures apart, and a wrong variant from a right one.
+        """
         pixels = np.stack([rows.pixels for rows in pictures(self.resolution)])
         x = torch.tensor(pixels, device=self.device) / 255
         with torch.no_grad():
@@ -246,7 +249,7 @@ class Networks:
 
 
 def pictures(resolution: int) -> list[Rows]:
-    """A row of noise around each of `CHECKED` pictures, 4 x 4 squares of random colours."""
+    """A row of noise around each of `CHECKED` pictures, 4 x 4 squares of random colors."""
     drawn = np.random.default_rng(0).integers(0, 256, (CHECKED, 3, 4, 4), np.uint8)
     side = -(-resolution // 4)
     large = drawn.repeat(side, 2).repeat(side, 3)[:, :, :resolution, :resolution]
@@ -257,8 +260,10 @@ def pictures(resolution: int) -> list[Rows]:
 
 
 def operations(shape: Shape) -> int:
-    """Floating-point operations of one row, a multiplication and an addition being two; counted on
-    the meta device, convolutions, matrix products and attention alone."""
+    """Floating-point operations of one row; a multiplication and an addition are two.
+
+    Counted on the meta device, for convolutions, matrix products and attention only.
+    """
     meta = torch.device("meta")
     denoiser, classifier = Networks(shape, meta).adapters(Torch(), torch.float32)
     x_hat = torch.empty(1, 3, shape.resolution, shape.resolution, device=meta)

@@ -1,4 +1,4 @@
-"""What a machine is and what it can do at most, measured."""
+"""Description and measured ceilings of a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATS = 3
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What figures depend on besides the networks."""
+    """The properties of the machine that figures depend on."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_kind(),
@@ -34,7 +34,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, until the device has done all of it and from when it was idle."""
+    """Duration of a call, from an idle device until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Questions asked at random moments, whatever becomes of those before, and how they end."""
+"""Requests at random times, independent of earlier ones, and their outcomes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ROWS: dict[Mode, int] = {
     Mode.PREDICT: DEFAULT_ROWS[Mode.PREDICT],
     Mode.CERTIFY: PredictRequest.model_fields["n0"].default + DEFAULT_ROWS[Mode.CERTIFY],
 }
-"""Noise rows of a question that leaves all else to its defaults, by mode."""
+"""Noise rows of a request with default settings, by mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one question ended, after so many seconds; status 0 where there was no answer at all."""
+    """The outcome of one request after `seconds`; status 0 where there was no response."""
 
     mode: Mode
     status: int
@@ -37,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked for: so many rows a second for so long, PREDICT that share of the questions."""
+    """The offered load: rows per second, duration, and the share of PREDICT requests."""
 
     rows_per_second: float
     seconds: float
@@ -55,7 +55,7 @@ class Load:
 
 
 async def ask(client: httpx.AsyncClient, mode: Mode, wait_seconds: int, key: str) -> Outcome:
-    """One question; a connection that breaks is an outcome too."""
+    """The outcome of one request; a broken connection is one too."""
     fields = {"mode": mode.value}
     headers = {"Prefer": f"wait={wait_seconds}", "Authorization": f"Bearer {key}"}
     began, status, retry_after = time.perf_counter(), 0, None
@@ -64,13 +64,13 @@ async def ask(client: httpx.AsyncClient, mode: Mode, wait_seconds: int, key: str
     except httpx.TransportError:
         pass
     else:
-        status, told = answer.status_code, answer.headers.get("Retry-After", "")
-        retry_after = int(told) if told.isdecimal() else None
+        status, header = answer.status_code, answer.headers.get("Retry-After", "")
+        retry_after = int(header) if header.isdecimal() else None
     return Outcome(mode, status, time.perf_counter() - began, retry_after)
 
 
 async def offered(client: httpx.AsyncClient, load: Load) -> list[Outcome]:
-    """Ask at random moments (a Poisson process), whatever becomes of what was asked before."""
+    """Outcomes of requests at random times (a Poisson process), independent of earlier ones."""
     chance, asking = random.Random(load.seed), []
     now = time.perf_counter()
     end = now + load.seconds
@@ -85,11 +85,11 @@ async def offered(client: httpx.AsyncClient, load: Load) -> list[Outcome]:
 
 
 def summary(outcomes: Sequence[Outcome], wait_seconds: int) -> dict[str, Any]:
-    """What was let in and when it was answered, what was refused and how."""
+    """Figures of admitted and rejected requests, with latencies."""
     refused = [each for each in outcomes if each.status in (429, 503)]
     admitted = [each for each in outcomes if each.status in (200, 504)]
     modes = {mode: [each for each in admitted if each.mode is mode] for mode in Mode}
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "asked": len(outcomes),
         "admitted": len(admitted),
         "by status": dict(sorted(Counter(each.status for each in outcomes).items())),
@@ -102,11 +102,11 @@ def summary(outcomes: Sequence[Outcome], wait_seconds: int) -> dict[str, Any]:
     for mode, those in modes.items():
         if those:
             taken = _percentiles([each.seconds for each in those])
-            told[f"{mode.value}, admitted, s"] = {"answers": len(those), **taken}
+            figures[f"{mode.value}, admitted, s"] = {"answers": len(those), **taken}
     if refused:
-        told["a refusal takes, s"] = _percentiles([each.seconds for each in refused])
-        told["Retry-After, s"] = _percentiles([each.retry_after or 0 for each in refused])
-    return told
+        figures["a refusal takes, s"] = _percentiles([each.seconds for each in refused])
+        figures["Retry-After, s"] = _percentiles([each.retry_after or 0 for each in refused])
+    return figures
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""A fleet asked for several times what it can do: `python -m benchmarks.overload`.
+"""Overload of a fleet by several times its capacity: `python -m benchmarks.overload`.
 
 Starts Redis, an API process and a worker of the default task. Measures the capacity by a closed
-loop; sees what becomes of the rows of a caller who hangs up; chooses a backlog that can be done
-within the deadline; then asks for `--times` the capacity in an open loop, PREDICT and CERTIFY
-mixed, with several keys, and waits until what was asked has expired. Prints one JSON.
+loop, then the rows left when a caller disconnects. Chooses a backlog that fits the deadline. Then
+sends `--times` the capacity in an open loop, PREDICT and CERTIFY mixed, with several keys, and
+waits until all jobs have expired. Prints one JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from service.engine.redis.engine import RedisEngine
 from service.jobs import Mode
 
 CALLERS = 2
-"""Questions asked at once while the capacity is measured."""
+"""Requests at once while the capacity is measured."""
 LONG_ROWS = 20_000
 WAIT_SECONDS = 600
 IDLE_KEYS = 10
@@ -40,12 +40,14 @@ IDLE_KEYS = 10
 ROWS_COMPUTED = "vouchsafe_rows_total"
 RETENTION_SECONDS = 120
 SAFETY = 1 / 3
-"""Of what is done within the deadline, the part that may wait: PREDICT overtakes the rest, and
-whatever else the machines do slows them."""
+"""The share of the work done within the deadline that may be queued.
+
+PREDICT overtakes the rest, and other work of the machines slows them.
+"""
 
 
 async def capacity(client: httpx.AsyncClient, key: str, questions: int) -> float:
-    """Rows a second of certifications, some asked at once, none refused."""
+    """Rows per second of certifications, CALLERS at once, none rejected."""
 
     async def certified(_: bytes) -> None:
         outcome = await ask(client, Mode.CERTIFY, WAIT_SECONDS, key)
@@ -61,7 +63,7 @@ async def capacity(client: httpx.AsyncClient, key: str, questions: int) -> float
 async def hung_up(
     client: httpx.AsyncClient, engine: RedisEngine, worker: Running, key: str
 ) -> dict[str, Any]:
-    """What is left of a long question whose caller goes once it runs."""
+    """Figures of a long request whose caller disconnects once it runs."""
     before = await _metric(worker, ROWS_COMPUTED)
     fields = {"n": str(LONG_ROWS), "sigma": str(SIGMA)}
     headers = {"Authorization": f"Bearer {key}"}
@@ -91,7 +93,7 @@ async def _metric(worker: Running, name: str) -> float:
 
 
 class Watch:
-    """What the processes and Redis hold, looked at once a second, by phase."""
+    """Memory, keys and queues of the processes and Redis, sampled once a second, by phase."""
 
     def __init__(self, api: Running, worker: Running, redis: Redis, engine: RedisEngine) -> None:
         self._api = api
@@ -101,7 +103,7 @@ class Watch:
         self._seen: dict[str, list[dict[str, float]]] = {}
 
     async def look(self, phase: str) -> dict[str, float]:
-        """What is held now, kept under the phase."""
+        """The current sample, stored under the phase."""
         memory = await self._redis.info("memory")
         streams = [key async for key in self._redis.scan_iter(match="{vouchsafe}:lane:*")]
         now = {
@@ -116,7 +118,7 @@ class Watch:
         return now
 
     async def during(self, phases: Sequence[str], seconds: float) -> None:
-        """Look until cancelled; the phases share the seconds evenly, the last has what follows."""
+        """Sample until cancelled; the phases share the seconds evenly, the last has the rest."""
         began = time.perf_counter()
         while True:
             part = int((time.perf_counter() - began) / seconds * len(phases))
@@ -132,7 +134,7 @@ class Watch:
 
 
 async def expired(watch: Watch) -> float:
-    """Seconds until nothing is kept of any job; raises TimeoutError where something stays."""
+    """Seconds until no job is stored; raises TimeoutError where one stays."""
     began = time.perf_counter()
     async with asyncio.timeout(3 * RETENTION_SECONDS + 60):
         while (await watch.look("while it expires"))["keys"] > IDLE_KEYS:  # noqa: ASYNC110
@@ -144,7 +146,7 @@ async def expired(watch: Watch) -> float:
 async def overloaded(
     api: Running, worker: Running, redis: Redis, engine: RedisEngine, load: Load
 ) -> dict[str, Any]:
-    """The figures of the open loop, and of what is held before, in and after it."""
+    """Figures of the open loop, and samples before, in and after it."""
     watch = Watch(api, worker, redis, engine)
     before = await watch.look("before")
     async with _client(api) as client:
@@ -154,12 +156,12 @@ async def overloaded(
         outcomes = await offered(client, load)
         seconds, used = time.perf_counter() - began, api.cpu_seconds() - used
         watching.cancel()
-    told = summary(outcomes, load.wait_seconds)
+    figures = summary(outcomes, load.wait_seconds)
     return {
         "asked, rows/s": round(load.rows_per_second, 1),
         "asked, questions/s": round(load.questions_per_second, 2),
-        "answered, rows/s": round(told["rows answered"] / seconds, 1),
-        **told,
+        "answered, rows/s": round(figures["rows answered"] / seconds, 1),
+        **figures,
         "CPU of the API, ms a question": round(1000 * used / len(outcomes), 1),
         "keys before": before["keys"],
         "seconds until nothing is kept": round(await expired(watch), 1),
@@ -172,8 +174,8 @@ def _client(api: Running) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=api.url, timeout=WAIT_SECONDS, limits=limits)
 
 
-async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    keys = [f"key-of-caller-{number}" for number in range(asked.keys)]
+async def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    keys = [f"key-of-caller-{number}" for number in range(options.keys)]
     settings: dict[str, object] = {
         "api_keys": ",".join(f"caller{number}:{key}" for number, key in enumerate(keys)),
         "retention_seconds": RETENTION_SECONDS,
@@ -181,7 +183,7 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with ExitStack() as fleet:
         log = fleet.enter_context((folder / "log").open("wb"))
         server = fleet.enter_context(redis_server(folder / "redis"))
-        runtime = {"runtime": asked.runtime, "retention_seconds": RETENTION_SECONDS}
+        runtime = {"runtime": options.runtime, "retention_seconds": RETENTION_SECONDS}
         worker = fleet.enter_context(
             worker_process(folder / "worker", server.url, log=log, **runtime)
         )
@@ -192,30 +194,30 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         data = folder / "api"
         with api_process(data, server.url, log, **settings) as api:
             async with _client(api) as client:
-                speed = await capacity(client, keys[0], asked.questions)
+                speed = await capacity(client, keys[0], options.questions)
                 left = await hung_up(client, engine, worker, keys[0])
-        backlog_rows = int(SAFETY * speed * asked.wait)
+        backlog_rows = int(SAFETY * speed * options.wait)
         if backlog_rows < 2 * ROWS[Mode.CERTIFY]:
             raise ValueError(
-                f"wait = {asked.wait} s: at {speed:.0f} rows/s a backlog that is done in time has "
+                f"wait = {options.wait} s: at {speed:.0f} rows/s a backlog done in time has "
                 f"{backlog_rows} rows, too few for two certifications of {ROWS[Mode.CERTIFY]}"
             )
         settings["max_queue_rows"] = backlog_rows
         settings["max_queue_rows_per_key"] = max(backlog_rows // 2, ROWS[Mode.CERTIFY])
-        rate = asked.times * speed
-        load = Load(rate, asked.seconds, asked.predict_share, asked.wait, keys)
+        rate = options.times * speed
+        load = Load(rate, options.seconds, options.predict_share, options.wait, keys)
         with api_process(data, server.url, log, **settings) as api:
             figures = await overloaded(api, worker, redis, engine, load)
         await engine.close()
     return {
         "machine": {"cores": os.cpu_count(), "load": [round(each, 2) for each in os.getloadavg()]},
-        "runtime": asked.runtime,
+        "runtime": options.runtime,
         "capacity, rows/s": round(speed, 1),
         "a caller hangs up": left,
         "backlog_rows": backlog_rows,
         "max_queue_rows_per_key": settings["max_queue_rows_per_key"],
-        "keys": asked.keys,
-        "PREDICT, share of questions": asked.predict_share,
+        "keys": options.keys,
+        "PREDICT, share of questions": options.predict_share,
         **figures,
     }
 
@@ -223,21 +225,21 @@ async def _measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=float, default=5.0, help="the capacity that is asked for")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long it is asked for")
+    parser.add_argument("--times", type=float, default=5.0, help="the offered load in capacities")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the load")
     parser.add_argument("--wait", type=int, default=20, help="the deadline of every question, s")
     parser.add_argument("--predict-share", type=float, default=0.5, help="of the questions")
-    parser.add_argument("--keys", type=int, default=4, help="callers with a key of their own")
+    parser.add_argument("--keys", type=int, default=4, help="callers, each with a key")
     parser.add_argument("--questions", type=int, default=12, help="from which capacity is measured")
     parser.add_argument("--runtime", default="torch", choices=["torch", "openvino"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            told = asyncio.run(_measured(asked, Path(folder)))
+            figures = asyncio.run(_measured(options, Path(folder)))
         except Exception:
             print((Path(folder) / "log").read_text(errors="replace")[-2000:], file=sys.stderr)
             raise
-    print(json.dumps(told, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

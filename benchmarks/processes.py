@@ -1,4 +1,4 @@
-"""A fleet on one machine: Redis, API processes and workers, each a process of its own."""
+"""A fleet on one machine: Redis, API processes and workers, each a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKER = (VOUCHSAFE[0], "worker")
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A process of the fleet and where it answers."""
+    """A process of the fleet and its URL."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -40,10 +40,10 @@ class Running:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples of that name, whatever their labels."""
-        told = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
+        text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
         return sum(
             sample.value
-            for family in text_string_to_metric_families(told)
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name
         )
@@ -51,7 +51,7 @@ class Running:
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[Running]:
-    """A redis-server with an append-only file of its own, once it answers; killed at the end.
+    """A redis-server with an append-only file, once it answers; killed at the end.
 
     Raises FileNotFoundError where none is installed.
     """

@@ -1,4 +1,4 @@
-"""`vouchsafe worker` that notes each row of noise it draws in the file VOUCHSAFE_RECORD names.
+"""`vouchsafe worker` that records each row of noise it draws in the file VOUCHSAFE_RECORD names.
 
 A line is the key in hex, the row's index, and the SHA-256 of its noise.
 """

@@ -23,7 +23,7 @@ class RedisServer:
     """A server that tests start, kill and start again on the same append-only file."""
 
     def __init__(self, folder: Path, appendfsync: str = "everysec") -> None:
-        # The path of a socket has 107 bytes at most, so its folder is not the server's own.
+        # The path of a socket has 107 bytes at most, so it is not in the server's folder.
         folder_of_socket = tempfile.mkdtemp(prefix="redis-")
         weakref.finalize(self, shutil.rmtree, folder_of_socket, ignore_errors=True)
         self.socket = f"{folder_of_socket}/redis.sock"
@@ -37,7 +37,7 @@ class RedisServer:
         return f"unix://{user and user + '@'}{self.socket}?db={database}"
 
     def start(self, **more: str | int) -> None:
-        """Returns once the server answers, with its data loaded; `more` are options of its own."""
+        """Returns once the server answers, with its data loaded; `more` are its options."""
         self.launch(**more)
         deadline = time.monotonic() + 20
         with redis.Redis.from_url(self.url, retry=None) as client:
@@ -79,18 +79,18 @@ class RedisServer:
             self._process.wait()
 
     def pause(self) -> None:
-        """Let it say nothing more, with every connection as it is."""
+        """Stop its responses, with every connection open."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on after `pause`."""
+        """Continue after `pause`."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
 
 class LosingReplies:
-    """Stands between clients and a server; of the requests with a `marker` the next has no reply.
+    """A proxy between clients and a server that drops the reply to the next request with `marker`.
 
     The request is executed, and its connection cut. `lost` counts these.
     """
@@ -139,13 +139,13 @@ class LosingReplies:
 
 
 async def written(client: Redis) -> None:
-    """Returns once all that was answered is in the file, which a busy disk puts off."""
+    """Returns once all acknowledged writes are in the file, which a busy disk delays."""
     while (await client.info("persistence"))["aof_buffer_length"]:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
 async def age(client: Redis, prefix: str, milliseconds: int) -> None:
-    """Make every lease and every TTL below the prefix so much older, as if time had passed."""
+    """Make every lease and every TTL below the prefix older, as if this time had passed."""
     async for key in client.scan_iter(match=f"{prefix}*"):
         left = await client.pttl(key)
         if 0 <= left <= milliseconds:

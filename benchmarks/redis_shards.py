@@ -1,8 +1,8 @@
-"""Shards a second through Redis without a device: `python -m benchmarks.redis_shards --url URL`.
+"""Shards per second through Redis without a device: `python -m benchmarks.redis_shards --url URL`.
 
-Processes pull, start and commit shards as workers do, with votes made up at once; the jobs are
-queued before the clock starts. Uses keys of its own below a random prefix and erases them. Prints
-the figures of Redis beside the speed: its share of a core, its calls and bytes for each shard.
+Processes pull, start and commit shards as workers do, with synthetic votes. The jobs are queued
+before the clock starts. Uses keys below a random prefix and deletes them. Prints the speed and
+Redis's share of a core, calls and bytes per shard.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ WORKER_BUNDLES = {"default": "d" * 64}
 LABELS = 10
 
 
-def _engine(url: str, prefix: str, asked: argparse.Namespace) -> RedisEngine:
+def _engine(url: str, prefix: str, options: argparse.Namespace) -> RedisEngine:
     return RedisEngine(
         connect(url),
-        EngineOptions(shard_rows=asked.shard_rows, max_queue_rows=2 * asked.jobs * asked.rows),
+        EngineOptions(
+            shard_rows=options.shard_rows, max_queue_rows=2 * options.jobs * options.rows
+        ),
         prefix=prefix,
         poll_seconds=0.2,
     )
 
 
-def made_up_job(asked: argparse.Namespace) -> Job:
-    side = asked.side
+def made_up_job(options: argparse.Namespace) -> Job:
+    side = options.side
     return Job(
         id=secrets.token_urlsafe(16),
         task="default",
@@ -46,7 +48,7 @@ def made_up_job(asked: argparse.Namespace) -> Job:
         sigma=0.25,
         alpha=0.001,
         n0=0,
-        n=asked.rows,
+        n=options.rows,
         classes=LABELS,
         shape=(3, side, side),
         pixels=os.urandom(3 * side * side),
@@ -61,42 +63,42 @@ def made_up_votes(lease: Lease) -> list[int]:
     return votes
 
 
-async def _drain(url: str, prefix: str, asked: argparse.Namespace) -> None:
-    """Work until nothing waits."""
-    engine = _engine(url, prefix, asked)
+async def _drain(url: str, prefix: str, options: argparse.Namespace) -> None:
+    """Work until the queues are empty."""
+    engine = _engine(url, prefix, options)
     worker = Worker(f"bench-{os.getpid()}", WORKER_BUNDLES)
     computed: list[Lease] = []
-    held = await engine.pull(worker, asked.batch_rows)
+    held = await engine.pull(worker, options.batch_rows)
     while held or computed:  # The last batch is reported while the next starts, as a worker does.
         commits = [engine.commit(lease, made_up_votes(lease)) for lease in computed]
-        following = engine.pull(worker, asked.batch_rows)
+        following = engine.pull(worker, options.batch_rows)
         _, computed, held = await asyncio.gather(
             asyncio.gather(*commits), engine.start(held), following
         )
     await engine.close()
 
 
-def _process(url: str, prefix: str, asked: argparse.Namespace, ready: Any, go: Any) -> None:
+def _process(url: str, prefix: str, options: argparse.Namespace, ready: Any, go: Any) -> None:
     ready.release()
     go.wait()
-    asyncio.run(_drain(url, prefix, asked))
+    asyncio.run(_drain(url, prefix, options))
 
 
-async def measured(asked: argparse.Namespace) -> dict[str, Any]:
+async def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Queue the jobs, let the processes drain them, and check that every row was counted once."""
     prefix = f"{{bench-{secrets.token_hex(8)}}}:"
-    engine, redis = _engine(asked.url, prefix, asked), connect(asked.url)
+    engine, redis = _engine(options.url, prefix, options), connect(options.url)
     spawn = multiprocessing.get_context("spawn")
     ready, go = spawn.Semaphore(0), spawn.Event()
     processes = [
-        spawn.Process(target=_process, args=(asked.url, prefix, asked, ready, go))
-        for _ in range(asked.processes)
+        spawn.Process(target=_process, args=(options.url, prefix, options, ready, go))
+        for _ in range(options.processes)
     ]
     for process in processes:
         process.start()
     try:
         await engine.pull(Worker("queueing", WORKER_BUNDLES), 1)
-        jobs = [await engine.submit(made_up_job(asked)) for _ in range(asked.jobs)]
+        jobs = [await engine.submit(made_up_job(options)) for _ in range(options.jobs)]
         for _ in processes:
             await asyncio.to_thread(ready.acquire)
         before, began = await redis.info("everything"), time.perf_counter()
@@ -107,20 +109,20 @@ async def measured(asked: argparse.Namespace) -> dict[str, Any]:
         for process in processes:
             await asyncio.to_thread(process.join)
         statuses = [await engine.status(job) for job in jobs]
-        if any(status is None or sum(status.estimation) != asked.rows for status in statuses):
+        if any(status is None or sum(status.estimation) != options.rows for status in statuses):
             raise RuntimeError("rows were lost or counted twice")
     finally:
         async for key in redis.scan_iter(match=f"{prefix}*"):
             await redis.delete(key)
         await redis.aclose()
         await engine.close()
-    return _figures(asked, before, after, seconds)
+    return _figures(options, before, after, seconds)
 
 
 def _figures(
-    asked: argparse.Namespace, before: dict[str, Any], after: dict[str, Any], seconds: float
+    options: argparse.Namespace, before: dict[str, Any], after: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    shards = asked.jobs * -(-asked.rows // asked.shard_rows)
+    shards = options.jobs * -(-options.rows // options.shard_rows)
 
     def used(*names: str) -> float:
         return float(sum(after[name] - before[name] for name in names))
@@ -148,8 +150,8 @@ def main() -> None:
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--batch-rows", type=int, default=1024, help="rows a worker pulls at once")
     parser.add_argument("--side", type=int, default=32, help="height and width of an image")
-    asked = parser.parse_args()
-    print(json.dumps(asyncio.run(measured(asked)), indent=2))
+    options = parser.parse_args()
+    print(json.dumps(asyncio.run(measured(options)), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What each step of a fleet costs Redis: `python -m benchmarks.redis_steps --url URL --workers N`.
+"""Redis's cost of each step of a fleet: `python -m benchmarks.redis_steps --url URL --workers N`.
 
-So many workers have announced themselves and listen; then each step is done many times, one after
-another, and Redis's own processor time is divided by the number. Uses keys of its own below a
-random prefix and erases them.
+N workers have announced themselves and are subscribed. Then each step is repeated, and Redis's
+processor time is divided by the number of repetitions. Uses keys below a random prefix and deletes
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[[], Awaitable[object]]
 
 
 async def milliseconds(redis: Redis, times: int, step: Step) -> float:
-    """Redis's processor time for one step, of so many."""
+    """Redis's processor time for one step, the mean of `times`."""
     before = await _processor_seconds(redis)
     for _ in range(times):
         await step()
@@ -34,13 +34,13 @@ async def milliseconds(redis: Redis, times: int, step: Step) -> float:
 
 
 async def _processor_seconds(redis: Redis) -> float:
-    told = await redis.info("cpu")
-    return float(told["used_cpu_user"] + told["used_cpu_sys"])
+    figures = await redis.info("cpu")
+    return float(figures["used_cpu_user"] + figures["used_cpu_sys"])
 
 
 @asynccontextmanager
 async def listeners(url: str, channel: str, number: int) -> AsyncIterator[None]:
-    """So many connections subscribed to the channel, which read what comes."""
+    """`number` connections subscribed to the channel, which read its messages."""
     host, port = url.split("/")[2].rsplit("@")[-1].split(":")
     ended: list[asyncio.Task[None]] = []
     writers = []
@@ -63,23 +63,23 @@ async def listeners(url: str, channel: str, number: int) -> AsyncIterator[None]:
         await asyncio.gather(*ended, return_exceptions=True)
 
 
-async def measured(asked: argparse.Namespace) -> dict[str, float]:
+async def measured(options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of Redis for each step."""
     prefix = f"{{bench-{secrets.token_hex(8)}}}:"
-    redis = connect(asked.url)
+    redis = connect(options.url)
     engine = RedisEngine(
-        connect(asked.url),
-        EngineOptions(shard_rows=asked.shard_rows, max_queue_rows=10**9),
+        connect(options.url),
+        EngineOptions(shard_rows=options.shard_rows, max_queue_rows=10**9),
         prefix=prefix,
         poll_seconds=0.001,
     )
-    told: dict[str, float] = {}
-    shards = -(-asked.rows // asked.shard_rows)
+    figures: dict[str, float] = {}
+    shards = -(-options.rows // options.shard_rows)
     jobs: list[str] = []
     leases: list[Lease] = []
 
     async def submit() -> None:
-        jobs.append(await engine.submit(made_up_job(asked)))
+        jobs.append(await engine.submit(made_up_job(options)))
 
     async def pull() -> None:
         leases.extend(await engine.pull(Worker("worker-0", WORKER_BUNDLES), 1))
@@ -92,41 +92,43 @@ async def measured(asked: argparse.Namespace) -> dict[str, float]:
         await engine.commit(lease, made_up_votes(lease))
 
     try:
-        for number in range(asked.workers):
+        for number in range(options.workers):
             await engine.pull(Worker(f"worker-{number}", WORKER_BUNDLES), 1)
-        told["a pull that finds nothing"] = await milliseconds(redis, asked.times, pull)
-        told["capacity"] = await milliseconds(redis, asked.times, engine.capacity)
-        told["a submission"] = await milliseconds(redis, asked.times, submit)
-        told["the state of the queue"] = await milliseconds(redis, asked.times, engine.queue)
-        told["a status"] = await milliseconds(
-            redis, asked.times, lambda: engine._scripts.run("status", jobs[0])
+        figures["a pull that finds nothing"] = await milliseconds(redis, options.times, pull)
+        figures["capacity"] = await milliseconds(redis, options.times, engine.capacity)
+        figures["a submission"] = await milliseconds(redis, options.times, submit)
+        figures["the state of the queue"] = await milliseconds(redis, options.times, engine.queue)
+        figures["a status"] = await milliseconds(
+            redis, options.times, lambda: engine._scripts.run("status", jobs[0])
         )
-        many = min(asked.times * shards, 1000)
-        told["a pull of one shard"] = await milliseconds(redis, many, pull)
+        many = min(options.times * shards, 1000)
+        figures["a pull of one shard"] = await milliseconds(redis, many, pull)
         started = list(leases)
-        told["a start"] = await milliseconds(redis, len(started), start)
-        told["a commit"] = await milliseconds(redis, len(leases), commit)
-        told["a read of an image"] = await milliseconds(
-            redis, asked.times, lambda: redis.get(f"{prefix}image:{jobs[-1]}")
+        figures["a start"] = await milliseconds(redis, len(started), start)
+        figures["a commit"] = await milliseconds(redis, len(leases), commit)
+        figures["a read of an image"] = await milliseconds(
+            redis, options.times, lambda: redis.get(f"{prefix}image:{jobs[-1]}")
         )
         channel = f"{prefix}heard"
-        async with listeners(asked.url, channel, asked.workers):
-            told["a message to all workers"] = await milliseconds(
-                redis, asked.times, lambda: redis.publish(channel, "")
+        async with listeners(options.url, channel, options.workers):
+            figures["a message to all workers"] = await milliseconds(
+                redis, options.times, lambda: redis.publish(channel, "")
             )
     finally:
         async for key in redis.scan_iter(match=f"{prefix}*"):
             await redis.delete(key)
         await redis.aclose()
         await engine.close()
-    return told
+    return figures
 
 
 def main() -> None:
     """Read the command line, measure, and print the milliseconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="redis://127.0.0.1:6379/0", help="a Redis >= 7.0")
-    parser.add_argument("--workers", type=int, default=1000, help="that are announced, and listen")
+    parser.add_argument(
+        "--workers", type=int, default=1000, help="announced and subscribed workers"
+    )
     parser.add_argument("--times", type=int, default=300, help="how often each step is done")
     parser.add_argument("--rows", type=int, default=1100, help="noise rows of each job")
     parser.add_argument("--shard-rows", type=int, default=64)

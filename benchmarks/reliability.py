@@ -1,9 +1,9 @@
-"""What a fleet loses when its parts are killed: `python -m benchmarks.reliability`.
+"""Losses of a fleet whose parts are killed: `python -m benchmarks.reliability`.
 
-Real `vouchsafe worker` processes with nano's networks over a real redis-server, which are killed,
-stopped and hung while they work. Every job's votes are compared, class by class, with those that
-this process computes alone from the same key. Prints one JSON with a section for each scenario;
-`--only NAME` runs one of them. Needs redis-server.
+Kills, stops and hangs real `vouchsafe worker` processes with nano's networks over a real
+redis-server, while they work. Compares every job's votes, class by class, with those that this
+process computes from the same key. Prints one JSON with a section for each scenario; `--only NAME`
+runs one of them. Needs redis-server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from redis.asyncio import Redis
 
 from benchmarks.fleet import (
-    ASKED,
+    PIXELS,
     SHARD_ROWS,
     Fleet,
     default_model,
@@ -53,7 +53,7 @@ STALLING = (sys.executable, "-m", "benchmarks.stalling_worker")
 
 
 async def kills(fleet: Fleet, count: int, jobs: int) -> dict[str, Any]:
-    """`kill -9` of three workers again and again, each some seconds after it has begun to work."""
+    """`kill -9` of three workers repeatedly, each some seconds after it has begun to work."""
     chance = random.Random(0)
     await fleet.announce()
     await fleet.submit(jobs, **JOB_ROWS)
@@ -81,8 +81,11 @@ async def kills(fleet: Fleet, count: int, jobs: int) -> dict[str, Any]:
 
 
 async def twice(fleet: Fleet, rounds: int) -> dict[str, Any]:
-    """Shards are delivered to a worker that is stopped (SIGSTOP) past its lease, then to another;
-    the first goes on (SIGCONT) when the second has committed."""
+    """Figures of shards delivered twice.
+
+    A worker is stopped (SIGSTOP) past its lease, and another gets its shards. The first continues
+    (SIGCONT) when the second has committed.
+    """
     chance = random.Random(2)
     first, second = fleet.start(), fleet.start()
     await until(lambda: ready(first, second))
@@ -126,7 +129,7 @@ async def redis_kills(fleet: Fleet, count: int, jobs: int) -> dict[str, Any]:
 
 
 async def poison(fleet: Fleet, jobs: int) -> dict[str, Any]:
-    """A job whose rows no network takes, among jobs that share its batches."""
+    """A job whose rows no network accepts, among jobs that share its batches."""
     worker = fleet.start()
     await until(lambda: ready(worker))
     bad = question("poison", n0=0, n=SHARD_ROWS, shape=(1, 32, 32))
@@ -158,22 +161,26 @@ async def hung(fleet: Fleet) -> dict[str, Any]:
 
 
 async def restarted(fleet: Fleet) -> dict[str, Any]:
-    """`kill -9` of the API in the middle of a job; its client asks the next API process."""
+    """`kill -9` of the API in the middle of a job; its client requests the result from the next
+    API.
+    """
     data = fleet.folder / "data"
     worker = fleet.start(data_dir=data)
     await until(lambda: ready(worker))
     redis = {"redis_url": fleet.server.url}
-    asked = {"files": {"image": picture(0)}, "data": {"n": "2000"}}
+    request = {"files": {"image": picture(0)}, "data": {"n": "2000"}}
     async with httpx.AsyncClient() as client:
         with serving(data, settings=redis) as (url, api):
             worker.process.send_signal(signal.SIGSTOP)
-            told = await client.post(f"{url}/predict", headers={"Prefer": "respond-async"}, **asked)
+            accepted = await client.post(
+                f"{url}/predict", headers={"Prefer": "respond-async"}, **request
+            )
             api.kill()
             worker.process.send_signal(signal.SIGCONT)
-        job_id = told.json()["id"]
+        job_id = accepted.json()["id"]
         if status := await fleet.engine.status(job_id):
             fleet.jobs.append(status.job)
-            ASKED[job_id] = question("as the API has it").pixels
+            PIXELS[job_id] = question("as the API has it").pixels
         with serving(data, settings=redis) as (url, _):
             verdict = await fleet.verdict()
             found = (await client.get(f"{url}/jobs/{job_id}")).json()
@@ -185,7 +192,7 @@ async def restarted(fleet: Fleet) -> dict[str, Any]:
 
 
 async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
-    """So many workers note the hash of every row of noise that they draw."""
+    """Figures of `workers` workers that record the hash of every row of noise that they draw."""
     logs = [fleet.folder / f"noise-{at}" for at in range(workers)]
     started = [fleet.start(RECORDING, record=log) for log in logs]
     await until(lambda: ready(*started))
@@ -193,10 +200,10 @@ async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
     verdict = await fleet.verdict()
     lines = [line.split() for log in logs for line in log.read_text().splitlines()]
     own = {
-        (asked.key.hex(), row): digest
+        (rows.key.hex(), row): digest
         for job in fleet.jobs
-        for asked in (rows_of(job, domain) for domain in Domain)
-        for row, digest in enumerate(_hashes(asked))
+        for rows in (rows_of(job, domain) for domain in Domain)
+        for row, digest in enumerate(_hashes(rows))
     }
     keys = {key for key, _ in own}  # Rows of a worker's warm-up are of no job.
     drawn = {(key, int(row)): digest for key, row, digest in lines if key in keys}
@@ -210,10 +217,10 @@ async def noise(fleet: Fleet, workers: int, jobs: int) -> dict[str, Any]:
     }
 
 
-def _hashes(asked: Rows) -> list[str]:
+def _hashes(rows: Rows) -> list[str]:
     """SHA-256 of each row's noise, drawn here."""
-    shape = asked.pixels.shape
-    drawn = discrete_gaussian(asked.key, asked.start, asked.stop, shape, asked.sigma, CPU)
+    shape = rows.pixels.shape
+    drawn = discrete_gaussian(rows.key, rows.start, rows.stop, shape, rows.sigma, CPU)
     return row_hashes(drawn)
 
 
@@ -229,7 +236,7 @@ SCENARIOS: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], Args, Args]
     "noise of 2 workers": (noise, (2, 4), (2, 1)),
     "noise of 4 workers": (noise, (4, 4), (4, 1)),
 }
-"""What each scenario is called with, in full and in its short form."""
+"""Each scenario's function and arguments, in full and in its short form."""
 
 
 EXPECTED: dict[str, Any] = {
@@ -245,7 +252,7 @@ EXPECTED: dict[str, Any] = {
     "equal to one process' own": True,
     "rows drawn alike": 0,
 }
-"""What figures must be, wherever they are told."""
+"""Required values of figures, in any scenario."""
 
 
 def faults(figures: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def faults(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 async def run(name: str, folder: Path, model: SmoothedModel, *, short: bool) -> dict[str, Any]:
-    """One scenario's figures, from processes of its own."""
+    """One scenario's figures, from separate processes."""
     began = time.monotonic()
     fsync = "always" if name.endswith("always") else "everysec"
     scenario, whole, some = SCENARIOS[name]

@@ -1,4 +1,4 @@
-"""`vouchsafe serve` as a process of its own."""
+"""`vouchsafe serve` as a separate process."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def serving(
     settings: Mapping[str, object] = MappingProxyType({}),
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on a free port, ready or as far as another probe says.
+    """The URL and process of a server on a free port, once `probe` succeeds.
 
-    `settings` are those of `service.config` by name; without `api_keys` everyone may call. Further
-    environment `variables` are its own. What it says goes to `log`, if there is one.
+    `settings` are those of `service.config` by name; without `api_keys` every caller is accepted.
+    `variables` are further environment variables. Its output goes to `log`, if given. The process
+    is killed at the end if it still runs.
 
-    Killed at the end where nobody stopped it. Raises RuntimeError where it ends before it is ready
-    and TimeoutError where that takes too long.
+    Raises RuntimeError where it ends before it is ready and TimeoutError where that takes too long.
     """
     port = free_port()
     others = {name: value for name, value in os.environ.items() if "VOUCHSAFE_API_KEYS" not in name}

@@ -1,4 +1,4 @@
-"""`vouchsafe worker` whose networks stall once the file that VOUCHSAFE_STALL names is there."""
+"""`vouchsafe worker` whose networks stall once the file in VOUCHSAFE_STALL exists."""
 
 from __future__ import annotations
 

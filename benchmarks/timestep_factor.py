@@ -1,4 +1,4 @@
-"""Which k is best, on held-back images: `python -m benchmarks.timestep_factor --data FOLDER`.
+"""Selection of k on held-back images: `python -m benchmarks.timestep_factor --data FOLDER`.
 
 For every sigma and k: certified accuracy, single noisy rows and PSNR of denoised rows, under the
 same images and the same noise. Writes docs/nano-k.json (all figures), docs/nano-k.png (the curves)

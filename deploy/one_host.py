@@ -39,16 +39,16 @@ SERVICES = {
 }
 """Services of the compose file: their job in Prometheus, command, and port in the container."""
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class OneHost:
     """Processes of one machine: `folder` has their /run/secrets, /var/lib/vouchsafe and /data."""
 
-    def __init__(self, folder: Path, say: Say) -> None:
+    def __init__(self, folder: Path, report: Report) -> None:
         self.secrets = folder / "secrets"
         self.data = folder / "data"
-        self._folder, self._say = folder, say
+        self._folder, self._report = folder, report
         self._options: dict[str, str] = {}
         self._otherwise: set[str] = set()
         self._server: RedisServer
@@ -67,16 +67,16 @@ class OneHost:
         """Report, once, a difference from the deployment."""
         if (line := f"otherwise  {named}: {value} -> {here}") not in self._otherwise:
             self._otherwise.add(line)
-            self._say(line)
+            self._report(line)
 
     def settings(self, service: str) -> dict[str, str]:
         """Return the service's settings by name, from its environment files."""
-        told = {}
+        found = {}
         for name in COMPOSE["services"][service]["env_file"]:
             for variable, value in _variables((ROOT / name).read_text()).items():
                 setting = variable.removeprefix("VOUCHSAFE_").lower()
-                told[setting] = self.here(value, f"{service}, {Path(name).name}, {variable}")
-        return told
+                found[setting] = self.here(value, f"{service}, {Path(name).name}, {variable}")
+        return found
 
     def make_secrets(self, redis: str) -> None:
         """Make the secrets as an operator does; here one user reads them all."""
@@ -195,8 +195,8 @@ class Prometheus:
 
     def samples(self, query: str) -> list[dict[str, Any]]:
         """Return the query's current series, each with `metric` and `value`."""
-        told = self._get("/api/v1/query", query=query)["result"]
-        return [{"metric": one["metric"], "value": float(one["value"][1])} for one in told]
+        found = self._get("/api/v1/query", query=query)["result"]
+        return [{"metric": one["metric"], "value": float(one["value"][1])} for one in found]
 
     def value(self, query: str) -> float:
         """Return the query's current value; 0 if it has none."""
@@ -204,11 +204,11 @@ class Prometheus:
 
     def alerts(self, state: str = "firing") -> dict[str, dict[str, Any]]:
         """Return the alerts in this state, by name and instance."""
-        told = [one for one in self._get("/api/v1/alerts")["alerts"] if one["state"] == state]
+        found = [one for one in self._get("/api/v1/alerts")["alerts"] if one["state"] == state]
         named = [
-            " ".join((o["labels"]["alertname"], o["labels"].get("instance", ""))) for o in told
+            " ".join((o["labels"]["alertname"], o["labels"].get("instance", ""))) for o in found
         ]
-        return {name.strip(): one for name, one in zip(named, told, strict=True)}
+        return {name.strip(): one for name, one in zip(named, found, strict=True)}
 
     def rules(self) -> list[dict[str, Any]]:
         """Return Prometheus's rules, with their health."""
@@ -216,8 +216,8 @@ class Prometheus:
 
     def _get(self, path: str, **parameters: str) -> dict[str, Any]:
         answer = httpx.get(self.url + path, params=parameters, timeout=30).raise_for_status()
-        told: dict[str, Any] = answer.json()["data"]
-        return told
+        data: dict[str, Any] = answer.json()["data"]
+        return data
 
     def _is_ready(self) -> bool:
         try:

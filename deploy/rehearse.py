@@ -27,7 +27,7 @@ import httpx
 from benchmarks.fleet import RunningWorker, picture
 from deploy.expected import COUNTED, EMPTY, STEADY
 from deploy.monitoring.panels import ROWS, filled_in
-from deploy.one_host import OneHost, Prometheus, Say, missing
+from deploy.one_host import OneHost, Prometheus, Report, missing
 
 T = TypeVar("T")
 LIMIT_SECONDS = 300.0
@@ -39,24 +39,26 @@ class NotSo(Exception):
     """A check failed; the message has what was checked, and the value."""
 
 
-def until(say: Say, what: str, look: Callable[[], T], holds: Callable[[T], object] = bool) -> T:
+def until(
+    report: Report, what: str, look: Callable[[], T], holds: Callable[[T], object] = bool
+) -> T:
     """Return the first value of `look` that `holds`; raises NotSo after five minutes."""
     began = time.monotonic()
     while not holds(seen := look()):
         if time.monotonic() - began > LIMIT_SECONDS:
             raise NotSo(f"{what}: {seen} after {LIMIT_SECONDS:g} s")
         time.sleep(0.2)
-    say(f"so         {what}: {seen} ({time.monotonic() - began:.1f} s)")
+    report(f"so         {what}: {seen} ({time.monotonic() - began:.1f} s)")
     return seen
 
 
 class Rehearsal:
     """One run, in order: `begin`, `work`, `lose_workers`, `recover`, `lose_redis`, `end`."""
 
-    def __init__(self, folder: Path, scale: float, say: Say, stack: ExitStack) -> None:
-        self._say, self._stack = say, stack
-        self._host = OneHost(folder, say)
-        self._until = partial(until, say)
+    def __init__(self, folder: Path, scale: float, report: Report, stack: ExitStack) -> None:
+        self._report, self._stack = report, stack
+        self._host = OneHost(folder, report)
+        self._until = partial(until, report)
         self._started: dict[str, tuple[RunningWorker, str]] = {}
         self.logs: list[Path] = []
         self._stack.enter_context(self._host.redis())
@@ -88,17 +90,17 @@ class Rehearsal:
         queued = [self._ask(n="400", headers={"Prefer": "respond-async"}) for _ in range(3)]
         self._must("questions queued", [one.status_code for one in queued], [202] * 3)
         answers = [self._ask(index=at, mode="predict").json() for at in range(3)]
-        self._say(f"seen       answers: {[told['label'] for told in answers]}")
+        self._report(f"seen       answers: {[each['label'] for each in answers]}")
         for one in queued:
-            job = partial(self._told, f"/jobs/{one.json()['id']}")
+            job = partial(self._get, f"/jobs/{one.json()['id']}")
             state = self._until("a queued question", lambda: job()["state"], _has_ended)  # noqa: B023
             self._must("its end", state, "succeeded")
-        task = partial(self._told, made.headers["Location"])
+        task = partial(self._get, made.headers["Location"])
         self._must("the task", self._until("task", lambda: task()["state"], _has_ended), "ready")
         self._task = task()["id"]
         answer = self._ask(task=self._task)
         self._must("a question to the task", answer.status_code, 200)
-        self._say(f"seen       it answers: {answer.json()['label']}")
+        self._report(f"seen       it answers: {answer.json()['label']}")
         self._moved()
         for what, (query, value) in STEADY.items():
             self._is(query, value, what)
@@ -116,7 +118,7 @@ class Rehearsal:
         self._fires([*(f"VouchsafeNotScraped {one}" for one in lost), "VouchsafeNoWorker"])
         answer = self._ask(mode="predict")
         self._must("a question without workers", answer.status_code, 503)
-        self._say(
+        self._report(
             f"seen       {answer.json()['type']}, Retry-After: {answer.headers['Retry-After']}"
         )
         for instance in lost:
@@ -135,22 +137,22 @@ class Rehearsal:
     def lose_redis(self) -> None:
         """Kill Redis; its alert fires, and no alert whose metrics are NaN meanwhile."""
         self._host.kill_redis()
-        self._say("killed     redis")
+        self._report("killed     redis")
         self._fires(["VouchsafeRedisDown"])
         answer = self._ask(mode="predict")
         self._must("a question without Redis", answer.status_code, 503)
-        self._say(f"seen       {answer.json()['type']}")
+        self._report(f"seen       {answer.json()['type']}")
         self._host.start_redis()
-        self._say("started    redis")
+        self._report("started    redis")
         self._fires([])
-        self._until("a question, asked again where it is a 503", self._answered)
+        self._until("a question, retried after a 503", self._answered)
 
     def end(self) -> None:
         """Check that each process exits with 0 after SIGTERM."""
         for service in ("api", "adaptation-cpu"):
             process = self._started[service][0]
             process.process.send_signal(signal.SIGTERM)
-            self._must(f"{service}, told to stop, exits with", process.ends(), 0)
+            self._must(f"{service} after SIGTERM exits with", process.ends(), 0)
 
     def _answered(self) -> bool:
         """Return whether a prediction succeeds; it is a 503 until a worker has reconnected."""
@@ -164,18 +166,18 @@ class Rehearsal:
         process = self._stack.enter_context(self._host.running(service, name))
         self.logs.append(process.log)
         self._started[service] = process, self._prometheus.follow(service, process)
-        self._say(f"started    {name}: {process.url}, process {process.process.pid}")
+        self._report(f"started    {name}: {process.url}, process {process.process.pid}")
 
     def _ready(self, service: str) -> None:
         process, began = self._started[service][0], time.monotonic()
         process.until(process.ready, LIMIT_SECONDS)
-        self._say(f"so         {service} is ready ({time.monotonic() - began:.1f} s)")
+        self._report(f"so         {service} is ready ({time.monotonic() - began:.1f} s)")
 
     def _kill(self, service: str) -> str:
         process, instance = self._started[service]
         process.process.kill()
         process.ends()
-        self._say(f"killed     {service}, {instance}")
+        self._report(f"killed     {service}, {instance}")
         return instance
 
     def _fires(self, names: list[str]) -> None:
@@ -189,8 +191,8 @@ class Rehearsal:
 
         self._until("alerts that fire", firing, lambda found: found == sorted(names))
         for name, alert in self._prometheus.alerts().items():
-            told = alert["annotations"]
-            self._say(f"seen       {name}: {told['summary']}. {told['description']}")
+            notes = alert["annotations"]
+            self._report(f"seen       {name}: {notes['summary']}. {notes['description']}")
 
     def _sound_rules(self) -> int:
         """Return the number of rules, or 0 until all are evaluated; raises NotSo if one fails."""
@@ -211,7 +213,7 @@ class Rehearsal:
 
         self._until("counts that have not moved", unmoved, lambda left: not left)
         for what, value in self._counted().items():
-            self._say(f"seen       {what}: {self._before[what]:g} -> {value:g}")
+            self._report(f"seen       {what}: {self._before[what]:g} -> {value:g}")
 
     def _shown(self) -> None:
         """Check that every query of the dashboard has a value."""
@@ -234,9 +236,9 @@ class Rehearsal:
         files = {"image": picture(index)}
         return self._client.post("/predict", files=files, data={**rows, **fields}, headers=headers)
 
-    def _told(self, path: str) -> dict[str, Any]:
-        told: dict[str, Any] = self._client.get(path).raise_for_status().json()
-        return told
+    def _get(self, path: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._client.get(path).raise_for_status().json()
+        return found
 
     def _is(self, query: str, wanted: float, what: str) -> None:
         """Wait until the query has this value."""
@@ -245,23 +247,23 @@ class Rehearsal:
     def _must(self, what: str, seen: object, wanted: object) -> None:
         if seen != wanted:
             raise NotSo(f"{what}: {seen}, not {wanted}")
-        self._say(f"so         {what}: {seen}")
+        self._report(f"so         {what}: {seen}")
 
 
 def _has_ended(state: str) -> bool:
     return state not in ("queued", "running")
 
 
-def rehearse(folder: Path, scale: float, say: Say) -> None:
+def rehearse(folder: Path, scale: float, report: Report) -> None:
     """Run the rehearsal; raises NotSo, and RuntimeError if a process ends early."""
     with ExitStack() as stack:
-        rehearsal = Rehearsal(folder, scale, say, stack)
+        rehearsal = Rehearsal(folder, scale, report, stack)
         try:
             for act in ("begin", "work", "lose_workers", "recover", "lose_redis", "end"):
                 getattr(rehearsal, act)()
         except Exception:
             for log in rehearsal.logs:
-                say(f"log        {log.parent.name}: {log.read_text()[-2_000:]}")
+                report(f"log        {log.parent.name}: {log.read_text()[-2_000:]}")
             raise
 
 
@@ -274,16 +276,16 @@ def main() -> None:
         raise SystemExit(f"not installed: {', '.join(absent)}")
     began = time.monotonic()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         print(f"{time.monotonic() - began:6.1f}  {line}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rehearse(Path(folder), arguments.scale, say)
+            rehearse(Path(folder), arguments.scale, report)
         except (NotSo, RuntimeError, TimeoutError, httpx.HTTPError) as error:
             print(f"NOT SO: {error}", file=sys.stderr)
             raise SystemExit(1) from error
-    say("all is as it must be")
+    report("all is as it must be")
 
 
 if __name__ == "__main__":

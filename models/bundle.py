@@ -1,4 +1,4 @@
-"""A task's artefact on disk: a manifest and safetensors files, every one of them hashed."""
+"""A task's artifact on disk: a manifest and safetensors files, each with its hash."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ SCHEMA = 2
 PROMPT_STATES = "prompt_states.safetensors"
 """A bundle's file that holds the prompt's states (77,D) as `states`."""
 ADAPTER = "adapter.safetensors"
-"""A personalized bundle's file of what was added to the denoiser's attention (LoRA)."""
+"""A personalized bundle's file with the adapter of the denoiser's attention (LoRA)."""
 TUNED = "classifier.safetensors"
 """A fine-tuned bundle's file of the classifier's own weights, in float32."""
 WRITERS = ".lock"
-"""A folder's file that all who write a bundle into it hold a shared lock on. Who holds it alone
-knows that every half-written bundle there is of a killed process."""
+"""A folder's lock file. Every writer of a bundle in the folder holds it shared.
+
+A process that holds it alone may remove the half-written bundles: their writers are dead.
+"""
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODELS = PACKAGE
 DENOISER_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATES,), "none": ()}
-"""Every kind of denoiser that a bundle may name, with the files that it must have then."""
+"""Every kind of denoiser that a bundle may name, with the files that the kind needs."""
 CLASSIFIER_KINDS = ("open-clip", "timm")
 """Every kind of classifier that a bundle may name."""
 DEFAULT_TASK = MODELS / "nano" / "task"
@@ -59,17 +61,18 @@ class Base:
         patterns: Sequence[str],
         sha256: Callable[[Path], str] | None = None,
     ) -> Base:
-        """A base network as it is on disk now: every file that a glob pattern names."""
+        """A base network as it is on disk: every file that a glob pattern of `patterns` matches."""
         root, sha256 = MODELS / folder, sha256 or sha256_of
         found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
         names = {path.relative_to(root).as_posix(): sha256(path) for path in sorted(found)}
         return cls(kind, folder, names)
 
     def verified(self, models_dir: Path | None = None) -> Path:
-        """The folder that holds the network as the bundle was made with it.
+        """The folder of the network, once its files have the hashes that the bundle states.
 
-        `models_dir` is where fetched networks lie. Raises BundleError for a folder outside of it
-        and of this package, for a file that is missing or another, and for weights beside them.
+        `models_dir` is the folder of fetched networks. Raises BundleError for a folder outside
+        `models_dir` and this package, a missing or changed file, and weights beside the listed
+        ones.
         """
         folder = base_folder(self.folder, models_dir)
         self._check_listed(folder)
@@ -78,15 +81,15 @@ class Base:
         for beside in sorted({(folder / name).parent for name in self.files}):
             for path in sorted([*beside.glob(f"*{SAFETENSORS}"), *beside.glob("*.index*.json")]):
                 if path.relative_to(folder).as_posix() not in self.files:
-                    raise BundleError(f"{path}: is not of the base network, and might be loaded")
+                    raise BundleError(f"{path}: is not of the base network; remove it")
         pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
         if self.folder and pickles:
-            raise BundleError(f"{folder}: holds pickled files: {', '.join(sorted(pickles))}")
+            raise BundleError(f"{folder}: holds pickled files; remove {', '.join(sorted(pickles))}")
         return folder
 
     @contextmanager
     def opened(self, models_dir: Path | None = None) -> Iterator[Path]:
-        """A folder to load the network from: verified copies of its files, and nothing else.
+        """A folder with verified copies of the network's files, and no other file.
 
         Raises BundleError as `verified` does.
         """
@@ -102,13 +105,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A task: its words, the networks behind it and the settings that go into every certificate.
+    """A task: its words, its networks and the settings that go into every certificate.
 
-    `files` maps names within the folder to SHA-256 (hex); `resolution` is in pixels;
-    `largest_sigma` is the strongest noise, in [0,1] pixel units, that the denoiser was made for.
-    `adaptation` holds the settings it was made with, empty where nothing was adapted, and `figures`
-    what was measured. `prompts` maps labels to what stands for them in the template, where that is
-    not the label itself.
+    `files` maps names within the folder to SHA-256 (hex). `resolution` is in pixels.
+    `largest_sigma` is the strongest noise, in [0,1] pixel units, that the denoiser supports.
+    `adaptation` holds the settings of the adaptation, and is empty where nothing was adapted.
+    `figures` holds what was measured. `prompts` maps labels to their words in the template, where
+    these differ from the label.
     """
 
     id: str
@@ -130,12 +133,12 @@ class Bundle:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What stands in the template for each label: its prompt, else the label itself."""
+        """The word in the template for each label: its prompt, else the label itself."""
         return tuple(self.prompts.get(label, label) for label in self.labels)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What `manifest.json` holds."""
+        """The content of `manifest.json`."""
         described = {"schema": SCHEMA, **asdict(self)}
         del described["folder"]
         if not self.prompts:
@@ -144,23 +147,27 @@ class Bundle:
 
     @contextmanager
     def opened(self) -> Iterator[Path]:
-        """A folder with verified copies of the bundle's own files, to load them from.
+        """A folder with verified copies of the bundle's own files.
 
-        Raises BundleError where a file is not the one that the manifest stated as it was read.
+        Raises BundleError where a file no longer has the hash that the manifest stated when it was
+        read.
         """
         with verified_copies(self.folder, self.files) as copies:
             yield copies
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that can change an answer: the canonical manifest without what the
-        task is called and what was measured, and through its hashes every weight."""
-        told = self.manifest
-        del told["name"], told["figures"]
-        return _digest(told)
+        """SHA-256 (hex) of all that can change a response.
+
+        The input is the canonical manifest without the task's name and figures. Through its hashes
+        it includes every weight.
+        """
+        hashed = self.manifest
+        del hashed["name"], hashed["figures"]
+        return _digest(hashed)
 
     def served_digest(self, numerics: Mapping[str, Any]) -> str:
-        """SHA-256 (hex) of the bundle together with the numerics a worker computes it under."""
+        """SHA-256 (hex) of the bundle together with the numerics of a worker that computes it."""
         return _digest({"bundle": self.digest, "numerics": dict(numerics)})
 
 
@@ -170,13 +177,16 @@ def _digest(value: object) -> str:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Read and verify a bundle.
+    """The bundle of a folder, verified.
 
-    A manifest of schema 1, which knew no adaptation, is read as what it would say now. Raises
-    BundleError for a missing or unreadable manifest, an unknown schema version, unknown or missing
-    fields, fewer than two labels or two equal ones, a file that is absent, a link, not safetensors,
-    outside the folder, or whose hash differs, an unknown kind of network, and for a network, or a
-    personalized prompt, without the file that it needs.
+    A manifest of schema 1, which had no adaptation, is read as an unadapted one of this schema.
+    Raises BundleError for:
+
+    - a missing, linked or unreadable manifest, or one of an unknown schema version;
+    - unknown or missing fields;
+    - fewer than two labels, or two equal ones;
+    - a file that is absent, linked, not safetensors, outside the folder, or of another hash;
+    - an unknown kind of network, or a network or adapted part whose file is not listed.
     """
     manifest = folder / "manifest.json"
     if folder.is_symlink() or manifest.is_symlink():
@@ -215,7 +225,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number that JSON knows")
+    raise ValueError(f"{constant} is not a number in JSON")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -258,10 +268,10 @@ def _check_kinds(manifest: Path, bundle: Bundle) -> None:
 
 
 def write_bundle(folder: Path, bundle: Bundle, sources: Mapping[str, Path]) -> Bundle:
-    """Publish a bundle atomically: copied under a temporary name, fsynced, renamed.
+    """The published bundle: copied under a temporary name, fsynced, then renamed to `folder`.
 
-    `sources` maps names within the bundle to the safetensors files to copy; their hashes become
-    the bundle's `files`. Raises BundleError where the folder exists.
+    `sources` maps names within the bundle to the safetensors files to copy. Their hashes become the
+    bundle's `files`. Raises BundleError where the folder exists.
     """
     if folder.exists():
         raise BundleError(f"{folder}: exists already")

@@ -21,10 +21,10 @@ from scipy.special import betainc, betaincc, ndtri
 Counts = Sequence[int] | NDArray[np.integer]
 
 ALPHA_MIN = 1e-100
-"""Smallest alpha accepted: float64 tails are accurate to here, subnormal ones are not."""
+"""Smallest alpha accepted: float64 tails are accurate down to here, subnormal ones are not."""
 
 ALPHA_MAX = 0.5
-"""Largest alpha accepted: beyond it the statement is likelier false than true."""
+"""Largest alpha accepted: above 1/2 the statement is more likely false than true."""
 
 # Relative. About 300 times the largest error measured against 60-digit arithmetic for n <= 100,000
 # (betaincc 3e-15, ndtri 6e-16); it costs a radius less than sigma * 1e-11 there.
@@ -33,11 +33,11 @@ _MARGIN = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What n noisy rows prove about one image.
+    """What the votes of n noise rows prove about one image.
 
-    `label` is a class index, None on abstention; `radius` (l2, [0, 1] pixel scale) and `p_lower`
-    are None for PREDICT, and `radius` is 0.0 where CERTIFY abstains; `counts` are the estimation
-    votes (for PREDICT: the votes) by class and sum to `n`; `n0` is 0 and `sigma` None for PREDICT.
+    `label` is a class index, None on abstention. `radius` (l2, [0, 1] pixel scale) and `p_lower`
+    are None for PREDICT; `radius` is 0.0 where CERTIFY abstains. `counts` are the estimation votes
+    by class (for PREDICT: the votes) and sum to `n`. `n0` is 0 and `sigma` None for PREDICT.
     """
 
     label: int | None
@@ -64,9 +64,11 @@ def certify(
 
     Equal selection votes choose the lowest index. With probability at least 1 - alpha over the
     noise, no perturbation shorter than the radius changes the smoothed classifier's label.
-    `total_variation` bounds, for one row, the distance between the noise drawn and the ideal
-    noise, and is subtracted from p_lower. Raises ValueError for what `check_certify` refuses, for
-    malformed counts and for a total variation outside [0, 1/2).
+    `total_variation` bounds, for one row, the distance between the noise drawn and the ideal noise.
+    It is subtracted from p_lower.
+
+    Raises ValueError as `check_certify` does, for malformed counts, and for a total variation
+    outside [0, 1/2).
     """
     selection = _checked("selection_counts", selection_counts)
     estimation = _checked("estimation_counts", estimation_counts)
@@ -103,9 +105,11 @@ def predict(counts: Counts, alpha: float, *, total_variation: float = 0.0) -> Ce
     """PREDICT: the class with most votes (K,), unless the second could be as probable.
 
     Abstains where the two-sided binomial test of the top count against the top two at 1/2 has a
-    p-value above alpha - n `total_variation`, for n rows as drawn differ from ideal ones by no more
-    (method.md 4a). Other classes do not enter, and equal top counts always abstain. Raises
-    ValueError for what `check_predict` refuses and for malformed counts.
+    p-value above alpha - n `total_variation`. Here n rows as drawn differ from ideal ones by at
+    most n `total_variation` (method.md 4a). Other classes do not enter, and equal top counts always
+    abstain.
+
+    Raises ValueError as `check_predict` does, and for malformed counts.
     """
     votes = _checked("counts", counts)
     n = sum(votes)
@@ -155,18 +159,18 @@ def certified_radius(p_lower: float, sigma: float) -> float:
 
 
 def smallest_n_certify(alpha: float) -> int:
-    """Fewest estimation rows with which CERTIFY can answer: alpha^(1/n) > 1/2."""
+    """Fewest estimation rows with which CERTIFY can return a label: alpha^(1/n) > 1/2."""
     return next(n for n in itertools.count(1) if clopper_pearson_lower(n, n, alpha) > 0.5)
 
 
 def smallest_n_predict(alpha: float) -> int:
-    """Fewest rows of ideal noise with which PREDICT can answer: 2^(1-n) <= alpha."""
+    """Fewest rows of ideal noise with which PREDICT can return a label: 2^(1-n) <= alpha."""
     _check_alpha(alpha)
     return next(n for n in itertools.count(1) if _two_sided_p_value(n, 0) <= alpha)
 
 
 def check_certify(n0: int, n: int, sigma: float, alpha: float) -> None:
-    """Raises ValueError, naming field, value and limit, where CERTIFY could only ever abstain."""
+    """Raises ValueError with field, value and limit where CERTIFY could only abstain."""
     _check_alpha(alpha)
     if not (math.isfinite(sigma) and sigma > 0.0):
         raise ValueError(f"sigma = {sigma}: must be finite and greater than 0")
@@ -176,10 +180,10 @@ def check_certify(n0: int, n: int, sigma: float, alpha: float) -> None:
 
 
 def check_predict(n: int, alpha: float, total_variation: float = 0.0) -> None:
-    """Raises ValueError, naming field, value and limit, where PREDICT could only ever abstain.
+    """Raises ValueError with field, value and limit where PREDICT could only abstain.
 
-    `total_variation` is one row's, between the noise as drawn and the ideal: n rows spend n of it
-    from alpha.
+    `total_variation` is one row's, between the noise as drawn and the ideal. The n rows spend n of
+    it from alpha.
     """
     _check_alpha(alpha)
     _check_rows(n, alpha, smallest_n_predict(alpha))
@@ -194,8 +198,9 @@ def check_predict(n: int, alpha: float, total_variation: float = 0.0) -> None:
 def average_certified_radius(radii: ArrayLike, correct: ArrayLike) -> float:
     """Mean over all N images of the radius where correct and 0 elsewhere.
 
-    `radii` (N,) floats, 0 for an abstention; `correct` (N,) booleans, false for an abstention.
-    Raises ValueError for other shapes, no image, or a radius that is negative or not finite.
+    `radii` (N,) are floats, 0 for an abstention; `correct` (N,) are booleans, False for an
+    abstention. Raises ValueError for other shapes, no images, or a radius that is negative or not
+    finite.
     """
     radius, right = _checked_results(radii, correct)
     return float(np.mean(radius * right))
@@ -204,8 +209,8 @@ def average_certified_radius(radii: ArrayLike, correct: ArrayLike) -> float:
 def certified_accuracy(radii: ArrayLike, correct: ArrayLike, epsilon: float) -> float:
     """Share in [0, 1] of all N images that are correct with a radius of at least epsilon.
 
-    Arguments as for `average_certified_radius`; at epsilon 0 an abstention does not count, for
-    its `correct` is false. Raises ValueError as there, or where epsilon is not in [0, inf).
+    Arguments as for `average_certified_radius`. An abstention does not count at epsilon 0, because
+    its `correct` is False. Raises ValueError as there, or where epsilon is not in [0, inf).
     """
     if not 0.0 <= epsilon < math.inf:
         raise ValueError(f"epsilon = {epsilon}: must be finite and at least 0")
@@ -216,9 +221,9 @@ def certified_accuracy(radii: ArrayLike, correct: ArrayLike, epsilon: float) -> 
 def _miss_probability(misses: int, n: int, alpha: float) -> float:
     """The q with P(Binomial(n, q) <= misses) = alpha, for 0 < misses < n.
 
-    Found on the tail itself, not by SciPy's betainccinv: that is off by 3e-11 (relative), on the
-    unsound side, at alpha = 1e-9 and 999 misses of 100,000, while the tail is right to 3e-15 (both
-    measured with SciPy 1.17: docs/decisions/0002-clopper-pearson-by-root-finding.md).
+    Found on the tail itself, not by SciPy's betainccinv. At alpha = 1e-9 and 999 misses of 100,000
+    that is off by 3e-11 (relative), on the unsound side. The tail is right to 3e-15. Both were
+    measured with SciPy 1.17: docs/decisions/0002-clopper-pearson-by-root-finding.md.
     """
     root = brentq(
         lambda q: float(betaincc(misses + 1, n - misses, q)) - alpha,
@@ -239,7 +244,7 @@ def _two_sided_p_value(top: int, second: int) -> float:
 
 
 def _spendable(alpha: float, n: int, total_variation: float) -> float:
-    """What is left of alpha for the votes of n rows of noise that is not ideal, rounded down."""
+    """The part of alpha left for the votes of n rows of non-ideal noise, rounded down."""
     if total_variation == 0.0:
         return alpha
     return math.nextafter(alpha - n * total_variation * (1.0 + _MARGIN), -math.inf)

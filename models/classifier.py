@@ -24,7 +24,7 @@ class Classifier(Protocol):
     labels: tuple[str, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits a row; rows do not touch one another."""
+        """Logits (B,K) by row; rows do not affect one another."""
 
 
 class Preprocess:
@@ -40,7 +40,7 @@ class Preprocess:
 
     @classmethod
     def of_open_clip(cls, model: open_clip.CLIP, dtype: torch.dtype) -> Preprocess:
-        """What a CLIP's configuration says, into `dtype`."""
+        """The preprocessing of a CLIP's configuration, into `dtype`."""
         described: dict[str, Any] = model.visual.preprocess_cfg
         size = described["size"]
         like = torch.empty(0, dtype=dtype, device=model.logit_scale.device)
@@ -49,13 +49,13 @@ class Preprocess:
 
     @classmethod
     def of_timm(cls, model: nn.Module) -> Preprocess:
-        """What a timm network's configuration says, into its own dtype."""
+        """The preprocessing of a timm network's configuration, into its own dtype."""
         config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         side = config["input_size"][-1]
         return cls(side, config["mean"], config["std"], next(model.parameters()))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (B,3,H,W) in [0,1] -> what the network expects."""
+        """x (B,3,H,W) in [0,1] -> the network's input."""
         if x.shape[-2:] != (self._size, self._size):
             x = F.interpolate(x, size=(self._size,) * 2, mode="bicubic", antialias=True)
         scaled = (x - self._mean.to(x.dtype)) / self._std.to(x.dtype)
@@ -65,7 +65,7 @@ class Preprocess:
 class OpenClipClassifier:
     """Zero-shot CLIP: cosine similarity to each label's prompt, times exp(logit scale).
 
-    Text features are computed once from `template.format(label)`; the text tower is then let go.
+    Text features are computed once from `template.format(label)`; the text tower is then released.
     Source: method.md 1.7.
     """
 
@@ -97,7 +97,7 @@ class OpenClipClassifier:
 
 
 class TimmClassifier:
-    """A timm network with its own normalisation, resolution and labels."""
+    """A timm network with its own normalization, resolution and labels."""
 
     def __init__(self, model: nn.Module, labels: Sequence[str], runtime: Runtime) -> None:
         self.labels = tuple(labels)
@@ -111,7 +111,7 @@ class TimmClassifier:
 
 
 def open_clip_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
-    """How many tokens each prompt is to a CLIP's tokenizer, which would cut the longer ones."""
+    """Each prompt's number of tokens for a CLIP's tokenizer, which would truncate longer ones."""
     import open_clip
 
     tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -123,7 +123,7 @@ def open_clip_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
 def read_open_clip(
     folder: Path, device: torch.device, tuned: Path | None = None
 ) -> tuple[open_clip.CLIP, Any]:
-    """A CLIP in float32 and its tokenizer; weights in a `tuned` file stand in for the folder's."""
+    """A CLIP in float32 and its tokenizer; weights in a `tuned` file replace the folder's."""
     import open_clip
 
     import models.zoo.vision  # noqa: F401 - registers its towers with timm
@@ -146,8 +146,8 @@ def load_open_clip(
 ) -> Classifier:
     """A CLIP from a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
 
-    Any label will do: it becomes a prompt through `template`. Weights in a `tuned` file stand in
-    for the folder's.
+    Any label works: `template` turns it into a prompt. Weights in a `tuned` file replace the
+    folder's.
     """
     model, tokenizer = read_open_clip(folder, device, tuned)
     return OpenClipClassifier(
@@ -158,8 +158,8 @@ def load_open_clip(
 def read_timm(folder: Path, labels: Sequence[str], tuned: Path | None = None) -> nn.Module:
     """A timm network in float32, from a folder with timm's `config.json` and `model.safetensors`.
 
-    Weights in a `tuned` file stand in for the folder's. Raises ValueError where `labels` are not
-    the configuration's `label_names`.
+    Weights in a `tuned` file replace the folder's. Raises ValueError where `labels` differ from the
+    configuration's `label_names`.
     """
     import timm
 
@@ -188,7 +188,7 @@ def load_timm(
     runtime: Runtime,
     tuned: Path | None = None,
 ) -> Classifier:
-    """See `read_timm`; `template` is not used."""
+    """A classifier of `read_timm`'s network; `template` is not used."""
     model = read_timm(folder, labels, tuned).requires_grad_(False)
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
     return TimmClassifier(model, labels, runtime)
@@ -201,4 +201,4 @@ CLASSIFIERS: dict[str, Loader] = {
     "open-clip": load_open_clip,
     "timm": load_timm,
 }
-"""Where to add a classifier: one adapter above and one line here."""
+"""The place to add a classifier: one adapter above and one line here."""

@@ -18,7 +18,7 @@ from models.zoo.sources import UNET, Network
 PROMPT_TOKENS = 77
 """Length that DeepFloyd IF pads every prompt to."""
 NOISE_LEVELS = 1000.0
-"""Largest noise level a super-resolution UNet knows; k times the timestep is cut there."""
+"""Largest noise level of a super-resolution UNet; k times the timestep is clamped to it."""
 
 
 class Denoiser(Protocol):
@@ -27,7 +27,7 @@ class Denoiser(Protocol):
     largest_sigma: float
 
     def __call__(self, x_hat: Tensor, sigma: Tensor) -> Tensor:
-        """One estimate a row, (B,3,H,W) float32 clamped to [0,1]; rows do not touch one another.
+        """One estimate per row, (B,3,H,W) float32 clamped to [0,1]; rows do not affect one another.
 
         Raises ValueError for a sigma above `largest_sigma`.
         """
@@ -39,7 +39,7 @@ def clean_prompts(prompts: Sequence[str]) -> list[str]:
 
 
 def fitting_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The prompts as they are read; raises ValueError for one longer than 77 tokens."""
+    """The cleaned prompts; raises ValueError for one longer than 77 tokens."""
     cleaned = clean_prompts(prompts)
     for given, prompt in zip(prompts, cleaned, strict=True):
         tokens = len(tokenizer(prompt).input_ids)
@@ -51,7 +51,7 @@ def fitting_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
 def encode_prompts(tokenizer: Any, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
     """States (B,77,D) of a T5 encoder's last layer, the attention mask used (method.md 1.6).
 
-    Raises ValueError for a prompt longer than 77 tokens, which diffusers would cut in silence.
+    Raises ValueError for a prompt longer than 77 tokens, which diffusers would truncate silently.
     """
     cleaned = fitting_prompts(tokenizer, prompts)
     encoded = tokenizer(
@@ -80,7 +80,7 @@ def timesteps(ratios: Tensor, sigma: Tensor) -> Tensor:
 
 
 class _Conditioned(nn.Module):
-    """The UNet with its prompt, one tensor in and one out: x_t, t and noise level -> epsilon."""
+    """The UNet with its prompt, from tensors to one tensor: x_t, t and noise level -> epsilon."""
 
     states: Tensor
 
@@ -92,8 +92,8 @@ class _Conditioned(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, level: Tensor) -> Tensor:
         doubled = torch.cat([x_t, x_t], 1)
         states = self.states.expand(len(x_t), -1, -1)
-        told = self.unet(doubled, t, states, class_labels=level, return_dict=False)
-        epsilon: Tensor = told[0][:, :3]
+        output = self.unet(doubled, t, states, class_labels=level, return_dict=False)
+        epsilon: Tensor = output[0][:, :3]
         return epsilon
 
 
@@ -142,14 +142,14 @@ class NoDenoiser:
     largest_sigma = float("inf")
 
     def __call__(self, x_hat: Tensor, sigma: Tensor) -> Tensor:
-        """`x_hat` as it is; the one denoiser whose output may leave [0,1]."""
+        """`x_hat` unchanged; this is the one denoiser whose output may leave [0,1]."""
         return x_hat
 
 
 def read_unet(stage: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A stage's UNet in `dtype` on the device, from its half-precision file where there is one.
 
-    Only safetensors are read; nothing is fetched. Raises TooLittleMemory before it loads.
+    Only safetensors are read; nothing is fetched. Raises TooLittleMemory before loading.
     """
     from diffusers import UNet2DConditionModel
 
@@ -176,8 +176,8 @@ def load_super_resolution(
 ) -> Denoiser:
     """A denoiser from a stage-II folder in diffusers' layout (`unet/`, `scheduler/`).
 
-    `states` (77,D) are the prompt's; an `adapter` file is added to the weights in float32, on the
-    CPU. See `read_unet`.
+    `states` (77,D) are the prompt's. An `adapter` file is added to the weights in float32, on the
+    CPU. Raises TooLittleMemory as `read_unet` does.
     """
     from diffusers import DDPMScheduler
 
@@ -192,7 +192,7 @@ def load_super_resolution(
         )
         unet.fuse_lora()
         unet.unload_lora()
-        nn.Module.to(unet, dtype)  # diffusers' own warns of what this UNet does not have
+        nn.Module.to(unet, dtype)  # diffusers' own warns about parts that this UNet lacks
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     unet = unet.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     return SuperResolutionDenoiser(unet, scheduler.alphas_cumprod, states, k, runtime)
@@ -207,7 +207,7 @@ def load_none(
     runtime: Runtime,
     adapter: Path | None = None,
 ) -> Denoiser:
-    """Plain smoothing needs no weights; every argument is ignored."""
+    """Plain smoothing, which needs no weights; every argument is ignored."""
     return NoDenoiser()
 
 
@@ -216,4 +216,4 @@ DENOISERS: dict[str, Loader] = {
     "super-resolution": load_super_resolution,
     "none": load_none,
 }
-"""Where to add a denoiser: one adapter above and one line here."""
+"""The place to add a denoiser: one adapter above and one line here."""

@@ -26,13 +26,13 @@ def sha256_of(path: Path) -> str:
 
 
 def verify(folder: Path, name: str, sha256: str) -> None:
-    """Returns where the file is the one stated; raises BundleError as `verified_copies` does."""
+    """Returns where the file has the stated hash; raises BundleError as `verified_copies` does."""
     if sha256_of(_path_of(folder, name)) != sha256:
         raise _changed(folder, name)
 
 
 class KnownHashes:
-    """SHA-256 (hex) of files, remembered in `path` for as long as size and time of change stay."""
+    """SHA-256 (hex) of files, cached in `path` while a file's size and modification time stay."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +41,7 @@ class KnownHashes:
             self._known = json.loads(path.read_text())
 
     def __call__(self, file: Path) -> str:
-        """The hash of a file; what was not known is remembered at once."""
+        """The hash of a file; a new hash is written to the cache at once."""
         status = file.stat()
         seen = [status.st_size, status.st_mtime_ns, status.st_ino]
         known = self._known.get(str(file))
@@ -56,9 +56,9 @@ class KnownHashes:
 def verified_copies(folder: Path, files: Mapping[str, str]) -> Iterator[Path]:
     """A private folder with copies of `files`, a map from names within `folder` to SHA-256 (hex).
 
-    Every byte is hashed as it is copied, so what is loaded from the copies is what was hashed. They
-    lie in memory; what maps them keeps them beyond the context. Raises BundleError, by name, for a
-    path that leaves the folder, a link, a missing file, and another hash.
+    Every byte is hashed as it is copied, so networks are loaded from the bytes that were hashed.
+    The copies lie in memory; a memory map of one outlives the context. Raises BundleError with the
+    name of a path that leaves the folder, a link, a missing file, or a file with another hash.
     """
     with tempfile.TemporaryDirectory(prefix="vouchsafe-") as private, ExitStack() as descriptors:
         copies = Path(private) / (folder.name or "none")
@@ -74,9 +74,9 @@ def verified_copies(folder: Path, files: Mapping[str, str]) -> Iterator[Path]:
 
 
 def base_folder(folder: str, models_dir: Path | None) -> Path:
-    """Where the folder of a base network lies: relative to this package, or below `models_dir`.
+    """The folder of a base network: relative to this package, or below `models_dir`.
 
-    Raises BundleError, by name, for `..`, a link on the way, and any other place.
+    Raises BundleError with the name of a folder with `..`, a link on the way, or any other place.
     """
     if ".." in PurePosixPath(folder).parts or "\\" in folder:
         raise BundleError(f"the base network's folder {folder!r} holds '..' or a backslash")
@@ -86,7 +86,7 @@ def base_folder(folder: str, models_dir: Path | None) -> Path:
     if root is None:
         allowed = " and ".join(str(root) for root in roots)
         raise BundleError(
-            f"the base network's folder {folder!r} lies outside of what may be loaded: {allowed}"
+            f"the base network's folder {folder!r} lies outside the allowed folders: {allowed}"
         )
     for part in (place, *place.parents):
         if part == root:
@@ -111,7 +111,7 @@ def _path_of(folder: Path, name: str) -> Path:
 
 
 def _copied(source: Path, descriptor: int) -> str:
-    """SHA-256 (hex) of what was written to the descriptor."""
+    """SHA-256 (hex) of the bytes written to the descriptor."""
     digest = hashlib.sha256()
     with source.open("rb") as stream, os.fdopen(descriptor, "wb", closefd=False) as copy:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -126,9 +126,10 @@ def _changed(folder: Path, name: str) -> BundleError:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the name once it is on the disk.
+    """A file beside `path` to write to; it is renamed to `path` once it is on the disk.
 
-    Where writing fails it vanishes, for a full disk needs the room, and `path` stays as it was.
+    Where writing fails, the file is removed, because a full disk needs the space. `path` then stays
+    as it was.
     """
     descriptor, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
@@ -143,7 +144,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def written_once(path: Path, content: bytes) -> None:
-    """Make the file, mode 0600, where there is none: of those who do so together one is first."""
+    """Create the file with mode 0600 unless it exists; of concurrent callers one succeeds."""
     descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -1,4 +1,4 @@
-"""Room for a network, looked for before it is loaded, and what to do once there is none."""
+"""Checks for memory before a network is loaded, and recovery once memory has run out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTATION_SHARE = 0.5
-"""Most of a GPU's memory that an adaptation may take: the rest is left for networks that are served
-beside it, whose batch shape was chosen before it began."""
+"""Largest share of a GPU's memory for an adaptation.
+
+The rest is left for the networks served beside it, whose batch shape was chosen before it began.
+"""
 HEADROOM = 0.1
-"""Share of a GPU's memory that a task's largest batch leaves free, for what fragments and for what
-other processes take meanwhile."""
+"""Share of a GPU's memory that a task's largest batch leaves free.
+
+It covers fragmentation and the memory that other processes take meanwhile.
+"""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -34,11 +38,11 @@ _RAN_OUT = (
 
 
 class TooLittleMemory(MemoryError):
-    """Loading would not fit; the message names what, where, how much it takes and what is free."""
+    """Loading would not fit; the message has the network, the place, the bytes needed and free."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that the memory of the host or of a device ran out."""
+    """Whether an error reports that the memory of the host or of a device ran out."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -47,9 +51,9 @@ def ran_out(error: BaseException) -> bool:
 
 
 def times_short() -> int:
-    """How often an allocation on the device has failed since the process began; 0 without a GPU.
+    """How often an allocation on the device has failed in this process; 0 without a GPU.
 
-    Not each of them is raised: PyTorch's cuDNN convolutions catch it and take another kernel.
+    Not each failure is raised: PyTorch's cuDNN convolutions catch it and take another kernel.
     """
     import torch
 
@@ -64,7 +68,7 @@ def is_counted(error: BaseException) -> bool:
 
 
 def cap_adaptation(device: torch.device) -> None:
-    """Keep this process within an adaptation's share of a GPU; a CPU has no such limit."""
+    """Limit this process to an adaptation's share of a GPU; a CPU has no such limit."""
     if device.type == "cuda":
         import torch
 
@@ -72,10 +76,10 @@ def cap_adaptation(device: torch.device) -> None:
 
 
 def check_headroom(device: torch.device, *, beside_adaptation: bool) -> None:
-    """Raises MemoryError where what this process took leaves too little of a GPU's memory free.
+    """Raises MemoryError where this process leaves too little of a GPU's memory free.
 
-    `beside_adaptation`: whether an adaptation's share of the memory may be taken at any time. On a
-    CPU nothing is checked: the allocation that fails says so.
+    `beside_adaptation`: whether an adaptation may take its share of the memory at any time. Nothing
+    is checked on a CPU: there the failing allocation raises.
     """
     if device.type != "cuda":
         return
@@ -83,15 +87,15 @@ def check_headroom(device: torch.device, *, beside_adaptation: bool) -> None:
 
     free, total = torch.cuda.mem_get_info(device)
     taken = torch.cuda.memory_reserved(device)
-    most = 1 - HEADROOM - (ADAPTATION_SHARE if beside_adaptation else 0)
-    if free < HEADROOM * total or taken > most * total:
+    max_share = 1 - HEADROOM - (ADAPTATION_SHARE if beside_adaptation else 0)
+    if free < HEADROOM * total or taken > max_share * total:
         raise MemoryError(
             f"{taken / 2**30:.1f} of {total / 2**30:.1f} GiB are taken and {free / 2**30:.1f} free"
         )
 
 
 def let_go() -> None:
-    """Give the memory of what nothing refers to any more back to the device."""
+    """Return unreferenced memory to the device."""
     import torch
 
     gc.collect()
@@ -100,9 +104,9 @@ def let_go() -> None:
 
 
 def let_go_of(error: BaseException) -> None:
-    """Forget what the frames of an error hold, and of those that it came of: a batch's tensors."""
+    """Release what the frames of an error and of its causes refer to, such as a batch's tensors."""
     cause: BaseException | None = error
-    seen: set[int] = set()  # An error may have come of one that came of it.
+    seen: set[int] = set()  # Causes may form a cycle.
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         traceback.clear_frames(cause.__traceback__)
@@ -110,7 +114,7 @@ def let_go_of(error: BaseException) -> None:
 
 
 def free_on_host() -> int | None:
-    """Bytes that a process may still take on this machine or in its container; None: unknown."""
+    """Bytes that a process may still take on this machine or in its container; None if unknown."""
     limits = [room for room in (_available(), _left_in_cgroup()) if room is not None]
     return min(limits, default=None)
 
@@ -120,30 +124,32 @@ def _available() -> int | None:
         lines = _MEMINFO.read_text().splitlines()
     except OSError:
         return None
-    told = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(told[0]) * 1024 if told else None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None
 
 
 def _left_in_cgroup() -> int | None:
-    """The container's limit less what it holds; pages of files that can go at once do not count."""
+    """The container's limit less its usage; pages of files that can be evicted do not count."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
-        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        usage = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    going = sum(int(kept.get(name, 0)) for name in ("inactive_file", "active_file"))
+    going = sum(int(usage.get(name, 0)) for name in ("inactive_file", "active_file"))
     return None if limit == "max" else int(limit) - used + going
 
 
 def bytes_of(folder: Path, weights: str, bytes_a_parameter: int) -> int:
-    """What the weights in a network's folder take once they are loaded."""
+    """Bytes of memory that the weights in a network's folder take once loaded."""
     return hold(folder, Network("", "config.json", weights)).size * bytes_a_parameter
 
 
 def check_room(what: str, needed: int, device: torch.device) -> None:
-    """Raises TooLittleMemory where so many bytes are not free, on the host, through which all
-    weights go, or on the device."""
+    """Raises TooLittleMemory where `needed` bytes are not free on the host or on the device.
+
+    All weights pass through the host's memory.
+    """
     rooms = {"on this machine": free_on_host()}
     if device.type == "cuda":
         import torch
@@ -158,11 +164,15 @@ def check_room(what: str, needed: int, device: torch.device) -> None:
 
 
 def needs(text_encoder: int, stage1: int, stage2: int, classifier: int) -> dict[str, int]:
-    """Bytes that the weights of networks of so many parameters take at once, by purpose.
+    """Bytes that the weights of networks with these numbers of parameters take, by purpose.
 
-    Computed; activations come on top. An adaptation holds in turn the text encoder, each UNet, the
-    classifier with its gradients and AdamW's two moments beside stage II and the classifier at
-    rest, and stage II and the classifier before and after. An adapter is added in float32.
+    Computed; activations come on top. An adapter is added in float32. An adaptation loads in turn:
+
+    - the text encoder;
+    - each UNet;
+    - the classifier with its gradients and AdamW's two moments, beside stage II and the unadapted
+      classifier;
+    - stage II and the classifier before and after the adaptation.
     """
     return {
         "to serve in bfloat16": 2 * (stage2 + classifier),

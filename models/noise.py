@@ -1,17 +1,17 @@
 """Rows of exact discrete Gaussian noise as a pure function of (key, row index).
 
-A pixel's noise is i/255 with P(i) = F(i) - F(i-1), F(i) = Phi((2i+1) / (510 sigma)), which is what
-rounding to the 1/255 grid leaves of N(0, sigma^2) on an image of that grid (Voracek and Hein, ICLR
-2023; method.md 3). Integers alone decide a draw, so CPU and GPU agree to the bit.
+A pixel's noise is i/255 with P(i) = F(i) - F(i-1), F(i) = Phi((2i+1) / (510 sigma)). That is N(0,
+sigma^2) rounded to the 1/255 grid, on an image of that grid (Voracek and Hein, ICLR 2023; method.md
+3). Integers alone decide a draw, so CPU and GPU agree to the bit.
 
-Counter of a Philox4x32-10 block, whose four words serve four neighbouring pixels of a row:
+Counter of a Philox4x32-10 block, whose four words serve four neighboring pixels of a row:
 
     word 0      row index
     word 1      attempt << 25 | half << 24 | block     block = pixel // 4, lane = pixel % 4
     words 2, 3  bytes 8 to 15 of the key               (bytes 0 to 7 are Philox's own key)
 
-Half 0 holds the high 32 bits of a pixel's random word and half 1 the low 32; the low half is only
-computed where the high half leaves the draw open.
+Half 0 holds the high 32 bits of a pixel's random word and half 1 the low 32. The low half is
+computed only where the high half leaves the draw open.
 """
 
 from __future__ import annotations
@@ -85,13 +85,14 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) + word, product & _U32
 
 
-@lru_cache(maxsize=8)  # Of sigma 4.0 they take 0.8 MB; tables are what is kept.
+@lru_cache(maxsize=8)  # Those of sigma 4.0 take 0.8 MB; the tables are cached, not these.
 def slivers(sigma: float, bits: int = RANDOM_BITS) -> tuple[int, ...]:
     """Random words below 2^bits that straddle a threshold 2^bits F(i), one a threshold, ascending.
 
     Entry j belongs to i = j - len/2. A word strictly between entries j-1 and j draws j - len/2; a
-    word equal to an entry is rejected. The first and last are 0 and 2^bits - 1 and hold both cut
-    tails. Raises ValueError for sigma or bits out of range, or if most of the words are slivers.
+    word equal to an entry is rejected. The first and last are 0 and 2^bits - 1 and stand for both
+    cut tails. Raises ValueError for sigma or bits out of range, or if most of the words are
+    slivers.
     """
     _check_between("sigma", sigma, *SIGMA_RANGE)
     _check_between("bits", bits, _MIN_BITS, RANDOM_BITS)
@@ -137,10 +138,11 @@ def discrete_gaussian(
 ) -> Tensor:
     """Rows start to stop-1 of the noise: (stop-start, *shape) int16 in units of 1/255.
 
-    A row depends on the key's first 16 bytes (the rest is ignored), its index, sigma, the row-major
-    position of its pixels and bits, and on nothing else. sigma is in [0,1] pixel units, taken as
-    the exact double. `bits` is the random bits behind a draw; each row lies within
-    `total_variation` of the law in method.md 3.
+    A row depends only on the key's first 16 bytes, its index, sigma, bits, and the row-major
+    position of its pixels. sigma is in [0,1] pixel units, taken as the exact double. `bits` is the
+    number of random bits behind a draw. Each row lies within `total_variation` of the law in
+    method.md 3.
+
     Raises ValueError for a key below 16 bytes, a range outside [0, 2^32], a shape with an empty
     dimension or more than 2^26 values, a sigma outside `SIGMA_RANGE`, or bits outside [8, 63].
     """
@@ -176,7 +178,7 @@ class _Source(NamedTuple):
 
 
 def _table(sigma: float, bits: int, device: torch.device) -> _Table:
-    """The table of one sigma, computed once however many threads ask for it together."""
+    """The table of one sigma, computed once even if several threads request it together."""
     with _computing:
         return _computed_table(sigma, bits, device)
 

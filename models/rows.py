@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCHES_A_THREAD = 4
-"""Batches of a device batch for each CPU thread: noise is drawn for all of them at once, and a late
-thread delays the others for less."""
+"""Batches of a device batch for each CPU thread.
+
+Noise is drawn for all of them at once, and a slow thread delays the others less.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,9 @@ class Numerics:
         return asdict(self)
 
     def padding(self, rows: int) -> int:
-        """Rows that the networks compute only to fill their batches where `rows` are wanted."""
+        """Rows that the networks compute only to fill their batches when `rows` are requested."""
         return -rows % self.batch_rows
 
     def device_rows(self, cpu_threads: int) -> int:
-        """Most rows of a device batch that `cpu_threads` threads share; one batch for 0 threads."""
+        """Largest number of rows of a device batch for `cpu_threads` threads (0: one batch)."""
         return self.batch_rows * max(1, BATCHES_A_THREAD * cpu_threads)

@@ -1,4 +1,4 @@
-"""Runs networks: by torch as they are, or converted for their one batch shape by OpenVINO."""
+"""Runtimes of networks: torch, or OpenVINO with a conversion for their one batch shape."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Network = Callable[..., Tensor]
 
 
 class RuntimeUnavailable(OSError):
-    """This machine cannot run networks so; the message names the runtime and what it needs."""
+    """This machine cannot use a runtime; the message has the runtime and its requirement."""
 
 
 class Runtime(Protocol):
-    """`name` says, with its version, what the networks' outputs depend on besides torch."""
+    """A way to run networks. Outputs depend on torch and on `name`, which includes the version."""
 
     name: str
 
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-        """The dtype to load weights in where `dtype` is to be computed in.
+        """The dtype to load weights in for computation in `dtype`.
 
         Raises RuntimeUnavailable where this runtime cannot compute in it on the device.
         """
 
     def prepare(self, network: nn.Module) -> Network:
-        """The network, ready to be called with tensors, always of the same shapes."""
+        """The network as a function of tensors, whose shapes must not change."""
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:
@@ -46,7 +46,7 @@ def computes_bfloat16() -> bool:
 
 
 def cpu_kind() -> str:
-    """What of this CPU chooses between kernels: its name, vector instructions and L2 cache."""
+    """The CPU's properties that select kernels: its name, vector instructions and L2 cache."""
     known = torch.cpu.get_capabilities()
     units = [
         name for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16") if known.get(name)
@@ -63,8 +63,11 @@ def numerics_of(
     runtime: str = "torch",
     threads: int | None = None,
 ) -> Numerics:
-    """The numerics of this machine: a GPU by its name, a CPU by its `cpu_kind` and the threads
-    that share a network's sums (torch's own number unless given; 0 on a GPU)."""
+    """The numerics of this machine.
+
+    They hold a GPU's name, or a CPU's `cpu_kind` and the threads that share a network's sums.
+    `threads` defaults to torch's own number; it is 0 on a GPU.
+    """
     if device.type == "cuda":
         kind, threads = torch.cuda.get_device_name(device), 0
     else:
@@ -90,7 +93,7 @@ class Torch:
 class OpenVino:
     """OpenVINO on a CPU that computes in bfloat16: fused operators, constants folded.
 
-    float32 is refused: release 2026.4 crashes as it compiles nano's UNet in it.
+    float32 is rejected: release 2026.4 crashes when it compiles nano's UNet in it.
     """
 
     def __init__(self) -> None:
@@ -110,27 +113,28 @@ class OpenVino:
         if device.type != "cpu" or dtype != torch.bfloat16 or not computes_bfloat16():
             where = cpu_kind() if device.type == "cpu" else device.type
             raise RuntimeUnavailable(
-                "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16; asked for "
+                "the runtime openvino computes in bfloat16 on a CPU with AVX512-BF16, not in "
                 f"{name_of_dtype(dtype)} on {where}; the runtime torch runs anywhere"
             )
 
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-        """float32, which OpenVINO rounds itself."""
+        """float32; OpenVINO rounds the weights itself."""
         self.check(device, dtype)
         return torch.float32
 
     def prepare(self, network: nn.Module) -> Network:
-        """Converted at the first call of a thread, with torch's threads there, and anew for every
-        other shape of inputs."""
+        """A network converted at the first call of each thread and shape of inputs, with torch's
+        threads.
+        """
         return _Converted(network)
 
 
 _CONVERTING = threading.Lock()
-"""torch exports one network at a time in a process."""
+"""Held during a conversion: torch exports one network at a time in a process."""
 
 
 class _Converted:
-    """A request for every thread that calls and every shape it calls with."""
+    """A network with one OpenVINO request for each calling thread and shape of inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -150,16 +154,16 @@ class _Converted:
 
 
 def _converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """OpenVINO's model, and what its constants are shared with.
+    """OpenVINO's model, and the tensors that its constants share memory with.
 
-    Traced, which takes a third of the time of `torch.export` and gives the same bits; through the
-    frontend itself, for `openvino.convert_model` reports its use to its makers.
+    Tracing takes a third of the time of `torch.export` and gives the same bits. The frontend is
+    called directly, because `openvino.convert_model` sends usage statistics.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Shapes are meant to be constants, and export is slower.
+        warnings.simplefilter("ignore")  # Constant shapes are intended, and export is slower.
         example = tuple(tensor.clone() for tensor in inputs)
         traced = torch.jit.trace(network, example, check_trace=False)
         decoder = TorchScriptPythonDecoder(traced, example_input=example)
@@ -182,9 +186,9 @@ def _compiled(converted: Any) -> Any:
 
 
 RUNTIMES: dict[str, Callable[[], Runtime]] = {"torch": Torch, "openvino": OpenVino}
-"""Where to add a runtime: one adapter above and one line here."""
+"""The place to add a runtime: one adapter above and one line here."""
 AUTO = "auto"
-"""Chooses of RUNTIMES; see `automatic`."""
+"""Selects one of RUNTIMES; see `automatic`."""
 
 
 def automatic(device: torch.device, dtype: torch.dtype) -> tuple[Runtime, str]:

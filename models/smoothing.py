@@ -1,4 +1,4 @@
-"""Rows of noise to votes: noise, denoise, classify, count, in batches of one fixed shape."""
+"""Votes from rows of noise: noise, denoise, classify, count, in batches of one fixed shape."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ logger = logging.getLogger("vouchsafe")
 
 
 class SmoothedModel:
-    """A base classifier under noise: x -> argmax classify(denoise(x + noise)), one label a row.
+    """A base classifier under noise: x -> argmax classify(denoise(x + noise)), one label per row.
 
-    The networks always see exactly `numerics.batch_rows` rows, padded where there are fewer, so
-    that a row's label depends on nothing but its image, noise and sigma. `digest` is the bundle's
-    together with the numerics. With `cpu_threads`, as many threads share a device batch, each in
-    batches of its own and with one thread of torch; without, the caller's thread computes.
+    The networks always compute exactly `numerics.batch_rows` rows, padded where there are fewer. So
+    a row's label depends on nothing but its image, noise and sigma. `digest` is the bundle's
+    together with the numerics. With `cpu_threads`, that many threads share a device batch, each in
+    separate batches and with one torch thread. Without, the caller's thread computes.
     """
 
     def __init__(
@@ -66,14 +66,15 @@ class SmoothedModel:
         )
 
     def padding(self, rows: int) -> int:
-        """Rows that the networks compute for nothing where so many are asked for."""
+        """Rows that the networks compute only to fill their batches when `rows` are requested."""
         return self.numerics.padding(rows)
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """Votes by class (len(parts), K) of one device batch.
 
-        Raises ValueError for no rows, more than `batch_rows`, or images of different shapes, and
-        FloatingPointError for logits that are not finite: argmax would call them a label.
+        Raises ValueError for no rows, more than `batch_rows`, or images of different shapes. Raises
+        FloatingPointError for logits that are not finite, because argmax would return a label for
+        them.
         """
         labels = self.labels(parts)
         cuts = np.cumsum([part.stop - part.start for part in parts])[:-1]
@@ -84,7 +85,7 @@ class SmoothedModel:
         """The label index of each row (rows,), parts in order; errors as `votes`."""
         total = sum(part.stop - part.start for part in parts)
         if not 0 < total <= self.batch_rows:
-            raise ValueError(f"{total} rows asked for; a device batch holds 1 to {self.batch_rows}")
+            raise ValueError(f"{total} rows requested; a device batch holds 1 to {self.batch_rows}")
         shapes = {part.pixels.shape for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
@@ -94,7 +95,7 @@ class SmoothedModel:
         return np.concatenate(list(run(self._share, _cut(parts, share))))
 
     def _share(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """One lane's share of a device batch: noise for all of it, then batch after batch."""
+        """One thread's share of a device batch: noise for all of it, then batch after batch."""
         total = sum(part.stop - part.start for part in parts)
         with torch.inference_mode():
             x_hat, sigma = (rows.split(self.numerics.batch_rows) for rows in self.noisy(parts))
@@ -127,10 +128,10 @@ class SmoothedModel:
         return x_hat, sigma
 
 
-def _cut(parts: Sequence[Rows], most: int) -> Iterator[list[Rows]]:
-    """The parts in order, in lists of `most` rows each but for the last."""
+def _cut(parts: Sequence[Rows], max_rows: int) -> Iterator[list[Rows]]:
+    """The parts in order, in lists of `max_rows` rows each except for the last."""
     batch: list[Rows] = []
-    room = most
+    room = max_rows
     for part in parts:
         start = part.start
         while start < part.stop:
@@ -139,7 +140,7 @@ def _cut(parts: Sequence[Rows], most: int) -> Iterator[list[Rows]]:
             start, room = stop, room - (stop - start)
             if not room:
                 yield batch
-                batch, room = [], most
+                batch, room = [], max_rows
     if batch:
         yield batch
 
@@ -172,9 +173,9 @@ def best_batch_rows(device: torch.device) -> int:
 
 
 def named_runtime(name: str) -> Runtime:
-    """The runtime of this name; for `auto` the one that suits this machine, and the log says why.
+    """The runtime of this name; for `auto` the one that suits this machine. Logs the reason.
 
-    Raises RuntimeUnavailable for one that is named and cannot be imported.
+    Raises RuntimeUnavailable for a named runtime that cannot be imported.
     """
     if name != AUTO:
         return RUNTIMES[name]()
@@ -201,7 +202,7 @@ def tried_runtime(name: str, bundle: Bundle) -> Runtime:
 
 
 def instead_of(runtime: Runtime, bundle: Bundle, error: BaseException) -> Runtime:
-    """Torch, where the runtime that `auto` chose cannot run the bundle; the log says why."""
+    """Torch, where the runtime that `auto` chose cannot run the bundle. Logs the reason."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     logger.warning(
         "networks run by torch: %s cannot run task %s: %s", runtime.name, bundle.id, reason
@@ -217,7 +218,7 @@ def numerics(
     batch_rows: int | None = None,
     cpu_threads: int | None = None,
 ) -> tuple[Numerics, int]:
-    """What `load` would compute under here, and in how many threads, without loading anything."""
+    """The numerics and the number of threads that `load` would use here; loads no network."""
     device = device or best_device()
     if cpu_threads is None:
         cpu_threads = torch.get_num_threads() if device.type == "cpu" else 0
@@ -241,15 +242,15 @@ def load(
     runtime: Runtime | None = None,
     models_dir: Path | None = None,
 ) -> SmoothedModel:
-    """Load a task's networks, ready for `votes`, run by eager torch or another runtime.
+    """A task's networks, ready for `votes`, run by eager torch or another runtime.
 
-    `batch_rows` is what the networks see at once. On a CPU `cpu_threads` (as many as torch has
-    unless given) share the work; a GPU has none. Files are loaded from the bytes that were hashed;
-    what is computed meanwhile, as text prototypes are, is computed in one thread. `models_dir` is
-    where fetched networks lie.
+    `batch_rows` is the networks' batch size. On a CPU `cpu_threads` threads share the work, by
+    default as many as torch has; a GPU has none. Files are loaded from the bytes that were hashed.
+    One thread computes what loading needs, such as text prototypes. `models_dir` is the folder of
+    fetched networks.
 
-    Raises RuntimeUnavailable for a runtime that cannot compute in `dtype` on the device, and
-    BundleError where a base network is missing or is not the one the bundle was made with.
+    Raises RuntimeUnavailable for a runtime that cannot compute in `dtype` on the device. Raises
+    BundleError where a base network is missing or not the one that the bundle was made with.
     """
     device = device or best_device()
     dtype = dtype or best_dtype(device)
@@ -284,7 +285,7 @@ def load(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for what is computed as networks load, so that it is the same on every machine."""
+    """One torch thread during loading, so that the results are the same on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

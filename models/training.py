@@ -1,4 +1,4 @@
-"""The training loop that nano's parts and the adaptation share: seeded, logged, resumable."""
+"""The training loop of nano's parts and the adaptation: seeded, logged, resumable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Profile:
-    """How one part is trained."""
+    """The training settings of one part."""
 
     steps: int
     batch: int
@@ -41,7 +41,7 @@ class Profile:
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step: warm-up over its share, then a cosine to 0.
 
-        With `restart`, the cosine ends there and begins anew at `restart_rate` of the rate.
+        With `restart`, the cosine ends there and starts again at `restart_rate` of the rate.
         """
         again = 0 < self.restart <= step
         first, last = (self.restart, self.steps) if again else (0, self.restart or self.steps)
@@ -51,16 +51,18 @@ class Profile:
 
 
 Losses = Callable[[int], Iterable[Tensor]]
-"""The parts of a step's loss, one at a time so that each may be let go before the next; all their
-randomness is drawn from the step's number, and none is given out from within a context."""
+"""The parts of a step's loss, yielded one at a time so that each is released before the next.
+
+All their randomness is drawn from the step's number. None is yielded from within a context.
+"""
 
 
 OnStep = Callable[[int, int, float], None]
-"""Hears of every step made, before it is checkpointed: how many are done, of how many, the loss."""
+"""Called after every step, before its checkpoint: steps done, all steps, the loss."""
 
 
 def unheard(done: int, whole: int, loss: float) -> None:
-    """Nobody listens."""
+    """Ignore the step."""
 
 
 def fit(
@@ -73,13 +75,15 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     on_step: OnStep = unheard,
 ) -> nn.Module:
-    """AdamW unless given another, warm-up and cosine, gradients clipped, optional averaged weights.
+    """The trained model, with its averaged weights where the profile requests them.
 
-    Only parameters that require a gradient learn and are checkpointed, with the buffers, to
-    `PART.checkpoint.safetensors` in `out`; another call goes on from there. `PART.loss.jsonl` gets
-    the mean loss of every `log_every` steps. A group of an optimizer's parameters learns at its own
-    `scale` times the rate. Returns the model with its averaged weights where the profile
-    asks for them. Raises Diverged.
+    Trains by AdamW unless another optimizer is given, with warm-up and cosine and clipped
+    gradients. Only parameters that require a gradient are trained. They and the buffers are
+    checkpointed to `PART.checkpoint.safetensors` in `out`, and another call resumes from there.
+    `PART.loss.jsonl` gets the mean loss of every `log_every` steps. A group of an optimizer's
+    parameters is trained at its own `scale` times the rate.
+
+    Raises Diverged for a loss that is not finite.
     """
     checkpoint, log = out / f"{part}.checkpoint.safetensors", out / f"{part}.loss.jsonl"
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -119,7 +123,9 @@ def fit(
 
 
 def _backward(parts: Iterable[Tensor], device: torch.device) -> float:
-    """Gradients of a step's parts, each computed in bfloat16 where torch deems it safe."""
+    """Compute the gradients of a step's parts, in bfloat16 where torch's autocast does; returns the
+    loss.
+    """
     total, waiting = 0.0, iter(parts)
     while True:
         with torch.autocast(device.type, torch.bfloat16):
@@ -144,12 +150,12 @@ def _log(log: Path, step: int, loss: float, seconds: float) -> None:
 
 
 def forget_after(log: Path, step: int) -> None:
-    """Drop what was logged of steps that are about to be made again, and a line cut short."""
+    """Remove the log entries after `step`, whose steps will be repeated, and a truncated line."""
     if log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        entries = [line for line in lines if json.loads(line)["step"] <= step]
         with written_whole(log) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_text("".join(line + "\n" for line in entries))
 
 
 def _save(
@@ -175,7 +181,7 @@ def _save(
 def _restore(
     path: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Load a checkpoint into its three owners; returns the step to go on from."""
+    """Load a checkpoint into model, average and optimizer; returns the step to resume from."""
     described = optimizer.state_dict()
     with safe_open(path, "pt") as stored:
         names = list(stored.keys())
@@ -189,7 +195,7 @@ def _restore(
         learned = {n.split(".", 1)[1]: stored.get_tensor(n) for n in names if n[:6] == "model."}
         unknown = model.load_state_dict(learned, strict=False).unexpected_keys
         if unknown:
-            raise KeyError(f"{path}: not of this model: {', '.join(unknown)}")
+            raise KeyError(f"{path}: tensors that this model lacks: {', '.join(unknown)}")
         step = int(stored.metadata()["step"])
     optimizer.load_state_dict(described)
     return step

@@ -1,4 +1,4 @@
-"""What every test may ask for; each process of a parallel run computes on one core."""
+"""Fixtures for every test; each process of a parallel run computes on one core."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.serving import Service, serving
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# Under `auto` each server of a test would first convert its networks; tests of it say so.
+# Under `auto` each server of a test would first convert its networks; tests of it set `auto`.
 os.environ.setdefault("VOUCHSAFE_RUNTIME", "torch")
 
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _left_to_the_collector(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a test may leave to the collector is collected with it, not in some later test."""
+    """Collect a test's garbage within the test, not in a later one."""
     yield
     if request.node.get_closest_marker("filterwarnings"):
         gc.collect()
@@ -70,7 +70,7 @@ def prometheus_programs() -> None:
 def redis_server(
     redis_program: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RedisServer]:
-    """One server for the whole session; a test keeps to a prefix of its own."""
+    """One server for the whole session; each test uses its own prefix."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
@@ -79,7 +79,7 @@ def redis_server(
 
 @pytest.fixture
 def own_server(redis_program: None, tmp_path: Path) -> Iterator[RedisServer]:
-    """A server that a test may kill."""
+    """A server that the test may kill."""
     (tmp_path / "redis").mkdir()
     server = RedisServer(tmp_path / "redis")
     server.start()

@@ -57,8 +57,8 @@ def _drawn(panel: Panel) -> dict[str, Any]:
     steps = [{"value": value, "color": color} for value, color in panel.steps]
     defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute"}, "min": 0}
     defaults["thresholds"]["steps"] = steps
-    if panel.most is not None:
-        defaults["max"] = panel.most
+    if panel.maximum is not None:
+        defaults["max"] = panel.maximum
     options: dict[str, Any] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "textMode": "auto"}
     if panel.kind == "timeseries":
         stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
@@ -91,8 +91,8 @@ def _task() -> dict[str, Any]:
     chosen = {"includeAll": True, "multi": True, "allValue": ".*"}
     every = {"text": ["All"], "value": ["$__all"]}
     named = {"name": "task", "label": "Task", "type": "query", "datasource": SOURCE}
-    asked = {"query": {"query": query, "refId": "task"}, "refresh": 2, "sort": 1}
-    return {**named, **asked, **chosen, "current": every, "hide": 0}
+    query_of = {"query": {"query": query, "refId": "task"}, "refresh": 2, "sort": 1}
+    return {**named, **query_of, **chosen, "current": every, "hide": 0}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Panel:
     width: int = 6
     stacked: bool = False
     steps: Sequence[tuple[float | None, str]] = field(default=((None, "green"),))
-    most: float | None = None
+    maximum: float | None = None
 
 
 def quantiles(metric: str, *shares: float, where: str = "") -> dict[str, str]:
@@ -147,7 +147,7 @@ ROWS: dict[str, list[Panel]] = {
                 f" + sum(rate(vouchsafe_rows_total{WINDOW})))"
             },
             "percentunit",
-            most=1,
+            maximum=1,
         ),
         Panel(
             "Batches by task",
@@ -186,7 +186,7 @@ ROWS: dict[str, list[Panel]] = {
             "percentunit",
             "Share of the answers without a label.",
             width=8,
-            most=1,
+            maximum=1,
         ),
         Panel(
             "Certified radius",
@@ -204,7 +204,7 @@ ROWS: dict[str, list[Panel]] = {
             "percentunit",
             "The alert VouchsafeAbstentionShift compares these.",
             width=8,
-            most=1,
+            maximum=1,
         ),
     ],
     "Adaptation": [
@@ -221,7 +221,7 @@ ROWS: dict[str, list[Panel]] = {
             "percentunit",
             "No line: no job runs there.",
             width=7,
-            most=1,
+            maximum=1,
         ),
         Panel(
             "Jobs that ended, by the hour",
@@ -285,7 +285,7 @@ ROWS: dict[str, list[Panel]] = {
             "none",
             "Empty: no alert is pending or firing.",
             width=4,
-            most=1,
+            maximum=1,
         ),
     ],
 }

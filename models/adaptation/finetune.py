@@ -1,4 +1,4 @@
-"""The classifier, made to know denoised references: all its weights, in float32 (method.md 5.3)."""
+"""Fine-tuning of the classifier on denoised references: all weights, in float32 (method.md 5.3)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from models.training import OnStep, Profile, fit, unheard
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How the classifier is adapted; `profile.steps` and `batch` follow from the references.
+    """Settings of the classifier's adaptation; `profile.steps` and `batch` follow from the
+    references.
 
     Rows are denoised at a sigma drawn evenly between `sigmas`, in [0,1] pixel units. Their target
-    is the reference's label, as in the paper, or, with `soft_targets`, the resting classifier's
-    softmax on the reference as it is (Hinton et al., arXiv 1503.02531; its label alone is STAB of
-    Salman et al., arXiv 2003.01908). Stored is the mean of resting and tuned weights in which the
-    tuned have the share `mixing`, in (0,1] (WiSE-FT, Wortsman et al., arXiv 2109.01903).
+    is the reference's label, as in the paper. With `soft_targets` it is the unadapted classifier's
+    softmax on the clean reference (Hinton et al., arXiv 1503.02531; its label alone is STAB of
+    Salman et al., arXiv 2003.01908). The stored weights are the mean of unadapted and tuned ones,
+    in which the tuned have the share `mixing`, in (0,1] (WiSE-FT, Wortsman et al., arXiv
+    2109.01903).
     """
 
     profile: Profile
@@ -40,16 +42,16 @@ class Finetuning:
 
 
 class Tunable(Protocol):
-    """`network` is what learns and is stored; called with x (B,3,H,W) in [0,1] -> logits (B,K)."""
+    """A classifier to train: x (B,3,H,W) in [0,1] -> logits (B,K). Its `network` is stored."""
 
     network: nn.Module
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits a row, with gradients."""
+        """Logits (B,K) by row, with gradients."""
 
 
 class _Clip:
-    """Both encoders of a CLIP; the scale of its logits rests."""
+    """Both encoders of a CLIP; the scale of its logits is fixed."""
 
     def __init__(
         self, folder: Path, labels: Sequence[str], template: str, device: torch.device
@@ -91,7 +93,7 @@ TUNABLES: dict[str, Callable[[Path, Sequence[str], str, torch.device], Tunable]]
 
 
 class _AtRest(nn.Module):
-    """A network that learns as it will serve: no dropout, and no statistics of tiny batches."""
+    """A network in evaluation mode during training: no dropout, no statistics of small batches."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -112,11 +114,11 @@ def finetune(
     seed: int = 0,
     on_step: OnStep = unheard,
 ) -> Path:
-    """Fine-tune a classifier on denoised references; returns its safetensors file in `out`.
+    """The safetensors file in `out` of a classifier fine-tuned on denoised references.
 
-    Minimises the cross-entropy of the classifier behind the resting `denoiser` (Choi et al. 2024,
-    Eq. 13). Weights are kept in float32: at this learning rate a step is lost in fewer bits.
-    Checkpoints and losses lie in `out`; another call goes on from there, to the same losses.
+    Minimizes the cross-entropy of the classifier behind the frozen `denoiser` (Choi et al. 2024,
+    Eq. 13). Weights are in float32, because fewer bits lose a step at this learning rate.
+    Checkpoints and losses lie in `out`; another call resumes from there, with the same losses.
     """
     whole = len(references.labels)
     network = _AtRest(classifier.network).train()
@@ -153,7 +155,7 @@ def finetune(
 def _targets(
     classifier: Tunable, references: References, settings: Finetuning, device: torch.device
 ) -> Tensor:
-    """Of each reference: its label (N,), or the shares of all labels (N,K)."""
+    """Each reference's label (N,), or its shares of all labels (N,K)."""
     if not settings.soft_targets:
         return references.labels.to(device)
     batches = references.images.split(settings.micro_batch)

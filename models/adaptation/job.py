@@ -1,10 +1,12 @@
 """One adaptation, from a plan to a bundle: `python -m models.adaptation.job JOB TASKS [MODELS]`.
 
 JOB is the folder that holds `plan.json`; the bundle appears as TASKS/<name of JOB>. Networks that
-do not ship with the package are read below MODELS. The process may be killed at any point: started
-again, it goes on from its last checkpoint. It ends by itself when its standard input does, so that
-it never outlives who started it; with `--silence SECONDS` also where that brings nothing for so
-long, so that it does not outlive a lease which its starter, stopped or cut off, cannot give up.
+do not ship with the package are read below MODELS. The process may be killed at any point; when
+started again, it resumes from its last checkpoint.
+
+The process ends when its standard input does, so it never outlives its starter. With `--silence
+SECONDS` it also ends after that many seconds without input. So it does not outlive a lease that a
+stopped or disconnected starter cannot release.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ NICENESS = 10
 
 
 def end_unattended(silence: float | None) -> None:
-    """End this process with its standard input, or once that brings nothing for so many seconds."""
-    # Not sys.stdin, whose own lock would outlive the thread at the exit.
+    """End this process with its standard input, or after `silence` seconds without input."""
+    # Not sys.stdin, whose lock would outlive the thread at exit.
     while select.select([0], [], [], silence)[0] and os.read(0, 1024):
         pass
     os._exit(UNATTENDED)
 
 
 def main() -> None:
-    """Run a job at low priority, for as long as standard input lasts."""
+    """Run a job at low priority until it ends or standard input does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("tasks", type=Path)
@@ -39,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.nice(NICENESS)
     threading.Thread(target=end_unattended, args=(arguments.silence,), daemon=True).start()
-    # Loaded only now, for that takes seconds which are at low priority too.
+    # Imported only now: the import takes seconds, at low priority too.
     from models.adaptation.stages import run
     from models.memory import cap_adaptation
     from models.smoothing import best_device

@@ -1,4 +1,4 @@
-"""Limits of a plan's fields, and the checks that raise PlanError for what lies outside them."""
+"""Limits of a plan's fields, and the checks that raise PlanError beyond them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from models.zoo.inventory import trouble
 from models.zoo.registry import ClassifierSet, DenoiserSet
 
 LABELS = (2, 1_000)
-"""Fewest and most labels of a task."""
+"""Smallest and largest number of labels of a task."""
 LABEL_LENGTH = 128
 TEMPLATE_LENGTH = 256
 NAME_LENGTH = 128
 SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
-"""Fewest and most reference images a class, personalization steps, fine-tuning epochs."""
+"""Limits of reference images per class, personalization steps and fine-tuning epochs."""
 MOST_REFERENCES = 10_000
-"""Most reference images of a task."""
+"""Largest number of reference images of a task."""
 MOST_TUNED = 1_000_000
-"""Most denoised references that fine-tuning may see: epochs times references."""
+"""Largest number of denoised references in fine-tuning: epochs times references."""
 
 
 class PlanError(ValueError):
-    """A field of a plan that cannot be; `field`, `value` and `limit` say which and why."""
+    """An invalid field of a plan; `field`, `value` and `limit` are machine-readable."""
 
     def __init__(self, field: str, detail: str, value: object = None, limit: Any = None) -> None:
         super().__init__(detail)
@@ -33,9 +33,9 @@ class PlanError(ValueError):
 
 
 def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | None) -> Any:
-    """The set of this name, its fetched folders absolute.
+    """The set of this name, with absolute folders in place of fetched ones.
 
-    Raises PlanError where there is none, or where its networks cannot be used.
+    Raises PlanError for an unknown name, or networks that cannot be used.
     """
     if name not in known:
         detail = f"There is no {field} set {quoted(name)}; there are {', '.join(sorted(known))}"
@@ -46,23 +46,27 @@ def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | N
 
 
 def quoted(text: str) -> str:
-    """The text as JSON has it, for messages."""
+    """The text as a JSON string, for messages."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def check_between(field: str, value: int, limits: tuple[int, int]) -> None:
     """Raises PlanError for a value outside its limits."""
-    least, most = limits
-    if not least <= value <= most:
-        limit = least if value < least else most
-        raise PlanError(field, f"{field} is {value}; it must be {least} to {most}", value, limit)
+    lowest, highest = limits
+    if not lowest <= value <= highest:
+        limit = lowest if value < lowest else highest
+        detail = f"{field} is {value}; it must be {lowest} to {highest}"
+        raise PlanError(field, detail, value, limit)
 
 
-def _checked_words(field: str, text: str, most: int) -> str:
+def _checked_words(field: str, text: str, max_length: int) -> str:
     words = unicodedata.normalize("NFC", text).strip()
-    if not 1 <= len(words) <= most:
+    if not 1 <= len(words) <= max_length:
         raise PlanError(
-            field, f"{field} has {len(words)} characters; it must have 1 to {most}", text, most
+            field,
+            f"{field} has {len(words)} characters; it must have 1 to {max_length}",
+            text,
+            max_length,
         )
     odd = next((c for c in words if unicodedata.category(c).startswith("C")), None)
     if odd is not None:
@@ -82,10 +86,10 @@ def checked_labels(
     labels: Sequence[str | tuple[str, str]],
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The labels, and the prompts of those whose prompt is not the label itself."""
-    least, most = LABELS
-    if not least <= len(labels) <= most:
-        limit = least if len(labels) < least else most
-        detail = f"labels has {len(labels)} entries; it must have {least} to {most}"
+    lowest, highest = LABELS
+    if not lowest <= len(labels) <= highest:
+        limit = lowest if len(labels) < lowest else highest
+        detail = f"labels has {len(labels)} entries; it must have {lowest} to {highest}"
         raise PlanError("labels", detail, len(labels), limit)
     seen: dict[str, int] = {}
     names, prompts = [], {}
@@ -107,12 +111,12 @@ def check_work(labels: int, shots: int, epochs: int) -> None:
     references = labels * shots
     if references > MOST_REFERENCES:
         detail = f"{labels} labels with shots = {shots} make {references} references; at most "
-        most = MOST_REFERENCES // labels
-        raise PlanError("shots", f"{detail}{MOST_REFERENCES} are made", shots, most)
+        max_shots = MOST_REFERENCES // labels
+        raise PlanError("shots", f"{detail}{MOST_REFERENCES} are made", shots, max_shots)
     if epochs * references > MOST_TUNED:
         detail = f"epochs = {epochs} over {references} references is {epochs * references} rows; "
-        most = MOST_TUNED // references
-        raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, most)
+        max_epochs = MOST_TUNED // references
+        raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, max_epochs)
 
 
 def check_prompt(

@@ -1,4 +1,4 @@
-"""The denoiser, made to know a task's references: LoRA on its attention (method.md 5.2)."""
+"""Personalization of the denoiser to a task's references: LoRA on its attention (method.md 5.2)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from models.training import OnStep, Profile, fit, forget_after, unheard
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 _HELD_BACK_STEP = -1
-"""The step whose draws are only ever used to validate."""
+"""The step whose draws are used only for validation."""
 
 
 @dataclass(frozen=True)
 class Personalization:
-    """How the denoiser is adapted; `profile.steps` gives way to the plan's.
+    """Settings of the denoiser's adaptation; the plan's steps override `profile.steps`.
 
-    `weight` is lambda, of the classifier's cross-entropy; timesteps are drawn from `timesteps`, and
-    rows below `guided_below` are shown to the classifier. `micro_batch` rows are held at once.
+    `weight` is lambda, of the classifier's cross-entropy. Timesteps are drawn from `timesteps`, and
+    rows below `guided_below` go to the classifier. `micro_batch` rows are in memory at once.
     """
 
     profile: Profile
@@ -54,13 +54,13 @@ def personalize(
     seed: int = 0,
     on_step: OnStep = unheard,
 ) -> Path:
-    """Train an adapter for `stage2`; returns its safetensors file in `out`.
+    """The safetensors file in `out` of an adapter trained for `stage2`.
 
     `states` (77,D) are the personalized prompt's. The loss is the noise's mean square error plus
-    lambda times the cross-entropy of the resting `classifier`, (B,3,H,W) in [0,1] -> logits (B,K),
-    on the one-step estimate of x0 (Choi et al. 2024, Eq. 12). The base's weights rest in `dtype`,
-    the adapter's learn in float32. Checkpoints, losses and validations lie in `out`; another call
-    goes on from there, to the same losses.
+    lambda times the cross-entropy of the frozen `classifier`, (B,3,H,W) in [0,1] -> logits (B,K),
+    on the one-step estimate of x0 (Choi et al. 2024, Eq. 12). The base's weights are frozen in
+    `dtype`; the adapter is trained in float32. Checkpoints, losses and validations lie in `out`;
+    another call resumes from there, with the same losses.
     """
     from diffusers import DDPMScheduler
     from peft import LoraConfig
@@ -95,7 +95,7 @@ def personalize(
         on_step(step, whole, loss)
 
     fit("personalize", unet, losses, out, settings.profile, device, on_step=watch)
-    # Not diffusers' own saving: it describes the adapter in an order that changes with the process.
+    # Not diffusers' own saving: the order of its description changes with the process.
     learned = get_peft_model_state_dict(unet, adapter_name="default")
     weights = {name: tensor.cpu().contiguous() for name, tensor in learned.items()}
     with written_whole(out / ADAPTER) as partial:
@@ -133,14 +133,14 @@ class _Losses:
 
     @torch.no_grad()
     def validated(self) -> dict[str, float]:
-        """Error of the noise, and share of recognised rows, under noise that is not trained on."""
+        """The noise's error and the share of recognized rows, under held-back noise."""
         rows = self._settings.validation_rows
-        errors, right, told = 0.0, 0, 0
+        errors, right, counted = 0.0, 0, 0
         for error, logits, labels, shown in self._seen(_HELD_BACK_STEP, rows):
             errors += float(error.sum())
             right += int(((logits.argmax(1) == labels) & shown).sum())
-            told += int(shown.sum())
-        return {"error": round(errors / rows, 5), "recognised": round(right / max(1, told), 4)}
+            counted += int(shown.sum())
+        return {"error": round(errors / rows, 5), "recognised": round(right / max(1, counted), 4)}
 
     def _seen(self, step: int, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Micro-batches: each row's error (B,), logits (B,K), label (B,), and whether it counts."""
@@ -162,13 +162,13 @@ class _Losses:
         alpha_bar = self._alpha_bar[t][:, None, None, None].to(device)
         x_t = alpha_bar.sqrt() * pixels + (1 - alpha_bar).sqrt() * noise
         doubled = torch.cat([x_t, x_t], 1).to(self._dtype)
-        told = self._unet(
+        output = self._unet(
             doubled.contiguous(memory_format=torch.channels_last),
             t.to(device),
             self._states.expand(len(x_t), -1, -1),
             class_labels=(self._k * t.float()).clamp(max=NOISE_LEVELS).to(device),
         )
-        epsilon = told.sample[:, :3].float()
+        epsilon = output.sample[:, :3].float()
         error = (epsilon - noise).square().mean((1, 2, 3))
         x_0 = (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         with torch.autocast(device.type, enabled=False):

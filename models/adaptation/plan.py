@@ -1,8 +1,8 @@
-"""What a task is to be made of, and how far its job is: plain documents, without torch.
+"""Plans and statuses of adaptation jobs: plain documents, without torch.
 
-A job's folder holds `plan.json` (written once), `status.json` (rewritten whole by whoever runs the
-job), `references/` (a PNG and a JSON an image), and each training's checkpoint, `*.loss.jsonl` and
-`validation.jsonl`.
+A job's folder holds `plan.json` (written once), `status.json` (replaced by the process that runs
+the job), `references/` (a PNG and a JSON an image), and each training's checkpoint, `*.loss.jsonl`
+and `validation.jsonl`.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ STAGES = ("synthesizing", "personalizing", "finetuning", "evaluating")
 MEASURED_ON = (
     "its own references, the images it was made from: no estimate of accuracy on photographs"
 )
-"""What a task's figures say of themselves, as `measured_on`."""
+"""The source of a task's figures, as `measured_on`."""
 UNATTENDED = 3
-"""Exit status of a job's process that ended because nobody looks after it any more."""
+"""Exit status of a job's process that ended because its supervisor is gone."""
 _PLAIN_WORD = "thing"
-"""A word that the cleaning of captions leaves as it is."""
+"""A word that the cleaning of captions does not change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a task's bundle depends on, besides networks and profile of its sets; make one with
-    `Plan.checked`.
+    """All that a task's bundle depends on, beyond networks and profile of its sets.
 
-    `steps` of personalization and `epochs` of fine-tuning; 0 leaves that part out. `prompts` maps
-    labels to what stands for them in the template, where that is not the label itself.
+    Create one with `Plan.checked`. `steps` of personalization and `epochs` of fine-tuning: 0 omits
+    that part. `prompts` maps labels to their words in the template, where these differ from the
+    label.
     """
 
     labels: tuple[str, ...]
@@ -86,9 +86,11 @@ class Plan:
     ) -> Self:
         """A plan with the set's own defaults where None is given, its words in Unicode's NFC.
 
-        `labels` are labels, or pairs of a label and its prompt. Raises PlanError for the first
-        field that is outside its limits, for words that the text encoder would not read as they
-        are, and for a set whose networks are not whole in `models_dir`.
+        `labels` are labels, or pairs of a label and its prompt. Raises PlanError for:
+
+        - the first field that is outside its limits;
+        - words that the text encoder would not read as they are;
+        - a set whose networks are not complete in `models_dir`.
         """
         cascade: DenoiserSet = usable("denoiser", DENOISER_SETS, denoiser, models_dir)
         classifier = classifier or cascade.classifier
@@ -116,14 +118,14 @@ class Plan:
         return cls(**{**described, "labels": tuple(described["labels"])})
 
     def identity(self, secret: bytes) -> str:
-        """The task's id: the same for the same plan, and not to be guessed without the secret."""
+        """The task's id: equal for equal plans, and not predictable without the secret."""
         canonical = json.dumps(self.document, sort_keys=True, separators=(",", ":"))
         digest = hmac.new(secret, b"task\0" + canonical.encode(), hashlib.sha256)
         return digest.hexdigest()[:32]
 
     @property
     def document(self) -> dict[str, Any]:
-        """What `plan.json` holds of the plan; without `prompts` where there are none."""
+        """The plan's part of `plan.json`; without `prompts` where there are none."""
         described = asdict(self)
         if not self.prompts:
             del described["prompts"]
@@ -131,7 +133,7 @@ class Plan:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What stands in the template for each label: its prompt, else the label itself."""
+        """The word in the template for each label: its prompt, else the label itself."""
         return tuple(self.prompts.get(label, label) for label in self.labels)
 
     def captions(self) -> list[str]:
@@ -139,19 +141,22 @@ class Plan:
         return [self.template.format(word) for word in self.words]
 
     def field_of(self, label: int) -> str:
-        """The name of the field that gives a label's word."""
+        """The name of the field that holds a label's word."""
         return f"labels.{label}.prompt" if self.labels[label] in self.prompts else f"labels.{label}"
 
     def seed_of(self, label: int, shot: int) -> int:
-        """The seed of one reference image, below 2^63: of its words, its set, the plan's seed and
-        the shot, so that a plan with more shots has the same first ones."""
-        asked = [self.template.format(self.words[label]), self.denoiser, self.seed, shot]
-        canonical = json.dumps(asked)
+        """The seed of one reference image, below 2^63.
+
+        It follows from words, set, the plan's seed and the shot. So a plan with more shots has the
+        same first ones.
+        """
+        parts = [self.template.format(self.words[label]), self.denoiser, self.seed, shot]
+        canonical = json.dumps(parts)
         return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") >> 1
 
 
 def name_of(folder: Path) -> str:
-    """What the makers of a job's folder call their task; it may be empty."""
+    """The task's name in a job's folder; it may be empty."""
     return str(json.loads((folder / PLAN).read_text())["name"])
 
 
@@ -175,8 +180,10 @@ def _count(cascade: DenoiserSet, prompt: str) -> int:
 
 
 def _check_read(plan: Plan) -> None:
-    """Raises PlanError for words that the cleaning of captions changes beyond letter case and white
-    space, and for two that it reads alike."""
+    """Raises PlanError for words that caption cleaning changes or makes equal.
+
+    Changes of letter case and white space are allowed.
+    """
     _as_read("template", plan.template, plan.template.format(_PLAIN_WORD))
     seen: dict[str, int] = {}
     for index, (word, caption) in enumerate(zip(plan.words, plan.captions(), strict=True)):
@@ -190,7 +197,7 @@ def _check_read(plan: Plan) -> None:
 
 
 def _as_read(field: str, word: str, caption: str) -> str:
-    """The caption as the text encoder reads it, `word` and all."""
+    """The caption as the text encoder reads it, with `word` in it."""
     try:
         read = clean_caption(caption)
     except ValueError as error:
@@ -220,10 +227,16 @@ def _check_known(plan: Plan, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a job is. `state` is queued, running, ready, failed or cancelled; `stage` one of
-    STAGES or None; `progress` from 0 to 1; `losses` the last of each stage; `problem` a kind and
-    a detail that says what to change; times in Unix seconds. `attempts` counts how often its
-    process or worker died since it last got further than `furthest`, a progress."""
+    """The progress of a job.
+
+    - `state`: queued, running, ready, failed or cancelled;
+    - `stage`: one of STAGES or None;
+    - `progress`: from 0 to 1;
+    - `losses`: the last of each stage;
+    - `problem`: a kind, and a detail with the remedy;
+    - `started`, `finished`: in Unix seconds;
+    - `attempts`: crashes of its process or worker since its progress last exceeded `furthest`.
+    """
 
     state: str = "queued"
     stage: str | None = None
@@ -239,12 +252,12 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the state is final."""
         return self.state in ("ready", "failed", "cancelled")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """A job's status; queued where nobody has begun it. Fields of later releases are let be."""
+        """A job's status; queued where there is none yet. Fields of later releases are ignored."""
         try:
             described = json.loads((folder / STATUS).read_text())
         except FileNotFoundError:
@@ -253,7 +266,7 @@ class Status:
         return cls(**{name: value for name, value in described.items() if name in known})
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's status, whole or not at all."""
+        """Replace the folder's status atomically."""
         write_json(folder / STATUS, asdict(self))
 
     def changed(self, **changes: Any) -> Self:
@@ -262,7 +275,7 @@ class Status:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Replace a file, whole or not at all."""
+    """Replace a file atomically."""
     text = json.dumps(document, indent=2, allow_nan=False)
     with written_whole(path) as partial:
         partial.write_text(text + "\n")
@@ -270,7 +283,7 @@ def write_json(path: Path, document: object) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a job's folder for as long as this process runs it, waiting while another does."""
+    """Hold the lock of a job's folder; waits while another process holds it."""
     with (folder / LOCK).open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""How each denoiser set is adapted: sampling, personalization and fine-tuning."""
+"""Profiles of the denoiser sets' adaptations: sampling, personalization and fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from models.training import Profile
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One set's ways. The text encoder computes in `text_dtype`, for serving keeps what it says;
-    both stages' UNets in `dtype`, or where that is None in what the device is best at. The
-    classifier rests in float32, and what is trained runs under autocast to bfloat16."""
+    """One set's profile.
+
+    The text encoder computes in `text_dtype`, because serving uses its states. Both stages' UNets
+    compute in `dtype`, or where that is None in the device's best. The frozen classifier is in
+    float32, and training runs under autocast to bfloat16.
+    """
 
     sampling: Sampling
     personalization: Personalization
@@ -29,11 +32,11 @@ class Adaptation:
     dtype: torch.dtype | None = None
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """What the UNets of both stages compute in on a device."""
+        """The dtype that the UNets of both stages compute in on a device."""
         return self.dtype or best_dtype(device)
 
     def described(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """All fields as plain JSON values."""
         described: dict[str, Any] = json.loads(json.dumps(asdict(self), default=name_of_dtype))
         return described
 
@@ -73,4 +76,4 @@ ADAPTATIONS = {
     "if-ii-l": _IF_II_L,
     "if-ii-l-96": _IF_II_L,
 }
-"""Where to add a cascade's profile."""
+"""The place to add a cascade's profile."""

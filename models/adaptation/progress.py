@@ -1,4 +1,4 @@
-"""How far a job is, for those who watch its folder, and what to tell them where it fails."""
+"""Progress of a job, for readers of its folder, and the problem of a failed one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from models.memory import ran_out
 from models.training import Diverged
 
 DRAWN, STEP, TUNED, EVALUATED = 0.323, 1.0, 0.0175, 0.0511
-"""What counts in `progress` for a reference to draw, a step of personalization, a reference to tune
-on in an epoch and one to evaluate with: nano's times on a CPU, in steps. Source:
-5767c93 in docs/decisions/0010-a-shorter-job.md's table."""
+"""Weights in `progress`, from nano's times on a CPU, in steps.
+
+They are for a reference to draw, a step of personalization, a reference to tune on in an epoch, and
+one to evaluate with. Source: 5767c93 in docs/decisions/0010-a-shorter-job.md's table.
+"""
 STATUS_SECONDS = 0.5
-"""Shortest time between two writings of a status that only moved on."""
+"""Shortest time between two writings of a status in which only the progress changed."""
 
 
 class Progress:
-    """The job's status as it moves on, written no oftener than anyone would look."""
+    """The job's status, written at most every STATUS_SECONDS while a stage progresses."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         references = plan.shots * len(plan.labels)
@@ -48,7 +50,7 @@ class Progress:
         self._is_first = True
 
     def stage(self, name: str) -> None:
-        """A stage begins; the one before it, where it never moved, had nothing left to do."""
+        """Begin a stage; the previous one, where it never moved, was already complete."""
         if self.status.stage is not None and self._is_first:
             self._found += self._shares[self.status.stage]
         self.status = self.status.changed(stage=name)
@@ -56,7 +58,9 @@ class Progress:
         self._move(0.0, at_once=True)
 
     def moved(self, done: int, whole: int, loss: float | None = None) -> None:
-        """So much of the stage is done; what the first call says is taken for an earlier run's."""
+        """Record `done` of `whole` in this stage; the first call's `done` counts as an earlier
+        run's.
+        """
         if self._is_first:
             self._began = self._began or time.monotonic()
             self._found += done / max(1, whole) * self._shares[str(self.status.stage)]
@@ -67,7 +71,7 @@ class Progress:
         self._move(done / max(1, whole))
 
     def end(self, state: str, **changes: Any) -> None:
-        """The job ends."""
+        """End the job in `state`."""
         self.status = self.status.changed(
             state=state, stage=None, eta_seconds=None, finished=time.time(), **changes
         )
@@ -87,7 +91,7 @@ class Progress:
 
 
 def problem_of(error: BaseException) -> dict[str, str]:
-    """What failed, by kind, and what to change."""
+    """The kind of a failure, and a detail with the remedy."""
     text = f"{type(error).__name__}: {error}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in text or "quota exceeded" in text:
@@ -98,10 +102,10 @@ def problem_of(error: BaseException) -> dict[str, str]:
             f"Memory ran out: stop other work on the device, or take a larger one ({text})",
         )
     if isinstance(error, Diverged):
-        return _problem("diverged", f"{error}: ask with another seed, fewer steps or more shots")
+        return _problem("diverged", f"{error}: retry with another seed, fewer steps or more shots")
     if isinstance(error, PlanError | BundleError):
         return _problem("incompatible", f"The plan does not fit its networks: {error}")
-    return _problem("internal", f"{text}; the job's log says where")
+    return _problem("internal", f"{text}; the job's log has the traceback")
 
 
 def _problem(kind: str, detail: str) -> dict[str, str]:

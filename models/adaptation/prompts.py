@@ -1,4 +1,4 @@
-"""What only the networks' own code can tell of a plan's prompts, before any network is loaded."""
+"""Checks of a plan's prompts that need the networks' own code, before any network is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.zoo.registry import ClassifierSet
 
 
 def check_head(plan: Plan, head: ClassifierSet) -> None:
-    """Raises PlanError for a prompt that the classifier would cut, where nobody could tell yet."""
+    """Raises PlanError for a prompt that the classifier would truncate, if not checked before."""
     if head.tokens is None:
         captions = plan.captions()
         counted = open_clip_tokens(MODELS / head.folder, captions)

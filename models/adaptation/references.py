@@ -1,4 +1,4 @@
-"""The pictures that a task is adapted to: read, and judged."""
+"""Reference images of a task: read, and evaluated."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ EVALUATED_SIGMAS = (0.25, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Made images (N,3,H,W) uint8 and their label indices (N,) int64."""
+    """Generated images (N,3,H,W) uint8 and their label indices (N,) int64."""
 
     images: Tensor
     labels: Tensor
 
 
 def read_references(plan: Plan, folder: Path, resolution: int) -> References:
-    """The plan's images, shorter side to `resolution` pixels and the centre cut out of each."""
+    """The plan's images, scaled to `resolution` pixels on the shorter side and center-cropped."""
     images, labels = [], []
     for label in range(len(plan.labels)):
         for shot in range(plan.shots):
@@ -63,8 +63,11 @@ def share_recognised(
     device: torch.device,
     moved: Callable[[int, int], None],
 ) -> float:
-    """Share of the references that the classifier recognises: of some noisy rows of each behind the
-    denoiser, or as they are where there is none. `moved` hears how many batches are done of all."""
+    """Share of the references that the classifier recognizes.
+
+    It sees some noisy rows of each behind the `denoiser`, or the clean images where that is None.
+    `moved` gets the number of batches done, and of all.
+    """
     generator = torch.Generator().manual_seed(2**40)
     repeats = 1 if denoiser is None else max(1, EVALUATED_ROWS // len(references.labels))
     batches = torch.arange(len(references.labels)).repeat(repeats).split(32)
@@ -88,10 +91,11 @@ def figures_of(
     device: torch.device,
     moved: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Shares of the references recognised: as they are, and noisy and denoised, before and after
-    the adaptation; under noise that nothing was trained on. They are made images, not photographs.
+    """Shares of recognized references, under noise that no training used.
 
-    `moved` gets how many passes of all are done.
+    They are of clean references, and of noisy and denoised ones, before and after the adaptation.
+    The references are generated images, not photographs. `moved` gets the number of passes done,
+    and of all.
     """
     passes = 1 + 2 * len(EVALUATED_SIGMAS)
 

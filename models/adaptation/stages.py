@@ -1,4 +1,4 @@
-"""The stages of one adaptation job, from a plan to a published bundle."""
+"""Stages of one adaptation job, from a plan to a published bundle."""
 
 from __future__ import annotations
 
@@ -50,23 +50,25 @@ from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS, ClassifierSet, D
 from models.zoo.sources import origin
 
 BEGUN = "begun.json"
-"""A job's file of what it was begun with: its networks, by hash, its set, that set's profile, and
-what the resting UNets compute in."""
+"""A job's file of its first run's inputs.
+
+It holds the networks' hashes, the set and its profile, and the dtype of the frozen UNets.
+"""
 HASHES = "hashes.json"
-"""A job's file of the hashes it knows, for stage I's take long."""
+"""A job's cache of hashes, because stage I's take long."""
 _STAGE1_FILES = ["text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"]
 _STAGE2_FILES = ["unet/*", "scheduler/*"]
 
 
 def _draws(begun: dict[str, Any]) -> Any:
-    """Of what a job was begun with, what its references follow from; None for what is not said."""
+    """The part of a job's inputs that its references follow from; None for a missing field."""
     bases, profile = begun.get("bases", {}), begun.get("profile", {})
     draws = [bases.get(name) for name in ("stage1", "denoiser")]
     return [*draws, begun.get("dtype"), *(profile.get(name) for name in ("sampling", "text_dtype"))]
 
 
 class Job:
-    """A plan's stages, each of which finds what an earlier run of it left."""
+    """A plan's stages, each of which resumes from an earlier run's files."""
 
     def __init__(
         self, folder: Path, tasks: Path, device: torch.device, models_dir: Path | None
@@ -77,7 +79,7 @@ class Job:
         self._head: ClassifierSet = usable(
             "classifier", CLASSIFIER_SETS, plan.classifier, models_dir
         )
-        print(f"the networks' licences: {self._licence()}", flush=True)
+        print(f"the networks' licenses: {self._licence()}", flush=True)
         self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
         self._dtype = self._ways.dtype_on(device)
         hashes = KnownHashes(folder / HASHES)
@@ -89,7 +91,7 @@ class Job:
         self.progress = Progress(folder, plan)
 
     def run(self) -> None:
-        """Every stage, then the bundle."""
+        """Run every stage, then publish the bundle."""
         for partial_bundle in self._tasks.glob(f".partial-{self._folder.name}-*"):
             shutil.rmtree(partial_bundle, ignore_errors=True)
         published = self._tasks / self._folder.name
@@ -118,15 +120,19 @@ class Job:
         return self._ready(figures)
 
     def _ready(self, figures: dict[str, Any]) -> None:
-        """The end. Checkpoints are of no more use: three times the size of what was trained."""
+        """End the job. Removes the checkpoints, which take three times the size of the trained
+        weights.
+        """
         for left in self._folder.glob("*.checkpoint.safetensors"):
             left.unlink()
         self.progress.end("ready", progress=1.0, figures=figures)
 
     def _begin(self) -> None:
-        """Start anew where an earlier run of the job was begun with other networks or settings, in
-        another dtype, or does not say in which; references stay where nothing that draws them is
-        other."""
+        """Discard an earlier run of the job that had other networks, settings or dtype, or states
+        no dtype.
+
+        References stay where nothing that they follow from has changed.
+        """
         bases = {name: asdict(base) for name, base in self._bases.items()}
         of_set = {"k": self._set.k, "identifier": self._set.identifier}
         now = {
@@ -135,8 +141,8 @@ class Job:
             "profile": self._ways.described(),
             "dtype": name_of_dtype(self._dtype),
         }
-        known, references = self._folder / BEGUN, self._folder / REFERENCES
-        before = json.loads(known.read_text()) if known.exists() else {}
+        begun, references = self._folder / BEGUN, self._folder / REFERENCES
+        before = json.loads(begun.read_text()) if begun.exists() else {}
         if before == now:
             return
         if references.exists() and _draws(before) != _draws(now):
@@ -144,11 +150,14 @@ class Job:
         for pattern in ("*.safetensors", "*.jsonl"):
             for left in self._folder.glob(pattern):
                 left.unlink()
-        write_json(known, now)
+        write_json(begun, now)
 
     def _states(self) -> dict[str, Tensor]:
-        """Prompt states, computed once: of the labels and the empty prompt (K+1,77,D), of the
-        template with a blank and with the identifier (77,D)."""
+        """Prompt states, computed once.
+
+        Those of the labels and the empty prompt (K+1,77,D), of the template with a blank and with
+        the identifier (77,D).
+        """
         check_head(self._plan, self._head)
         blank = self._plan.template.format(BLANK)
         identified = self._plan.template.format(self._set.identifier)
@@ -259,8 +268,10 @@ class Job:
         return "; ".join(dict.fromkeys([self._set.licence, self._head.licence]))
 
     def _adaptation(self) -> dict[str, Any]:
-        """The plan's settings, its set's profile, what the resting UNets computed in, and for
-        networks that were fetched repository and commit."""
+        """The plan's settings, its set's profile, and the dtype of the frozen UNets.
+
+        Fetched networks add their repository and commit.
+        """
         settings = asdict(self._plan)
         for known in ("labels", "template", "prompts"):
             del settings[known]
@@ -272,9 +283,9 @@ class Job:
 
 
 def run(folder: Path, tasks: Path, device: torch.device, models_dir: Path | None = None) -> None:
-    """Run a job to its end; what fails ends it in `failed`, with a problem.
+    """Run a job to its end; a failure ends it in `failed`, with a problem.
 
-    Only a status that cannot be written is raised.
+    Raises only where the status cannot be written.
     """
     import diffusers
     import transformers

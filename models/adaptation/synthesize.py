@@ -25,7 +25,7 @@ from models.zoo.inventory import hold
 from models.zoo.sources import TEXT_ENCODER, Network
 
 DRAWN = "drawn"
-"""Below the references: stage I's images, for as long as stage II has not enlarged them."""
+"""Below the references: stage I's images, until stage II has enlarged them."""
 _TEXTS = 64
 
 
@@ -33,8 +33,8 @@ _TEXTS = 64
 class Sampling:
     """Each stage's steps and guidance (method.md 5.1), and the noise level between them.
 
-    `chunk` images are sampled at once; always the same companions, so that a resumed run makes the
-    same.
+    `chunk` images are sampled at once. The images of a chunk never change, so a resumed run
+    generates the same ones.
     """
 
     steps: int = 40
@@ -48,9 +48,9 @@ class Sampling:
 def encode(
     stage1: Path, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """States (N,77,D) float32 of prompts, by stage I's own text encoder, which is then let go.
+    """States (N,77,D) float32 of prompts, by stage I's own text encoder, which is then released.
 
-    Raises ValueError for a prompt that it would cut and TooLittleMemory, both before it loads.
+    Raises ValueError for a prompt that it would truncate and TooLittleMemory, both before loading.
     """
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -77,26 +77,24 @@ def encode(
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Stage I's images (N,3,h,w), and the states (N,S) uint8 of the generators that stage II draws
-    on with."""
+    """Stage I's images (N,3,h,w), and the states (N,S) uint8 of the generators for stage II."""
 
     images: Tensor
     generators: Tensor
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Images as `write` has kept them, to the bit."""
+        """Images as written by `write`, to the bit."""
         return cls(**load_file(path))
 
     def write(self, path: Path) -> None:
-        """Keep the images, whole or not at all."""
+        """Write the images atomically."""
         with written_whole(path) as partial:
             save_file({"images": self.images, "generators": self.generators}, partial)
 
 
 class _Float32Outside(nn.Module):
-    """A UNet as a pipeline calls it, which then keeps its images and draws its noise in float32
-    whatever the UNet computes in."""
+    """A UNet in any dtype whose pipeline holds images and draws noise in float32."""
 
     dtype = torch.float32
 
@@ -108,13 +106,16 @@ class _Float32Outside(nn.Module):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **more: Any
     ) -> tuple[Tensor]:
         inside = self._unet.dtype
-        told = self._unet(sample.to(inside), timestep, encoder_hidden_states.to(inside), **more)
-        return (told[0].float(),)
+        output = self._unet(sample.to(inside), timestep, encoder_hidden_states.to(inside), **more)
+        return (output[0].float(),)
 
 
 def _normalise_channels_first(unet: nn.Module) -> None:
-    """Have a channels-last UNet's groups reordered before they are normalised: on a CPU torch is
-    slower with channels-last groups of few channels than it is at reordering them."""
+    """Reorder a channels-last UNet's groups before they are normalized.
+
+    On a CPU torch normalizes channels-last groups of few channels more slowly than it reorders
+    them.
+    """
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(lambda norm, inputs: (inputs[0].contiguous(),))
@@ -123,7 +124,7 @@ def _normalise_channels_first(unet: nn.Module) -> None:
 class Cascade:
     """Both stages of a text-to-image pixel cascade, read from folders in DeepFloyd's layout.
 
-    A stage is loaded at its first use, and lets the other go: memory holds one at a time. The UNets
+    A stage is loaded at its first use and releases the other: memory holds one at a time. The UNets
     compute in `dtype`, all else in float32.
     """
 
@@ -141,15 +142,17 @@ class Cascade:
     def __call__(
         self, states: Tensor, empty: Tensor, seeds: Sequence[int], sampling: Sampling
     ) -> NDArray[np.uint8]:
-        """One image a prompt, (N,H,W,3) uint8, from the prompts' states (N,77,D) and the empty
-        prompt's (77,D); image i depends on its own prompt and seed alone, up to the rounding of
-        its batch."""
+        """One image per prompt, (N,H,W,3) uint8.
+
+        `states` (N,77,D) are the prompts', `empty` (77,D) the empty prompt's. Image i depends only
+        on its own prompt and seed, up to the rounding of its batch.
+        """
         return self.enlarge(self.draw(states, empty, seeds, sampling), states, empty, sampling)
 
     def draw(
         self, states: Tensor, empty: Tensor, seeds: Sequence[int], sampling: Sampling
     ) -> Drawn:
-        """Stage I: see `__call__`."""
+        """Stage I's images; parameters as `__call__`."""
         from diffusers import IFPipeline
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -159,13 +162,13 @@ class Cascade:
             generator=generators,
             **self._told(states, empty),
         ).images
-        kept = torch.stack([generator.get_state() for generator in generators])
-        return Drawn(images.cpu().contiguous(), kept)
+        states_after = torch.stack([generator.get_state() for generator in generators])
+        return Drawn(images.cpu().contiguous(), states_after)
 
     def enlarge(
         self, drawn: Drawn, states: Tensor, empty: Tensor, sampling: Sampling
     ) -> NDArray[np.uint8]:
-        """Stage II: see `__call__`."""
+        """Stage II's images; parameters as `__call__`."""
         from diffusers import IFSuperResolutionPipeline
 
         generators = [torch.Generator().set_state(state.clone()) for state in drawn.generators]
@@ -229,11 +232,11 @@ def synthesize(
     sampling: Sampling,
     on_image: Callable[[int, int], None] = lambda done, whole: None,
 ) -> None:
-    """Make the plan's reference images in `folder`, each a PNG and a JSON, unless they are there.
+    """Generate the plan's missing reference images in `folder`, each a PNG and a JSON.
 
     `states` (K+1,77,D) are the labels' prompts' and, last, the empty prompt's. The `cascade` is
-    made if an image is missing; all that are go through stage I before the first goes through
-    stage II. `on_image` hears how many passes through a stage are done of how many.
+    created if an image is missing. All missing images go through stage I before the first goes
+    through stage II. `on_image` gets the number of passes through a stage done, and of all.
     """
     (folder / DRAWN).mkdir(parents=True, exist_ok=True)
     wanted = [(label, shot) for label in range(len(plan.labels)) for shot in range(plan.shots)]
@@ -281,7 +284,7 @@ def _described(plan: Plan, each: tuple[int, int], sampling: Sampling) -> dict[st
 
 
 def _is_kept(folder: Path, name: str) -> bool:
-    """Whether an image is there and can be read."""
+    """Whether an image exists and can be read."""
     try:
         with Image.open(folder / f"{name}.png") as stored:
             stored.verify()
@@ -291,7 +294,7 @@ def _is_kept(folder: Path, name: str) -> bool:
 
 
 def _keep(folder: Path, name: str, image: NDArray[np.uint8], described: dict[str, Any]) -> None:
-    """Write the PNG and then, as the sign that it is whole, its JSON."""
+    """Write the PNG and then, as the sign that it is complete, its JSON."""
     with written_whole(folder / f"{name}.png") as partial:
         Image.fromarray(image).save(partial, "PNG")
     write_json(folder / f"{name}.json", described)

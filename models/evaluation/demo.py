@@ -1,4 +1,4 @@
-"""A contact sheet of certified photographs: `make demo`."""
+"""Contact sheet of certified photographs: `make demo`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N0, N, ALPHA = 100, 1000, 0.001
 
 
 def shown(model: SmoothedModel, image: np.ndarray, truth: str, sigma: float, seed: bytes) -> Shown:
-    """Certify an image (H,W,3) uint8 and keep what there is to see; `seed` makes its noise."""
+    """The image (H,W,3) uint8 with its certificate and pictures; its noise follows from `seed`."""
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1))
     labels = model.classifier.labels
     selection = votes(model, Rows(pixels, b"selection " + seed, 0, N0, sigma))

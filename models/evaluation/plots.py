@@ -1,4 +1,4 @@
-"""Pictures of what a task does to images, drawn with matplotlib."""
+"""Pictures of a task's effect on images, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOTES_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One image on a contact sheet: what went in, what the network saw, and the answer."""
+    """One image on a contact sheet: the input, the network's input, and the result."""
 
     truth: str
     image: Picture
@@ -39,7 +39,7 @@ class Shown:
 
 
 def noisy_and_denoised(model: SmoothedModel, rows: Rows) -> tuple[Picture, Picture]:
-    """The first of the rows before and after the denoiser; the noisy one is clipped to be shown."""
+    """The first of the rows before and after the denoiser; the noisy one is clipped for display."""
     with torch.inference_mode():
         x_hat, sigma = model.noisy([rows])
         pair = torch.stack([x_hat[0], model.denoiser(x_hat, sigma)[0]]).clamp(0, 1)
@@ -48,7 +48,7 @@ def noisy_and_denoised(model: SmoothedModel, rows: Rows) -> tuple[Picture, Pictu
 
 
 def contact_sheet(shown: Sequence[Shown], title: str, path: Path, columns: int = 2) -> None:
-    """Every image a line of: itself, a noisy row, that row denoised, votes, label and radius."""
+    """Draw one line per image: itself, a noisy row, that row denoised, votes, label and radius."""
     lines = ceil(len(shown) / columns)
     figure = Figure(figsize=(columns * 6.2 * SIDE, lines * 1.3 * SIDE + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -71,8 +71,8 @@ def contact_sheet(shown: Sequence[Shown], title: str, path: Path, columns: int =
 
 def _votes(axes: Axes, one: Shown) -> None:
     total = sum(one.counts.values())
-    most = sorted(one.counts.items(), key=lambda item: -item[1])[:VOTES_SHOWN]
-    for place, (label, count) in enumerate(most):
+    largest = sorted(one.counts.items(), key=lambda item: -item[1])[:VOTES_SHOWN]
+    for place, (label, count) in enumerate(largest):
         axes.barh(-place, count / total, color="#4477aa" if label == one.label else "#bbbbbb")
         axes.text(0.02, -place, f"{label}  {count}", va="center", fontsize=7)
     certificate = one.certificate
@@ -90,7 +90,7 @@ def _votes(axes: Axes, one: Shown) -> None:
 def picture_grid(
     pictures: Sequence[Sequence[Picture]], lines: Sequence[str], columns: Sequence[str], path: Path
 ) -> None:
-    """Pictures by line and column, both named."""
+    """Draw pictures by line and column, with the names of both."""
     size = (len(columns) * SIDE + 0.7, len(lines) * SIDE + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     grid: Any = figure.subplots(len(lines), len(columns), squeeze=False)
@@ -110,7 +110,7 @@ def picture_grid(
 def curves(
     x: Sequence[float], series: dict[str, dict[str, Sequence[float]]], x_label: str, path: Path
 ) -> None:
-    """One panel for every quantity in `series`, in it a curve for every name."""
+    """Draw one panel for every quantity in `series`, with a curve for every name."""
     figure = Figure(figsize=(4.2 * len(series), 3.2), layout="constrained")
     panels: Any = figure.subplots(1, len(series), squeeze=False)[0]
     for axes, (quantity, named) in zip(panels, series.items(), strict=True):

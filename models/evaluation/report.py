@@ -1,4 +1,4 @@
-"""One task's figures, as `vouchsafe evaluate` prints them."""
+"""Figures of one task, as `vouchsafe evaluate` prints them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.zoo.registry import DENOISER_SETS
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What is asked of every image; noise keys come from `seed`."""
+    """The settings of a run, the same for every image; noise keys follow from `seed`."""
 
     sigma: float
     n0: int
@@ -45,10 +45,10 @@ def evaluate(
     log: Path | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
-    """Figures of a task on labelled images, fractions throughout, with all that they depend on.
+    """Figures of a task on labeled images, as fractions, with all that they depend on.
 
-    `k` stands in for the bundle's own; `generated` images, spread over the labels, are made by the
-    nano cascade and shown to the undefended head.
+    `k` replaces the bundle's own. The nano cascade generates `generated` images, spread over the
+    labels, for the undefended head. Raises ValueError where the labels of `data` and bundle differ.
     """
     if data.names != bundle.labels:
         raise ValueError(f"the images' labels are {data.names}, the task's {bundle.labels}")
@@ -73,7 +73,7 @@ def evaluate(
         "average certified radius": round(summary.average_certified_radius, 4),
     }
     if generated:
-        torch.set_num_threads(threads)  # The model's cpu_threads left one for whoever comes next.
+        torch.set_num_threads(threads)  # A model with cpu_threads leaves torch with one thread.
         each = generated // len(bundle.labels)
         stages = DENOISER_SETS["nano"].folders
         prompts = [*(bundle.template.format(word) for word in bundle.words), ""]

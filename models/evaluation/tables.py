@@ -1,4 +1,4 @@
-"""The evaluation protocol of method.md section 6: what a task certifies on labelled images."""
+"""Evaluation by the protocol of method.md section 6: certificates of labeled images."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ class Summary:
 def accuracy(
     classifier: Classifier, data: LabelledImages, device: torch.device, batch_rows: int
 ) -> float:
-    """Share of clean images that the bare classifier gets right (the undefended head), in batches
-    of one shape as it is served."""
+    """Share of clean images that the undefended head classifies correctly.
+
+    Batches have one shape, as in serving.
+    """
     right = 0
     with torch.inference_mode():
         for start in range(0, len(data), batch_rows):
@@ -81,9 +83,9 @@ def certify_images(
     seed: int,
     log: Path | None = None,
 ) -> Iterator[Certified]:
-    """CERTIFY every image, one after another; `log` gets a TSV line each (method.md 6).
+    """The outcomes of CERTIFY for the images, in order; `log` gets a TSV line each (method.md 6).
 
-    Noise keys come from `seed` and the image's index, so a run can be repeated to the row.
+    Noise keys follow from `seed` and the image's index, so a run is reproducible to the row.
     """
     with (log or Path(os.devnull)).open("w") as stream:
         stream.write(LOG_HEADER)
@@ -131,7 +133,7 @@ def outcome(
     sigma: float,
     alpha: float,
 ) -> Certified:
-    """What an image's votes (K,) prove."""
+    """The outcome of an image's votes (K,)."""
     height, width, channels = data.images[index].shape
     truth = int(data.labels[index])
     certificate = certify(
@@ -145,7 +147,7 @@ def outcome(
 
 
 def summarise(outcomes: list[Certified]) -> Summary:
-    """The figures of a run; at least one outcome."""
+    """The figures of a run; needs at least one outcome."""
     radii = np.array([outcome.radius for outcome in outcomes])
     correct = np.array([outcome.correct for outcome in outcomes])
     return Summary(
@@ -165,7 +167,7 @@ def paired_bootstrap(
     """Mean difference of the same images' figures (N,), and the ends of its 95 % interval.
 
     Images are drawn with replacement, each with both of its figures (percentile bootstrap). Raises
-    ValueError where they are not as many.
+    ValueError for arrays of different lengths.
     """
     if before.shape != after.shape:
         raise ValueError(f"{len(before)} images before and {len(after)} after; they must be equal")
@@ -183,7 +185,10 @@ def recognised(
     each: int,
     batch_rows: int,
 ) -> float:
-    """Share of `each` generated images a label, (each,H,W,3) uint8, that the head names so."""
+    """Share of generated images, `each` per label, that the head classifies as that label.
+
+    `generate` maps a label's index to images (each,H,W,3) uint8.
+    """
     right = 0
     for label in range(len(classifier.labels)):
         images = generate(label)

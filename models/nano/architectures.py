@@ -1,4 +1,4 @@
-"""The shapes of nano's networks: DeepFloyd IF's own layout, small."""
+"""Shapes of nano's networks: DeepFloyd IF's own layout, small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import T5Config
 TEXT_WIDTH = 64
 SMALL, LARGE = 16, 32
 K = 1.8
-"""Timestep correction factor that stage II is trained for when it denoises (method.md 1.4)."""
+"""Timestep correction factor in stage II's training as a denoiser (method.md 1.4)."""
 
 TEXT_ENCODER = T5Config(
     vocab_size=384,
@@ -104,7 +104,7 @@ DEEPFLOYD_UNET: dict[str, Any] = {
 
 
 def if_scheduler(sample_max_value: float) -> Any:
-    """DeepFloyd IF's schedule (method.md 1.3), the untrained variance half aside."""
+    """DeepFloyd IF's schedule (method.md 1.3), except for the untrained variance half."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",

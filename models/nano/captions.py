@@ -1,4 +1,4 @@
-"""The words nano knows: CIFAR-10's ten classes, their common synonyms, and sentence templates."""
+"""Vocabulary of nano: CIFAR-10's ten classes, their common synonyms, and sentence templates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPLATES = (
 )
 DEFAULT_TEMPLATE = TEMPLATES[0]
 BLANK = " "
-"""What stands in the template where no label is given (Choi et al. 2024, Eq. 9)."""
+"""The word in the template where no label is given (Choi et al. 2024, Eq. 9)."""
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -43,5 +43,5 @@ def caption(label: str, draw: random.Random) -> str:
 
 
 def blank_captions() -> tuple[str, ...]:
-    """Every template with a blank in it; the first is the one that smoothing uses."""
+    """Every template with a blank in it; smoothing uses the first."""
     return tuple(template.format(BLANK) for template in TEMPLATES)

@@ -1,4 +1,4 @@
-"""Nano's card, written from what training logged and what `vouchsafe evaluate` printed.
+"""Nano's card, from the logs of training and the reports of `vouchsafe evaluate`.
 
 `python -m models.nano.card --runs FOLDER --hardware WORDS --figures REPORT.json ...`
 """
@@ -75,7 +75,7 @@ command beneath the table.
 
 
 def training_of(log: Path) -> tuple[int, float, float]:
-    """Steps, last loss and seconds of a JSON-lines log; a resumed run starts its clock again."""
+    """Steps, last loss and seconds of a JSON-lines log; a resumed run restarts its clock."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     total, last = 0.0, 0.0
     for entry in entries:
@@ -86,7 +86,7 @@ def training_of(log: Path) -> tuple[int, float, float]:
 
 
 def card(runs: Path, hardware: str, reports: list[dict[str, Any]]) -> str:
-    """The card's text; at least one report."""
+    """The card's text; needs at least one report."""
     training = []
     for part in PARTS:
         steps, loss, seconds = training_of(runs / f"{part}.loss.jsonl")

@@ -1,4 +1,4 @@
-"""What nano's parts are trained on, and for how long: profiles, images, captions' states."""
+"""Training data and profiles of nano's parts: images, captions' states, durations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROFILES = {
 
 
 def generator_of(seed: int, step: int) -> Generator:
-    """The randomness of one step."""
+    """The generator of one step's random numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -62,7 +62,7 @@ class Images:
 
 
 class Captions:
-    """Frozen prompt states of captions, looked up instead of computed again."""
+    """Frozen prompt states of captions, cached."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.tokenizer = ByT5Tokenizer.from_pretrained(folder / "tokenizer")

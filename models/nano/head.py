@@ -1,4 +1,4 @@
-"""The recipe of nano's head, a small CLIP-class classifier that never sees noise."""
+"""Recipe of nano's head, a small CLIP-class classifier that never sees noise."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from models.nano.data import PROFILES, Images, generator_of
 from models.training import Profile, fit
 
 CAPTIONS = 80
-"""Captions a step of the head's text tower, the same number for each class."""
+"""Captions per step of the head's text tower, the same number for each class."""
 LOGIT_SCALE = 6.0
-"""The head's scale: about what is calibrated on held-back images denoised at sigma 0.25."""
+"""The head's scale, close to its calibration on held-back images denoised at sigma 0.25."""
 
 
 def soften(images: Tensor, generator: Generator) -> Tensor:
-    """Ordinary blur or down-up-sampling on half of the rows; no noise, no denoiser."""
+    """Images with ordinary blur or down-up-sampling on half of the rows; no noise, no denoiser."""
     batch = len(images)
     parts = list(images.split(batch // 4))
     quarter = len(parts[1])
@@ -48,10 +48,11 @@ def soften(images: Tensor, generator: Generator) -> Tensor:
 
 
 def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """A small CLIP that never sees noise: first the image tower against one fixed direction a
-    class, then, at rest, the text tower, which learns to say a class's captions as its direction.
+    """Train a small CLIP that never sees noise.
 
-    Optimizer and rates of the image tower: arXiv 2404.00498.
+    First the image tower is trained against one fixed direction per class. Then the text tower is
+    trained, behind the frozen image tower, to map a class's captions to its direction. Optimizer
+    and rates of the image tower: arXiv 2404.00498.
     """
     folder = arguments.out / "head"
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,9 @@ def train_head(arguments: argparse.Namespace, profile: Profile, device: torch.de
             truncation=True,
             return_tensors="pt",
         )
-        said = model.encode_text(words.input_ids.to(device))
+        features = model.encode_text(words.input_ids.to(device))
         with torch.autocast(device.type, enabled=False):
-            cosine = F.normalize(said.float(), dim=-1) @ directions
+            cosine = F.normalize(features.float(), dim=-1) @ directions
         yield F.cross_entropy(model.logit_scale.exp() * cosine, classes)
 
     tower = nn.ModuleDict(

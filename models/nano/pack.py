@@ -1,6 +1,6 @@
-"""Assemble what ships: weights, and the default task's bundle.
+"""Packs the shipped weights, and the default task's bundle.
 
-`python -m models.nano.pack --runs FOLDER --k K`, FOLDER being what `models.nano.train` wrote to.
+`python -m models.nano.pack --runs FOLDER --k K`, FOLDER being the output of `models.nano.train`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from models.nano.captions import BLANK, DEFAULT_TEMPLATE
 
 WEIGHTS = "nano/weights"
 LARGEST_SIGMA = 1.0
-"""Stage II was trained at t < 760 for the most part, which is sigma 1.2."""
+"""Stage II was trained mostly at t < 760, which is sigma 1.2."""
 
 
 def assemble(runs: Path) -> None:
     """Save both stages through diffusers' own pipelines, and the head, under models/nano/weights.
 
-    The losses go beside them. The UNets are stored in float16. The text encoder lies once, in
-    stage I; stage II loads without it, as DeepFloyd's may.
+    The losses go beside them. The UNets are stored in float16. The text encoder lies only in stage
+    I; stage II loads without it, as DeepFloyd's may.
     """
     weights = MODELS / WEIGHTS
     shutil.rmtree(weights, ignore_errors=True)
@@ -73,10 +73,10 @@ def assemble(runs: Path) -> None:
     stage2.save_pretrained(weights / "stage2", safe_serialization=True)
     shutil.copytree(runs / "head", weights / "head")
     for file in weights.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes them for their owner alone
+        file.chmod(0o644)  # safetensors makes them readable by their owner only
     for file in weights.rglob("config.json"):
         described = json.loads(file.read_text())
-        described.pop("_name_or_path", None)  # where it lay on the machine that trained it
+        described.pop("_name_or_path", None)  # its path on the training machine
         file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     losses = MODELS / "nano" / "losses"
     losses.mkdir(exist_ok=True)

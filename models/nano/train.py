@@ -1,8 +1,8 @@
-"""The recipe of the nano set: `python -m models.nano.train PART --data FOLDER --out FOLDER`.
+"""Recipe of the nano set: `python -m models.nano.train PART --data FOLDER --out FOLDER`.
 
 Parts in order: `text` (T5-class encoder), `head` (CLIP-class classifier), `stage1` (text to 16x16),
 `stage2` (16x16 to 32x32; the denoiser) and `guided` (stage II with the head behind it). Each is
-seeded, logs its loss to a JSON-lines file, and goes on from its checkpoint when started again.
+seeded, logs its loss to a JSON-lines file, and resumes from its checkpoint when started again.
 Step s draws images and noise from (seed, s) and captions from s, so a resumed run makes the same
 steps as an uninterrupted one.
 """
@@ -45,13 +45,13 @@ from models.training import Profile, fit
 SMOOTHING_STEPS = (60, 760)
 """Timesteps that most denoising rows are drawn from: sigma 0.05 to 1.2."""
 GUIDANCE = 0.003
-"""Lambda, the weight of the head's cross-entropy: its gradient is about twice that of the error."""
+"""Lambda, the weight of the head's cross-entropy: its gradient is about twice the error's."""
 GUIDED_STEPS = 600
-"""Rows at earlier timesteps than this (sigma 0.7) are shown to the head."""
+"""Rows at earlier timesteps than this (sigma 0.7) go to the head."""
 
 
 def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """A byte-level T5 encoder that learns which class (or none) a caption speaks of, then rests."""
+    """Train a byte-level T5 encoder to predict a caption's class (or none), then freeze it."""
     folder = arguments.out / "stage1"
     tokenizer = ByT5Tokenizer(extra_ids=125)
     encoder = T5EncoderModel(TEXT_ENCODER)
@@ -78,7 +78,7 @@ def train_text(arguments: argparse.Namespace, profile: Profile, device: torch.de
 
 
 def train_stage1(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """Text to a 16x16 image: noise prediction at uniform timesteps, one caption in ten empty."""
+    """Train text to a 16x16 image: noise prediction at uniform timesteps, 10 % empty captions."""
     folder = arguments.out / "stage1"
     scheduler = if_scheduler(sample_max_value=1.5)
     unet: Any = UNet2DConditionModel(**STAGE1_UNET, **DEEPFLOYD_UNET)
@@ -109,17 +109,20 @@ Guide = Callable[[Tensor], Tensor]
 
 
 def train_stage2(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """16x16 to 32x32, and the denoiser: one row in four is super-resolution as the cascade samples
-    it; in the others the noisy image conditions itself, noise level k*t, as smoothing calls it."""
+    """Train 16x16 to 32x32, and the denoiser.
+
+    One row in four is super-resolution as the cascade samples it. In the others the noisy image
+    conditions itself, with noise level k*t, as in smoothing.
+    """
     unet: Any = UNet2DConditionModel(**STAGE2_UNET, **DEEPFLOYD_UNET)
     _fit_stage2("stage2", unet, None, arguments, profile, device)
 
 
 def train_guided(arguments: argparse.Namespace, profile: Profile, device: torch.device) -> None:
-    """Stage II goes on with the head behind it, at rest and in float32: MSE + lambda CE(head(x0)).
+    """Train stage II further behind the frozen float32 head: MSE + lambda CE(head(x0)).
 
-    Personalization's loss (method.md 5.2), but for every weight, on the training images, with a
-    lambda of its own; only denoising rows before GUIDED_STEPS are shown to the head.
+    This is personalization's loss (method.md 5.2) for every weight, on the training images, with
+    its own lambda. Only denoising rows before GUIDED_STEPS go to the head.
     """
     unet: Any = UNet2DConditionModel.from_pretrained(arguments.out / "stage2" / "unet")
     folder = arguments.out / "head"

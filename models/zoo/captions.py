@@ -1,7 +1,7 @@
-"""Cleans captions as DeepFloyd IF reads them, without torch.
+"""Caption cleaning as in DeepFloyd IF, without torch.
 
 A port of `IFPipeline._text_preprocessing(clean_caption=True)` of diffusers (Copyright The
-HuggingFace Team, Apache-2.0), step by step, and equal to it in every character.
+HuggingFace Team, Apache-2.0), step by step. Its output equals the original's in every character.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ def clean_caption(caption: str) -> str:
 
     Raises ValueError for markup that the parser rejects.
     """
-    # Twice, as there: what a first pass decodes, the second one strips.
+    # Twice, as in diffusers: the second pass strips what the first one decodes.
     return _cleaned(_cleaned(caption))
 
 
 def _cleaned(caption: str) -> str:
     caption = _replaced(unquote_plus(caption).strip().lower(), _BEFORE_MARKUP)
     try:
-        # A stream, for BeautifulSoup warns of strings that look like a path.
+        # A stream, because BeautifulSoup warns about strings that look like a path.
         caption = BeautifulSoup(StringIO(caption), features="html.parser").text
     except ParserRejectedMarkup as error:
         shown = json.dumps(caption, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Networks fetched from the hub: only the files that are needed, at one commit, all checked."""
+"""Fetches networks from the hub: only the files needed, at one commit, all verified."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from models.zoo.inventory import Inventory, inspect
 from models.zoo.sources import SOURCE, SOURCES, Source
 
 _CACHE = ".cache"
-"""Where the hub's client keeps its own notes in a folder, and a fetch its lock and its mark."""
+"""The folder of the hub client's cache, and of a fetch's lock and marker file."""
 UNFINISHED = "fetch.incomplete"
-"""There from the first file that a fetch may change until all are whole."""
+"""The marker of an unfinished fetch: it exists until all files are complete."""
 
 
 class FetchError(RuntimeError):
-    """Networks could not be fetched; the message says what to do."""
+    """Networks could not be fetched; the message has the remedy."""
 
 
 def fetch(name: str, models_dir: Path, revision: str | None = None) -> Inventory:
-    """Fill a folder of SOURCES from its repository, at its own revision unless another is given.
+    """The inventory of a folder of SOURCES, filled from its repository.
 
-    What is there already and whole stays; what was cut short goes on. Afterwards every file has
-    the hub's own hash, and `source.json` tells repository, commit and hashes. Raises FetchError.
+    `revision` defaults to the source's own. Complete files stay, and interrupted downloads resume.
+    Afterwards every file has the hub's hash, and `source.json` holds repository, commit and hashes.
+    Raises FetchError.
     """
     source, folder = SOURCES[name], models_dir / name
     revision = revision or source.revision
@@ -53,8 +54,8 @@ def fetch(name: str, models_dir: Path, revision: str | None = None) -> Inventory
             files = [listed[each] for each in wanted]
             hashes = _download(source.repository, str(info.sha), folder, files)
             with written_whole(folder / SOURCE) as partial:
-                told = {"repository": source.repository, "commit": info.sha, "files": hashes}
-                partial.write_text(json.dumps(told, indent=2) + "\n")
+                origin = {"repository": source.repository, "commit": info.sha, "files": hashes}
+                partial.write_text(json.dumps(origin, indent=2) + "\n")
             (folder / _CACHE / UNFINISHED).unlink()
     except FetchError:
         raise
@@ -64,11 +65,11 @@ def fetch(name: str, models_dir: Path, revision: str | None = None) -> Inventory
 
 
 def changed_files(folder: Path) -> list[str]:
-    """Files of a fetched folder that are not what was fetched; reads every byte of them."""
-    told = json.loads((folder / SOURCE).read_text())
+    """Files of a fetched folder that have changed since; reads every byte of them."""
+    fetched = json.loads((folder / SOURCE).read_text())
     return [
         name
-        for name, sha256 in told["files"].items()
+        for name, sha256 in fetched["files"].items()
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256
     ]
 
@@ -88,7 +89,7 @@ def _wanted(source: Source, listed: Mapping[str, RepoSibling], commit: str) -> l
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While no other process fetches into the folder; raises FetchError where one does."""
+    """Holds the folder's lock; raises FetchError where another process fetches into the folder."""
     (folder / _CACHE).mkdir(parents=True, exist_ok=True)
     with (folder / _CACHE / "fetch.lock").open("a") as stream:
         try:
@@ -99,9 +100,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def make_room(folder: Path, files: Sequence[RepoSibling]) -> None:
-    """Remove what the hub's client left of downloads that were killed, for it begins them anew.
+    """Remove the partial downloads of killed processes, which the hub's client never resumes.
 
-    Raises FetchError where the files that are not there do not fit on the disk all the same.
+    Raises FetchError where the missing files do not fit on the disk all the same.
     """
     for left in folder.rglob("*.incomplete"):
         if left.name != UNFINISHED:
@@ -111,15 +112,18 @@ def make_room(folder: Path, files: Sequence[RepoSibling]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FetchError(
-            f"{folder}: {needed / 1e9:.1f} GB are to be fetched and {free / 1e9:.1f} GB are free"
+            f"{folder}: {needed / 1e9:.1f} GB are to be fetched, {free / 1e9:.1f} GB are free"
         )
 
 
 def _download(
     repository: str, commit: str, folder: Path, files: Sequence[RepoSibling]
 ) -> dict[str, str]:
-    """SHA-256 (hex) of each file, all of them the hub's; what is not is removed and fetched anew,
-    once, for the hub's client believes a file that it has fetched before."""
+    """SHA-256 (hex) of each file, all equal to the hub's.
+
+    A file that differs is removed and fetched once more, because the hub's client trusts files that
+    it fetched before.
+    """
     names = [each.rfilename for each in files]
     wrong: list[str] = []
     for _ in range(2):
@@ -134,11 +138,11 @@ def _download(
             return hashes
         for name in wrong:
             (folder / name).unlink()
-    raise FetchError(f"{repository}: what came is not what the hub lists: {', '.join(wrong)}")
+    raise FetchError(f"{repository}: fetched files differ from the hub's list: {', '.join(wrong)}")
 
 
 def _is_as(listed: RepoSibling, sha256: str, path: Path) -> bool:
-    """Whether a file is the hub's: large ones by SHA-256, small ones as git names them."""
+    """Whether a file is the hub's: large ones are compared by SHA-256, small ones by git's hash."""
     if listed.lfs is not None:
         return listed.lfs.sha256 == sha256
     content = path.read_bytes()
@@ -150,7 +154,7 @@ def _advice(source: Source, revision: str, error: Exception) -> str:
     page = f"{constants.ENDPOINT}/{source.repository}"
     if isinstance(error, GatedRepoError):
         return (
-            f"{source.repository} is behind a licence ({source.licence}). Sign in at {page} and "
+            f"{source.repository} requires a license ({source.licence}). Sign in at {page} and "
             "accept it there, give a token of that account as HF_TOKEN or by `hf auth login`, and "
             "fetch again"
         )
@@ -159,7 +163,7 @@ def _advice(source: Source, revision: str, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{source.repository} has no revision {revision!r}; see {page}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{page} is not to be seen with this token, or without one"
+        return f"{page} does not exist, or cannot be read with this token or without one"
     return (
         f"{source.repository} could not be fetched; the same command goes on where it stopped "
         f"({type(error).__name__}: {error})"

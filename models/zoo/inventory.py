@@ -1,4 +1,4 @@
-"""What is on the disk of fetched networks and whether it can be used, by headers, not weights."""
+"""Inventory of fetched networks on the disk, read from headers, not weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from models.bundle import PICKLES, SAFETENSORS
 from models.zoo.sources import SOURCES, Network, fetch_command, origin
 
 MOST_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file, as the format has it."""
+"""Largest header of a safetensors file in the format's definition."""
 
 
 class Unreadable(ValueError):
-    """A file of weights that cannot be used; the message names it and says why."""
+    """A file of weights that cannot be used; the message has its path and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What the folder of one network holds: bytes by file, the weights' variant, parameters by
-    dtype, and what is wrong."""
+    """The contents of one network's folder.
+
+    Bytes by file, the weights' variant, parameters by dtype, and the problems found.
+    """
 
     name: str
     files: Mapping[str, int]
@@ -35,13 +37,13 @@ class Holding:
 
     @property
     def size(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters."""
         return sum(self.parameters.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """A fetched folder: its networks, where it came from if that is known, and what is wrong."""
+    """A fetched folder: its networks, its origin if known, and the problems found."""
 
     name: str
     folder: Path
@@ -52,7 +54,7 @@ class Inventory:
 
 
 def inspect(name: str, models_dir: Path) -> Inventory:
-    """What the folder of a source holds; what cannot be read there is among the troubles."""
+    """The inventory of a source's folder; unreadable files are among its troubles."""
     folder = models_dir / name
     try:
         return _inspected(name, folder)
@@ -68,7 +70,7 @@ def _inspected(name: str, folder: Path) -> Inventory:
     links = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink())
     if links:
         reason = f"{folder}: holds links, which are never followed: {', '.join(links)}"
-        return Inventory(name, folder, origin(folder), (), (f"{reason}; copy what they lead to",))
+        return Inventory(name, folder, origin(folder), (), (f"{reason}; copy their targets",))
     holdings = tuple(hold(folder / each.folder, each, name) for each in source.networks)
     troubles = [
         f"{folder / pattern} is missing"
@@ -82,12 +84,12 @@ def _inspected(name: str, folder: Path) -> Inventory:
         troubles.append(f"{folder}: a download was cut short: {', '.join(left)}")
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
     if pickles:
-        troubles.append(f"{folder}: holds pickled files, never to be read: {', '.join(pickles)}")
+        troubles.append(f"{folder}: holds pickled files; remove {', '.join(pickles)}")
     return Inventory(name, folder, origin(folder), holdings, tuple(troubles))
 
 
 def trouble(names: Sequence[str], models_dir: Path | None) -> str | None:
-    """Why fetched folders cannot be used and what to do, or None where they can."""
+    """The first problem of fetched folders and its remedy, or None where all can be used."""
     for name in names:
         command = fetch_command(name)
         if models_dir is None:
@@ -97,13 +99,13 @@ def trouble(names: Sequence[str], models_dir: Path | None) -> str | None:
             return f"{found.troubles[0]}; `{command}` fetches it"
         if found.troubles:
             more = f" and {len(found.troubles) - 1} more" if len(found.troubles) > 1 else ""
-            advice = f"`{command}` goes on where it stopped, `vouchsafe models check` tells all"
+            advice = f"`{command}` goes on where it stopped, `vouchsafe models check` lists all"
             return f"{found.troubles[0]}{more}; {advice}"
     return None
 
 
 def hold(folder: Path, network: Network, name: str = "") -> Holding:
-    """What one network's folder holds."""
+    """The contents of one network's folder."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     variant, weights = network.chosen(names)
     wanted = [each for each in (network.config, *weights) if each in names]
@@ -125,21 +127,21 @@ def hold(folder: Path, network: Network, name: str = "") -> Holding:
 
 
 def _shard_troubles(folder: Path, indices: Sequence[str], shards: Sequence[str]) -> list[str]:
-    """Shards that an index names and that are not there, or shards without an index."""
+    """Problems with shards: some that an index names are missing, or they have no index."""
     if not indices:
         loose = [shard for shard in shards if "-of-" in shard]
         return [f"{folder}: the index of {loose[0]} is missing"] if loose else []
     try:
-        told = set(json.loads((folder / indices[0]).read_text())["weight_map"].values())
+        indexed = set(json.loads((folder / indices[0]).read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{folder / indices[0]}: cannot be read as an index"]
-    return [f"{folder / str(shard)} is missing" for shard in sorted(told - set(shards), key=str)]
+    return [f"{folder / str(shard)} is missing" for shard in sorted(indexed - set(shards), key=str)]
 
 
 def parameters_of(path: Path) -> Mapping[str, int]:
-    """How many parameters a safetensors file holds, by dtype.
+    """Numbers of parameters of a safetensors file, by dtype.
 
-    Raises Unreadable for a header that is none, and for a file shorter or longer than that says.
+    Raises Unreadable for an invalid header, and for a file size that differs from the header's.
     """
     size = path.stat().st_size
     try:
@@ -154,7 +156,7 @@ def parameters_of(path: Path) -> Mapping[str, int]:
         for each in tensors:
             counted[str(each["dtype"])] += prod(each["shape"])
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Unreadable(f"{path}: is no whole safetensors file ({error})") from error
+        raise Unreadable(f"{path}: is not a complete safetensors file ({error})") from error
     if size != stated:
-        raise Unreadable(f"{path}: has {size} bytes where its header says {stated}")
+        raise Unreadable(f"{path}: has {size} bytes; its header states {stated}")
     return counted

@@ -13,7 +13,7 @@ from models.nano.captions import BLANK, DEFAULT_TEMPLATE, vocabulary
 from models.zoo.sources import CLIP_LICENCE, DEEPFLOYD_LICENCE, SOURCES
 
 Tokens = Callable[[Path, str], int]
-"""How many tokens a prompt is to the network in a folder."""
+"""Counts a prompt's tokens for the network in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class DenoiserSet:
     """Both stages of a cascade, of which the second denoises; folders in DeepFloyd's layout.
 
     `stage1` and `stage2` are absolute, relative to this package, or of SOURCES and then relative to
-    the models directory; `resolution` is in pixels, `largest_sigma` in [0,1] pixel units. `tokens`
-    counts a prompt's, of which the text encoder reads `prompt_tokens` at most. `classifier` names
-    the set it is used with by default, `shots` (fewer for very many labels), `steps` and `epochs`
-    are its adaptation's defaults; `identifier` stands in the personalized prompt (Ruiz et al.
-    2023). `words` are all that it was trained on, or None for any.
+    the models directory. `resolution` is in pixels, `largest_sigma` in [0,1] pixel units. `tokens`
+    counts a prompt's tokens, of which the text encoder reads at most `prompt_tokens`. `classifier`
+    names the classifier set used by default. `shots` (fewer for very many labels), `steps` and
+    `epochs` are the adaptation's defaults. `identifier` stands in the personalized prompt (Ruiz et
+    al. 2023). `words` are all the words of the training, or None for any.
     """
 
     stage1: str
@@ -55,18 +55,18 @@ class DenoiserSet:
         return tuple(folder for folder in (self.stage1, self.stage2) if folder in SOURCES)
 
     def below(self, models_dir: Path | None) -> DenoiserSet:
-        """The set with the absolute folders of what is fetched, if anything is."""
+        """The set with absolute folders in place of fetched ones."""
         stage1, stage2 = (_located(folder, models_dir) for folder in (self.stage1, self.stage2))
         return replace(self, stage1=stage1, stage2=stage2)
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierSet:
-    """A classifier of `kind` (a key of CLASSIFIERS) from a folder, as `DenoiserSet` has them, in
-    which patterns name the `files` it is read from.
+    """A classifier of `kind` (a key of CLASSIFIERS) from a folder, given as in `DenoiserSet`.
 
-    A label's prompt has `prompt_tokens` tokens at most, 0 where none are made. `tokens` is None
-    where only the network's own tokenizer can count them, as the job does before all else.
+    `files` are patterns of the files read from the folder. A label's prompt has at most
+    `prompt_tokens` tokens, 0 where no prompts are made. `tokens` is None where only the network's
+    own tokenizer can count them; the job then does so first.
     """
 
     kind: str
@@ -82,7 +82,7 @@ class ClassifierSet:
         return (self.folder,) if self.folder in SOURCES else ()
 
     def below(self, models_dir: Path | None) -> ClassifierSet:
-        """The set with its absolute folder, if it is fetched."""
+        """The set with an absolute folder in place of a fetched one."""
         return replace(self, folder=_located(self.folder, models_dir))
 
 
@@ -90,17 +90,17 @@ def _located(folder: str, models_dir: Path | None) -> str:
     if folder not in SOURCES:
         return folder
     if models_dir is None:
-        raise ValueError(f"{folder} is fetched, and no models directory was given")
+        raise ValueError(f"{folder} is a fetched folder, and no models directory was given")
     return str(models_dir.resolve() / folder)
 
 
 def _bytes_and_end(folder: Path, prompt: str) -> int:
-    """ByT5's tokens of a prompt: its UTF-8 bytes, and one for the end."""
+    """ByT5's number of tokens of a prompt: its UTF-8 bytes, and one for the end."""
     return len(prompt.encode()) + 1
 
 
 def _pieces_and_end(stage1: Path, prompt: str) -> int:
-    """T5's tokens of a prompt as it is read, in lower case: its pieces, and one for the end."""
+    """T5's number of tokens of a prompt in lower case: its pieces, and one for the end."""
     model = stage1 / "tokenizer" / "spiece.model"
     return len(_sentencepiece(model, model.stat().st_mtime_ns).encode(prompt.lower())) + 1
 
@@ -152,7 +152,7 @@ DENOISER_SETS = {
     "if-ii-l": _IF_II_L,
     "if-ii-l-96": replace(_IF_II_L, resolution=96),
 }
-"""Where to add a cascade: one entry, and its profile in adaptation/profiles.py."""
+"""The place to add a cascade: one entry, and its profile in adaptation/profiles.py."""
 
 CLASSIFIER_SETS = {
     "nano": ClassifierSet(
@@ -171,4 +171,4 @@ CLASSIFIER_SETS = {
         files=("open_clip_config.json", "*.safetensors"),
     ),
 }
-"""Where to add a classifier that tasks are adapted with."""
+"""The place to add a classifier for adapted tasks."""

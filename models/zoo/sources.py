@@ -1,4 +1,4 @@
-"""Networks that are fetched, not shipped: the hub repositories they come from, and which files."""
+"""Sources of fetched networks: their hub repositories, and which files are needed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 FP16 = "fp16"
-"""The variant of a network's weights that is taken where there is one."""
+"""The preferred variant of a network's weights."""
 SOURCE = "source.json"
-"""A fetched folder's file of where it came from."""
+"""A fetched folder's file with its origin."""
 TEXT_ENCODER, UNET, OPEN_CLIP = "model", "diffusion_pytorch_model", "open_clip_model"
-"""What the weights of a kind of network are called, without variant and ending."""
+"""File names of the weights of a kind of network, without variant and suffix."""
 
 DEEPFLOYD_LICENCE = (
     "DeepFloyd IF License Agreement: the weights are for non-commercial research only"
@@ -24,16 +24,19 @@ CLIP_LICENCE = "CLIP ViT-B/32: MIT (OpenAI)"
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network within a source: its folder there ("" for the source's own), its configuration,
-    and what its weights are called."""
+    """A network within a source: its folder ("" for the source's own), configuration and weights'
+    name.
+    """
 
     folder: str
     config: str
     weights: str
 
     def chosen(self, names: Iterable[str]) -> tuple[str | None, list[str]]:
-        """The variant to take and the weights' files of it, indices included, of names in the
-        network's folder; (None, []) where there are none."""
+        """The variant to take and the files of its weights, indices included.
+
+        `names` are those in the network's folder. Returns (None, []) where there are no weights.
+        """
         found: dict[str | None, list[str]] = {}
         shape = re.compile(
             rf"{self.weights}(?:\.(?P<one>\w+))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors"
@@ -50,8 +53,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A hub repository, the revision that is fetched unless another is asked for, its networks and
-    patterns of the small files they need."""
+    """A hub repository, its default revision, its networks and patterns of their small files."""
 
     repository: str
     revision: str
@@ -60,7 +62,7 @@ class Source:
     others: tuple[str, ...] = ()
 
     def wanted(self, names: Iterable[str]) -> list[str]:
-        """Of a repository's files the ones to fetch: never a pickle, one variant of the weights."""
+        """The files of a repository to fetch: never a pickle, and one variant of the weights."""
         listed = list(names)
         chosen = [name for name in listed if any(fnmatchcase(name, p) for p in self.others)]
         for network in self.networks:
@@ -96,10 +98,10 @@ SOURCES: Mapping[str, Source] = {
         (Network("", "open_clip_config.json", OPEN_CLIP),),
     ),
 }
-"""Folders below the models directory, each with where its files come from."""
+"""Folders below the models directory, each with the origin of its files."""
 
 FETCHABLE: Mapping[str, tuple[str, ...]] = {"if-ii-l": tuple(SOURCES)}
-"""What `vouchsafe models fetch` takes, with the folders it fills."""
+"""Arguments of `vouchsafe models fetch`, with the folders they fill."""
 
 
 def fetch_command(folder: str) -> str:
@@ -109,10 +111,9 @@ def fetch_command(folder: str) -> str:
 
 
 def origin(folder: Path) -> str | None:
-    """Repository and commit of a fetched folder, as `repository@commit`; None for one that was put
-    there by hand."""
+    """Repository and commit of a fetched folder, as `repository@commit`; None for a manual copy."""
     try:
-        told = json.loads((folder / SOURCE).read_text())
-        return f"{told['repository']}@{told['commit']}"
+        source = json.loads((folder / SOURCE).read_text())
+        return f"{source['repository']}@{source['commit']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None

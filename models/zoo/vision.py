@@ -1,4 +1,4 @@
-"""Image towers that timm lacks, registered with timm under the name beside each."""
+"""Image towers that timm lacks, each registered with timm under its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Group(nn.Module):
-    """Two 3x3 convolutions, the first one's output halved in size by a maximum."""
+    """Two 3x3 convolutions; max pooling halves the first one's output in size."""
 
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class _Group(nn.Module):
 
 
 class Airbench(nn.Module):
-    """A network for 32x32 images that learns fast: 2.0 M parameters, 0.12 G multiply-adds.
+    """A fast-training network for 32x32 images: 2.0 M parameters, 0.12 G multiply-adds.
 
-    x (B,3,32,32), normalised -> features (B,256), or logits (B,num_classes). The first convolution
-    is meant to hold the whitening of 2x2 patches (`whiten`), and to stay fixed.
-    Source: Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
+    x (B,3,32,32), normalized -> features (B,256), or logits (B,num_classes). The first convolution
+    should hold the whitening of 2x2 patches (`whiten`), and stay fixed. Source: Jordan, "94% on
+    CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
     """
 
     def __init__(self, num_classes: int = 10, global_pool: str = "max", in_chans: int = 3) -> None:
@@ -49,7 +49,9 @@ class Airbench(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new linear layer to `num_classes`, or none for 0 (timm's own interface)."""
+        """Replace the head by a new linear layer to `num_classes`, or by none for 0 (timm's
+        interface).
+        """
         if global_pool not in (None, "max"):
             raise ValueError(f"global_pool={global_pool!r}: this network has 'max' only")
         self.num_classes = num_classes
@@ -62,7 +64,7 @@ class Airbench(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Let the stem whiten 2x2 patches, once with each sign; images (N,3,32,32), normalised."""
+        """Make the stem whiten 2x2 patches, once with each sign; images (N,3,32,32), normalized."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)

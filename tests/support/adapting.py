@@ -1,4 +1,4 @@
-"""What the tests of tasks share: a store, the fake adaptation, and patience for it."""
+"""Shared parts of the tests of tasks: a store, the fake adaptation, and timeouts for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_store(data_dir: Path, **settings: Any) -> Store:
 
 
 def make_plan(ways: str = "plain", labels: tuple[str, ...] = PETS, **settings: Any) -> Plan:
-    """A plan that the fake adaptation goes about in one of its ways."""
+    """A plan whose template selects the fake adaptation's behavior."""
     return Plan.checked(labels, template=f"{ways} {{}}", **{"shots": 1, **settings})
 
 
@@ -62,7 +62,7 @@ async def supervising(store: Store, patience: Patience = FAST) -> AsyncIterator[
 
 
 async def until(holds: Callable[[], object]) -> None:
-    """Let other tasks run until the condition holds, failing where it never does."""
+    """Run other tasks until the condition holds; fails where it never does."""
     async with asyncio.timeout(PATIENT):
         while not holds():  # noqa: ASYNC110 - files give nothing to wait on.
             await asyncio.sleep(0.01)
@@ -86,7 +86,7 @@ def is_alive(process: int) -> bool:
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    """The same without an event loop."""
+    """As `until`, without an event loop."""
     deadline = time.monotonic() + PATIENT
     while not holds():
         assert time.monotonic() < deadline, "it never came"

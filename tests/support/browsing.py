@@ -1,4 +1,4 @@
-"""Chromium on a page of the service, driven as a person would."""
+"""Chromium on a page of the service, driven as by a person."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARGUMENTS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chrome]:
-    """Chromium with a profile of its own; skips where there is none, but not in CI."""
+    """Chromium with a fresh profile; skips where it is not installed, but not in CI."""
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if None in found.values():
         reason = f"needs chromium and chromedriver, found {found}"
@@ -58,5 +58,5 @@ def ask(driver: Chrome, n: str) -> None:
 
 
 def offered(driver: Chrome) -> list[str]:
-    """The tasks that a picture can be asked about."""
+    """The tasks in the page's selection."""
     return [option.text for option in Select(driver.find_element(By.ID, "task")).options]

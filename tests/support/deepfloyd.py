@@ -1,4 +1,4 @@
-"""Miniatures in the very layout of DeepFloyd IF's and CLIP's repositories, with random weights."""
+"""Miniatures in the exact layout of DeepFloyd IF's and CLIP's repositories, with random weights."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "spiece.vocab").unlink()
     named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     named["additional_special_tokens"] = [f"<extra_id_{index}>" for index in range(100)]
-    told = {**named, "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    config = {**named, "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(named))
 
 
@@ -117,7 +117,7 @@ def save_text_encoder(folder: Path) -> None:
 
 
 def save_index(folder: Path, name: str, **parts: Any) -> None:
-    told = {
+    index = {
         "_class_name": name,
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
         "safety_checker": ["deepfloyd_if", "IFSafetyChecker"],
@@ -128,7 +128,7 @@ def save_index(folder: Path, name: str, **parts: Any) -> None:
         "watermarker": ["deepfloyd_if", "IFWatermarker"],
         **parts,
     }
-    (folder / "model_index.json").write_text(json.dumps(told))
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def save_stage1(folder: Path) -> None:

@@ -1,12 +1,17 @@
 """An adaptation process without networks: `python fake_adaptation.py JOB TASKS`, as the contract.
 
-The first word of the plan's template, or that of the task's name where the template is the set's
-own, tells how it behaves: `slow` takes a second for each stage,
-`slower` four, `die` always dies, `once` dies the
-first time, `crawl` dies each time but gets further, `hang` reports once and then nothing more,
-`wait` waits until the job's folder has a file `go`, `poison` kills who started it, `everywhere`
-hangs in one stage more at each start until there is none left, `fail` ends with a problem; anything
-else just works.
+The first word of the plan's template selects the behavior, or of the task's name where the template
+is the set's own:
+
+- `slow` takes a second for each stage, `slower` four;
+- `die` always dies, `once` dies the first time, `crawl` dies each time but progresses further;
+- `hang` reports once and then nothing more, `everywhere` hangs in one stage more at each start
+  until there is none left;
+- `wait` waits until the job's folder has a file `go`;
+- `poison` kills its starter;
+- `fail` ends with a problem.
+
+Any other word just works.
 """
 
 from __future__ import annotations
@@ -39,8 +44,8 @@ def adapt(job: Path, tasks: Path, starts: int) -> None:
     plan, earlier = Plan.read(job), Status.read(job)
     status = Status("running", attempts=earlier.attempts, furthest=earlier.furthest)
     status = status.changed(started=time.time())
-    told = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
-    ways = told.split()[0].lower()
+    words = name_of(job) if plan.template == DEFAULT_TEMPLATE else plan.template
+    ways = words.split()[0].lower()
     left_out = {"personalizing": not plan.steps, "finetuning": not plan.epochs}
     if not (tasks / job.name).exists():
         pictures(job / REFERENCES, plan)

@@ -1,4 +1,4 @@
-"""Stand-ins for networks, clock and engine: exact, fast, and as bad-tempered as a test wants."""
+"""Fakes of networks, clock and engine: exact, fast, and failing on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAKE_NUMERICS = Numerics("fake", "none", 16, 1, "fake", "0")
 
 
 class FakeClock:
-    """Seconds that pass when told."""
+    """Seconds that pass only by `advance`."""
 
     def __init__(self, now: float = 1_000_000.0) -> None:
         self.now = now
@@ -47,16 +47,16 @@ def fake_votes(key: bytes, rows: Iterable[int], classes: int) -> list[int]:
 
 
 def true_votes(job: Job, domain: Domain) -> tuple[int, ...]:
-    """What the votes of a whole domain of a job must be under FakeModel."""
+    """The exact votes of a whole domain of a job under FakeModel."""
     rows = job.n0 if domain is Domain.SELECTION else job.n
     return tuple(fake_votes(job.domain_key(domain), range(rows), job.classes))
 
 
 @dataclass
 class FakeModel:
-    """A model without networks; `batches` are the (key, start, stop) that it was asked for.
+    """A model without networks; `batches` are the requested (key, start, stop).
 
-    Batches with a key of `poison` raise, all of them once `broken`; each waits for `gate` and then
+    Batches with a key of `poison` raise, all of them once `broken`. Each waits for `gate` and then
     takes `delay` seconds.
     """
 
@@ -84,21 +84,21 @@ class FakeModel:
 
     def votes(self, parts: Iterable[Rows], digest: str) -> NDArray[np.int64]:
         if digest != self.digest:
-            raise DigestChanged(f"{digest} is asked for and {self.digest} served")
-        asked = [(part.key, part.start, part.stop) for part in parts]
-        self.batches.append(asked)
+            raise DigestChanged(f"{digest} is requested and {self.digest} served")
+        rows = [(part.key, part.start, part.stop) for part in parts]
+        self.batches.append(rows)
         self.gate.wait()
         time.sleep(self.delay)
-        if self.broken or any(key in self.poison for key, _, _ in asked):
+        if self.broken or any(key in self.poison for key, _, _ in rows):
             raise RuntimeError("the fake device says no")
-        if sum(stop - start for _, start, stop in asked) > self.batch_rows:
+        if sum(stop - start for _, start, stop in rows) > self.batch_rows:
             raise ValueError("more rows than a batch holds")
-        votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in asked]
+        votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in rows]
         return np.array(votes, np.int64)
 
 
 class EngineSpy:
-    """An engine that writes down what it is asked, and is out of reach whenever `trouble` says."""
+    """An engine that records its calls, and is unreachable whenever `trouble` returns true."""
 
     def __init__(self, engine: Engine, trouble: Callable[[], bool] = lambda: False) -> None:
         self.engine = engine
@@ -135,7 +135,7 @@ def make_job(
     owner: str | None = None,
     created: float = 0.0,
 ) -> Job:
-    """A small job on a 3x2x2 image that, like its key, is its own."""
+    """A small job on a 3x2x2 image; image and key are unique to `identity`."""
     return Job(
         id=identity,
         task=task,

@@ -1,4 +1,4 @@
-"""What tests ask of a fleet's worker processes."""
+"""Queries of a fleet's worker processes for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.jobs import JobStatus
 
 
 async def last_status(engine: Any, job_id: str) -> JobStatus:
-    """How a job ends."""
+    """The job's last status."""
     *_, last = [status async for status in engine.watch(job_id)]
     assert isinstance(last, JobStatus)
     return last

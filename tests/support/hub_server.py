@@ -1,4 +1,4 @@
-"""A hub of a few repositories on this machine, as far as fetching one needs it."""
+"""A hub of a few repositories on this machine, with the parts that a fetch needs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ LARGE = (".safetensors", ".bin", ".model")
 
 @dataclass
 class Hub:
-    """Folders by repository, each at one commit. Files of `gated` repositories are for `token`
-    alone; the file `stops`, with its repository, is sent as half of itself, once, until `go_on`."""
+    """Folders by repository, each at one commit.
+
+    Files of `gated` repositories need `token`. The file `stops`, with its repository, is sent half,
+    once, until `go_on`.
+    """
 
     folders: dict[str, Path]
     commits: dict[str, str]
@@ -57,10 +60,10 @@ def described(path: Path, name: str, key: str) -> dict[str, Any]:
     body = path.read_bytes()
     size, sha256 = len(body), hashlib.sha256(body).hexdigest()
     blob = hashlib.sha1(b"blob %d\0" % size + body).hexdigest()  # noqa: S324 - as git names it.
-    told: dict[str, Any] = {key: name, "size": size, "blobId": blob, "oid": blob}
+    entry: dict[str, Any] = {key: name, "size": size, "blobId": blob, "oid": blob}
     if name.endswith(LARGE):
-        told["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 100}
-    return told
+        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 100}
+    return entry
 
 
 class _Server(ThreadingHTTPServer):
@@ -99,8 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             listed = [{"type": "file", **described(path, name, "path")} for name, path in files]
             return self._answer(json.dumps(listed).encode())
         siblings = [described(path, name, "rfilename") for name, path in files]
-        told = {"id": repository, "sha": commit, "siblings": siblings}
-        return self._answer(json.dumps(told).encode())
+        about = {"id": repository, "sha": commit, "siblings": siblings}
+        return self._answer(json.dumps(about).encode())
 
     def _file(self, path: Path, name: str, commit: str) -> None:
         body = path.read_bytes()
@@ -135,4 +138,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nobody reads it."""
+        """Discard the message."""

@@ -1,4 +1,4 @@
-"""Randomly initialised networks in the real folder layouts, a few kilobytes each."""
+"""Randomly initialized networks in the real folder layouts, a few kilobytes each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def states() -> torch.Tensor:
-    """Prompt states (77,D) of nothing in particular."""
+    """Arbitrary prompt states (77,D)."""
     return torch.randn(77, TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
 
 

@@ -1,4 +1,4 @@
-"""Where tests find the repository, their data, and what lies beside the repository."""
+"""Paths of the repository, of the tests' data, and of folders beside the repository."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ EVALUATED_ROWS = 3
 
 
 def quick(ways: Adaptation) -> Adaptation:
-    """The same ways with the least of each."""
+    """The same profile with the least of each."""
     profile = Profile(steps=2, batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1)
     return replace(
         ways,

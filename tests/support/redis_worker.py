@@ -1,7 +1,7 @@
 """A worker over Redis without a model: `python -m tests.support.redis_worker URL PREFIX NAME`.
 
-Computes what the fakes would vote and commits it, some of it twice, until nothing has waited for a
-second (or for ten minutes in the beginning); then prints how many of its commits were counted.
+Commits the fakes' votes, some of them twice, until the queues have been empty for a second (ten
+minutes at first). Then prints how many of its commits were counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The app over the in-process engine, a worker that only votes, and a client that talks to it."""
+"""The app over the in-process engine, a worker that only votes, and a client of the app."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def nine_of_ten(rows: int) -> list[int]:
 
 
 def split(rows: int) -> list[int]:
-    """Votes too even to answer."""
+    """Votes too even for a label."""
     return [rows - rows // 2, rows // 2, 0, 0]
 
 
 class Voter:
-    """A worker without a model: waits for `open`, then votes, or fails where it is told to.
+    """A worker without a model: waits for `open`, then votes, or fails on request.
 
     `busy` is set once it holds a lease.
     """
@@ -148,7 +148,7 @@ class Service:
         return await self.client.post("/predict", json=body, headers=headers)
 
     async def until(self, path: str, holds: Callable[[httpx.Response], bool]) -> httpx.Response:
-        """GET a path until what is awaited holds of the answer, for five seconds at most."""
+        """The response to a GET of a path, once the condition holds; waits at most five seconds."""
         for _ in range(1000):
             if holds(response := await self.client.get(path)):
                 return response
@@ -164,8 +164,10 @@ class Service:
 
 @asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[Service]:
-    """A running service, ready where it has a worker; options as for Service, a data directory of
-    its own unless given."""
+    """A running service, ready where it has a worker.
+
+    Options as for Service; the data directory is a new one unless given.
+    """
     with TemporaryDirectory() as folder:
         service = Service(**{"data_dir": Path(folder), **options})
         async with service.app.router.lifespan_context(service.app), service.client:
@@ -178,7 +180,7 @@ async def serving(**options: Any) -> AsyncIterator[Service]:
 
 
 def problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
-    """The problem document that the response must be."""
+    """The problem document of the response, after checking its status and type."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     document: dict[str, Any] = response.json()

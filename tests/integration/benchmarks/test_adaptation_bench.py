@@ -159,7 +159,7 @@ def test_ablations_are_told_as_differences_to_the_first() -> None:
     ablations.table(found, lines.append)
     assert lines[2].endswith("| 50.0 % | +0.0 (+0.0 to +0.0) | 50.0 % | +0.0 (+0.0 to +0.0) |")
     assert lines[3].startswith("| all | 100.0 % | +50.0 (+4")
-    assert len({way.told for way in ablations.EVERY}) == len(ablations.EVERY)
+    assert len({way.label for way in ablations.EVERY}) == len(ablations.EVERY)
 
 
 def test_classifiers_are_compared_on_the_same_rows() -> None:
@@ -181,7 +181,7 @@ def test_radii_are_estimated_from_shares() -> None:
 
 def test_ways_of_fine_tuning_are_told_apart() -> None:
     """No two lines of the table have one name, each says what it gains, and the last is nano's."""
-    told = [way.told for way in finetuning.EVERY]
+    told = [way.label for way in finetuning.EVERY]
     assert len(set(told)) == len(told)
     chosen, ways, of_set = finetuning.EVERY[-1], ADAPTATIONS["nano"], DENOISER_SETS["nano"]
     assert (chosen.each, chosen.epochs) == (of_set.shots, of_set.epochs)

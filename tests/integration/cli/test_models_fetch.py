@@ -192,7 +192,7 @@ def test_a_download_that_was_cut_short_goes_on(hub: Hub, tmp_path: Path) -> None
     (models_dir / STAGE1 / name).write_bytes(body[:-50])
     bad = runner.invoke(app, ["models", "check", str(models_dir)])
     assert bad.exit_code == 1
-    assert "bytes where its header says" in " ".join(bad.stderr.split())
+    assert "bytes; its header states" in " ".join(bad.stderr.split())
     mended = fetch(hub, models_dir)
     assert mended.returncode == 0, mended.stderr
     assert (models_dir / STAGE1 / name).read_bytes() == body

@@ -276,13 +276,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut short": (
         lambda d: cut_short(d / "if-ii-l/stage2/unet/diffusion_pytorch_model.fp16.safetensors"),
-        r"stage2/unet/diffusion_pytorch_model.fp16.safetensors: has \d+ bytes where its header",
+        r"stage2/unet/diffusion_pytorch_model.fp16.safetensors: has \d+ bytes; its header states",
     ),
     "no header": (
         lambda d: (d / "if-ii-l/stage2/unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(
             b"<html>"
         ),
-        r"is no whole safetensors file",
+        r"is not a complete safetensors file",
     ),
     "left over": (
         lambda d: (d / "if-ii-l/stage2/unet/x.incomplete").write_bytes(b""),
@@ -290,11 +290,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pickled": (
         lambda d: (d / "if-ii-l/stage2/unet/diffusion_pytorch_model.bin").write_bytes(b""),
-        r"stage2: holds pickled files, never to be read: diffusion_pytorch_model.bin",
+        r"stage2: holds pickled files; remove diffusion_pytorch_model.bin",
     ),
     "a link, as in the hub's cache": (
         lambda d: linked(d / "if-ii-l/stage2/unet/config.json"),
-        r"stage2: holds links, which are never followed: unet/config.json; copy what they lead to",
+        r"stage2: holds links, which are never followed: unet/config.json; copy their targets",
     ),
     "a link that leads nowhere": (
         lambda d: linked(d / "if-ii-l/stage1/unet/config.json").unlink(),

@@ -169,7 +169,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     """No rows, too many, and images of several shapes are errors, not silent cuts."""
     model = linear_model(0.5, batch_rows=4)
     small, large = image(0, (3, 4, 4)), image(0, (3, 8, 8))
-    with pytest.raises(ValueError, match="5 rows asked for; a device batch holds 1 to 4"):
+    with pytest.raises(ValueError, match="5 rows requested; a device batch holds 1 to 4"):
         model.votes([Rows(small, b"k" * 16, 0, 5, 0.25)])
     with pytest.raises(ValueError, match="0 rows"):
         model.votes([])
