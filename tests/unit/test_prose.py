@@ -11,7 +11,14 @@ import pytest
 
 from tests.support.paths import ROOT
 
-GLOBS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "tests/**/test_prose.py")
+GLOBS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/*.md",
+    "service/**/*.py",
+    "models/**/*.py",
+    "tests/**/test_prose.py",
+)
 """The documents, and the modules whose docstrings are read alike."""
 
 PHRASES = (
