@@ -26,6 +26,7 @@ from service.engine.protocol import (
 )
 from service.engine.queues import Queues
 from service.engine.signal import Signal
+from service.errors import TaskUnusable
 from service.jobs import Domain, Job, JobStatus, Mode, State
 
 
@@ -135,7 +136,8 @@ class MemoryEngine:
         """Report a failed attempt; see Engine."""
         for delivery in self._deliveries([lease]):
             delivery.record.failures[lease.shard.index] += 1
-            delivery.record.reported = dict(problem)
+            if str(problem.get("type")).endswith(f":{TaskUnusable.slug}"):
+                delivery.record.reported = dict(problem)
             self._settle(delivery, problem)
 
     async def release(self, leases: Sequence[Lease]) -> None:

@@ -22,6 +22,10 @@ from service.tasks.store import Store
 from service.worker.compute import DeviceFailed
 from service.worker.model import ModelUnavailable
 
+UNSERVED_SECONDS = 5.0
+"""Seconds until a job fails that the one worker does not serve: a removed task's jobs are cancelled
+before."""
+
 
 class Embedded(WorkerRuntime):
     """Engine, tasks, secret and worker of one machine.
@@ -36,8 +40,7 @@ class Embedded(WorkerRuntime):
         self.secret = load_secret(settings.data_dir, settings.noise_secret_file)
         self.store = Store(settings, self.secret)
         options = EngineOptions.from_settings(settings)
-        # There is no other worker to wait for.
-        self.engine = MemoryEngine(replace(options, unserved_seconds=0.0))
+        self.engine = MemoryEngine(replace(options, unserved_seconds=UNSERVED_SECONDS))
 
     async def load(self, task: str) -> None:
         """Load a task's networks, and return once the worker serves the task under their digest.

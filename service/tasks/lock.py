@@ -95,8 +95,9 @@ class RedisLocks:
         try:
             yield held
         finally:
-            extending.cancel()
-            await asyncio.wait({extending})
+            while not extending.done():  # redis-py may swallow a cancellation.
+                extending.cancel()
+                await asyncio.wait({extending}, timeout=1.0)
             with suppress(EngineUnreachable):  # The lock expires then.
                 await self._connection.ask(_owned(lock.release()))
 

@@ -31,8 +31,8 @@ class Backoff:
         self._until = self._clock() + self._seconds
 
     def succeed(self) -> None:
-        """Reset the time to 30 s."""
-        self._seconds = 0.0
+        """End the withholding, and reset its time to 30 s."""
+        self._seconds, self._until = 0.0, float("-inf")
 
 
 def cannot_load(bundle: Bundle, error: Exception) -> str:

@@ -28,8 +28,8 @@ class BatchShapes:
     """Loads networks for the largest batches that fit, at most `most_rows` rows.
 
     `load(bundle, rows)` loads and warms networks for batches of `rows`. `times_short` counts the
-    device's failed allocations. A batch size at which an allocation failed is not tried again, for
-    any task: libraries cache the kernels that they chose for it then.
+    device's failed allocations. A batch size at which an allocation failed is not tried again for
+    the same base networks: libraries cache the kernels that they chose for it then.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class BatchShapes:
     ) -> None:
         self.load = load
         self.most_rows = most_rows
+        self._fitting: dict[str, int] = {}  # by the folder of a base network
         self._times_short = times_short
 
     def load_largest(
@@ -52,7 +53,7 @@ class BatchShapes:
         Raises what `load` raises. Its memory error is raised where halving cannot help: the weights
         do not fit, or SMALLEST_BATCH rows do not.
         """
-        rows, room_was_made = min(rows, self.most_rows), False
+        rows, room_was_made = min(rows, self.most_rows_of(bundle)), False
         while True:
             before = self._times_short()
             try:
@@ -66,9 +67,14 @@ class BatchShapes:
                     raise
                 _warn(bundle, f"not loaded for batches of {rows} rows", error)
             rows = max(SMALLEST_BATCH, rows // 2) if halves else rows
-            self.most_rows = rows if ran_short else self.most_rows
+            if ran_short:
+                self._fitting.update(dict.fromkeys(_bases(bundle), rows))
             make_room()
             room_was_made = True
+
+    def most_rows_of(self, bundle: Bundle) -> int:
+        """Rows of the largest batch that is tried for the bundle's base networks."""
+        return min(self._fitting.get(base, self.most_rows) for base in _bases(bundle))
 
     def _load_once(self, bundle: Bundle, rows: int) -> SmoothedModel:
         before = self._times_short()
@@ -122,3 +128,7 @@ class BatchShapes:
 def _warn(bundle: Bundle, event: str, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}"
     logger.warning("task %s: %s: %s", bundle.id, event, reason, extra=naming(task_id=bundle.id))
+
+
+def _bases(bundle: Bundle) -> tuple[str, str]:
+    return bundle.denoiser.folder, bundle.classifier.folder

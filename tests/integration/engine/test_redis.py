@@ -1,4 +1,4 @@
-"""service/engine_redis: what only an engine over Redis can suffer. The contract's suite is another.
+"""service/engine/redis: what only an engine over Redis can suffer. The contract's suite is another.
 
 Time is the server's own here. Where it must pass, leases and TTLs are aged in Redis.
 """

@@ -317,7 +317,7 @@ def test_memory_that_runs_out_unsaid_in_loading_halves_too() -> None:
 
     shelf.load_with(short)
     for task in ("a", "default"):
-        shelf.cache.shapes.most_rows = 4
+        shelf.cache.shapes._fitting.clear()
         with pytest.raises(DigestChanged):
             shelf.use(task)
         assert shelf.cache[task].digest == digest_in(2, task)

@@ -20,8 +20,9 @@ from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
+from service.processes.embedded import UNSERVED_SECONDS
 from service.tasks import catalog as catalogs
-from service.tasks.catalog import Catalog
+from service.tasks.catalog import POLL_SECONDS, Catalog
 from service.tasks.schemas import TaskRequest
 from service.tasks.service import TaskService
 from service.tasks.task import Signature, Task, signature
@@ -376,3 +377,8 @@ async def test_a_network_without_weights_is_not_served(tmp_path: Path) -> None:
     catalog = Catalog(TASKS, tmp_path)
     await catalog.refresh()
     assert "no safetensors file is listed" in catalog.refused["pets"].reason
+
+
+def test_a_removed_task_s_jobs_are_cancelled_before_they_count_as_unserved() -> None:
+    """The embedded engine waits for more than the catalog's look that cancels them."""
+    assert UNSERVED_SECONDS >= 3 * POLL_SECONDS
