@@ -41,7 +41,7 @@ def test_the_page_asks_for_a_key_and_uses_it(browser: tuple[Chrome, str]) -> Non
     driver.get(url)
     until(driver, driver.find_element(By.ID, "access").is_displayed)
     assert text(driver, "access-note").startswith("This service answers those who have a key.")
-    assert not driver.find_element(By.ID, "delete").is_displayed()
+    assert not driver.find_element(By.ID, "forget").is_displayed()
     enter(driver, "wrong")
     until(driver, lambda: text(driver, "access-note") == "The service does not know this key.")
     driver.find_element(By.ID, "image").send_keys(str(SHIP))
@@ -55,7 +55,7 @@ def test_the_page_asks_for_a_key_and_uses_it(browser: tuple[Chrome, str]) -> Non
     assert driver.execute_script("return localStorage.length") == 0  # type: ignore[no-untyped-call]
     driver.refresh()
     until(driver, lambda: offered(driver) == ["default (10 labels)"])
-    driver.find_element(By.ID, "delete").click()
+    driver.find_element(By.ID, "forget").click()
     until(driver, lambda: "Enter yours" in text(driver, "access-note"))
     assert driver.execute_script("return sessionStorage.length") == 0  # type: ignore[no-untyped-call]
 
