@@ -334,6 +334,7 @@ async def test_redis_killed_and_started(
         process = await fleet.until_working(task)
         own_server.kill()
         await until(lambda: not works(process))
+        await until(lambda: "the engine is out of reach" in caplog.text)
         await asyncio.to_thread(own_server.start)
         await fleet.until_working(task, times=2)
         fleet.let_go_on(task)
