@@ -37,7 +37,7 @@ async def ask(client: httpx.AsyncClient, index: int, **fields: Any) -> dict[str,
 
 def metric(text: str, name: str) -> dict[str, float]:
     return {
-        str(sample.labels.get("le", sample.labels.get("lane", ""))): sample.value
+        str(sample.labels.get("le", sample.labels.get("priority", ""))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name == name
@@ -136,7 +136,7 @@ def test_told_to_stop_it_lets_waiting_callers_go(tmp_path: Path) -> None:
 
 
 def test_it_stays_within_its_memory(tmp_path: Path) -> None:
-    """WorkerRuntime a certification takes less than 1.5 GB of resident memory at any time."""
+    """Serving a certification takes less than 1.5 GB of resident memory at any time."""
     with serving(tmp_path / "data") as (url, process):
         answer = httpx.post(
             f"{url}/predict", files={"image": png(1)}, data={"n": "200"}, timeout=120
