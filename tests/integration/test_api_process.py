@@ -229,7 +229,7 @@ async def test_redis_that_hangs_is_a_problem_soon(
 
 
 async def test_api_with_another_directory(own_server: RedisServer, tmp_path: Path) -> None:
-    """An API process whose data directory is not the fleet's is told to end; those that share the
+    """An API process whose data directory is not the fleet's must end; those that share the
     directory are one fleet."""
     told: list[str] = []
     other = Settings(redis_url=own_server.url, data_dir=tmp_path / "other")

@@ -64,6 +64,17 @@ BOTH = Worker("both", {"default": "bundle-a", "birds": "bundle-b"})
 NEWER = Worker("newer", {"default": "bundle-n"})
 
 
+OPTIONS = EngineOptions(
+    shard_rows=SHARD_ROWS,
+    lease_seconds=LEASE,
+    max_queue_rows=BACKLOG_ROWS,
+    max_queue_rows_per_key=OWNER_ROWS,
+    retention_seconds=RETENTION,
+    starvation_seconds=STARVATION,
+    worker_seconds=WORKER_SILENCE,
+)
+
+
 class Harness(Protocol):
     """An engine under test, with its time and what it stores."""
 
@@ -91,15 +102,7 @@ class MemoryHarness:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.engine = MemoryEngine(
-            EngineOptions(
-                shard_rows=SHARD_ROWS,
-                lease_seconds=LEASE,
-                max_queue_rows=BACKLOG_ROWS,
-                max_queue_rows_per_key=OWNER_ROWS,
-                retention_seconds=RETENTION,
-                starvation_seconds=STARVATION,
-                worker_seconds=WORKER_SILENCE,
-            ),
+            OPTIONS,
             poll_seconds=0.02,
             clock=self.clock,
         )
@@ -145,15 +148,7 @@ class RedisHarness:
         self.redis = connect(url)
         self.engine = RedisEngine(
             self.redis,
-            EngineOptions(
-                shard_rows=SHARD_ROWS,
-                lease_seconds=LEASE,
-                max_queue_rows=BACKLOG_ROWS,
-                max_queue_rows_per_key=OWNER_ROWS,
-                retention_seconds=RETENTION,
-                starvation_seconds=STARVATION,
-                worker_seconds=WORKER_SILENCE,
-            ),
+            OPTIONS,
             poll_seconds=0.05,
             sweep_seconds=0.001,
             prefix=self.prefix,

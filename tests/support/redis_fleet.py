@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
 
 from benchmarks.redis_server import age
 from service.engine.options import EngineOptions
-from service.engine.protocol import Lease, Worker
+from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.engine.redis.subscriber import Subscriber
-from service.jobs import Domain, JobStatus, State
-from tests.support.fakes import FakeClock, fake_votes, true_votes
-
-SHARD_ROWS = 10
-
+from service.jobs import State
+from tests.support.engines import SHARD_ROWS, status_of
+from tests.support.fakes import FakeClock
 
 LEASE_MS = 30_000
-
-
-ALPHA = Worker("alpha", {"default": "bundle-a"})
-
-
-BETA = Worker("beta", {"default": "bundle-a"})
 
 
 class Fleet:
@@ -53,35 +44,6 @@ class Fleet:
     async def close(self) -> None:
         await self.engine.close()
         await self.redis.aclose()
-
-
-def votes(lease: Lease) -> list[int]:
-    shard = lease.shard
-    key = lease.job.domain_key(shard.domain)
-    return fake_votes(key, range(shard.start, shard.stop), lease.job.classes)
-
-
-async def compute(engine: RedisEngine, leases: Sequence[Lease]) -> list[bool]:
-    await engine.start(leases)
-    return [await engine.commit(lease, votes(lease)) for lease in leases]
-
-
-async def finish_everything(engine: RedisEngine, worker: Worker = ALPHA) -> None:
-    while leases := await engine.pull(worker, 50):
-        await compute(engine, leases)
-
-
-async def status_of(engine: RedisEngine, job_id: str) -> JobStatus:
-    status = await engine.status(job_id)
-    assert status is not None
-    return status
-
-
-def assert_exact(status: JobStatus) -> None:
-    """The job succeeded with every row counted once."""
-    assert (status.state, status.rows_done) == (State.SUCCEEDED, status.job.rows)
-    assert status.selection == true_votes(status.job, Domain.SELECTION)
-    assert status.estimation == true_votes(status.job, Domain.ESTIMATION)
 
 
 class Rollout:

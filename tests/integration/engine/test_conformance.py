@@ -138,7 +138,7 @@ async def test_expired_lease_is_pulled_again_and_counted_once(harness: Harness) 
 
 
 async def test_stale_owner_may_commit_first(harness: Harness) -> None:
-    """Whoever commits a shard first is counted, and then the other one is refused."""
+    """The first commit of a shard is counted, and the second is refused."""
     engine = harness.engine
     await engine.submit(make_job("a"))
     (stale,) = await engine.pull(ALPHA, 1)

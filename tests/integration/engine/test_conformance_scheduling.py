@@ -82,7 +82,7 @@ async def test_fast_lane_leaves_a_quarter(engine: Engine) -> None:
 
 
 async def test_slow_lane_saves_no_turns(engine: Engine) -> None:
-    """A CERTIFY job that comes late waits its three pulls; one that was served begins anew."""
+    """A CERTIFY job that comes late waits for three pulls; one just served, for three more."""
     for at in range(4):
         await engine.submit(one_shard(f"fast-{at}"))
     for _ in range(4):
@@ -250,7 +250,7 @@ async def test_slow_watcher_sees_the_latest(engine: Engine) -> None:
 
 
 async def test_watch_of_an_ended_job_is_its_end(engine: Engine) -> None:
-    """Whoever comes after the end gets the one final status."""
+    """A watch that begins after the end yields the one final status."""
     await engine.submit(make_job("a"))
     await finish_everything(engine)
     (status,) = [status async for status in engine.watch("a")]
@@ -330,7 +330,7 @@ async def test_the_queue_is_told_by_lane(harness: Harness) -> None:
 
 
 async def test_the_queue_tells_the_speed_that_retry_after_is_made_from(harness: Harness) -> None:
-    """The measured speed is the one that capacity tells."""
+    """Capacity has the measured speed."""
     engine = harness.engine
     await engine.submit(make_job("a"))
     leases = await engine.pull(ALPHA, 20)

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from service.engine.protocol import Engine
 from service.jobs import JobStatus, State
 from service.predictions.service import Predictions
+from tests.support.engines import ALPHA
 from tests.support.fakes import EngineSpy, make_job
-from tests.support.redis_fleet import ALPHA, Fleet, steady
+from tests.support.redis_fleet import Fleet, steady
 from tests.support.serving import problem, serving
 from tests.support.working import soon
 

@@ -17,20 +17,18 @@ from service.engine.options import EngineOptions
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.jobs import Mode, State
-from tests.support.fakes import make_job
-from tests.support.http import VALID
-from tests.support.redis_fleet import (
+from tests.support.engines import (
     ALPHA,
     BETA,
-    NEWER,
     SHARD_ROWS,
-    Fleet,
-    Rollout,
     assert_exact,
     compute,
     finish_everything,
     status_of,
 )
+from tests.support.fakes import make_job
+from tests.support.http import VALID
+from tests.support.redis_fleet import NEWER, Fleet, Rollout
 
 pytestmark = [  # A connection that is cut while the client makes it is left to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -206,7 +204,7 @@ async def test_entry_deleted_by_hand_blocks_nothing(fleet: Fleet) -> None:
 
 
 async def test_lost_group_is_made_again(fleet: Fleet) -> None:
-    """NOGROUP: a pull makes the group anew, and what was out is delivered once more."""
+    """NOGROUP: a pull creates the group again, and leased shards are delivered once more."""
     engine = fleet.engine
     await engine.submit(make_job("a"))
     out = await engine.pull(ALPHA, 20)

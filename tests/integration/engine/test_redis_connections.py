@@ -23,24 +23,20 @@ from service.engine.redis.engine import PREFIX, RedisEngine
 from service.engine.redis.subscriber import Subscriber
 from service.errors import QuotaExceeded
 from service.jobs import JobStatus, Mode, State
-from tests.support.fakes import make_job
-from tests.support.http import VALID
-from tests.support.paths import ROOT
-from tests.support.redis_fleet import (
+from tests.support.engines import (
     ALPHA,
     BETA,
-    LEASE_MS,
-    NEWER,
     SHARD_ROWS,
-    Fleet,
-    answer,
     assert_exact,
     compute,
     finish_everything,
     status_of,
-    steady,
     votes,
 )
+from tests.support.fakes import make_job
+from tests.support.http import VALID
+from tests.support.paths import ROOT
+from tests.support.redis_fleet import LEASE_MS, NEWER, Fleet, answer, steady
 
 # Deliveries
 
@@ -132,7 +128,7 @@ async def test_third_failure_leaves_a_letter(fleet: Fleet) -> None:
 
 
 async def test_workers_are_told_of_work_where_none_waited(fleet: Fleet) -> None:
-    """Where work waits already nobody who could take it is idle; what comes back is told again."""
+    """Workers are notified only where no work waited; released shards notify them again."""
     async with fleet.redis.pubsub() as pubsub:
         await pubsub.subscribe(f"{fleet.prefix}arrived")
 
@@ -369,7 +365,7 @@ async def test_a_cancelled_call_ends(own_server: RedisServer) -> None:
             await asyncio.sleep(0)
         asking.cancel()
         await asyncio.wait({asking}, timeout=5)
-        enough.set()  # Whoever goes on must not outlive the test.
+        enough.set()  # The workers must not outlive the test.
         await asyncio.wait({asking})
         enough.clear()
         assert asking.cancelled(), f"not after {moment} steps of the loop"

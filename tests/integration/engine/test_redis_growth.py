@@ -12,15 +12,9 @@ from service.engine.protocol import FAILURES_ALLOWED
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
 from service.jobs import State
+from tests.support.engines import ALPHA, BETA, compute, finish_everything, status_of
 from tests.support.fakes import FakeClock, make_job
-from tests.support.redis_fleet import (
-    ALPHA,
-    BETA,
-    Fleet,
-    compute,
-    finish_everything,
-    status_of,
-)
+from tests.support.redis_fleet import Fleet
 
 # Growth
 
