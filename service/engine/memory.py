@@ -25,7 +25,7 @@ from service.engine.protocol import (
     died_over,
 )
 from service.engine.queues import Queues
-from service.engine.signal import Signal
+from service.engine.signal import Signal, notified
 from service.errors import TaskUnusable
 from service.jobs import Domain, Job, JobStatus, Mode, State
 
@@ -76,7 +76,7 @@ class MemoryEngine:
         self._backlog = BacklogRows(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
         self._rate = RateMeter()
-        self._arrived = Signal()
+        self._arrived, self._look_due = Signal(), Signal()
 
     async def submit(
         self, job: Job, *, idempotency_key: str | None = None, fingerprint: str = ""
@@ -99,13 +99,8 @@ class MemoryEngine:
         while True:
             arrival = self._arrived.next
             leases = self._take(worker, rows, prefer_task)
-            if leases or not rows:
+            if leases or not rows or not await notified(arrival, deadline):
                 return leases
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await arrival.wait()
-            except TimeoutError:
-                return []
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
         """Mark these shards as being computed; see Engine."""
@@ -144,6 +139,39 @@ class MemoryEngine:
         """Hand shards back uncomputed and uncounted."""
         for delivery in self._deliveries(leases):
             self._put_back(delivery)
+
+    async def due(self) -> list[JobStatus]:
+        """The jobs whose look is due, waiting `poll_seconds` at most; see Engine."""
+        deadline = asyncio.get_running_loop().time() + self._poll_seconds
+        while True:
+            change = self._look_due.next
+            self._sweep()
+            found = [record.status() for record in self._open.values() if record.due]
+            if found or not await notified(change, deadline):
+                return [replace(each, job=replace(each.job, pixels=b"")) for each in found]
+
+    async def extend(self, job_id: str, rows: int) -> bool:
+        """Queue the round that ends at the look of `rows`; see Engine."""
+        self._sweep()
+        record = self._open.get(job_id)
+        if record is None or rows not in record.job.looks[1:]:
+            return False
+        at = record.job.looks.index(rows)
+        if record.due and at == record.round + 1:
+            record.extend(record.job.rounds(self._options.shard_rows)[at])
+            self._arrived.notify()
+            record.changed.notify()
+        return at <= record.round
+
+    async def finish(self, job_id: str, look: int) -> bool:
+        """End a job with the votes at a look; see Engine."""
+        self._sweep()
+        record = self._find(job_id)
+        if record is None:
+            return False
+        if not record.state.ended and record.return_to(look):
+            self._end(record, State.SUCCEEDED)
+        return record.state is State.SUCCEEDED
 
     async def cancel(self, job_id: str) -> bool:
         """Drop the rest of a job; False where it had ended or is unknown."""
@@ -232,7 +260,7 @@ class MemoryEngine:
         )
 
     def _enqueue(self, job: Job, caller_key: CallerKey | None, fingerprint: str) -> None:
-        shards = job.shards(self._options.shard_rows)
+        shards = job.rounds(self._options.shard_rows)[0]
         record = JobRecord(
             job=job,
             shards=shards,
@@ -281,10 +309,12 @@ class MemoryEngine:
         self._held.pop((record.job.id, index), None)
         self._backlog.book(record.job, -record.shards[index].rows)
         self._rate.count(record.shards[index].rows, self._clock())
-        if record.complete:
+        if record.complete and not record.job.looks:
             self._end(record, State.SUCCEEDED)
         else:
             record.changed.notify()
+        if record.due:
+            self._look_due.notify()
 
     def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
         """Put a shard back after a failure or a worker crash, or end its job with the problem."""

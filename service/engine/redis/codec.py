@@ -74,28 +74,39 @@ def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
 
 
 def shards_of(fields: Fields) -> tuple[Shard, ...]:
-    """A job's shards as they were cut at submission, from its hash."""
-    return Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
+    """The shards of a job's rounds so far as they were cut at submission, from its hash."""
+    shards = Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
+    return shards[: int(fields[b"shards"])]
 
 
 def job_status(fields: Fields) -> JobStatus:
     """The status in a job's hash; its job has no pixels."""
     job = Job.decode(fields[b"job"], b"")
     state = State(fields[b"state"].decode())
+    looks = {at: _votes_at(job, at, fields) for at in job.looks if b"look:%d" % at in fields}
+    # Only a job that was finished at an earlier look has stored votes of its last one.
+    estimation = looks.pop(int(fields.get(b"look", 0)), None)
     return JobStatus(
         job=job,
         state=state,
         rows_done=int(fields[b"rows_done"]),
         selection=_votes(job, Domain.SELECTION, fields),
-        estimation=_votes(job, Domain.ESTIMATION, fields),
+        estimation=estimation or _votes(job, Domain.ESTIMATION, fields),
         started=_seconds(fields.get(b"started")),
         finished=_seconds(fields.get(b"finished")),
         problem=_problem(job, fields) if state is State.FAILED else None,
+        looks=tuple(looks.values()),
+        due=b"look" in fields and not state.ended and fields[b"counted"] == fields[b"shards"],
     )
 
 
 def _votes(job: Job, domain: Domain, fields: Fields) -> tuple[int, ...]:
     return tuple(int(fields.get(f"{domain}:{k}".encode(), 0)) for k in range(job.classes))
+
+
+def _votes_at(job: Job, look: int, fields: Fields) -> tuple[int, ...]:
+    votes = json.loads(fields[b"look:%d" % look])
+    return tuple(votes.get(str(k), 0) for k in range(job.classes))
 
 
 def _seconds(text: bytes | None) -> float | None:

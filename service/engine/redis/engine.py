@@ -52,6 +52,7 @@ from service.engine.redis.puller import Puller
 from service.engine.redis.reconciler import reconcile
 from service.engine.redis.subscriber import Subscriber
 from service.engine.scheduling import FAST_PULLS
+from service.engine.signal import notified
 from service.jobs import Job, JobStatus, State, canonical_json
 
 PREFIX = "{vouchsafe}:"
@@ -132,7 +133,7 @@ class RedisEngine:
         """Queue a job; see Engine. A known job id changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         queue = line_of(job.task, job.bundle)
-        shards = flat(job.shards(self._options.shard_rows))
+        shards = flat(job.rounds(self._options.shard_rows)[0])
         limit = most_rows(
             job.owner, self._options.max_queue_rows, self._options.max_queue_rows_per_key
         )
@@ -164,7 +165,7 @@ class RedisEngine:
             leases = await self._puller.take(worker, rows, prefer_task)
             if leases or not rows:
                 return leases
-            if not await _notified_by(arrival, deadline):
+            if not await notified(arrival, deadline):
                 return []
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -199,6 +200,32 @@ class RedisEngine:
         if leases:
             await self._scripts.run("release", *named(leases))
 
+    async def due(self) -> list[JobStatus]:
+        """The jobs whose look is due, waiting `poll_seconds` at most; see Engine."""
+        deadline = asyncio.get_running_loop().time() + self._poll_seconds
+        async with self._subscriber.listening(f"{self._prefix}due") as signal:
+            while True:
+                change = signal.next
+                names = await self._scripts.run("due")
+                statuses = await asyncio.gather(*(self.status(name.decode()) for name in names))
+                found = [status for status in statuses if status is not None and status.due]
+                if found or not await notified(change, deadline):
+                    return found
+
+    async def extend(self, job_id: str, rows: int) -> bool:
+        """Queue the round that ends at the look of `rows`; see Engine."""
+        fields = pairs(await self._scripts.run("status", job_id))
+        job = Job.decode(fields[b"job"], b"") if fields else None
+        if job is None or rows not in job.looks[1:]:
+            return False
+        at = job.looks.index(rows)
+        shards = flat(job.rounds(int(fields[b"shard_rows"]))[at])
+        return bool(await self._scripts.run("extend", job_id, job.looks[at - 1], rows, *shards))
+
+    async def finish(self, job_id: str, look: int) -> bool:
+        """End a job with the votes at a look; see Engine."""
+        return bool(await self._scripts.run("finish", job_id, look))
+
     async def cancel(self, job_id: str) -> bool:
         """Drop the rest of a job; False where it had ended or is unknown."""
         return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
@@ -226,7 +253,7 @@ class RedisEngine:
                 wait = self._poll_seconds
                 if self._subscriber.steady:
                     wait = max(wait, _STEADY_POLL_SECONDS)
-                await _notified_by(change, asyncio.get_running_loop().time() + wait)
+                await notified(change, asyncio.get_running_loop().time() + wait)
 
     async def status(self, job_id: str) -> JobStatus | None:
         """The job's status, or None; its job has no pixels."""
@@ -309,16 +336,6 @@ class RedisEngine:
             return []
         held = await self._scripts.run("renew", how, *named(leases))
         return [leases[place] for place in held]
-
-
-async def _notified_by(signal: asyncio.Event, deadline: float) -> bool:
-    if asyncio.get_running_loop().time() >= deadline:
-        return False
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await signal.wait()
-    except TimeoutError:
-        return False
 
 
 def _milliseconds(seconds: float) -> int:

@@ -4,6 +4,8 @@ local GROUP, FREE = 'workers', '(free)'
 local PREFIX, TERMS, CLOCK = KEYS[1], cjson.decode(ARGV[1]), redis.call('TIME')
 local NOW = tonumber(ARGV[2]) or tonumber(CLOCK[1]) + tonumber(CLOCK[2]) / 1e6
 local OPEN = {queued = true, running = true}
+-- The streams of a queue, in the order of service: PREDICT, later rounds of CERTIFY, other CERTIFY.
+local LANES = {'hi', 'later', 'lo'}
 
 local function key(...)
   return PREFIX .. table.concat({...}, ':')
@@ -104,24 +106,34 @@ local function head(stream)
   return entry and message(entry)
 end
 
+-- The next message of the queue in the first of these streams that has one, and its stream's lane.
+local function next_of(line, lanes)
+  for _, lane in ipairs(lanes) do
+    local first = head(key('lane', lane, line))
+    if first then
+      return first, lane
+    end
+  end
+end
+
 -- Entries are deleted as they are acknowledged, so an empty stream has no pending entry.
 local function tidy(line)
   local gone = 0
-  for _, lane in ipairs({'hi', 'lo'}) do
+  for _, lane in ipairs(LANES) do
     local stream = key('lane', lane, line)
     if redis.call('XLEN', stream) == 0 then
       redis.call('DEL', stream)
       gone = gone + 1
     end
   end
-  if gone == 2 then
+  if gone == #LANES then
     redis.call('HDEL', key('lines'), line)
     redis.call('HDEL', key('passed'), line)
   end
 end
 
 -- A token names one delivery: entry, number of deliveries, job, worker. Entries of two streams may
--- have the same id, but not within a job.
+-- have the same id, but not within a round.
 local function token_of(id, deliveries, job, worker)
   return table.concat({id, deliveries, job, worker}, '/')
 end
@@ -161,6 +173,14 @@ local function put_back(stream, entry, id, shard)
   redis.call('HDEL', key('job', id), 's:' .. shard)
   redis.call('XCLAIM', stream, GROUP, FREE, 0, entry, 'JUSTID')
   tell_workers()
+end
+
+-- Lists a job whose round is complete, for the API processes.
+local function mark_due(id)
+  if redis.call('ZADD', key('due'), 'NX', stamp(NOW), id) == 1 then
+    redis.call('PUBLISH', key('due'), '')
+  end
+  stay(TERMS.open_ms, key('due'))
 end
 
 local function run(id, state)
@@ -205,6 +225,7 @@ local function close(id)
   settle(id)
   redis.call('HDEL', key('backlog'), 'rows:' .. id, 'owner:' .. id, 'hi:' .. id)
   redis.call('ZREM', key('opened'), id)
+  redis.call('ZREM', key('due'), id)
 end
 
 -- A cancelled job leaves a short-lived mark for its watchers; without the mark, the job was lost.
