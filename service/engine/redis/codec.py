@@ -9,9 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from service.engine.limits import Served
-from service.engine.protocol import Lease, died_over
-from service.errors import ShardDead
+from service.engine.limits import (
+    Served,
+    another_request,
+    full,
+    over_quota,
+    too_large,
+    unserved,
+)
+from service.engine.protocol import Lease, died_over, rows_per_second
+from service.errors import Problem, ShardDead
 from service.jobs import Domain, Job, JobStatus, Shard, State, canonical_json
 
 Fields = Mapping[bytes, bytes]
@@ -46,6 +53,26 @@ def flat(shards: Iterable[Shard]) -> list[str | int]:
 def named(leases: Iterable[Lease]) -> list[str | int]:
     """Leases as the scripts' arguments: job, shard, token of each."""
     return [part for lease in leases for part in (lease.job.id, lease.shard.index, lease.token)]
+
+
+def rejection(job: Job, limit: int, outcome: bytes, figures: Sequence[bytes]) -> Problem | None:
+    """The problem of a job in a reply of submit.lua; None where the job is queued or known.
+
+    `limit` is the most rows of one job.
+    """
+    match outcome, figures:
+        case b"mismatch", _:
+            return another_request()
+        case b"large", _:
+            return too_large(job, limit)
+        case b"unserved", _:
+            return unserved(job.task)
+        case b"quota", (of_owner, quota, rows, seconds):
+            speed = rows_per_second(int(rows), float(seconds))
+            return over_quota(job.charge, int(of_owner), int(quota), speed)
+        case b"full", (waiting, rows, seconds):
+            return full(job.charge, int(waiting), rows_per_second(int(rows), float(seconds)))
+    return None
 
 
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:

@@ -1,4 +1,4 @@
--- Begins every script, after common.lua: expires leases, workers and jobs.
+-- Begins every script, after jobs.lua: expires leases, workers and jobs.
 local MOST_AT_ONCE = 500
 
 -- Expires an unrenewed delivery; counts a worker crash where the shard was being computed.
