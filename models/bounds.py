@@ -13,11 +13,7 @@ from functools import lru_cache
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, ndtri
 
-ALPHA_MIN = 1e-100
-"""Smallest level accepted: float64 tails are accurate down to here, subnormal ones are not."""
-
-ALPHA_MAX = 0.5
-"""Largest level accepted: above 1/2 the statement is more likely false than true."""
+from models.alpha import check_alpha
 
 ANYTIME_ROWS = 100_000
 """Most rows of an e-process: its rounding error was measured up to here."""
@@ -158,12 +154,6 @@ def quantile_up(p: float) -> float:
     """Standard normal quantile Phi^-1(p) of p in [0, 1], rounded up."""
     quantile = _quantile(p)
     return quantile * (1.0 + math.copysign(MARGIN, quantile))
-
-
-def check_alpha(alpha: float) -> None:
-    """Raises ValueError unless alpha is in [ALPHA_MIN, ALPHA_MAX]."""
-    if not ALPHA_MIN <= alpha <= ALPHA_MAX:
-        raise ValueError(f"alpha = {alpha}: must be in [{ALPHA_MIN}, {ALPHA_MAX}]")
 
 
 def _quantile(p: float) -> float:

@@ -16,6 +16,7 @@ from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import State
 from service.predictions.results import example
+from service.predictions.rounds import proven
 from service.predictions.schemas import (
     JobResponse,
     ModelResponse,
@@ -113,7 +114,10 @@ async def predict(
     request.state.body.release()
     wait = preferences.seconds(settings.default_wait_seconds)
     leaving = None if idempotency_key else partial(_disconnected, request)
-    if (status := await predictions.ended(job_id, wait, leaving)) is not None:
+    status = await predictions.ended(job_id, wait, leaving)
+    if status is None and not preferences.respond_async:
+        status = await predictions.finished_early(job_id)
+    if status is not None:
         return predictions.to_response(status)
     if preferences.respond_async:
         return _accepted(predictions.to_job_response(await predictions.status(job_id, owner)))
@@ -153,7 +157,8 @@ async def delete_job(id: str, predictions: Service, owner: Caller) -> None:
     response_class=EventSourceResponse,
     responses={
         200: {
-            "description": "`progress` events, then one `result` or `problem`",
+            "description": "`progress` events, of an early-stopping job `bound` events too, then "
+            "one `result` or `problem`",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         **problem_responses(errors.NotFound),
@@ -166,7 +171,7 @@ async def get_job_events(id: str, predictions: Service, owner: Caller) -> EventS
 
 
 async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
-    status = None
+    status, looks_sent = None, 0
     try:
         async for status in predictions.engine.watch(job_id):
             job = predictions.to_job_response(status).model_dump(mode="json")
@@ -175,6 +180,10 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
             elif status.state.ended:
                 yield JSONServerSentEvent(job["problem"], event="problem")
             else:
+                looks = len(status.looks)
+                if looks > looks_sent and (bound := proven(status)) is not None:
+                    looks_sent = looks
+                    yield JSONServerSentEvent(bound._asdict(), event="bound")
                 progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
                 yield JSONServerSentEvent(progress, event="progress")
         if status is None or not status.state.ended:

@@ -58,8 +58,10 @@ class Services:
             open_jobs=store.open_jobs,
             workers_elsewhere=settings.redis_url is not None,
         )
-        background = (running, BackgroundTasks([follow], FOLLOWING_SECONDS))
-        return cls(settings, engine, predictions, tasks, health, settings.callers(), background)
+        beside = BackgroundTasks([follow, predictions.keep_looking], FOLLOWING_SECONDS)
+        return cls(
+            settings, engine, predictions, tasks, health, settings.callers(), (running, beside)
+        )
 
     def start(self) -> None:
         """Start the background tasks."""
