@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
+NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 """Part of every noise key: another way to draw or key rows gives other rows."""
 
 
