@@ -73,6 +73,7 @@ class MemoryEngine:
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, JobRecord] = {}
+        self._aliases: dict[str, JobRecord] = {}
         self._backlog = BacklogRows(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
         self._rate = RateMeter()
@@ -180,6 +181,19 @@ class MemoryEngine:
         self._sweep()
         record = self._find(job_id)
         return None if record is None else record.status()
+
+    async def name(self, job_id: str, alias: str) -> None:
+        """Let `named` find the job by this alias; see Engine."""
+        self._sweep()
+        if record := self._find(job_id):
+            record.aliases.add(alias)
+            self._aliases[alias] = record
+
+    async def named(self, alias: str) -> str | None:
+        """The id of the job with this alias, or None."""
+        self._sweep()
+        record = self._aliases.get(alias)
+        return None if record is None else record.job.id
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
@@ -321,6 +335,9 @@ class MemoryEngine:
         del self._ended[record.job.id]
         if record.caller_key is not None:
             del self._caller_keys[record.caller_key]
+        for alias in record.aliases:
+            if self._aliases.get(alias) is record:
+                del self._aliases[alias]
 
     def _sweep(self) -> None:
         """Expire leases, silent workers, unserved jobs, and jobs past their retention."""
