@@ -114,9 +114,9 @@ async def predict(
     wait = preferences.seconds(settings.default_wait_seconds)
     leaving = None if idempotency_key else partial(_disconnected, request)
     if (status := await predictions.ended(job_id, wait, leaving)) is not None:
-        return predictions.to_response(status)
+        return await predictions.to_response(status)
     if preferences.respond_async:
-        return _accepted(predictions.to_job_response(await predictions.status(job_id, owner)))
+        return _accepted(await predictions.to_job_response(await predictions.status(job_id, owner)))
     detail = f"Not ready after {wait} s; the job goes on: request /jobs/{job_id}"
     raise errors.DeadlinePassed(detail, job=job_id)
 
@@ -135,7 +135,7 @@ def _accepted(job: JobResponse) -> Response:
 @routes.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
 async def get_job(id: str, predictions: Service, owner: Caller) -> JobResponse:
     """A job's state and progress; `result` is what the waiting call would have returned."""
-    return predictions.to_job_response(await predictions.status(id, owner))
+    return await predictions.to_job_response(await predictions.status(id, owner))
 
 
 @routes.delete(
@@ -169,7 +169,7 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
     status = None
     try:
         async for status in predictions.engine.watch(job_id):
-            job = predictions.to_job_response(status).model_dump(mode="json")
+            job = (await predictions.to_job_response(status)).model_dump(mode="json")
             if status.state is State.SUCCEEDED:
                 yield JSONServerSentEvent(job["result"], event="result")
             elif status.state.ended:

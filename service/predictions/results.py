@@ -5,22 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from models.certificates import Certificate, certify, predict
+from models.evidence import total_variation
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
+from service.predictions.document import SignedCertificate
 from service.predictions.schemas import JobResponse, LabelCount, PredictResponse, Timing
-
-
-def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
-    """Bound on the total variation distance of a row's drawn noise from the ideal, without torch.
-
-    `shape` is (channels, height, width). A pixel has fewer than 5000 sigma + 10 thresholds, and
-    each blurs one word in 2^63; redraws double that. Never below `models.noise.total_variation`.
-    """
-    return prod(shape) * (5000 * sigma + 10) * 2.0**-62
 
 
 def certificate(status: JobStatus) -> Certificate:
@@ -44,8 +36,10 @@ def _proven(
     return certify(selection, estimation, sigma, alpha, total_variation=blur)
 
 
-def to_response(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
-    """The response of a succeeded job; `labels` are those of its bundle."""
+def to_response(
+    status: JobStatus, labels: Sequence[str], signed: SignedCertificate | None = None
+) -> PredictResponse:
+    """The response of a succeeded job; `labels` are those of its bundle, `signed` its document."""
     job, proven = status.job, certificate(status)
     votes = sorted(zip(status.estimation, labels, strict=True), key=lambda vote: -vote[0])
     return PredictResponse(
@@ -68,6 +62,7 @@ def to_response(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
         resolution=job.shape[1],
         bundle=job.bundle,
         timing_ms=_timing(status),
+        certificate=signed,
     )
 
 
@@ -96,8 +91,8 @@ def example() -> PredictResponse:
     return to_response(ended, labels)
 
 
-def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse:
-    """The job's response; `labels`, those of its bundle, are needed once it has succeeded."""
+def job_response(status: JobStatus, result: PredictResponse | None) -> JobResponse:
+    """The job's response; `result` is that of a job that has succeeded."""
     job = status.job
     return JobResponse(
         id=job.id,
@@ -110,7 +105,7 @@ def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse
         created=job.created,
         started=status.started,
         finished=status.finished,
-        result=to_response(status, labels) if labels else None,
+        result=result,
         problem=problem(status),
     )
 

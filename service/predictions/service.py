@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import time
@@ -19,6 +20,7 @@ from models.certificates import (
     smallest_n_certify,
     smallest_n_predict,
 )
+from models.evidence import total_variation
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.errors import (
@@ -32,10 +34,13 @@ from service.jobs import Job, JobStatus, Mode, State, noise_key
 from service.operations import metrics
 from service.operations.logs import about
 from service.predictions.admission import Admission, AdmissionControl
+from service.predictions.certificate import Issuing
+from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
-from service.predictions.results import job_response, problem, to_response, total_variation
+from service.predictions.results import job_response, problem, to_response
 from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse
 from service.predictions.waiting import JobWaiter
+from service.signing import SigningKeys
 from service.validation import invalid_field
 
 logger = logging.getLogger("vouchsafe")
@@ -54,12 +59,14 @@ class Predictions:
         engine: Engine,
         tasks: Mapping[str, Bundle],
         secret: bytes,
+        keys: SigningKeys,
         expect: Callable[[str], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self.engine = engine
         self.tasks = tasks
         self._settings = settings
         self._secret = secret
+        self._issuing = Issuing(secret, keys)
         self._expect = expect
         self._reader = ImageReader(
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
@@ -149,10 +156,10 @@ class Predictions:
         """
         return await self._waiter.ended(job_id, seconds, leaving)
 
-    def to_job_response(self, status: JobStatus) -> JobResponse:
+    async def to_job_response(self, status: JobStatus) -> JobResponse:
         """The job's response; raises NotFound for a result whose bundle is gone."""
         succeeded = status.state is State.SUCCEEDED
-        return job_response(status, self._bundle_of(status.job).labels if succeeded else None)
+        return job_response(status, await self.to_response(status) if succeeded else None)
 
     async def cancel_stale(self, task: str) -> None:
         """Cancel the jobs of a task whose bundle is gone, or has been replaced since.
@@ -168,15 +175,30 @@ class Predictions:
         if task not in self.tasks:
             metrics.delete(task)
 
-    def to_response(self, status: JobStatus) -> PredictResponse:
-        """The response of an ended job.
+    async def to_response(self, status: JobStatus) -> PredictResponse:
+        """The response of an ended job; its certificate, if any, can be requested from now on.
 
         Raises JobFailed with the problem of a job that did not succeed, and NotFound for a result
         whose bundle is gone.
         """
-        if (document := problem(status)) is not None:
-            raise JobFailed(document)
-        return to_response(status, self._bundle_of(status.job).labels)
+        bundle = self._bundle_of_success(status)
+        if (signed := self._issuing.issue(status, bundle)) is not None:
+            await self.engine.name(status.job.id, signed.document.id)
+        return to_response(status, bundle.labels, signed)
+
+    async def certificate(self, certificate_id: str, owner: str | None) -> SignedCertificate:
+        """The certificate of this id, from a response to the same owner.
+
+        Raises NotFound for any other id, and once the certificate's job or its bundle is gone.
+        """
+        job_id = await self.engine.named(certificate_id)
+        if job_id is None:
+            raise NotFound("There is no such certificate, or no longer")
+        status = await self.status(job_id, owner)
+        signed = self._issuing.issue(status, self._bundle_of(status.job))
+        if signed is None:
+            raise NotFound("There is no such certificate, or no longer")
+        return signed
 
     def drain(self, grace_seconds: float) -> None:
         """Make `ended` raise Backlog after `grace_seconds`, for callers still waiting then."""
@@ -196,7 +218,7 @@ class Predictions:
         owner: str | None,
         traceparent: str | None,
     ) -> Job:
-        channels, height, width = pixels.shape
+        (channels, height, width), array = pixels.shape, pixels.tobytes()
         job = Job(
             id=secrets.token_urlsafe(16),
             task=question.task,
@@ -209,14 +231,23 @@ class Predictions:
             n=question.n,
             classes=len(bundle.labels),
             shape=(channels, height, width),
-            pixels=pixels.tobytes(),
+            pixels=array,
             key=b"",
             created=time.time(),
             owner=owner,
             traceparent=traceparent,
             setup_rows=admission.setup_rows,
+            array_sha256=hashlib.sha256(array).hexdigest(),
+            file_sha256=hashlib.sha256(question.image).hexdigest(),
+            numerics=admission.numerics,
         )
         return replace(job, key=noise_key(self._secret, job))
+
+    def _bundle_of_success(self, status: JobStatus) -> Bundle:
+        """The bundle of a succeeded job; raises JobFailed for another job, and as `_bundle_of`."""
+        if (document := problem(status)) is not None:
+            raise JobFailed(document)
+        return self._bundle_of(status.job)
 
     def _bundle_of(self, job: Job) -> Bundle:
         """The bundle of the job; raises NotFound once it is gone or replaced."""
@@ -231,7 +262,7 @@ class Predictions:
 
     def _count_outcome(self, status: JobStatus) -> None:
         try:
-            response = self.to_response(status)
+            response = to_response(status, self._bundle_of_success(status).labels)
         except Problem as error:  # There is no answer to count.
             if status.state is State.FAILED:
                 logger.warning("a job failed: %s", error, extra=about([status.job]))
