@@ -225,10 +225,10 @@ def _hashes(rows: Rows) -> list[str]:
 
 
 SCENARIOS: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], Args, Args]] = {
-    "workers killed": (kills, (100, 40), (3, 2)),
+    "workers killed": (kills, (100, 40), (1, 1)),
     "delivered twice": (twice, (12,), (1,)),
-    "redis killed, everysec": (redis_kills, (10, 8), (2, 2)),
-    "redis killed, always": (redis_kills, (10, 8), (2, 2)),
+    "redis killed, everysec": (redis_kills, (10, 8), (1, 1)),
+    "redis killed, always": (redis_kills, (10, 8), (1, 1)),
     "poison": (poison, (8,), (1,)),
     "hung device": (hung, (), ()),
     "API killed": (restarted, (), ()),

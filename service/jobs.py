@@ -9,6 +9,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from itertools import chain, count, pairwise
 from typing import Any
 
 NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
@@ -25,11 +26,6 @@ class Mode(StrEnum):
     def priority(self) -> str:
         """`hi` for PREDICT, `lo` for CERTIFY."""
         return "hi" if self is Mode.PREDICT else "lo"
-
-    @property
-    def method(self) -> str:
-        """The statistical procedure of the mode."""
-        return "binomial" if self is Mode.PREDICT else "cohen"
 
 
 class Domain(StrEnum):
@@ -84,6 +80,12 @@ class Job:
     - `setup_rows`: a worker's cost to prepare the job, in rows.
     - `array_sha256`, `file_sha256`: SHA-256 (hex) of `pixels`, and of the file that was sent.
     - `numerics`: the worker's numerics that `bundle` includes.
+    - `method`: the statistical procedure; unless given, `binomial` in predict mode, else `cohen`.
+    - `target_radius`: the radius that suffices the caller, in l2 on [0,1] pixels.
+    - `looks`: the look schedule, in estimation rows drawn so far, ascending, the last equal to n.
+      Each look ends a round. Empty where all rows are drawn before the only look.
+
+    Raises ValueError for looks that are no such schedule.
     """
 
     id: str
@@ -106,6 +108,19 @@ class Job:
     array_sha256: str = ""
     file_sha256: str = ""
     numerics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    method: str = ""
+    target_radius: float | None = None
+    looks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            method = "binomial" if self.mode is Mode.PREDICT else "cohen"
+            object.__setattr__(self, "method", method)
+        schedule = (0, *self.looks)
+        if self.looks and (schedule[-1] != self.n or any(a >= b for a, b in pairwise(schedule))):
+            raise ValueError(
+                f"looks is {self.looks}; it must ascend from 1 or more to n = {self.n}"
+            )
 
     @property
     def rows(self) -> int:
@@ -119,12 +134,23 @@ class Job:
 
     def shards(self, most_rows: int) -> tuple[Shard, ...]:
         """The job's rows cut into shards of at most `most_rows` (>= 1), selection first."""
-        cuts = [
-            (domain, start, min(start + most_rows, rows))
-            for domain, rows in ((Domain.SELECTION, self.n0), (Domain.ESTIMATION, self.n))
-            for start in range(0, rows, most_rows)
-        ]
-        return tuple(Shard(index, *cut) for index, cut in enumerate(cuts))
+        return tuple(chain.from_iterable(self.rounds(most_rows)))
+
+    def rounds(self, most_rows: int) -> tuple[tuple[Shard, ...], ...]:
+        """The shards of each round; a single round without looks.
+
+        The first round has the selection rows too. Indices count on from round to round.
+        """
+        indices = count()
+
+        def cut(domain: Domain, start: int, stop: int) -> list[Shard]:
+            starts = range(start, stop, most_rows)
+            return [Shard(next(indices), domain, at, min(at + most_rows, stop)) for at in starts]
+
+        selection = cut(Domain.SELECTION, 0, self.n0)
+        ends = pairwise((0, *(self.looks or (self.n,))))
+        first, *later = [cut(Domain.ESTIMATION, *span) for span in ends]
+        return ((*selection, *first), *map(tuple, later))
 
     def domain_key(self, domain: Domain) -> bytes:
         """Noise key (32 bytes) of one domain of rows."""
@@ -146,6 +172,7 @@ class Job:
             "key": b64decode,
             "mode": Mode,
             "shape": tuple,
+            "looks": tuple,
         }
         fields = json.loads(encoded)
         for name in readers.keys() & fields.keys():
@@ -157,8 +184,12 @@ class Job:
 class JobStatus:
     """A job's state and votes.
 
-    `selection` and `estimation` are votes by class (K,), of `rows_done` rows together. Times are
-    Unix seconds; `problem` is a problem document once the state is `failed`.
+    - `selection`, `estimation`: votes by class (K,), of `rows_done` rows together. After
+      `Engine.finish` at an earlier look, `estimation` has the votes at that look.
+    - `looks`: estimation votes (K,) at each look before that of `estimation`, in order.
+    - `due`: a round is complete, so the job waits for `Engine.extend` or `Engine.finish`.
+    - `started`, `finished`: Unix seconds.
+    - `problem`: a problem document once the state is `failed`.
     """
 
     job: Job
@@ -169,6 +200,8 @@ class JobStatus:
     started: float | None = None
     finished: float | None = None
     problem: dict[str, Any] | None = None
+    looks: tuple[tuple[int, ...], ...] = ()
+    due: bool = False
 
 
 def canonical_json(value: object) -> bytes:
@@ -187,11 +220,13 @@ def question(job: Job) -> dict[str, Any]:
         "shape": list(job.shape),
         "bundle": job.bundle,
         "mode": job.mode.value,
-        "method": job.mode.method,
+        "method": job.method,
         "sigma": float(job.sigma),
         "alpha": float(job.alpha),
         "n0": job.n0,
         "n": job.n,
+        "target_radius": None if job.target_radius is None else float(job.target_radius),
+        "looks": list(job.looks),
     }
 
 

@@ -10,7 +10,8 @@ import base64
 import hashlib
 import json
 import sys
-from math import exp, fsum, lgamma, log, log1p, sqrt
+from collections.abc import Callable
+from math import acos, exp, lgamma, log, log1p, sqrt
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 TOLERANCE = 1e-9
+quantile = NormalDist().inv_cdf
 
 
 class Refused(Exception):
@@ -65,57 +67,138 @@ def signed_payload(jws: str, jwks: dict[str, Any]) -> bytes:
     raise Refused(f"no key {header['kid']} in the JWKS")
 
 
-def tail(k: int, n: int, p: float) -> float:
-    """The probability of k or more successes in n trials of probability p."""
-    terms = (
-        lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) + i * log(p) + (n - i) * log1p(-p)
-        for i in range(k, n + 1)
-    )
-    return fsum(exp(term) for term in terms)
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularized incomplete beta function I_x(a, b), by its continued fraction."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 100_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-16:
+            break
+    scale = lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)
+    return exp(scale) * fraction / a
 
 
-def clopper_pearson(k: int, n: int, alpha: float) -> float:
-    """The p at which k or more of n rows have probability alpha, by bisection."""
-    low, high = 0.0, k / n if k < n else 1.0
-    while k and high - low > 1e-15:
+def last(holds: Callable[[float], bool], high: float = 1.0) -> float:
+    """The largest p in [0, high] up to which the condition holds, by bisection."""
+    low = 0.0
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if tail(k, n, middle) < alpha else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def clopper_pearson(k: int, n: int, level: float) -> float:
+    """The p at which k or more of n rows have this probability."""
+    return last(lambda p: incomplete_beta(k, n - k + 1, p) < level) if k else 0.0
+
+
+def anytime(k: int, n: int, level: float) -> float:
+    """The p up to which the e-process against smaller ones is above 1 / level."""
+
+    def log_e(p: float) -> float:
+        mass = lgamma(k + 0.5) + lgamma(n - k + 0.5) - lgamma(n + 1)
+        mass += log(1 - incomplete_beta(k + 0.5, n - k + 0.5, p)) - log(2 * acos(sqrt(p)))
+        return mass - k * log(p) - (n - k) * log1p(-p)
+
+    return last(lambda p: log_e(p) > -log(level), k / n) if k else 0.0
+
+
+def votes_of(document: dict[str, Any], name: str, rows: int) -> list[int]:
+    """The votes by label index; they must be those of the rows that were drawn."""
+    votes = [0] * len(document["model"]["labels"])
+    for index, count in document["evidence"][f"{name}_counts"].items():
+        votes[int(index)] = int(count)
+        need(count > 0, f"{name}_counts holds a number below 1")
+    need(sum(votes) == rows, f"{name}_counts do not sum to {rows}")
+    need(document["noise"][name] == [0, rows], f"noise.{name} is not [0, {rows}]")
+    return votes
+
+
+def check_shares(question: dict[str, Any]) -> None:
+    """Refuse any other division of alpha than the method's."""
+    method, alpha, shares = question["method"], question["alpha"], question["alpha_shares"]
+    need(method in ("cohen", "two-sided", "anytime"), "the method is another one")
+    target = question["target_radius"] is not None
+    spent = {"looks": alpha * (0.2 if target else 0.1)} if method == "anytime" else {}
+    if method != "cohen":
+        spent["runner_up"] = 0.1 * (alpha - sum(spent.values()))
+    spent["label"] = alpha - sum(spent.values())
+    same = spent.keys() == shares.keys() and sum(shares.values()) <= alpha * (1 + 1e-15)
+    same = same and all(abs(shares[name] - spent[name]) <= 1e-12 * alpha for name in spent)
+    need(same, "alpha is divided otherwise")
+    need(method == "anytime" or not (target or question["looks"]), "the method has no looks")
+
+
+def prove(document: dict[str, Any], tv: float) -> dict[str, Any]:
+    """The result that question and evidence prove, without norms."""
+    question, shares = document["question"], document["question"]["alpha_shares"]
+    n, sigma, early = int(question["n"]), question["sigma"], question["method"] == "anytime"
+    looks = [[int(number) for number in look] for look in document["evidence"]["looks"]]
+    if early:
+        schedule = [int(number) for number in question["looks"]]
+        need(schedule == sorted({*schedule}) and schedule[-1] == n, "looks do not ascend to n")
+        drawn = [look[0] for look in looks]
+        need(drawn == schedule[: len(looks)], "evidence.looks are not the schedule's")
+    rows = looks[-1][0] if early else n
+    selection = votes_of(document, "selection", int(question["n0"]))
+    votes = votes_of(document, "estimation", rows)
+    label = selection.index(max(selection))
+    rival = max((i for i in range(len(votes)) if i != label), key=lambda i: (votes[i], -i))
+    need(looks[-1:] == [[rows, votes[label], votes[rival]]] * early, "the last look is another one")
+    p_lower, p_upper, radius = 0.0, None, 0.0
+    for look, own, _ in looks:
+        p_lower = max(p_lower, anytime(own, look, shares["looks"]) - tv)
+        radius = sigma * quantile(p_lower) if p_lower > 0.5 else 0.0
+    if rows == n:
+        at_end = clopper_pearson(votes[label], n, shares["label"]) - tv
+        others = 1 - at_end
+        if question["method"] != "cohen":
+            others_of_n = clopper_pearson(n - votes[rival], n, shares["runner_up"])
+            others = p_upper = min(others, 1 - others_of_n + tv)
+        if at_end > others:
+            radius = max(radius, sigma / 2 * (quantile(at_end) - quantile(others)))
+        p_lower = max(p_lower, at_end)
+    need(radius > 0, "the votes prove no radius")
+    return {
+        "label": document["model"]["labels"][label],
+        "label_index": label,
+        "p_lower": p_lower,
+        "runner_up": None if question["method"] == "cohen" else rival,
+        "p_upper": p_upper,
+        "radius": radius,
+    }
 
 
 def check(document: dict[str, Any], written: dict[str, Any]) -> None:
     """Refuse what does not follow; `written` is the document with its numbers as they stand."""
-    question, evidence, result = document["question"], document["evidence"], document["result"]
+    question, result = document["question"], document["result"]
     need(document["type"] == "urn:vouchsafe:certificate:1", "the type is another one")
     need(document["noise"]["format"] == "philox4x32-10/discrete-gaussian/2", "other noise")
-    need(question["method"] == "cohen", "the method is another one")
-    n0, n, sigma = int(question["n0"]), int(question["n"]), question["sigma"]
-    need(question["alpha_shares"] == {"p_lower": question["alpha"]}, "alpha is divided otherwise")
-    counts = {}
-    for name, rows in (("selection", n0), ("estimation", n)):
-        counts[name] = {int(k): int(v) for k, v in evidence[f"{name}_counts"].items()}
-        need(min(counts[name].values()) > 0, f"{name}_counts holds a number below 1")
-        need(sum(counts[name].values()) == rows, f"{name}_counts do not sum to {rows}")
-        need(document["noise"][name] == [0, rows], f"noise.{name} is not [0, {rows}]")
-    top = max(counts["selection"].values())
-    label = min(index for index, votes in counts["selection"].items() if votes == top)
-    need(result["label_index"] == label, "another label has most selection votes")
-    need(document["model"]["labels"][label] == result["label"], "the label has another index")
     channels, height, width = map(int, document["subject"]["shape"])
     values = channels * height * width
-    tv = values * (5000 * sigma + 10) * 2.0**-62
-    need(abs(evidence["total_variation"] - tv) <= 1e-12 * tv, "total_variation is another one")
-    p_lower = clopper_pearson(counts["estimation"].get(label, 0), n, question["alpha"]) - tv
-    need(p_lower > 0.5, "the votes prove no radius")
-    radius = sigma * NormalDist().inv_cdf(p_lower)
-    for name, claimed, found in (
-        ("p_lower", result["p_lower"], p_lower),
-        ("radius", result["radius"], radius),
-        ("norms.l1", result["norms"]["l1"], radius),
-        ("norms.l2", result["norms"]["l2"], radius),
-        ("norms.linf", result["norms"]["linf"], radius / sqrt(values)),
-    ):
-        need(abs(claimed - found) <= TOLERANCE, f"{name} = {claimed}: the votes prove {found}")
+    tv = values * (5000 * question["sigma"] + 10) * 2.0**-62
+    stated = document["evidence"]["total_variation"]
+    need(abs(stated - tv) <= 1e-12 * tv, "total_variation is another one")
+    check_shares(question)
+    found = prove(document, tv)
+    levels = 255 * found["radius"]
+    found["l2_gray_levels"] = levels
+    found["linf_gray_levels"] = found["brightness_gray_levels"] = levels / sqrt(values)
+    patches = result["norms"]["patch_gray_levels"]
+    need(all(1 <= int(side) <= min(height, width) for side in patches), "a patch is too large")
+    found |= {side: levels / (int(side) * sqrt(channels)) for side in patches}
+    for name, claimed in ({**result, **result["norms"], **patches}).items():
+        if name in found:
+            is_number = isinstance(claimed, float) and isinstance(found[name], float)
+            close = is_number and abs(claimed - found[name]) <= TOLERANCE * max(1, found[name])
+            need(close or claimed == found[name], f"{name} = {claimed}: proven is {found[name]}")
     asked, shown = written["question"], json.dumps(result["label"], ensure_ascii=False)
     meant = (
         f"With probability at least 1 - {asked['alpha']} over the noise, the classifier smoothed "

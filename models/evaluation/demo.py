@@ -28,7 +28,7 @@ def shown(model: SmoothedModel, image: np.ndarray, truth: str, sigma: float, see
     estimation = votes(model, rows)
     certificate = certify(
         selection.tolist(), estimation.tolist(), sigma, ALPHA,
-        total_variation=total_variation(sigma, pixels.shape),
+        method="cohen", total_variation=total_variation(sigma, pixels.shape),
     )  # fmt: skip
     first = Rows(pixels, rows.key, 0, 1, sigma)
     return Shown(

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.certificates import Certificate, average_certified_radius, certified_accuracy, certify
+from models.certificates import Certificate, certify
 from models.classifier import Classifier
 from models.evaluation.datasets import LabelledImages
+from models.evaluation.scores import average_certified_radius, certified_accuracy
 from models.noise import total_variation
 from models.rows import Rows
 from models.smoothing import SmoothedModel, votes
@@ -141,6 +142,7 @@ def outcome(
         estimation.tolist(),
         sigma,
         alpha,
+        method="cohen",
         total_variation=total_variation(sigma, (channels, height, width)),
     )
     return Certified(index, truth, certificate, float(estimation[truth] / estimation.sum()))

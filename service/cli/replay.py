@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.evidence import sparse
+from models.evidence import looks_of, sparse
 from models.rows import Rows
 from models.runtime import RUNTIMES
 from models.smoothing import SmoothedModel, load, votes
@@ -26,16 +29,24 @@ def replay(
     job = job_of(document, array_of(document, image), secret)
     model = _model(document, bundle, settings)
     pixels = np.frombuffer(job.pixels, np.uint8).reshape(job.shape)
-    for domain, rows, counts in (
-        (Domain.SELECTION, document.noise.selection, document.evidence.selection_counts),
-        (Domain.ESTIMATION, document.noise.estimation, document.evidence.estimation_counts),
+
+    def tally(domain: Domain, start: int, stop: int) -> NDArray[np.int64]:
+        return votes(model, Rows(pixels, job.domain_key(domain), start, stop, job.sigma))
+
+    evidence = document.evidence
+    selection = tally(Domain.SELECTION, 0, job.n0)
+    ends = [rows for rows, _, _ in evidence.looks] or [document.noise.estimation[1]]
+    rounds = [tally(Domain.ESTIMATION, *span) for span in pairwise((0, *ends))]
+    estimation = np.cumsum(rounds, axis=0).tolist()
+    looks = looks_of(document.result.label_index, estimation) if evidence.looks else []
+    for name, stated, found in (
+        ("selection_counts", evidence.selection_counts, sparse(selection.tolist())),
+        ("estimation_counts", evidence.estimation_counts, sparse(estimation[-1])),
+        ("looks", evidence.looks, looks),
     ):
-        drawn = Rows(pixels, job.domain_key(domain), rows[0], rows[1], job.sigma)
-        found = sparse(tuple(map(int, votes(model, drawn))))
-        if found != counts:
-            raise Refused(f"{domain}_counts = {counts}: the replay counts {found}")
-    drawn_rows = document.noise.selection[1] + document.noise.estimation[1]
-    return f"{drawn_rows} rows drawn again got the same votes"
+        if found != stated:
+            raise Refused(f"{name} = {stated}: the replay counts {found}")
+    return f"{job.n0 + ends[-1]} rows drawn again got the same votes"
 
 
 def _model(document: CertificateDocument, bundle: Bundle, settings: Settings) -> SmoothedModel:

@@ -45,10 +45,13 @@ class RateMeter:
 
 @dataclass(slots=True, eq=False)
 class JobRecord:
-    """One job and its shards, by index; `waiting` holds those without a lease, ascending.
+    """One job, and the shards of its rounds so far.
 
-    `failures` and `worker_crashes` count by shard. `reported` is the problem of the last failed
-    attempt, `problem` that of the job once it has failed.
+    - `waiting`: indices of the shards without a lease, ascending.
+    - `failures`, `worker_crashes`: numbers by shard.
+    - `reported`: the problem of the last failed attempt.
+    - `problem`: that of the job once it has failed.
+    - `looks`: estimation votes (K,) at each look that the job was extended past.
     """
 
     job: Job
@@ -69,11 +72,22 @@ class JobRecord:
     failures: Counter[int] = field(default_factory=Counter)
     worker_crashes: Counter[int] = field(default_factory=Counter)
     changed: Signal = field(default_factory=Signal)
+    looks: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         """Whether every shard is counted."""
         return len(self.counted) == len(self.shards)
+
+    @property
+    def due(self) -> bool:
+        """Whether the job waits for the decision at a look."""
+        return bool(self.job.looks) and self.complete and not self.state.ended
+
+    @property
+    def round(self) -> int:
+        """The place of the current round, from 0."""
+        return len(self.looks)
 
     def isolated(self, index: int) -> bool:
         """Whether a worker crashed on the shard, which must be computed alone since."""
@@ -99,6 +113,21 @@ class JobRecord:
         if index in self.waiting:
             self.waiting.remove(index)
 
+    def extend(self, shards: tuple[Shard, ...]) -> None:
+        """Begin the next round, which has these shards."""
+        self.looks.append(tuple(self.votes[Domain.ESTIMATION]))
+        self.waiting += [shard.index for shard in shards]
+        self.shards += shards
+
+    def return_to(self, look: int) -> bool:
+        """Restore the votes at `look`; False unless it is due or the last one extended past."""
+        if self.due and look == self.job.looks[self.round]:
+            return True
+        if not self.looks or look != sum(self.looks[-1]):
+            return False
+        self.votes[Domain.ESTIMATION] = list(self.looks.pop())
+        return True
+
     def status(self) -> JobStatus:
         """The job's status, as Engine returns it."""
         return JobStatus(
@@ -110,6 +139,8 @@ class JobRecord:
             started=self.started,
             finished=self.finished,
             problem=self.problem,
+            looks=tuple(self.looks),
+            due=self.due,
         )
 
 

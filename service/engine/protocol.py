@@ -118,6 +118,10 @@ class Engine(Protocol):
     The engine takes an expired lease back at its next sweep (at any pull); until then its worker
     may still renew or commit it. Jobs under a digest that no live worker has announced for
     some minutes fail. While no worker announces anything, they wait.
+
+    A job without looks ends at its last commit. A job with looks has its first round queued, and
+    is due once every shard of the round is counted. Any process may then extend it by the next
+    round, or finish it; the engine does not end it, not even after the last look.
     """
 
     async def submit(
@@ -165,6 +169,26 @@ class Engine(Protocol):
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Hand shards back uncomputed and uncounted, as a draining worker does."""
+
+    async def due(self) -> list[JobStatus]:
+        """The jobs whose look is due, oldest first, without pixels; waits a moment where none is.
+
+        A job is due until it is extended or finished. Several processes may get the same jobs.
+        """
+
+    async def extend(self, job_id: str, rows: int) -> bool:
+        """Queue the round that ends at the look of `rows` estimation rows.
+
+        Only where the look before it is due. The round goes before younger jobs that have not
+        begun. True also where an earlier call queued the round and the job is open.
+        """
+
+    async def finish(self, job_id: str, look: int) -> bool:
+        """End a job as succeeded with the votes at the look of `look` estimation rows.
+
+        Only where that look is due, or is the last one that the job was extended past; the rest of
+        the job's rows is dropped. True also where the job had succeeded.
+        """
 
     async def cancel(self, job_id: str) -> bool:
         """Drop the rest of a job; False where it had ended or is unknown."""

@@ -8,9 +8,10 @@ from base64 import urlsafe_b64encode
 from datetime import UTC, datetime
 
 from models.bundle import ADAPTER, TUNED, Base, Bundle
-from models.certificates import Certificate
-from models.evidence import alpha_shares, norms, recompute, sparse, total_variation
-from service.jobs import NOISE_FORMAT, JobStatus, Mode, State, canonical_json, question
+from models.certificates import Certificate, alpha_shares
+from models.evidence import looks_of, recompute, sparse, total_variation
+from models.norms import attack_norms
+from service.jobs import NOISE_FORMAT, Job, JobStatus, Mode, State, canonical_json, question
 from service.operations.metrics import VERSION
 from service.predictions.document import (
     TYPE,
@@ -49,22 +50,7 @@ class Issuing:
         succeeded = status.state is State.SUCCEEDED and status.finished is not None
         if job.mode is not Mode.CERTIFY or not succeeded or not job.file_sha256:
             return None
-        asked = Question(
-            sigma=job.sigma,
-            alpha=job.alpha,
-            alpha_shares=alpha_shares(job.mode.method, job.alpha),
-            n0=job.n0,
-            n=job.n,
-            target_radius=None,
-            method=job.mode.method,
-            looks=None,
-        )
-        evidence = Evidence(
-            selection_counts=sparse(status.selection),
-            estimation_counts=sparse(status.estimation),
-            looks=[],
-            total_variation=total_variation(job.shape, job.sigma),
-        )
+        asked, evidence = _question(job), _evidence(status)
         proven = recompute(asked.model_dump(), evidence.model_dump(), len(bundle.labels))
         if proven.abstained:
             return None
@@ -96,8 +82,8 @@ class Issuing:
         return SignedCertificate(document=document, jws=jws)
 
     def _id(self, status: JobStatus) -> str:
-        """The same for the same question of the same caller, whichever job asked it."""
-        named = ["certificate", question(status.job), status.job.owner, None]
+        """The same for the same question of the same caller, answered at the same look."""
+        named = ["certificate", question(status.job), status.job.owner, sum(status.estimation)]
         digest = hmac.digest(self._secret, canonical_json(named), "sha256")
         return urlsafe_b64encode(digest[:_ID_BYTES]).rstrip(b"=").decode()
 
@@ -115,10 +101,10 @@ def result_of(
         label=labels[proven.label],
         label_index=proven.label,
         p_lower=proven.p_lower,
-        runner_up=None,
-        p_upper=None,
+        runner_up=proven.runner_up,
+        p_upper=proven.p_upper,
         radius=proven.radius,
-        norms=Norms(**norms(proven.radius, shape)),
+        norms=Norms.model_validate(attack_norms(proven.radius, shape)),
     )
 
 
@@ -132,6 +118,30 @@ def statement(result: Result, asked: Question) -> str:
         f"With probability at least 1 - {alpha} over the noise, the classifier smoothed with "
         f"sigma {sigma} gives the label {label} to every image at an l2 distance below {radius} "
         "from the subject, for pixels in [0, 1]; the label is stable, not proven correct."
+    )
+
+
+def _question(job: Job) -> Question:
+    return Question(
+        sigma=job.sigma,
+        alpha=job.alpha,
+        alpha_shares=alpha_shares(job.method, job.alpha, job.target_radius is not None),
+        n0=job.n0,
+        n=job.n,
+        target_radius=job.target_radius,
+        method=job.method,
+        looks=list(job.looks) or None,
+    )
+
+
+def _evidence(status: JobStatus) -> Evidence:
+    label = status.selection.index(max(status.selection))
+    looks = looks_of(label, (*status.looks, status.estimation)) if status.job.looks else []
+    return Evidence(
+        selection_counts=sparse(status.selection),
+        estimation_counts=sparse(status.estimation),
+        looks=looks,
+        total_variation=total_variation(status.job.shape, status.job.sigma),
     )
 
 

@@ -92,7 +92,7 @@ class Evidence(Section):
     selection_counts: Votes
     estimation_counts: Votes
     looks: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = Field(
-        description="Each look's rows, votes of the label, votes of the runner-up."
+        description="Each look's rows, votes of the label, and largest other votes."
     )
     total_variation: float = Field(
         description="Bound, for a row, on the distance of the drawn noise from the ideal."
@@ -100,11 +100,14 @@ class Evidence(Section):
 
 
 class Norms(Section):
-    """The certified ball in other norms."""
+    """Changes that the radius covers, in gray levels (255 are the whole range of a value)."""
 
-    l1: float = Field(description="Radius in l1.")
-    l2: float = Field(description="Radius in l2.")
-    linf: float = Field(description="Radius in l-infinity.")
+    l2_gray_levels: float = Field(description="The l2 norm of any change; l1 has the same bound.")
+    linf_gray_levels: float = Field(description="The largest change of a value, if all may change.")
+    brightness_gray_levels: float = Field(description="One shift of all values.")
+    patch_gray_levels: dict[str, float] = Field(
+        description="The largest change of a value within a square patch, by its width in pixels."
+    )
 
 
 class Result(Section):
@@ -116,7 +119,7 @@ class Result(Section):
     runner_up: int | None = Field(description="Index of the runner-up, where it was bounded.")
     p_upper: float | None = Field(description="Upper bound on the runner-up's probability.")
     radius: float = Field(description="The certified l2 radius, for pixels in [0, 1].")
-    norms: Norms = Field(description="The certified ball in other norms.")
+    norms: Norms = Field(description="The same radius in the terms of other changes.")
 
 
 class Issuer(Section):

@@ -33,7 +33,7 @@ def _proven(
 ) -> Certificate:
     if mode is Mode.PREDICT:
         return predict(estimation, alpha, total_variation=blur)
-    return certify(selection, estimation, sigma, alpha, total_variation=blur)
+    return certify(selection, estimation, sigma, alpha, method="cohen", total_variation=blur)
 
 
 def to_response(

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -282,10 +283,10 @@ def _check(question: PredictRequest, bundle: Bundle) -> None:
         detail = f"sigma = {question.sigma:g}: the task {name} supports at most {limit:g}"
         raise invalid_field("sigma", detail, question.sigma, limit)
     certifying = question.mode is Mode.CERTIFY
-    smallest_n = smallest_n_certify if certifying else smallest_n_predict
+    smallest_n = partial(smallest_n_certify, method="cohen") if certifying else smallest_n_predict
     try:
         if certifying:
-            check_certify(question.n0, question.n, question.sigma, question.alpha)
+            check_certify(question.n0, question.n, question.sigma, question.alpha, "cohen")
         else:
             shape = (3, bundle.resolution, bundle.resolution)
             check_predict(question.n, question.alpha, total_variation(shape, question.sigma))

@@ -159,6 +159,9 @@ def job_of(document: CertificateDocument, pixels: bytes, secret: bytes) -> Job:
         pixels=pixels,
         key=b"",
         created=0.0,
+        method=document.question.method,
+        target_radius=document.question.target_radius,
+        looks=tuple(document.question.looks or ()),
     )
     return replace(job, key=noise_key(secret, job))
 

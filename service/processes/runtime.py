@@ -179,7 +179,8 @@ def load_and_warm(
 ) -> SmoothedModel:
     """The warmed networks of a bundle, for batches of at most `batch_rows` rows.
 
-    Checks that a row's label does not depend on its place in the batch or on the other rows.
+    Checks that a row's label does not depend on its place in the batch or on the other rows. The
+    networks compute one whole batch in each thread, for which they need the most memory.
 
     Raises DeviceFailed where the label depends on them: such a device must not certify. Raises
     BundleError where the bundle is no longer the verified one, and MemoryError where the largest
@@ -193,10 +194,11 @@ def load_and_warm(
             cpu_threads=cpu_threads,
             models_dir=models_dir,
         )
-        half = model.batch_rows // 2
-        one, two, three = warm_up(bundle.resolution, half)
+        rows = batch_rows * max(1, cpu_threads)
+        quarter = max(1, rows // 4)
+        one, two, three = warm_up(bundle.resolution, quarter, rows - quarter)
         first, second = model.labels([one, two]), model.labels([three, one])
-    if not np.array_equal(first[:half], second[half:]):
+    if not np.array_equal(first[:quarter], second[-quarter:]):
         raise DeviceFailed(
             f"task {bundle.id!r}: the same rows got different labels in another batch; "
             "replace the device"

@@ -64,8 +64,14 @@ class Model(Protocol):
         """
 
 
-def warm_up(resolution: int, rows: int) -> list[Rows]:
-    """`rows` of each of the three images that networks compute as they are loaded."""
+def warm_up(resolution: int, first: int, others: int) -> list[Rows]:
+    """Rows of the three images that networks compute as they are loaded.
+
+    They are `first` rows of the first image, and `others` of each of the other two.
+    """
     shape = (3, resolution, resolution)
     images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
-    return [Rows(image, bytes(32), 0, rows, 0.25) for image in images]
+    return [
+        Rows(image, bytes(32), 0, rows, 0.25)
+        for image, rows in zip(images, (first, others, others), strict=True)
+    ]

@@ -132,7 +132,7 @@ class TaskModel:
     @property
     def sample(self) -> Rows:
         """A row that the networks computed as they were loaded."""
-        return warm_up(self.bundle.resolution, 1)[0]
+        return warm_up(self.bundle.resolution, 1, 1)[0]
 
     def padding(self, rows: int) -> int:
         """Padding rows in a device batch of `rows`."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -44,7 +44,6 @@ from tests.support.fakes import FakeClock
 
 SECONDS = 900
 """A job runs at low priority: on a busy machine it gets what others leave."""
-STEPS = 60
 LEVELS_APART = 5
 """Most grey levels, of 255, by which pictures in bfloat16 and in float32 differ on average."""
 
@@ -52,7 +51,7 @@ LEVELS_APART = 5
 def job(folder: Path, **settings: int) -> Path:
     """A job's folder with a small plan."""
     folder.mkdir(parents=True)
-    plan = Plan.checked(["cat", "ship"], **{"shots": 2, "steps": STEPS, "epochs": 2, **settings})
+    plan = Plan.checked(["cat", "ship"], **{"shots": 2, "steps": 60, "epochs": 2, **settings})
     described = {"plan": asdict(plan), "name": "boats", "owner": None, "created": 0.0}
     write_json(folder / PLAN, described)
     return folder
@@ -102,14 +101,22 @@ def losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_a_job_killed_in_every_stage_publishes_what_an_uninterrupted_one_does(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("killed", "steps"),
+    [
+        pytest.param(("personalizing",), 12, id="once"),
+        pytest.param(STAGES, 60, id="in every stage", marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_job_publishes_what_an_uninterrupted_one_does(
+    killed: Sequence[str], steps: int, tmp_path: Path
 ) -> None:
-    """Four kill -9 later the bundle is the same to the bit, losses and figures too; it is
+    """After each kill -9 the bundle is the same to the bit, losses and figures too; it is
     personalized and fine-tuned, loads, and votes alike each time that it is loaded."""
-    whole, broken = job(tmp_path / "whole" / "task"), job(tmp_path / "broken" / "task")
+    whole = job(tmp_path / "whole" / "task", steps=steps)
+    broken = job(tmp_path / "broken" / "task", steps=steps)
     assert ended(whole).state == "ready"
-    for stage in STAGES:
+    for stage in killed:
         killed_in(broken, stage)
     status = ended(broken)
     assert (status.state, status.progress, status.stage) == ("ready", 1.0, None)
@@ -158,11 +165,12 @@ def test_a_job_ends_where_its_input_falls_silent(tmp_path: Path) -> None:
     assert Status.read(folder).state == "running"
 
 
-def test_a_job_begun_otherwise_starts_anew(tmp_path: Path) -> None:
+def test_a_job_begun_otherwise_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made with networks or settings that a release has changed since is thrown away, but
     for references that nothing of it drew, and so is what a killed publication left; the bundle
     says what it was made with."""
-    folder, tasks = job(tmp_path / "task", steps=0, epochs=0), tmp_path / "tasks"
+    monkeypatch.setattr(references, "EVALUATED_ROWS", 4)
+    folder, tasks = job(tmp_path / "task", shots=1, steps=0, epochs=0), tmp_path / "tasks"
     assert ended(folder).state == "ready"
     images = {path.name: path.read_bytes() for path in (folder / "references").glob("*.png")}
     begun = json.loads((folder / "begun.json").read_text())
@@ -212,6 +220,7 @@ def test_a_job_draws_and_denoises_in_what_its_cpu_computes_best_in(
 ) -> None:
     """Every UNet computes in what the CPU is best at, and the bundle names it; the text encoder in
     float32 on both. The same pictures come of both, but for the rounding."""
+    monkeypatch.setattr(references, "EVALUATED_ROWS", 4)
     used: list[torch.dtype] = []
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,13 +10,19 @@ from benchmarks.fleet import default_model
 from benchmarks.reliability import EXPECTED, SCENARIOS, faults, run
 from models.smoothing import SmoothedModel
 
+LONG = {"redis killed, always", "noise of 1 worker", "noise of 4 workers"}
+"""Scenarios that differ in a figure only from one that every run has."""
+
 
 @pytest.fixture(scope="module")
 def model() -> SmoothedModel:
     return default_model()
 
 
-@pytest.mark.parametrize("name", [n for n in SCENARIOS if n not in ("noise of 1 worker",)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in SCENARIOS],
+)
 async def test_nothing_is_lost_or_counted_twice(
     name: str, model: SmoothedModel, redis_program: None, tmp_path: Path
 ) -> None:

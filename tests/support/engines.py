@@ -8,6 +8,7 @@ import secrets
 from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import pytest
@@ -44,6 +45,9 @@ BACKLOG_ROWS = 400
 
 
 OWNER_ROWS = 120
+
+
+LOOKS = (15, 20, 40)
 
 
 CONTAINERS = (dict, list, tuple, set, deque, Counter)
@@ -190,6 +194,22 @@ def votes(lease: Lease) -> list[int]:
     shard = lease.shard
     key = lease.job.domain_key(shard.domain)
     return fake_votes(key, range(shard.start, shard.stop), lease.job.classes)
+
+
+def job_in_rounds(identity: str, **fields: Any) -> Job:
+    """A job of 10 selection rows and rounds of 15, 5 and 20 estimation rows."""
+    job = make_job(identity, n=LOOKS[-1], **fields)
+    return replace(job, method="anytime", target_radius=0.25, looks=LOOKS)
+
+
+def votes_at(job: Job, look: int) -> tuple[int, ...]:
+    """The true estimation votes of the first `look` rows."""
+    return tuple(fake_votes(job.domain_key(Domain.ESTIMATION), range(look), job.classes))
+
+
+async def due_jobs(engine: Engine) -> list[str]:
+    """The jobs whose look is due, by id."""
+    return [status.job.id for status in await engine.due()]
 
 
 async def compute(engine: Engine, leases: Sequence[Lease]) -> list[bool]:

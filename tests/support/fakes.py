@@ -77,7 +77,7 @@ class FakeModel:
 
     @property
     def sample(self) -> Rows:
-        return warm_up(2, 1)[0]
+        return warm_up(2, 1, 1)[0]
 
     def padding(self, rows: int) -> int:
         return self.batch_rows - rows

@@ -7,6 +7,9 @@ import sys
 
 TORCH_FREE = (
     "models.certificates",
+    "models.anytime",
+    "models.cascade",
+    "models.norms",
     "models.rows",
     "models.files",
     "models.bundle",

@@ -14,7 +14,7 @@ import pytest
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.predictions.verification import Verifier
 from service.signing import read_jwks
-from tests.support.certificates import issued, resigned
+from tests.support.certificates import answered, issued, resigned
 from tests.support.paths import ROOT
 from tests.support.serving import KEYS
 
@@ -53,35 +53,57 @@ def test_the_script_shares_no_code_with_the_project() -> None:
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"cryptography"}
 
 
+def ran_on(folder: Path, document: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """The script on a document that the service's key signed."""
+    (folder / "certificate.json").write_bytes(resigned(document))
+    (folder / "jwks.json").write_text(json.dumps(KEYS.jwks))
+    return script(folder / "certificate.json", folder / "jwks.json")
+
+
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+def test_the_script_recomputes_every_method(tmp_path: Path, method: str) -> None:
+    """Its own bisection and continued fraction reach what the service proved, to 1e-9."""
+    document = issued(answered(method))["document"]
+    ran = ran_on(tmp_path, document)
+    assert (ran.returncode, ran.stdout) == (0, document["statement"] + "\n")
+    for sign in (-1, 1):
+        changed = {**document, "result": {**document["result"]}}
+        changed["result"]["radius"] += sign * 1e-8
+        assert "radius" in ran_on(tmp_path, changed).stdout
+
+
 @pytest.mark.parametrize(
-    ("section", "fields", "reason"),
+    ("method", "section", "fields", "reason"),
     [
-        ("result", {"radius": 0.3}, "radius = 0.3"),
-        ("result", {"p_lower": 0.9}, "p_lower = 0.9"),
-        ("result", {"norms": {"l1": 0.1, "l2": 0.1, "linf": 0.5}}, "norms.l1"),
-        ("result", {"label": "dog"}, "another index"),
-        ("result", {"label_index": 3}, "most selection votes"),
-        ("evidence", {"estimation_counts": {"2": 201}}, "do not sum to 200"),
-        ("evidence", {"total_variation": 0}, "total_variation"),
-        ("question", {"alpha": 0.01}, "alpha is divided otherwise"),
-        ("question", {"method": "better"}, "method"),
-        ("model", {"task_digest": "0" * 64}, "bundle is another hash"),
-        ("noise", {"estimation": [1, 200]}, "noise.estimation"),
-        ("noise", {"secret_commitment": "0" * 64}, "another noise secret"),
-        (None, {"statement": "Trust me."}, "the statement is another one"),
+        ("cohen", "result", {"p_lower": 0.9}, "p_lower = 0.9"),
+        ("two-sided", "result", {"p_upper": None}, "p_upper = None"),
+        ("two-sided", "result", {"runner_up": 3}, "runner_up = 3"),
+        ("cohen", "result", {"label": "dog"}, "label = dog"),
+        ("cohen", "result", {"label_index": 3}, "label_index = 3"),
+        ("cohen", "evidence", {"estimation_counts": {"2": 201}}, "do not sum to 200"),
+        ("cohen", "evidence", {"total_variation": 0}, "total_variation"),
+        ("early", "evidence", {"looks": [[32, 28, 3], [96, 85, 9]]}, "the last look"),
+        ("early", "evidence", {"looks": [[33, 28, 3], [96, 84, 9]]}, "evidence.looks"),
+        ("early", "question", {"looks": [32, 96]}, "looks do not ascend to n"),
+        ("cohen", "question", {"looks": [200]}, "the method has no looks"),
+        ("cohen", "question", {"alpha": 0.01}, "alpha is divided otherwise"),
+        ("early", "question", {"target_radius": None}, "alpha is divided otherwise"),
+        ("cohen", "question", {"method": "better"}, "method"),
+        ("cohen", "model", {"task_digest": "0" * 64}, "bundle is another hash"),
+        ("cohen", "noise", {"estimation": [1, 200]}, "noise.estimation"),
+        ("cohen", "noise", {"secret_commitment": "0" * 64}, "another noise secret"),
+        ("cohen", None, {"statement": "Trust me."}, "the statement is another one"),
     ],
 )
 def test_the_script_refuses_a_signed_lie(
-    tmp_path: Path, section: str | None, fields: dict[str, Any], reason: str
+    tmp_path: Path, method: str, section: str | None, fields: dict[str, Any], reason: str
 ) -> None:
     """What the service's key signed and the votes do not prove is refused by name."""
-    document = issued()["document"]
+    document = issued(answered(method))["document"]
     (document[section] if section else document).update(fields)
-    (tmp_path / "certificate.json").write_bytes(resigned(document))
-    (tmp_path / "jwks.json").write_text(json.dumps(KEYS.jwks))
-    ran = script(tmp_path / "certificate.json", tmp_path / "jwks.json")
+    ran = ran_on(tmp_path, document)
     assert ran.returncode == 1
-    assert reason in ran.stdout
+    assert reason in ran.stdout, ran.stdout
 
 
 def test_the_script_refuses_other_keys_and_other_documents(tmp_path: Path) -> None:

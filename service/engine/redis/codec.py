@@ -9,9 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from service.engine.limits import Served
-from service.engine.protocol import Lease, died_over
-from service.errors import ShardDead
+from service.engine.limits import (
+    Served,
+    another_request,
+    full,
+    over_quota,
+    too_large,
+    unserved,
+)
+from service.engine.protocol import Lease, died_over, rows_per_second
+from service.errors import Problem, ShardDead
 from service.jobs import Domain, Job, JobStatus, Shard, State, canonical_json
 
 Fields = Mapping[bytes, bytes]
@@ -48,6 +55,26 @@ def named(leases: Iterable[Lease]) -> list[str | int]:
     return [part for lease in leases for part in (lease.job.id, lease.shard.index, lease.token)]
 
 
+def rejection(job: Job, limit: int, outcome: bytes, figures: Sequence[bytes]) -> Problem | None:
+    """The problem of a job in a reply of submit.lua; None where the job is queued or known.
+
+    `limit` is the most rows of one job.
+    """
+    match outcome, figures:
+        case b"mismatch", _:
+            return another_request()
+        case b"large", _:
+            return too_large(job, limit)
+        case b"unserved", _:
+            return unserved(job.task)
+        case b"quota", (of_owner, quota, rows, seconds):
+            speed = rows_per_second(int(rows), float(seconds))
+            return over_quota(job.charge, int(of_owner), int(quota), speed)
+        case b"full", (waiting, rows, seconds):
+            return full(job.charge, int(waiting), rows_per_second(int(rows), float(seconds)))
+    return None
+
+
 def served(announcements: Sequence[tuple[bytes, int]]) -> Served:
     """Number of workers by task and digest.
 
@@ -74,28 +101,39 @@ def lease_of(job: Job, taken: Sequence[Any]) -> Lease:
 
 
 def shards_of(fields: Fields) -> tuple[Shard, ...]:
-    """A job's shards as they were cut at submission, from its hash."""
-    return Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
+    """The shards of a job's rounds so far as they were cut at submission, from its hash."""
+    shards = Job.decode(fields[b"job"], b"").shards(int(fields[b"shard_rows"]))
+    return shards[: int(fields[b"shards"])]
 
 
 def job_status(fields: Fields) -> JobStatus:
     """The status in a job's hash; its job has no pixels."""
     job = Job.decode(fields[b"job"], b"")
     state = State(fields[b"state"].decode())
+    looks = {at: _votes_at(job, at, fields) for at in job.looks if b"look:%d" % at in fields}
+    # Only a job that was finished at an earlier look has stored votes of its last one.
+    estimation = looks.pop(int(fields.get(b"look", 0)), None)
     return JobStatus(
         job=job,
         state=state,
         rows_done=int(fields[b"rows_done"]),
         selection=_votes(job, Domain.SELECTION, fields),
-        estimation=_votes(job, Domain.ESTIMATION, fields),
+        estimation=estimation or _votes(job, Domain.ESTIMATION, fields),
         started=_seconds(fields.get(b"started")),
         finished=_seconds(fields.get(b"finished")),
         problem=_problem(job, fields) if state is State.FAILED else None,
+        looks=tuple(looks.values()),
+        due=b"look" in fields and not state.ended and fields[b"counted"] == fields[b"shards"],
     )
 
 
 def _votes(job: Job, domain: Domain, fields: Fields) -> tuple[int, ...]:
     return tuple(int(fields.get(f"{domain}:{k}".encode(), 0)) for k in range(job.classes))
+
+
+def _votes_at(job: Job, look: int, fields: Fields) -> tuple[int, ...]:
+    votes = json.loads(fields[b"look:%d" % look])
+    return tuple(votes.get(str(k), 0) for k in range(job.classes))
 
 
 def _seconds(text: bytes | None) -> float | None:

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from service.config import Settings
-from service.engine.limits import (
-    another_request,
-    distinct,
-    full,
-    most_rows,
-    over_quota,
-    served_digests,
-    too_large,
-    unserved,
-)
+from service.engine.limits import distinct, most_rows, served_digests
 from service.engine.options import EngineOptions
 from service.engine.protocol import (
     FAILURES_ALLOWED,
@@ -46,18 +35,19 @@ from service.engine.redis.codec import (
     named,
     numerics_of,
     pairs,
+    rejection,
     served,
 )
 from service.engine.redis.puller import Puller
-from service.engine.redis.reconciler import reconcile
+from service.engine.redis.reconciler import BackgroundReconciler, reconcile
 from service.engine.redis.subscriber import Subscriber
 from service.engine.scheduling import FAST_PULLS
+from service.engine.signal import notified
 from service.jobs import Job, JobStatus, State, canonical_json
 
 PREFIX = "{vouchsafe}:"
 """Prefix of every key and channel; the braces keep all keys in one slot of a cluster."""
 
-_log = logging.getLogger("vouchsafe.engine")
 _DEAD_LETTERS = 1_000
 _STEADY_POLL_SECONDS = 10.0
 _GRACE_SECONDS = 60.0
@@ -112,8 +102,9 @@ class RedisEngine:
         self._scripts = Scripts(redis, prefix, terms, clock)
         self._subscriber = Subscriber(redis, f"{prefix}arrived")
         self._puller = Puller(redis, self._scripts, prefix, options.starvation_seconds)
-        self._reconciled = float("-inf")
-        self._reconciling: asyncio.Task[None] | None = None
+        self._reconciler = BackgroundReconciler(
+            redis, f"{prefix}reconciled", options.lease_seconds, lambda: self.reconcile()
+        )
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -132,39 +123,27 @@ class RedisEngine:
         """Queue a job; see Engine. A known job id changes nothing."""
         key = None if idempotency_key is None else caller_digest(job.owner, idempotency_key)
         queue = line_of(job.task, job.bundle)
-        shards = flat(job.shards(self._options.shard_rows))
+        shards = flat(job.rounds(self._options.shard_rows)[0])
         limit = most_rows(
             job.owner, self._options.max_queue_rows, self._options.max_queue_rows_per_key
         )
         outcome, *figures = await self._scripts.run(
             "submit", job.encode(), job.pixels, key or "", fingerprint, queue, limit, *shards
         )
-        match outcome:
-            case b"mismatch":
-                raise another_request()
-            case b"large":
-                raise too_large(job, limit)
-            case b"unserved":
-                raise unserved(job.task)
-            case b"quota":
-                open_rows, quota, rows, seconds = figures
-                speed = rows_per_second(int(rows), float(seconds))
-                raise over_quota(job.charge, int(open_rows), int(quota), speed)
-            case b"full":
-                waiting, rows, seconds = figures
-                raise full(job.charge, int(waiting), rows_per_second(int(rows), float(seconds)))
+        if problem := rejection(job, limit, outcome, figures):
+            raise problem
         return str(figures[0].decode())
 
     async def pull(self, worker: Worker, rows: int, prefer_task: str | None = None) -> list[Lease]:
         """Lease shards to a worker, waiting `poll_seconds` at most; see Engine."""
         deadline = asyncio.get_running_loop().time() + self._poll_seconds
-        self._reconcile_if_due()
+        self._reconciler.start_if_due()
         while True:
             arrival = self._subscriber.always.next
             leases = await self._puller.take(worker, rows, prefer_task)
             if leases or not rows:
                 return leases
-            if not await _notified_by(arrival, deadline):
+            if not await notified(arrival, deadline):
                 return []
 
     async def start(self, leases: Sequence[Lease]) -> list[Lease]:
@@ -199,6 +178,32 @@ class RedisEngine:
         if leases:
             await self._scripts.run("release", *named(leases))
 
+    async def due(self) -> list[JobStatus]:
+        """The jobs whose look is due, waiting `poll_seconds` at most; see Engine."""
+        deadline = asyncio.get_running_loop().time() + self._poll_seconds
+        async with self._subscriber.listening(f"{self._prefix}due") as signal:
+            while True:
+                change = signal.next
+                names = await self._scripts.run("due")
+                statuses = await asyncio.gather(*(self.status(name.decode()) for name in names))
+                found = [status for status in statuses if status is not None and status.due]
+                if found or not await notified(change, deadline):
+                    return found
+
+    async def extend(self, job_id: str, rows: int) -> bool:
+        """Queue the round that ends at the look of `rows`; see Engine."""
+        fields = pairs(await self._scripts.run("status", job_id))
+        job = Job.decode(fields[b"job"], b"") if fields else None
+        if job is None or rows not in job.looks[1:]:
+            return False
+        at = job.looks.index(rows)
+        shards = flat(job.rounds(int(fields[b"shard_rows"]))[at])
+        return bool(await self._scripts.run("extend", job_id, job.looks[at - 1], rows, *shards))
+
+    async def finish(self, job_id: str, look: int) -> bool:
+        """End a job with the votes at a look; see Engine."""
+        return bool(await self._scripts.run("finish", job_id, look))
+
     async def cancel(self, job_id: str) -> bool:
         """Drop the rest of a job; False where it had ended or is unknown."""
         return bool(await self._scripts.run("end", job_id, State.CANCELLED.value, ""))
@@ -226,7 +231,7 @@ class RedisEngine:
                 wait = self._poll_seconds
                 if self._subscriber.steady:
                     wait = max(wait, _STEADY_POLL_SECONDS)
-                await _notified_by(change, asyncio.get_running_loop().time() + wait)
+                await notified(change, asyncio.get_running_loop().time() + wait)
 
     async def status(self, job_id: str) -> JobStatus | None:
         """The job's status, or None; its job has no pixels."""
@@ -279,9 +284,7 @@ class RedisEngine:
 
     async def close(self) -> None:
         """Release every connection."""
-        if self._reconciling is not None:
-            self._reconciling.cancel()
-            await asyncio.wait({self._reconciling})
+        await self._reconciler.close()
         await self._subscriber.close()
         await self._scripts.close()
         await self._redis.aclose()
@@ -291,43 +294,11 @@ class RedisEngine:
         """Whether a deleted job was cancelled lately, and not lost."""
         return bool(await answered(self._redis.exists(f"{self._prefix}cancelled:{job_id}")))
 
-    def _reconcile_if_due(self) -> None:
-        """Reconcile in the background, once per `lease_seconds` among all processes."""
-        now = asyncio.get_running_loop().time()
-        busy = self._reconciling is not None and not self._reconciling.done()
-        if not busy and now >= self._reconciled + self._options.lease_seconds:
-            self._reconciled = now
-            self._reconciling = asyncio.create_task(self._reconcile_in_turn())
-
-    async def _reconcile_in_turn(self) -> None:
-        turn = f"{self._prefix}reconciled"
-        try:
-            if await self._redis.set(
-                turn, "", nx=True, px=_milliseconds(self._options.lease_seconds)
-            ):
-                await self.reconcile()
-        except (RedisError, OSError) as error:
-            _log.warning(
-                "open jobs were not reconciled with the streams (%s); trying again in %.0f s",
-                error,
-                self._options.lease_seconds,
-            )
-
     async def _renew(self, how: str, leases: Sequence[Lease]) -> list[Lease]:
         if not leases:
             return []
         held = await self._scripts.run("renew", how, *named(leases))
         return [leases[place] for place in held]
-
-
-async def _notified_by(signal: asyncio.Event, deadline: float) -> bool:
-    if asyncio.get_running_loop().time() >= deadline:
-        return False
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await signal.wait()
-    except TimeoutError:
-        return False
 
 
 def _milliseconds(seconds: float) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import adaptation_ablations as ablations
 from benchmarks import finetuning
 from benchmarks.adaptation import Together, adapted, apart, certified, compared, radii
+from models.adaptation import references
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
 from models.denoiser import NoDenoiser
@@ -110,6 +111,7 @@ def test_a_kept_bundle_is_of_the_profile_and_precision_as_they_are(
 ) -> None:
     """The same plan and profile find what is kept; under another profile, or where the CPU computes
     best in something else, the plan is adapted anew, beside it."""
+    monkeypatch.setattr(references, "EVALUATED_ROWS", 4)
     plan = Plan.checked(["cat", "ship"], shots=1, steps=0, epochs=0)
     first, _ = adapted(plan, tmp_path)
     assert adapted(plan, tmp_path)[0].folder == first.folder

@@ -46,6 +46,7 @@ def test_bench_prints_the_loop_and_every_ratio(
     """The report holds the loop's source, every way, their ratios, latencies and memory; callers'
     keys in the environment do not stop it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("service.cli.bench.SELECTION_ROWS", 10)
     monkeypatch.setenv("VOUCHSAFE_API_KEYS", "somebody:secret")
     result = CliRunner().invoke(app, ["bench", "--n", "10", "--requests", "16"])
     assert result.exit_code == 0, result.output

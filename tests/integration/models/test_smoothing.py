@@ -206,7 +206,7 @@ def test_coverage_through_noise_and_votes() -> None:
         if domain == b"s":
             selection = counted.tolist()
             continue
-        certificate = certify(selection, counted.tolist(), sigma, alpha)
+        certificate = certify(selection, counted.tolist(), sigma, alpha, method="cohen")
         truth = probability if certificate.label == 1 else 1 - probability
         assert certificate.p_lower is not None
         exceeded += certificate.p_lower > truth

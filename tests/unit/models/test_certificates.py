@@ -1,4 +1,4 @@
-"""models/certificates.py against exact vectors, closed-form truths and published logs."""
+"""models/certificates.py against exact vectors and closed-form truths; Cohen's rule first."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
+from models.bounds import clopper_pearson_lower
 from models.certificates import (
+    METHODS,
     Certificate,
-    average_certified_radius,
-    certified_accuracy,
     certify,
     check_certify,
     check_predict,
-    clopper_pearson_lower,
     predict,
     smallest_n_certify,
     smallest_n_predict,
@@ -38,8 +37,10 @@ UNHURRIED = settings(deadline=None)
 def certify_votes(
     k: int, n: int, alpha: float, sigma: float = 1.0, total_variation: float = 0.0
 ) -> Certificate:
-    """CERTIFY where class 1 is selected and gets k of n estimation votes."""
-    return certify([0, 100], [n - k, k], sigma, alpha, total_variation=total_variation)
+    """Cohen's CERTIFY where class 1 is selected and gets k of n estimation votes."""
+    return certify(
+        [0, 100], [n - k, k], sigma, alpha, method="cohen", total_variation=total_variation
+    )
 
 
 # --- Known answers -------------------------------------------------------------------------------
@@ -87,13 +88,14 @@ def test_the_largest_radius_of_cohen_at_a_thousand_rows() -> None:
 
 def test_certify_fills_every_field() -> None:
     """A certificate repeats the question and holds the estimation counts as plain integers."""
-    got = certify(np.array([1, 2, 97]), np.array([10, 20, 970]), 0.5, 0.001)
+    votes = np.array([1, 2, 97]), np.array([10, 20, 970])
+    got = certify(*votes, 0.5, 0.001, method="cohen")
     assert got.label == 2
     assert not got.abstained
     assert got.counts == (10, 20, 970)
     assert all(type(count) is int for count in got.counts)
     assert (got.n0, got.n, got.alpha, got.sigma) == (100, 1000, 0.001, 0.5)
-    assert got.method == "cohen"
+    assert (got.method, got.runner_up, got.p_upper) == ("cohen", None, None)
 
 
 @pytest.mark.parametrize("votes", [(30, 70), (5, 20, 3), (1, 17)])
@@ -119,12 +121,15 @@ def test_predictions_that_the_noise_alone_makes_impossible_are_refused() -> None
 def test_predict_proves_no_radius() -> None:
     """PREDICT has no radius, no bound, no selection rows and no sigma."""
     got = predict((3, 90, 7), 0.001)
-    assert got == Certificate(1, False, None, None, (3, 90, 7), 0, 100, 0.001, None, "binomial")
+    assert got == Certificate(
+        1, None, False, None, None, None, (3, 90, 7), 0, 100, 0.001, None, "binomial"
+    )
 
 
-def test_an_abstention_of_certify_has_radius_zero() -> None:
-    """Where CERTIFY abstains the label is None and the radius 0.0, the bound still being told."""
-    got = certify([60, 40], [500, 500], 0.25, 0.001)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_abstention_of_certify_has_radius_zero(method: str) -> None:
+    """Where CERTIFY abstains the label is None and the radius 0.0; the bound is there."""
+    got = certify([60, 40], [500, 500], 0.25, 0.001, method=method)
     assert (got.label, got.abstained, got.radius) == (None, True, 0.0)
     assert got.p_lower is not None
     assert 0.4 < got.p_lower < 0.5
@@ -202,8 +207,11 @@ def test_imperfect_noise_never_helps(pair: tuple[int, int], alpha: float, distan
     ),
     st.randoms(use_true_random=False),
     st.sampled_from([0.05, 0.001]),
+    st.sampled_from(METHODS),
 )
-def test_the_order_of_classes_does_not_matter(counts: list[int], random: Any, alpha: float) -> None:
+def test_the_order_of_classes_does_not_matter(
+    counts: list[int], random: Any, alpha: float, method: str
+) -> None:
     """Permuting the classes permutes the label and changes neither radius nor decision."""
     order = list(range(len(counts)))
     random.shuffle(order)
@@ -211,8 +219,8 @@ def test_the_order_of_classes_does_not_matter(counts: list[int], random: Any, al
     if sum(counts) < 11:
         return
     pairs = [
-        (certify(counts, counts, 0.5, alpha), certify(shuffled, shuffled, 0.5, alpha)),
-        (predict(counts, alpha), predict(shuffled, alpha)),
+        tuple(certify(votes, votes, 0.5, alpha, method=method) for votes in (counts, shuffled)),
+        tuple(predict(votes, alpha) for votes in (counts, shuffled)),
     ]
     for plain, moved in pairs:
         assert (plain.radius, plain.abstained) == (moved.radius, moved.abstained)
@@ -249,18 +257,20 @@ def test_equal_top_counts_abstain_in_predict(alpha: float) -> None:
 
 
 def test_smallest_n_of_the_method() -> None:
-    """At alpha = 0.001 CERTIFY needs 10 rows and PREDICT 11 (method.md section 2)."""
-    assert smallest_n_certify(0.001) == 10
+    """At alpha = 0.001 Cohen's CERTIFY needs 10 rows, the two-sided 11, PREDICT 11 (method.md)."""
+    assert smallest_n_certify(0.001, "cohen") == 10
+    assert smallest_n_certify(0.001) == 11
     assert smallest_n_predict(0.001) == 11
 
 
 @pytest.mark.parametrize("alpha", [1e-30, 1e-9, 1e-4, 0.001, 0.05, 0.25, 0.5])
 def test_the_smallest_n_answers_and_one_less_is_refused(alpha: float) -> None:
     """A unanimous vote answers at the smallest n that works; one row less is a ValueError."""
-    n = smallest_n_certify(alpha)
-    assert not certify_votes(n, n, alpha).abstained
-    with pytest.raises(ValueError, match=rf"n = {n - 1} .*smallest n that works is {n}$"):
-        certify_votes(n - 1, n - 1, alpha)
+    for method in METHODS:
+        n = smallest_n_certify(alpha, method)
+        assert not certify([1, 0], [n, 0], 1.0, alpha, method=method).abstained
+        with pytest.raises(ValueError, match=rf"n = {n - 1} .*smallest n that works is {n}$"):
+            certify([1, 0], [n - 1, 0], 1.0, alpha, method=method)
     n = smallest_n_predict(alpha)
     assert not predict([0, n], alpha).abstained
     with pytest.raises(ValueError, match=rf"n = {n - 1} .*smallest n that works is {n}$"):
@@ -271,13 +281,20 @@ def test_the_smallest_n_answers_and_one_less_is_refused(alpha: float) -> None:
     ("n0", "n", "sigma", "alpha", "message"),
     [
         (0, 1000, 0.25, 0.001, r"^n0 = 0: the smallest n0 that works is 1$"),
-        (100, 9, 0.25, 0.001, r"^n = 9 at alpha = 0.001 .* smallest n that works is 10$"),
+        (100, 10, 0.25, 0.001, r"^n = 10 at alpha = 0.001 .* smallest n that works is 11$"),
         (100, 0, 0.25, 0.001, r"^n = 0 at alpha"),
         (100, 1000, 0.0, 0.001, r"^sigma = 0.0: must be finite and greater than 0$"),
         (100, 1000, float("inf"), 0.001, r"^sigma = inf"),
         (100, 1000, float("nan"), 0.001, r"^sigma = nan"),
         (100, 1000, 0.25, 0.0, r"^alpha = 0.0: must be in \[1e-100, 0.5\]$"),
         (100, 1000, 0.25, 0.51, r"^alpha = 0.51"),
+        (
+            100,
+            1000,
+            0.25,
+            9e-100,
+            r"^alpha = 9e-100: the smallest of its shares is 9e-101, .* 1e-100$",
+        ),
         (100, 1000, 0.25, float("nan"), r"^alpha = nan"),
     ],
 )
@@ -388,7 +405,8 @@ def test_certificates_are_wrong_at_rate_at_most_alpha(setting: Setting) -> None:
 
     @functools.cache
     def fails(label: int, count: int) -> bool:
-        got = certify([1 - label, label], [count, n - count], sigma, alpha)
+        votes = [count, n - count]
+        got = certify([1 - label, label], votes, sigma, alpha, method="cohen")
         assert got.radius is not None
         return got.radius > truth[label]
 
@@ -397,41 +415,3 @@ def test_certificates_are_wrong_at_rate_at_most_alpha(setting: Setting) -> None:
     if n == 10_000:
         # Here the tally is fine-grained enough for a sharp bound to use up most of its alpha.
         assert failures >= 0.5 * alpha * TRIALS
-
-
-# --- Figures over many images --------------------------------------------------------------------
-
-
-def test_figures_count_only_correct_images() -> None:
-    """A wrong or abstained image adds nothing, and a radius equal to epsilon counts."""
-    radii, correct = [0.5, 1.0, 2.0, 0.0], [True, True, False, False]
-    assert average_certified_radius(radii, correct) == pytest.approx(0.375)
-    assert certified_accuracy(radii, correct, 0.0) == 0.5
-    assert certified_accuracy(radii, correct, 0.5) == 0.5
-    assert certified_accuracy(radii, correct, 0.5000001) == 0.25
-    assert certified_accuracy(radii, correct, 1.5) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("radii", "correct"),
-    [
-        ([], []),
-        ([1.0], [True, False]),
-        ([[1.0]], [[True]]),
-        ([-0.1], [True]),
-        ([float("nan")], [True]),
-    ],
-)
-def test_figures_refuse_malformed_results(radii: Any, correct: Any) -> None:
-    """No image, unequal lengths and impossible radii are ValueErrors, not quiet numbers."""
-    with pytest.raises(ValueError, match=r"^radii"):
-        average_certified_radius(radii, correct)
-    with pytest.raises(ValueError, match=r"^radii"):
-        certified_accuracy(radii, correct, 0.5)
-
-
-def test_figures_refuse_an_impossible_epsilon() -> None:
-    """A negative or infinite epsilon is a ValueError that names it."""
-    for epsilon in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"^epsilon = "):
-            certified_accuracy([1.0], [True], epsilon)

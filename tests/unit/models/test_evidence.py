@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.certificates import certify
-from models.evidence import norms, recompute, sparse
+from models.anytime import Anytime, certify_anytime
+from models.certificates import alpha_shares, certify
+from models.evidence import looks_of, recompute, sparse
 
 COUNTS = st.lists(st.integers(0, 400), min_size=3, max_size=3).filter(
     lambda votes: sum(votes) >= 10
@@ -20,7 +20,7 @@ COUNTS = st.lists(st.integers(0, 400), min_size=3, max_size=3).filter(
 def question(**fields: Any) -> dict[str, Any]:
     asked = {"sigma": 0.5, "alpha": 0.001, "n0": 10, "n": 1000, "method": "cohen"}
     asked |= {"target_radius": None, "looks": None} | fields
-    return {"alpha_shares": {"p_lower": asked["alpha"]}} | asked
+    return {"alpha_shares": {"label": asked["alpha"]}} | asked
 
 
 def evidence(**fields: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_recomputing_is_certifying(
         selection_counts=sparse(tuple(selection)), estimation_counts=sparse(tuple(estimation))
     )
     try:
-        proven = certify(selection, estimation, 0.5, alpha, total_variation=1e-12)
+        proven = certify(selection, estimation, 0.5, alpha, method="cohen", total_variation=1e-12)
     except ValueError:  # These could only abstain.
         with pytest.raises(ValueError, match="can only ever abstain"):
             recompute(asked, votes, 3)
@@ -49,9 +49,9 @@ def test_recomputing_is_certifying(
 @pytest.mark.parametrize(
     ("asked", "votes", "why"),
     [
-        ({"alpha_shares": {"p_lower": 0.01}}, {}, "alpha_shares"),
+        ({"alpha_shares": {"label": 0.01}}, {}, "alpha_shares"),
         ({"alpha_shares": {}}, {}, "alpha_shares"),
-        ({"method": "binomial"}, {}, "method = 'binomial'"),
+        ({"method": "binomial"}, {}, "method = binomial"),
         ({"target_radius": 0.5}, {}, "target_radius = 0.5: cohen has none"),
         ({"looks": [32]}, {}, "looks = .* cohen has none"),
         ({}, {"looks": [[32, 32, 0]]}, "looks = .* cohen has none"),
@@ -75,10 +75,56 @@ def test_evidence_that_does_not_fit_is_refused(
         recompute(question(**asked), evidence(**votes), 3)
 
 
-@given(radius=st.floats(1e-6, 10), side=st.integers(1, 512))
-def test_no_norm_is_rounded_up(radius: float, side: int) -> None:
-    """Every stated ball lies inside the certified one, by at most a millionth of a millionth."""
-    found = norms(radius, (3, side, side))
-    assert found["l1"] == found["l2"] == radius
-    exact = radius / math.sqrt(3 * side * side)
-    assert exact * (1 - 1e-12) <= found["linf"] < exact
+EARLY: dict[str, Any] = {
+    "method": "anytime", "n": 200, "looks": [32, 96, 200], "target_radius": 0.05
+}  # fmt: skip
+LOOKS = [[32, 30, 2], [96, 90, 4]]
+COUNTS_THEN = {"0": 4, "1": 90, "2": 2}
+
+
+def early(**fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Question and evidence of rows that ended at the second of three looks."""
+    asked = question(**EARLY)
+    asked["alpha_shares"] = alpha_shares("anytime", asked["alpha"], with_target=True)
+    votes = evidence(estimation_counts=COUNTS_THEN, looks=LOOKS)
+    return asked | fields.pop("asked", {}), votes | fields
+
+
+def test_rows_that_ended_early_prove_what_they_proved() -> None:
+    """The looks of a certificate suffice, though they leave out most counts."""
+    asked, votes = early()
+    proven = certify_anytime(
+        Anytime(0.5, 0.001, 10, 200, 0.05, (32, 96, 200), 1e-12),
+        [0, 10, 0],
+        [[1, 30, 1], [4, 90, 2]],
+    )
+    assert proven.target_reached
+    assert recompute(asked, votes, 3) == proven
+    assert looks_of(1, [[2, 30, 0], [4, 90, 2]]) == LOOKS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"looks": []},
+        {"looks": LOOKS[:1]},
+        {"looks": [[32, 30, 2], [96, 91, 4]]},
+        {"looks": [[32, 30, 2], [96, 90, 5]]},
+        {"looks": [[33, 30, 2], [96, 90, 4]]},
+        {"looks": [[32, 91, 2], [96, 90, 4]]},
+        {"looks": [[32, 20, 12], [96, 90, 4]]},
+        {"looks": [[32, 30, 3], [96, 90, 4]]},
+        {"looks": [[32, -1, 2], [96, 90, 4]]},
+        {"asked": {"looks": None}},
+        {"asked": {"looks": [32, 96]}},
+        {"asked": {"looks": [32, 32, 200]}},
+        {"asked": {"target_radius": None}},
+    ],
+)
+def test_looks_that_do_not_fit_are_refused(fields: dict[str, Any]) -> None:
+    """Looks outside the schedule, votes taken back, and a last look of other counts."""
+    asked, votes = early(**fields)
+    with pytest.raises(
+        ValueError, match=r"looks = |alpha_shares = |estimation_counts sum to 96: must be 32"
+    ):
+        recompute(asked, votes, 3)

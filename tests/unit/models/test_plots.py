@@ -48,7 +48,12 @@ def test_the_demo_shows_what_was_certified() -> None:
     assert one.counts == {"a": 1000, "b": 0}
     assert (one.label, one.truth) == ("a", "b")
     exact = certify(
-        [100, 0], [1000, 0], 0.5, 0.001, total_variation=total_variation(0.5, (3, 8, 8))
+        [100, 0],
+        [1000, 0],
+        0.5,
+        0.001,
+        method="cohen",
+        total_variation=total_variation(0.5, (3, 8, 8)),
     )
     assert one.certificate.radius == exact.radius
     rows = Rows(image.transpose(2, 0, 1).copy(), b"estimationplots!", 0, 1, 0.5)

@@ -8,12 +8,9 @@ import functools
 import pytest
 from scipy.stats import binom, norm
 
-from models.certificates import (
-    average_certified_radius,
-    certified_accuracy,
-    certified_radius,
-    clopper_pearson_lower,
-)
+from models.bounds import clopper_pearson_lower
+from models.certificates import certified_radius
+from models.evaluation.scores import average_certified_radius, certified_accuracy
 from tests.support.paths import SHARED
 
 # --- Published logs ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from models.evidence import recompute
+from models.norms import attack_norms
 from service.jobs import Mode, State
 from service.predictions.certificate import Issuing
 from service.predictions.results import certificate
@@ -39,7 +40,7 @@ def test_the_result_follows_from_question_and_evidence() -> None:
     assert found == proven
     assert document["result"]["radius"] == proven.radius
     assert document["result"]["label"] == "cat"
-    assert document["result"]["norms"]["linf"] * (3 * 8 * 8) ** 0.5 <= proven.radius
+    assert document["result"]["norms"] == attack_norms(document["result"]["radius"], (3, 8, 8))
 
 
 def test_the_document_names_image_model_and_time() -> None:

@@ -48,7 +48,7 @@ def test_the_method_that_is_answered_is_the_one_in_the_noise_key(mode: Mode) -> 
     """A question's rows are keyed by the procedure that reads them."""
     job = make_job("a", mode=mode, n=100)
     status = JobStatus(job, State.SUCCEEDED, job.rows, (10, 0, 0), (100, 0, 0))
-    assert certificate(status).method == job.mode.method
+    assert certificate(status).method == job.method
 
 
 def test_predict_abstains_by_the_noise_as_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,17 @@
 -- The first commit counts, even on a lost lease: XACK succeeds for a stale worker too.
 local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
 local job, done, entries = key('job', id), key('done', id), key('entries', id)
-local state, line, stream, counted, shards = unpack(redis.call('HMGET', job, 'state', 'line',
-  'stream', 'counted', 'shards'))
+local state, line, stream, counted, shards, look = unpack(redis.call('HMGET', job, 'state', 'line',
+  'stream', 'counted', 'shards', 'look'))
 if not state then
   return 0
 end
-drop(stream, string.match(token, '^[^/]+'))
+-- The token of an earlier round may name the entry of another shard in the stream of this one.
+local delivered = string.match(token, '^[^/]+')
+local fields = read(stream, delivered)
+if fields and fields.job == id and fields.shard == shard then
+  drop(stream, delivered)
+end
 if not OPEN[state] then
   tidy(line)
   return 0
@@ -47,10 +52,14 @@ if redis.call('HINCRBY', key('speed'), 'r:' .. slot, rows) == tonumber(rows) the
 end
 stay(TERMS.retention_ms, key('speed'))
 
-if redis.call('HINCRBY', job, 'counted', 1) == tonumber(shards) then
+local complete = redis.call('HINCRBY', job, 'counted', 1) == tonumber(shards)
+if complete and not look then
   finish(id, 'succeeded')
-else
-  redis.call('PEXPIREAT', done, redis.call('PEXPIRETIME', job))
-  redis.call('PUBLISH', key('changed', id), '')
+  return 1
+end
+redis.call('PEXPIREAT', done, redis.call('PEXPIRETIME', job))
+redis.call('PUBLISH', key('changed', id), '')
+if complete then
+  mark_due(id)
 end
 return 1

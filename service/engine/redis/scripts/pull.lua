@@ -31,12 +31,12 @@ if redis.call('EXISTS', key('unserved')) == 1 then
   end
 end
 
--- The priorities of a queue in the order of service: `hi` first, unless `lo` was passed too often.
+-- The streams of a queue in the order of service: `hi` last where CERTIFY was passed too often.
 local function lanes(line)
   if tonumber(redis.call('HGET', key('passed'), line) or 0) < TERMS.fast_pulls then
-    return 'hi', 'lo'
+    return LANES
   end
-  return 'lo', 'hi'
+  return {'later', 'lo', 'hi'}
 end
 
 local function offers()
@@ -44,13 +44,10 @@ local function offers()
   for at = 8, #ARGV do
     local served = redis.call('HGET', key('lines'), ARGV[at])
     if served then
-      local first, second = lanes(ARGV[at])
-      local next_one = head(key('lane', first, ARGV[at]))
-      local fast = (next_one and first or second) == 'hi'
-      next_one = next_one or head(key('lane', second, ARGV[at]))
+      local next_one, lane = next_of(ARGV[at], lanes(ARGV[at]))
       if next_one then
         local since = math.max(tonumber(served), tonumber(next_one.submitted))
-        table.insert(found, {at - 8, fast and 1 or 0, stamp(NOW - since)})
+        table.insert(found, {at - 8, lane == 'hi' and 1 or 0, stamp(NOW - since)})
       end
     end
   end
@@ -105,9 +102,9 @@ local function take_new(stream)
   end
 end
 
--- Counts consecutive pulls that left `lo` waiting; this one took `slow_ones` of its shards.
+-- Counts consecutive pulls that left CERTIFY waiting; this one took `slow_ones` of its shards.
 local function pass(line, slow_ones)
-  if slow_ones == 0 and head(key('lane', 'lo', line)) then
+  if slow_ones == 0 and next_of(line, {'later', 'lo'}) then
     redis.call('HINCRBY', key('passed'), line, 1)
     stay(TERMS.open_ms, key('passed'))
   else
@@ -117,13 +114,13 @@ end
 
 local function take_from(line)
   local slow_ones = 0
-  for _, lane in ipairs({lanes(line)}) do
+  for _, lane in ipairs(lanes(line)) do
     local stream, before = key('lane', lane, line), #taken
     if rows > 0 and redis.call('EXISTS', stream) == 1 then
       take_back(stream)
       take_new(stream)
     end
-    slow_ones = slow_ones + (lane == 'lo' and #taken - before or 0)
+    slow_ones = slow_ones + (lane ~= 'hi' and #taken - before or 0)
   end
   pass(line, slow_ones)
   if redis.call('HEXISTS', key('lines'), line) == 1 then

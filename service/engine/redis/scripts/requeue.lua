@@ -1,9 +1,9 @@
 -- Queues the shards of the job ARGV[3] again that are neither counted nor in its stream; returns
--- their number. ARGV[4..] are index, domain, start, stop of every shard of the job.
+-- their number. ARGV[4..] are index, domain, start, stop of every shard of the job's rounds so far.
 local id = ARGV[3]
 local job = key('job', id)
-local state, text, line, stream, submitted, done = unpack(redis.call('HMGET', job, 'state', 'job',
-  'line', 'stream', 'submitted', 'rows_done'))
+local state, text, line, stream, submitted, done, counted, shards = unpack(redis.call('HMGET', job,
+  'state', 'job', 'line', 'stream', 'submitted', 'rows_done', 'counted', 'shards'))
 if not OPEN[state] then
   close(id)
   return 0
@@ -12,6 +12,11 @@ local asked = cjson.decode(text)
 if redis.call('HEXISTS', key('backlog'), 'rows:' .. id) == 0 then
   open(id, asked.owner ~= cjson.null and asked.owner or nil, charge_of(asked) - done,
     lane_of(asked))
+end
+if counted == shards then
+  mark_due(id)
+  stay(TERMS.open_ms, key('backlog'))
+  return 0
 end
 redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 redis.call('HSETNX', key('lines'), line, 0)

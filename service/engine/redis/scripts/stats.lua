@@ -4,11 +4,13 @@
 sweep()
 local lines = redis.call('HKEYS', key('lines'))
 
-local function oldest_seconds(lane)
+local function oldest_seconds(...)
   local since = NOW
-  for _, line in ipairs(lines) do
-    local next_one = head(key('lane', lane, line))
-    since = math.min(since, next_one and tonumber(next_one.submitted) or NOW)
+  for _, lane in ipairs({...}) do
+    for _, line in ipairs(lines) do
+      local next_one = head(key('lane', lane, line))
+      since = math.min(since, next_one and tonumber(next_one.submitted) or NOW)
+    end
   end
   return stamp(NOW - since)
 end
@@ -25,5 +27,5 @@ end
 
 local all, fast = backlog(), tonumber(redis.call('HGET', key('backlog'), 'hi') or 0)
 local alive = redis.call('ZCOUNT', key('workers'), stamp(NOW - TERMS.silence_ms / 1000), '+inf')
-return {{{fast, oldest_seconds('hi')}, {all - fast, oldest_seconds('lo')}}, {speed()}, alive,
+return {{{fast, oldest_seconds('hi')}, {all - fast, oldest_seconds('later', 'lo')}}, {speed()}, alive,
   dead_letters()}

@@ -1,6 +1,6 @@
 -- Queues a job: ARGV[3] is the job as JSON, [4] its image, [5] the caller's key or '', [6] the
--- fingerprint, [7] its queue, [8] the limit in rows of one job, then the shards: index, domain, start,
--- stop of each. Returns {outcome, figures...}.
+-- fingerprint, [7] its queue, [8] the limit in rows of one job, then the shards of the first round:
+-- index, domain, start, stop of each. Returns {outcome, figures...}.
 sweep()
 local text, image, caller, fingerprint, line, most_rows = unpack(ARGV, 3, 8)
 local job = cjson.decode(text)
@@ -47,12 +47,15 @@ local stream = key('lane', lane, line)
 redis.call('HSET', key('job', id), 'job', text, 'state', 'queued', 'submitted', stamp(NOW),
   'rows_done', 0, 'counted', 0, 'shards', (#ARGV - 8) / 4, 'line', line, 'stream', stream,
   'caller', caller, 'fingerprint', fingerprint, 'shard_rows', TERMS.shard_rows)
+if job.looks[1] then
+  redis.call('HSET', key('job', id), 'look', job.looks[1])
+end
 redis.call('SET', key('image', id), image, 'PX', TERMS.open_ms)
 if caller ~= '' then
   redis.call('SET', key('caller', caller), id, 'PX', TERMS.open_ms)
 end
 -- Where a shard of the queue waits already, no worker that serves the queue is idle.
-local awaited = not (head(key('lane', 'hi', line)) or head(key('lane', 'lo', line)))
+local awaited = not next_of(line, LANES)
 open(id, owner, charge, lane)
 redis.call('ZADD', key('opened'), stamp(NOW), id)
 redis.call('HSETNX', key('lines'), line, 0)

@@ -1,4 +1,4 @@
--- Begins every script, after common.lua: expires leases, workers and jobs.
+-- Begins every script, after jobs.lua: expires leases, workers and jobs.
 local MOST_AT_ONCE = 500
 
 -- Expires an unrenewed delivery; counts a worker crash where the shard was being computed.
@@ -59,8 +59,9 @@ local function sweep()
   end
   local streams, left = {}, MOST_AT_ONCE
   for _, line in ipairs(redis.call('HKEYS', key('lines'))) do
-    table.insert(streams, key('lane', 'hi', line))
-    table.insert(streams, key('lane', 'lo', line))
+    for _, lane in ipairs(LANES) do
+      table.insert(streams, key('lane', lane, line))
+    end
   end
   for _, stream in ipairs(streams) do
     left = left - lapse_all(stream, left)
