@@ -18,7 +18,10 @@ MEDIA_TYPE = "application/jwk-set+json"
 certificates = APIRouter(tags=["certificates"])
 
 
-@certificates.get("/certificates/{id}", responses={**KEYED, **problem_responses(errors.NotFound)})
+@certificates.get(
+    "/certificates/{id}",
+    responses={**KEYED, **problem_responses(errors.NotFound)},
+)
 async def get_certificate(
     id: str, request: Request, owner: Annotated[str | None, Depends(caller)]
 ) -> SignedCertificate:

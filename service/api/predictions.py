@@ -15,7 +15,6 @@ from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import State
-from service.predictions.results import example
 from service.predictions.schemas import (
     JobResponse,
     ModelResponse,
@@ -50,7 +49,6 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
     tags=["predictions"],
     response_model=PredictResponse,
     responses={
-        200: {"content": {"application/json": {"example": example().model_dump(mode="json")}}},
         202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
         **problem_responses(
             errors.MalformedRequest,

@@ -12,7 +12,6 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from service.cli.console import read_settings, tell
 from service.config import SecretError, Settings
 from service.secrets import load_secret
-from service.tasks.task import is_task_id
 
 if TYPE_CHECKING:
     from service.predictions.document import CertificateDocument
@@ -105,6 +104,8 @@ def _fetched(jwks: str) -> bytes:
 
 def _bundle(task: str, settings: Settings) -> Bundle:
     """The verified bundle of a task here; exits with 2 for an id that no task can have."""
+    from service.tasks.task import is_task_id
+
     if task != "default" and not is_task_id(task):
         _fail(f"{task!r} is no task's id")
     return read_bundle(DEFAULT_TASK if task == "default" else settings.tasks_folder / task)

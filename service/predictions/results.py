@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from models.bundle import Base, Bundle
 from models.certificates import Certificate, certify, predict
 from models.evidence import total_variation
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
+from service.predictions.certificate import Issuing
 from service.predictions.document import SignedCertificate
 from service.predictions.schemas import JobResponse, LabelCount, PredictResponse, Timing
+from service.signing import SigningKeys
 
 
 def certificate(status: JobStatus) -> Certificate:
@@ -68,27 +71,43 @@ def to_response(
 
 def example() -> PredictResponse:
     """A response for /docs, computed like any other: 970 frogs and 30 cats of 1000 rows."""
-    labels = ("cat", "frog")
+    bundle = Bundle(
+        id="example",
+        labels=("cat", "frog"),
+        template="This is a photo of a {}.",
+        prompt="",
+        k=1.8,
+        resolution=32,
+        largest_sigma=1.0,
+        denoiser=Base("none"),
+        classifier=Base("open-clip"),
+        licence="",
+        files={},
+    )
     job = Job(
         id="rB3hYbY0mPz2kQ9xW1cVdA",
         task="default",
-        task_digest="",
-        bundle=hashlib.sha256(b"example").hexdigest(),
+        task_digest=bundle.digest,
+        bundle=bundle.served_digest({}),
         mode=Mode.CERTIFY,
         sigma=0.25,
         alpha=0.001,
         n0=100,
         n=1000,
-        classes=len(labels),
+        classes=len(bundle.labels),
         shape=(3, 32, 32),
         pixels=b"",
         key=b"",
         created=0.0,
+        array_sha256=hashlib.sha256(b"array").hexdigest(),
+        file_sha256=hashlib.sha256(b"file").hexdigest(),
     )
     ended = JobStatus(
         job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426
     )
-    return to_response(ended, labels)
+    secret = hashlib.sha256(b"example").digest()
+    signed = Issuing(secret, SigningKeys(secret, secret)).issue(ended, bundle)
+    return to_response(ended, bundle.labels, signed)
 
 
 def job_response(status: JobStatus, result: PredictResponse | None) -> JobResponse:

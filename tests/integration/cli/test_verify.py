@@ -179,7 +179,8 @@ def test_what_is_not_certified_writes_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An answer without a certificate is said, and leaves no file."""
-    _save(tmp_path / "none.json", Path("noise.png"), example())
+    abstained = example().model_copy(update={"certificate": None})
+    _save(tmp_path / "none.json", Path("noise.png"), abstained)
     assert "noise.png: not certified, so" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
 

@@ -41,6 +41,8 @@ async def test_the_example_in_the_interface_is_an_answer() -> None:
     assert PredictResponse.model_validate(shown).model_dump(mode="json") == shown
     assert PredictResponse.model_validate(shown) == example()
     assert "schema" in answered["application/json"]
+    answered = described["paths"]["/certificates/{id}"]["get"]["responses"]["200"]["content"]
+    assert answered["application/json"]["example"] == shown["certificate"]
 
 
 @pytest.mark.parametrize("mode", Mode)
