@@ -161,7 +161,10 @@ def read_json(text: bytes | str) -> Any:
 
 def canonical(value: Any) -> bytes:
     """The value's JSON in the canonical form of RFC 8785; raises ValueError where it has none."""
-    return rfc8785.dumps(value)
+    try:
+        return rfc8785.dumps(value)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

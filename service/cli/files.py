@@ -60,9 +60,11 @@ def places(target: Path, images: Sequence[Path]) -> list[Path]:
     It is `target` for one image. For several, and where `target` is a folder, it is `NAME.json` in
     that folder, which is made; NAME is the image's file name with its suffix.
 
-    Raises OSError for a folder that cannot be made, and for two images of one name.
+    Raises OSError for a folder that is missing or cannot be made, and for two images of one name.
     """
     if len(images) == 1 and not target.is_dir():
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
         return [target]
     names = [f"{image.name}.json" for image in images]
     if repeated := next((name for name in names if names.count(name) > 1), None):

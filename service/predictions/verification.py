@@ -27,8 +27,11 @@ from service.signing import (
     signed_payload,
 )
 
-MOST_VALUES = 2**26
-"""Most values of a certified array, and most pixels of an image file."""
+MOST_RESOLUTION = 4096
+"""Largest side of a certified square, in pixels; a larger one is not decoded."""
+
+MOST_PIXELS = 2**27
+"""Most pixels of an image file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +176,10 @@ def shape_of(document: CertificateDocument) -> tuple[int, int, int]:
     """
     channels, height, width = document.subject.shape
     resolution = document.subject.preprocessing.resolution
-    if (channels, height, width) != (3, resolution, resolution) or not (
-        1 <= channels * height * width <= MOST_VALUES
-    ):
+    if (channels, height, width) != (3, resolution, resolution):
         raise Refused(f"shape = {document.subject.shape}: must be [3, {resolution}, {resolution}]")
+    if not 1 <= resolution <= MOST_RESOLUTION:
+        raise Refused(f"resolution = {resolution}: must be 1 to {MOST_RESOLUTION}")
     return channels, height, width
 
 
@@ -187,7 +190,7 @@ def array_of(document: CertificateDocument, image: bytes) -> bytes:
     """
     _, resolution, _ = shape_of(document)
     try:
-        array = decode(image, resolution, ImageLimits(len(image), MOST_VALUES)).tobytes()
+        array = decode(image, resolution, ImageLimits(len(image), MOST_PIXELS)).tobytes()
     except Problem as problem:
         raise Refused(f"the file cannot be read: {problem}") from problem
     if (found := hashlib.sha256(array).hexdigest()) != document.subject.array_sha256:
@@ -244,6 +247,8 @@ def _check_image(document: CertificateDocument, image: bytes) -> str:
 def _check_equal(name: str, claimed: Any, found: Any) -> None:
     """Raise Refused where values differ, numbers by more than TOLERANCE."""
     if isinstance(claimed, dict) and isinstance(found, dict):
+        if claimed.keys() != found.keys():
+            raise Refused(f"{name} has {', '.join(claimed)}: must have {', '.join(found)}")
         for key in found:
             _check_equal(key, claimed[key], found[key])
     elif isinstance(claimed, float) and isinstance(found, float):

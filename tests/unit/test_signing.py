@@ -129,6 +129,15 @@ def test_json_is_read_strictly(text: str) -> None:
         read_json(text)
 
 
+def test_what_is_nested_too_deeply_has_no_canonical_form() -> None:
+    """A value that was read may still be too deep to be written."""
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        canonical(deep)
+
+
 def test_the_canonical_form_is_that_of_rfc_8785() -> None:
     """The RFC's own example of numbers, strings and the order of names."""
     value = {

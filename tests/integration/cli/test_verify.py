@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -152,6 +153,22 @@ def test_a_replay_needs_the_same_numerics(home: Path) -> None:
     assert "device 'an abacus', here " in lines(ran)["replay"]
 
 
+def test_keys_come_from_an_address_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--jwks` fetches what a service publishes; an error there says nothing of the certificate."""
+    served = {"https://service/jwks": 200, "https://service/gone": 404}
+
+    def get(url: str, **_: Any) -> httpx.Response:
+        content = (home / "jwks.json").read_bytes()
+        return httpx.Response(served[url], content=content, request=httpx.Request("GET", url))
+
+    monkeypatch.setattr("httpx.get", get)
+    ran = run(home, "verify", "certificates/ship.png.json", "--jwks", "https://service/jwks")
+    assert ran.exit_code == 0
+    assert " of the JWKS" in lines(ran)["signature"]
+    ran = run(home, "verify", "certificates/ship.png.json", "--jwks", "https://service/gone")
+    assert (ran.exit_code, "404" in ran.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -199,3 +216,10 @@ def test_two_images_of_one_name_are_refused(home: Path) -> None:
     ran = run(home, "predict", "ship.png", "more/ship.png", "--certificate", "certificates")
     assert ran.exit_code == 2
     assert "two images would have the certificate ship.png.json" in ran.stderr
+
+
+def test_a_missing_folder_is_found_before_any_work(home: Path) -> None:
+    """The file of one certificate needs its folder."""
+    ran = run(home, "predict", "ship.png", "--certificate", "nowhere/ship.json")
+    assert ran.exit_code == 2
+    assert "there is no folder nowhere" in ran.stderr

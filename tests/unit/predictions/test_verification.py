@@ -218,6 +218,46 @@ def test_numbers_are_finite(number: str) -> None:
     assert list(failures(text)) == ["format"]
 
 
+NORMS = GIVEN["document"]["result"]["norms"]
+HUGE = {
+    "shape": [3, 10**9, 10**9],
+    "preprocessing": {**GIVEN["document"]["subject"]["preprocessing"], "resolution": 10**9},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "check", "why"),
+    [
+        (
+            "result",
+            {"norms": {**NORMS, "patch_gray_levels": {}}},
+            "statistics",
+            "has : must have 1",
+        ),
+        ("subject", {"shape": [3, -8, -8]}, "statistics", "shape = "),
+        ("subject", HUGE, "statistics", "resolution = 1000000000: must be 1 to 4096"),
+        ("question", {"n": 100_001}, "statistics", "n = 100001: must be 1 to 100000"),
+        ("question", {"sigma": 1e308}, "statistics", "total_variation"),
+        ("question", {"sigma": -0.25}, "statistics", "total_variation"),
+        ("question", {"alpha": 0.7}, "statistics", "alpha"),
+        ("question", {"n0": 2**60}, "format", "exceeds safe integer domain"),
+        ("model", {"labels": []}, "statistics", "label index below 0"),
+    ],
+)
+def test_hostile_values_are_refused(
+    section: str, fields: dict[str, Any], check: str, why: str
+) -> None:
+    """Values that a service never writes end in a failed check, not in a crash or a flood."""
+    document = copy.deepcopy(GIVEN["document"])
+    document[section] |= fields
+    if check == "format":
+        payload = json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+        text = json.dumps({"document": document, "jws": KEYS.sign(payload)}).encode()
+    else:
+        text = resigned(document)
+    assert why in failures(text)[check]
+
+
 def test_another_image_is_refused_by_name() -> None:
     """A certificate held against another image says which array it is about."""
     brighter = np.where(PIXELS < 255, PIXELS + 1, PIXELS).astype(np.uint8)
