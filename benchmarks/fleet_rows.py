@@ -32,6 +32,7 @@ from service.engine.redis.engine import RedisEngine
 from service.predictions.service import Predictions
 from service.processes.embedded import Embedded
 from service.secrets import load_secret
+from service.signing import SigningKeys
 
 IN_PROCESS = "in process"
 METRICS = {
@@ -104,7 +105,9 @@ async def in_process(settings: Settings) -> AsyncIterator[Way]:
     embedded = Embedded(settings)
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
-    predictions = Predictions(settings, embedded.engine, embedded.tasks, embedded.secret)
+    predictions = Predictions(
+        settings, embedded.engine, embedded.tasks, embedded.secret, embedded.keys
+    )
     try:
         await embedded.ready()
         yield Way(predictions)
@@ -135,7 +138,9 @@ async def through_redis(
         engine = RedisEngine.from_settings(settings)
         fleet.push_async_callback(engine.close)
         tasks = {"default": read_bundle(DEFAULT_TASK)}
-        predictions = Predictions(settings, engine, tasks, load_secret(settings.data_dir))
+        secret = load_secret(settings.data_dir)
+        keys = SigningKeys.from_settings(settings, secret)
+        predictions = Predictions(settings, engine, tasks, secret, keys)
         fleet.push_async_callback(predictions.close)
         yield Way(predictions, workers, server)
 

@@ -66,6 +66,7 @@ def make(folder: Path, redis: str) -> list[str]:
     ]
     groups: list[list[tuple[str, int, bytes | str]]] = [
         [("noise.secret", VOUCHSAFE, secrets.token_bytes(32))],
+        [("signing.key", VOUCHSAFE, secrets.token_bytes(32))],
         [
             ("api_keys", VOUCHSAFE, f"first:{secrets.token_hex(32)}\nprometheus:{scraper}\n"),
             ("prometheus_api_key", PROMETHEUS, scraper),

@@ -168,7 +168,12 @@ class Bundle:
 
     def served_digest(self, numerics: Mapping[str, Any]) -> str:
         """SHA-256 (hex) of the bundle together with the numerics of a worker that computes it."""
-        return _digest({"bundle": self.digest, "numerics": dict(numerics)})
+        return served_digest(self.digest, numerics)
+
+
+def served_digest(task_digest: str, numerics: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a bundle's digest together with the numerics of a worker."""
+    return _digest({"bundle": task_digest, "numerics": dict(numerics)})
 
 
 def _digest(value: object) -> str:

@@ -44,13 +44,20 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path(".vouchsafe"), description="Where secrets, tasks and jobs lie.")
     secrets_dir: Path | None = Field(
         None,
-        description="A folder of settings as files, such as `/run/secrets`: `vouchsafe_redis_url` "
-        "holds the Redis URL. The environment precedes it.",
+        description="A folder of settings as files: `vouchsafe_redis_url` holds the Redis URL. The "
+        "environment precedes it.",
     )
     noise_secret_file: Path | None = Field(
         None,
-        description="Path of the noise secret; `noise.secret` in the data directory unless "
-        "given. For the API of a fleet whose workers share that directory and must not read it.",
+        description="Path of the noise secret; `noise.secret` in the data directory unless given. "
+        "For the API of a fleet whose workers share that directory and must not read it.",
+    )
+    signing_key_file: Path | None = Field(
+        None, description="The key that signs certificates; beside the noise secret unless given."
+    )
+    old_jwks_file: Path | None = Field(
+        None,
+        description="A copy of an earlier `/.well-known/jwks.json`, whose keys stay published.",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
@@ -62,14 +69,13 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr | None = Field(
         None,
-        description="Where jobs wait for workers on other machines: a Redis >= 7.0 that evicts "
-        "nothing, `redis://host:6379/0`, with TLS and an ACL user `rediss://user:password@host`, "
-        "`?ssl_ca_certs=FILE` for a private certificate authority.",
+        description="Where jobs wait for workers on other machines: a Redis >= 7.0, without "
+        "eviction. `redis://host:6379/0`, or `rediss://user:password@host?ssl_ca_certs=FILE`.",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto",
         description="What runs the networks. `auto` is openvino where the CPU has AVX512-BF16 and "
-        "the default task runs on it, else torch; the log states which and why.",
+        "the default task runs on it, else torch.",
     )
     max_queue_rows: int = Field(200_000, ge=1, description="Noise rows that may wait at once.")
     max_queue_rows_per_key: int = Field(
@@ -80,15 +86,14 @@ class Settings(BaseSettings):
     retention_seconds: float = Field(
         86_400.0,
         gt=0,
-        description="How long ended jobs and their Idempotency-Keys are kept, "
-        "`max_finished_jobs` at most, and how long an open job with its image; an image goes as "
-        "its job ends.",
+        description="How long ended jobs, their certificates and Idempotency-Keys are kept, and an "
+        "open job with its image; an image goes as its job ends.",
     )
     max_finished_jobs: int = Field(
         100_000,
         ge=1,
-        description="Most ended jobs that are kept; beyond that the oldest go before their time, "
-        "Idempotency-Keys included. One takes about 3 KB of Redis, 5 KB in one process.",
+        description="Most ended jobs that are kept; the oldest go before their time beyond that. "
+        "One takes about 3 KB of Redis, 5 KB in one process.",
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="How the log is written: lines to read, or one JSON object a line."
@@ -100,8 +105,8 @@ class Settings(BaseSettings):
     max_open_requests: int = Field(
         2_000,
         ge=2,
-        description="Requests that may be open at once, above all callers who wait for an answer; "
-        "event streams, probes and /metrics are not counted. One key may have half.",
+        description="Open requests at once; event streams, probes and /metrics are not counted. "
+        "One key may have half.",
     )
     max_event_streams: int = Field(
         500, ge=2, description="Event streams that may be open at once. One key may have half."
@@ -109,21 +114,18 @@ class Settings(BaseSettings):
     max_body_bytes_in_flight: int = Field(
         256 * 2**20,
         ge=1,
-        description="Bytes of request bodies held at once, over all requests. One key may have "
-        "half.",
+        description="Bytes of request bodies held at once; one key may have half.",
     )
     body_seconds: float = Field(
         60.0, gt=0, description="Longest time for a whole request body to arrive."
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Hosts to answer, as well as this machine's own: names without a port, split "
-        "by commas; `*` is any. Unless given, API keys allow any host.",
+        description="Further hosts to answer: names without a port, split by commas; `*` is any. "
+        "Unless given, API keys allow any host.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Origins whose pages may call, as `https://host[:port]`, split by commas; `*` "
-        "is any.",
+        (), description="Pages that may call: `https://host[:port]`, split by commas; `*` is any."
     )
     max_image_bytes: int = Field(10 * 2**20, ge=1, description="Largest encoded image.")
     max_image_pixels: int = Field(25_000_000, ge=1, description="Largest decoded image.")
@@ -143,9 +145,7 @@ class Settings(BaseSettings):
         4, ge=1, description="Tasks whose networks stay loaded, in addition to the default one."
     )
     run_adaptation_jobs: bool = Field(
-        True,
-        description="Whether a worker of a fleet runs adaptation jobs too, in the data directory "
-        "that it shares with the API.",
+        True, description="Whether a worker of a fleet runs adaptation jobs too, in `data_dir`."
     )
 
     @classmethod

@@ -6,8 +6,8 @@ import hashlib
 import hmac
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from itertools import chain, count, pairwise
 from typing import Any
@@ -80,6 +80,8 @@ class Job:
     - `owner`: name of the caller's API key.
     - `traceparent`: W3C trace context of the request, for logs; no row or key depends on it.
     - `setup_rows`: a worker's cost to prepare the job, in rows.
+    - `array_sha256`, `file_sha256`: SHA-256 (hex) of `pixels`, and of the file that was sent.
+    - `numerics`: the worker's numerics that `bundle` includes.
     - `method`: the statistical procedure; unless given, `binomial` in predict mode, else `cohen`.
     - `target_radius`: the radius that suffices the caller, in l2 on [0,1] pixels.
     - `looks`: the look schedule, in estimation rows drawn so far, ascending, the last equal to n.
@@ -105,6 +107,9 @@ class Job:
     owner: str | None = None
     traceparent: str | None = None
     setup_rows: int = 0
+    array_sha256: str = ""
+    file_sha256: str = ""
+    numerics: Mapping[str, Any] = field(default_factory=dict, hash=False)
     method: str = ""
     target_radius: float | None = None
     looks: tuple[int, ...] = ()
@@ -213,15 +218,14 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def noise_key(secret: bytes, job: Job, pixels_sha256: str | None = None) -> bytes:
-    """The noise key (32 bytes) of a job: HMAC-SHA256 of the whole question (design.md).
+def question(job: Job) -> dict[str, Any]:
+    """All that the rows of a job depend on except for the secret (design.md).
 
-    Every other question has other rows, so a caller may choose it after the response to this one.
-    `job.key` is not hashed. `pixels_sha256` (hex) replaces the hash of `job.pixels` where given.
+    The noise key and the certificate's id are made of it. Any other question has other rows.
     """
-    question = {
+    return {
         "noise": NOISE_FORMAT,
-        "pixels": pixels_sha256 or hashlib.sha256(job.pixels).hexdigest(),
+        "pixels": job.array_sha256 or hashlib.sha256(job.pixels).hexdigest(),
         "shape": list(job.shape),
         "bundle": job.bundle,
         "mode": job.mode.value,
@@ -234,4 +238,11 @@ def noise_key(secret: bytes, job: Job, pixels_sha256: str | None = None) -> byte
         "target_radius": None if job.target_radius is None else float(job.target_radius),
         "looks": list(job.looks),
     }
-    return hmac.digest(secret, canonical_json(question), "sha256")
+
+
+def noise_key(secret: bytes, job: Job) -> bytes:
+    """The noise key (32 bytes) of a job: HMAC-SHA256 of its question; `job.key` is not hashed.
+
+    Every other question has other rows, so a caller may choose it after the response to this one.
+    """
+    return hmac.digest(secret, canonical_json(question(job)), "sha256")

@@ -1,4 +1,4 @@
-"""The noise secret, from which noise keys are derived: made once, in a private file."""
+"""The noise secret and the signing key: each made once, in a private file of 32 bytes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ _MARK = "noise.sha256"
 _FOLDERS = {"tasks", "jobs", "models"}
 
 
+_NOISE_LOSS = "every image is a new trial"
+_SIGNING_LOSS = "certificates are signed by another key"
+
+
 def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     """The service's noise secret (32 bytes), made on first use.
 
@@ -41,7 +45,7 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     own = data_dir / "noise.secret"
     if file is None:
         _close_to_others(data_dir)
-        return _made_secret(own, mounted=False)
+        return _made_secret(own, mounted=False, loss=_NOISE_LOSS)
     if own.is_symlink() or own.exists():
         raise SecretError(
             f"{own}: a secret lies there, readable by all who share the folder; move it to "
@@ -52,12 +56,24 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
             f"{file}: is missing, and {data_dir} was used with a secret: restore it, or delete "
             f"{data_dir / _MARK} and accept that every image is a new trial"
         )
-    try:
-        secret = _made_secret(file, mounted=True)
-    except OSError as error:
-        raise SecretError(f"{file}: is missing and cannot be made: {error.strerror}") from error
+    secret = _made_secret(file, mounted=True, loss=_NOISE_LOSS)
     _check_is_unchanged(data_dir, file, secret)
     return secret
+
+
+def load_signing_key(
+    data_dir: Path, secret_file: Path | None = None, file: Path | None = None
+) -> bytes:
+    """The private Ed25519 key (32 bytes, RFC 8032) that signs certificates, made on first use.
+
+    The key lies in `file` if given, else beside the noise secret: in the folder of `secret_file`,
+    or in `data_dir`. Its file is made and checked as the noise secret's is.
+
+    Raises SecretError as `load_secret` does.
+    """
+    path = file or (secret_file.parent if secret_file else data_dir) / "signing.key"
+    mounted = file is not None or secret_file is not None
+    return _made_secret(path, mounted=mounted, loss=_SIGNING_LOSS)
 
 
 def _close_to_others(folder: Path) -> None:
@@ -93,11 +109,15 @@ def _close_to_others(folder: Path) -> None:
     logger.warning("%s: was open to other users (mode %04o); its mode is 0700 now", folder, mode)
 
 
-def _made_secret(path: Path, *, mounted: bool) -> bytes:
-    if not path.is_symlink() and not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        written_once(path, os.urandom(SECRET_BYTES))
-    return _read_secret(path, mounted=mounted)
+def _made_secret(path: Path, *, mounted: bool, loss: str) -> bytes:
+    """The secret in a file, made where it is missing; `loss` is the effect of a lost one."""
+    try:
+        if not path.is_symlink() and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            written_once(path, os.urandom(SECRET_BYTES))
+    except OSError as error:
+        raise SecretError(f"{path}: is missing and cannot be made: {error.strerror}") from error
+    return _read_secret(path, mounted=mounted, loss=loss)
 
 
 def _check_is_unchanged(data_dir: Path, file: Path, secret: bytes) -> None:
@@ -112,7 +132,7 @@ def _check_is_unchanged(data_dir: Path, file: Path, secret: bytes) -> None:
         )
 
 
-def _read_secret(path: Path, *, mounted: bool) -> bytes:
+def _read_secret(path: Path, *, mounted: bool, loss: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | (0 if mounted else os.O_NOFOLLOW))
         try:
@@ -123,7 +143,7 @@ def _read_secret(path: Path, *, mounted: bool) -> bytes:
         raise SecretError(f"{path}: cannot be read: {error.strerror}") from error
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() and not (mounted and status.st_uid == 0):
-        raise SecretError(f"{path}: belongs to another user, who can compute the noise")
+        raise SecretError(f"{path}: belongs to another user, who can use the secret")
     if mode & 0o077 and not mounted:
         raise SecretError(f"{path}: others may read it (mode {mode:04o}); run chmod 600 on it")
     if mode & 0o027:
@@ -134,6 +154,6 @@ def _read_secret(path: Path, *, mounted: bool) -> bytes:
     if len(secret) != SECRET_BYTES:
         raise SecretError(
             f"{path}: holds {len(secret)} bytes; a secret has {SECRET_BYTES}; restore it from "
-            "a backup, or delete it and accept that every image is a new trial"
+            f"a backup, or delete it and accept that {loss}"
         )
     return secret

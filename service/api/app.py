@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 
 from service.api.auth import caller
+from service.api.certificates import certificates
 from service.api.middleware import add_bounds, admitted
 from service.api.pages import docs_assets, pages
 from service.api.predictions import routes as predictions_routes
@@ -50,6 +51,7 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(probe_routes)
     app.include_router(metrics_route, dependencies=[Depends(caller)], responses=KEYED)
     app.include_router(predictions_routes)
+    app.include_router(certificates)
     app.include_router(tasks)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)

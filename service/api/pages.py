@@ -6,11 +6,14 @@ import base64
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
+
+from service.predictions.results import example
 
 _PAGE = Path(__file__).parent / "static" / "index.html"
 
@@ -34,7 +37,7 @@ async def get_page() -> HTMLResponse:
 @pages.get("/openapi.json")
 async def get_openapi(request: Request) -> Response:
     """The interface's description, for programs."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(_with_examples(request.app.openapi()))
 
 
 @pages.get("/docs")
@@ -47,6 +50,18 @@ async def get_docs() -> HTMLResponse:
         swagger_css_url="docs/assets/swagger-ui.css",
         swagger_favicon_url="docs/assets/favicon.png",
     )
+
+
+def _with_examples(described: dict[str, Any]) -> dict[str, Any]:
+    """The description with its examples, set here because FastAPI leaves their nulls out."""
+    answer = example().model_dump(mode="json")
+    for path, method, value in (
+        ("/predict", "post", answer),
+        ("/certificates/{id}", "get", answer["certificate"]),
+    ):
+        content = described["paths"][path][method]["responses"]["200"]["content"]
+        content["application/json"]["example"] = value
+    return described
 
 
 def _hash(page: str, tag: str) -> str:

@@ -15,7 +15,6 @@ from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import State
-from service.predictions.results import example
 from service.predictions.rounds import proven
 from service.predictions.schemas import (
     JobResponse,
@@ -51,7 +50,6 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
     tags=["predictions"],
     response_model=PredictResponse,
     responses={
-        200: {"content": {"application/json": {"example": example().model_dump(mode="json")}}},
         202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
         **problem_responses(
             errors.MalformedRequest,
@@ -118,9 +116,9 @@ async def predict(
     if status is None and not preferences.respond_async:
         status = await predictions.finished_early(job_id)
     if status is not None:
-        return predictions.to_response(status)
+        return await predictions.to_response(status)
     if preferences.respond_async:
-        return _accepted(predictions.to_job_response(await predictions.status(job_id, owner)))
+        return _accepted(await predictions.to_job_response(await predictions.status(job_id, owner)))
     detail = f"Not ready after {wait} s; the job goes on: request /jobs/{job_id}"
     raise errors.DeadlinePassed(detail, job=job_id)
 
@@ -139,7 +137,7 @@ def _accepted(job: JobResponse) -> Response:
 @routes.get("/jobs/{id}", tags=["jobs"], responses=problem_responses(errors.NotFound))
 async def get_job(id: str, predictions: Service, owner: Caller) -> JobResponse:
     """A job's state and progress; `result` is what the waiting call would have returned."""
-    return predictions.to_job_response(await predictions.status(id, owner))
+    return await predictions.to_job_response(await predictions.status(id, owner))
 
 
 @routes.delete(
@@ -174,7 +172,7 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
     status, looks_sent = None, 0
     try:
         async for status in predictions.engine.watch(job_id):
-            job = predictions.to_job_response(status).model_dump(mode="json")
+            job = (await predictions.to_job_response(status)).model_dump(mode="json")
             if status.state is State.SUCCEEDED:
                 yield JSONServerSentEvent(job["result"], event="result")
             elif status.state.ended:

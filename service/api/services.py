@@ -12,6 +12,7 @@ from service.config import Settings
 from service.engine.protocol import Engine
 from service.operations.health import Health
 from service.predictions.service import Predictions
+from service.signing import SigningKeys
 from service.tasks.catalog import Catalog
 from service.tasks.service import TaskService
 from service.tasks.store import Store
@@ -30,6 +31,7 @@ class Services:
     tasks: TaskService
     health: Health
     callers: Mapping[bytes, str]
+    keys: SigningKeys
     background: Sequence[BackgroundTasks]
 
     @classmethod
@@ -39,6 +41,7 @@ class Services:
         engine: Engine,
         catalog: Catalog,
         secret: bytes,
+        keys: SigningKeys,
         background_tasks: Sequence[BackgroundTask] = (),
     ) -> Self:
         """Services over an engine; `catalog` maps the `task` of a request to its bundle.
@@ -48,7 +51,7 @@ class Services:
         """
         store = Store(settings, secret)
         tasks = TaskService(store, catalog)
-        predictions = Predictions(settings, engine, catalog, secret, tasks.expect)
+        predictions = Predictions(settings, engine, catalog, secret, keys, tasks.expect)
         running = BackgroundTasks(background_tasks, settings.lease_seconds)
         follow = partial(catalog.follow, gone=predictions.cancel_stale)
         health = Health(
@@ -59,8 +62,9 @@ class Services:
             workers_elsewhere=settings.redis_url is not None,
         )
         beside = BackgroundTasks([follow, predictions.keep_looking], FOLLOWING_SECONDS)
+        background = (running, beside)
         return cls(
-            settings, engine, predictions, tasks, health, settings.callers(), (running, beside)
+            settings, engine, predictions, tasks, health, settings.callers(), keys, background
         )
 
     def start(self) -> None:

@@ -217,7 +217,7 @@ async def ask_desk(predictions: Predictions, n: int, image: bytes) -> None:
     status = await predictions.ended(job_id, seconds=WAIT_SECONDS)
     if status is None:
         raise TimeoutError(f"no answer within {WAIT_SECONDS} seconds")
-    predictions.to_response(status)
+    await predictions.to_response(status)
 
 
 async def post(client: httpx.AsyncClient, question: Mapping[str, str], image: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The `vouchsafe` command: `serve`, `worker`, `predict`, `evaluate`, `bench`, `adapt`, `models`."""
+"""The `vouchsafe` command: serves, computes, classifies, makes tasks, verifies, measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service.cli import adapt, models, predict, worker
+from service.cli import adapt, models, predict, verify, worker
 from service.cli.console import read_settings, tell
 from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
@@ -33,6 +33,8 @@ app = typer.Typer(
 app.command()(predict.predict)
 app.command()(adapt.adapt)
 app.command()(worker.worker)
+app.command()(verify.verify)
+app.command()(verify.jwks)
 app.add_typer(models.models, name="models")
 
 _MAX_NAMED = 5

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.cli.console import errors, read_settings, tell
+from service.cli.files import pictures, places, save
 from service.config import Settings
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from service.processes.embedded import Embedded
 
 T = TypeVar("T")
-
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-"""Suffixes of the pictures in a folder."""
-_NAMED_SUFFIXES = ", ".join(SUFFIXES)
 
 Sigma = Annotated[float, typer.Option(help="Noise strength in [0,1] pixel units.")]
 Alpha = Annotated[float, typer.Option(help="Chance at which a certificate may be wrong.")]
@@ -70,6 +66,10 @@ def predict(
     as_json: Annotated[
         bool, typer.Option("--json", help="One line an image: its answer or its problem.")
     ] = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="Write the certificate here; for several images, a folder of them."),
+    ] = None,
 ) -> None:
     """Classify images on this machine.
 
@@ -83,62 +83,24 @@ def predict(
     try:
         paths = pictures(images)
         asyncio.run(_check(settings, fields))
+        if certificate is not None and mode is not Mode.CERTIFY:
+            _fail("--certificate needs --mode certify: no other mode certifies")
+        files = [] if certificate is None else places(certificate, paths)
     except (OSError, Problem) as error:
         _fail(error)
 
     from service.processes.embedded import Embedded, leave_if_hung
 
     embedded = Embedded(settings)
-    answered = asyncio.run(_print_all(embedded, paths, fields, as_json=as_json))
+    answered = asyncio.run(_print_all(embedded, paths, fields, files, as_json=as_json))
     leave_if_hung(embedded)
     if answered < len(paths):
         raise typer.Exit(1)
 
 
-def _fail(error: Exception) -> NoReturn:
-    tell(error)
-    raise typer.Exit(2) from error
-
-
-def pictures(arguments: Sequence[str]) -> list[Path]:
-    """The files that the arguments name, in order: files, pictures of folders, matches of patterns.
-
-    Raises OSError for an unreadable file, a pattern without a match, and a folder without a
-    picture.
-    """
-    paths: list[Path] = []
-    for argument in arguments:
-        if not argument:
-            raise FileNotFoundError("an image's path is empty")
-        if not Path(argument).exists() and has_magic(argument):
-            if not (found := sorted(glob(argument, recursive=True))):
-                raise FileNotFoundError(f"{argument}: matches no file")
-            paths += [path for match in found for path in _pictures_at(Path(match))]
-        else:
-            paths += _pictures_at(Path(argument))
-    return paths
-
-
-def _pictures_at(path: Path) -> list[Path]:
-    try:
-        if not path.is_dir():
-            if path.is_file() or not path.exists():  # Pipes can be read only once.
-                path.open("rb").close()
-            return [path]
-        found = sorted(
-            each
-            for each in path.iterdir()
-            if each.suffix.lower() in SUFFIXES
-            and not each.name.startswith(".")
-            and not each.is_dir()
-        )
-        for each in found:
-            each.open("rb").close()
-    except OSError as error:
-        raise OSError(f"{error.filename or path}: {error.strerror}") from error
-    if not found:
-        raise FileNotFoundError(f"{path}: the folder holds no file that ends in {_NAMED_SUFFIXES}")
-    return found
+def _fail(reason: object) -> NoReturn:
+    tell(reason)
+    raise typer.Exit(2)
 
 
 async def _check(settings: Settings, fields: dict[str, object]) -> None:
@@ -150,6 +112,7 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     from service.engine.options import EngineOptions
     from service.engine.protocol import Worker
     from service.predictions.service import Predictions
+    from service.signing import SigningKeys
     from service.tasks.catalog import Catalog
     from service.tasks.service import TaskService
     from service.tasks.store import Store
@@ -164,7 +127,8 @@ async def _check(settings: Settings, fields: dict[str, object]) -> None:
     served = {task: bundle.served_digest({}) for task, bundle in catalog.items()}
     await engine.pull(Worker("check", served, [{}]), 0)
     tasks = TaskService(Store(settings, secret), catalog)
-    predictions = Predictions(settings, engine, catalog, secret, tasks.expect)
+    keys = SigningKeys.from_settings(settings, secret)
+    predictions = Predictions(settings, engine, catalog, secret, keys, tasks.expect)
     try:
         await predictions.submit(question, None, None)
     except InvalidImage:
@@ -181,13 +145,24 @@ def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
 
 
 async def _print_all(
-    embedded: Embedded, paths: Sequence[Path], fields: dict[str, object], *, as_json: bool
+    embedded: Embedded,
+    paths: Sequence[Path],
+    fields: dict[str, object],
+    files: Sequence[Path],
+    *,
+    as_json: bool,
 ) -> int:
-    """Print answers and problems, as JSON once each is known; returns the number of answers."""
+    """Print answers and problems, as JSON once each is known; returns the number of answers.
+
+    Certificates are written to `files`, one a path, if there are any.
+    """
     answers: list[tuple[Path, PredictResponse]] = []
+    left = iter(files)
     async for path, outcome in _answers(embedded, paths, fields, quiet=as_json):
+        file = next(left, None)
         if isinstance(outcome, PredictResponse):
             answers.append((path, outcome))
+            _save(file, path, outcome)
             document = outcome.model_dump(mode="json")
         else:
             document = {"problem": outcome.document()}
@@ -198,6 +173,13 @@ async def _print_all(
     if answers and not as_json:
         Console().print(_table(answers))
     return len(answers)
+
+
+def _save(file: Path | None, path: Path, answer: PredictResponse) -> None:
+    if file is not None and answer.certificate is None:
+        errors.print(f"{_shown(path)}: not certified, so {_shown(file)} is not written")
+    elif file is not None and answer.certificate is not None:
+        save(file, answer.certificate)
 
 
 async def _answers(
@@ -212,7 +194,12 @@ async def _answers(
 
     tasks = TaskService(embedded.store, embedded.tasks)
     predictions = Predictions(
-        embedded.settings, embedded.engine, embedded.tasks, embedded.secret, tasks.expect
+        embedded.settings,
+        embedded.engine,
+        embedded.tasks,
+        embedded.secret,
+        embedded.keys,
+        tasks.expect,
     )
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
@@ -265,7 +252,7 @@ async def _predict_one(
     async for status in predictions.engine.watch(job_id):
         progress.update(bar, completed=status.rows_done)
     progress.remove_task(bar)
-    return predictions.to_response(await predictions.status(job_id, None))
+    return await predictions.to_response(await predictions.status(job_id, None))
 
 
 def _shown(path: Path) -> str:

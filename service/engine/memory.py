@@ -165,6 +165,19 @@ class MemoryEngine(MemoryJobs):
         record = self._find(job_id)
         return None if record is None else record.status()
 
+    async def name(self, job_id: str, alias: str) -> None:
+        """Let `named` find the job by this alias; see Engine."""
+        self._sweep()
+        if record := self._find(job_id):
+            record.aliases.add(alias)
+            self._aliases[alias] = record
+
+    async def named(self, alias: str) -> str | None:
+        """The id of the job with this alias, or None."""
+        self._sweep()
+        record = self._aliases.get(alias)
+        return None if record is None else record.job.id
+
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
         self._sweep()

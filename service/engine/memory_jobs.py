@@ -50,6 +50,7 @@ class MemoryJobs:
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, JobRecord] = {}
+        self._aliases: dict[str, JobRecord] = {}
         self._backlog = BacklogRows(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
         self._rate = RateMeter()
@@ -173,6 +174,9 @@ class MemoryJobs:
         del self._ended[record.job.id]
         if record.caller_key is not None:
             del self._caller_keys[record.caller_key]
+        for alias in record.aliases:
+            if self._aliases.get(alias) is record:
+                del self._aliases[alias]
 
     def _sweep(self) -> None:
         """Expire leases, silent workers, unserved jobs, and jobs past their retention."""

@@ -68,6 +68,7 @@ class JobRecord:
     problem: dict[str, Any] | None = None
     reported: dict[str, Any] | None = None
     counted: set[int] = field(default_factory=set)
+    aliases: set[str] = field(default_factory=set)
     failures: Counter[int] = field(default_factory=Counter)
     worker_crashes: Counter[int] = field(default_factory=Counter)
     changed: Signal = field(default_factory=Signal)

@@ -209,6 +209,15 @@ class Engine(Protocol):
         The status's job may lack its pixels, which are erased at its end.
         """
 
+    async def name(self, job_id: str, alias: str) -> None:
+        """Let `named` find the job by this alias, for as long as the engine has the job.
+
+        An alias leads to the job that was named last. An unknown job changes nothing.
+        """
+
+    async def named(self, alias: str) -> str | None:
+        """The id of the job with this alias, or None once that job is gone."""
+
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
 

@@ -6,7 +6,9 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from models.bundle import Bundle
 from service.config import Settings
@@ -29,10 +31,14 @@ def sigma_seconds(sigma: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """An admitted question: its bundle's digest, and the rows charged for preparing its sigma."""
+    """An admitted question: the digest and the numerics that serve its bundle.
+
+    `setup_rows` are charged for preparing its sigma.
+    """
 
     digest: str
     setup_rows: int
+    numerics: Mapping[str, Any]
 
 
 class AdmissionControl:
@@ -71,7 +77,9 @@ class AdmissionControl:
         if not may_be_known and waiting + charge > bound:
             raise full(charge, waiting, speed)
         # The engine rejects a new job without a digest.
-        return Admission(digests[0] if digests else "", setup_rows)
+        digest = digests[0] if digests else ""
+        served = (each for each in capacity.numerics if bundle.served_digest(each) == digest)
+        return Admission(digest, setup_rows, next(served, {}))
 
     def delete(self, task: str) -> None:
         """Forget when the task was first requested: it is gone, or new to the workers again."""

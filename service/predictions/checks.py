@@ -10,9 +10,9 @@ from models.certificates import (
     smallest_n_certify,
     smallest_n_predict,
 )
+from models.evidence import total_variation
 from service.errors import as_json
 from service.jobs import Mode
-from service.predictions.results import total_variation
 from service.predictions.schemas import Method, PredictRequest
 from service.validation import invalid_field
 

@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from models.anytime import Anytime, certify_anytime
+from models.bundle import Base, Bundle
 from models.certificates import Certificate, certify, predict
+from models.evidence import total_variation
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
+from service.predictions.certificate import Issuing
+from service.predictions.document import SignedCertificate
 from service.predictions.schemas import (
     JobResponse,
     LabelCount,
@@ -20,15 +23,7 @@ from service.predictions.schemas import (
     PredictResponse,
     Timing,
 )
-
-
-def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
-    """Bound on the total variation distance of a row's drawn noise from the ideal, without torch.
-
-    `shape` is (channels, height, width). A pixel has fewer than 5000 sigma + 10 thresholds, and
-    each blurs one word in 2^63; redraws double that. Never below `models.noise.total_variation`.
-    """
-    return prod(shape) * (5000 * sigma + 10) * 2.0**-62
+from service.signing import SigningKeys
 
 
 def certificate(status: JobStatus) -> Certificate:
@@ -69,8 +64,10 @@ def early_stopping(job: Job) -> Anytime:
     )
 
 
-def to_response(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
-    """The response of a succeeded job; `labels` are those of its bundle."""
+def to_response(
+    status: JobStatus, labels: Sequence[str], signed: SignedCertificate | None = None
+) -> PredictResponse:
+    """The response of a succeeded job; `labels` are those of its bundle, `signed` its document."""
     job, proven = status.job, certificate(status)
     votes = sorted(zip(status.estimation, labels, strict=True), key=lambda vote: -vote[0])
     return PredictResponse(
@@ -99,37 +96,54 @@ def to_response(status: JobStatus, labels: Sequence[str]) -> PredictResponse:
         resolution=job.shape[1],
         bundle=job.bundle,
         timing_ms=_timing(status),
+        certificate=signed,
     )
 
 
 def example() -> PredictResponse:
     """A response for /docs, computed like any other: 970 frogs and 30 cats of 1000 rows."""
-    labels = ("cat", "frog")
+    bundle = Bundle(
+        id="example",
+        labels=("cat", "frog"),
+        template="This is a photo of a {}.",
+        prompt="",
+        k=1.8,
+        resolution=32,
+        largest_sigma=1.0,
+        denoiser=Base("none"),
+        classifier=Base("open-clip"),
+        licence="",
+        files={},
+    )
     job = Job(
         id="rB3hYbY0mPz2kQ9xW1cVdA",
         task="default",
-        task_digest="",
-        bundle=hashlib.sha256(b"example").hexdigest(),
+        task_digest=bundle.digest,
+        bundle=bundle.served_digest({}),
         mode=Mode.CERTIFY,
         sigma=0.25,
         alpha=0.001,
         n0=100,
         n=1000,
-        classes=len(labels),
+        classes=len(bundle.labels),
         shape=(3, 32, 32),
         pixels=b"",
         key=b"",
         created=0.0,
         method="two-sided",
+        array_sha256=hashlib.sha256(b"array").hexdigest(),
+        file_sha256=hashlib.sha256(b"file").hexdigest(),
     )
     ended = JobStatus(
         job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426
     )
-    return to_response(ended, labels)
+    secret = hashlib.sha256(b"example").digest()
+    signed = Issuing(secret, SigningKeys(secret, secret)).issue(ended, bundle)
+    return to_response(ended, bundle.labels, signed)
 
 
-def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse:
-    """The job's response; `labels`, those of its bundle, are needed once it has succeeded."""
+def job_response(status: JobStatus, result: PredictResponse | None) -> JobResponse:
+    """The job's response; `result` is that of a job that has succeeded."""
     job = status.job
     return JobResponse(
         id=job.id,
@@ -142,7 +156,7 @@ def job_response(status: JobStatus, labels: Sequence[str] | None) -> JobResponse
         created=job.created,
         started=status.started,
         finished=status.finished,
-        result=to_response(status, labels) if labels else None,
+        result=result,
         problem=problem(status),
     )
 

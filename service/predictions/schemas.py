@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from service.jobs import Mode, State, canonical_json
+from service.predictions.document import SignedCertificate
 
 MOST_ROWS = 100_000
 SMALLEST_SIGMA = 0.02
@@ -199,6 +200,11 @@ class PredictResponse(BaseModel):
     resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
     bundle: str = Field(description="SHA-256 of the task's artifact with the numerics used.")
     timing_ms: Timing = Field(description="Times, in milliseconds.")
+    certificate: SignedCertificate | None = Field(
+        None,
+        description="The certificate to take away, where `certified` is true; else absent.",
+        exclude_if=lambda certificate: certificate is None,
+    )
 
 
 class JobResponse(BaseModel):

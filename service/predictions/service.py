@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from models.anytime import look_schedule
 from models.bundle import Bundle
+from models.evidence import total_variation
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.errors import (
@@ -28,12 +30,15 @@ from service.jobs import Job, JobStatus, State, noise_key
 from service.operations import metrics
 from service.operations.logs import about
 from service.predictions.admission import Admission, AdmissionControl
+from service.predictions.certificate import Issuing
 from service.predictions.checks import check_question
+from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
-from service.predictions.results import job_response, problem, to_response, total_variation
+from service.predictions.results import job_response, problem, to_response
 from service.predictions.rounds import finish_early, keep_looking
 from service.predictions.schemas import JobResponse, Method, PredictRequest, PredictResponse
 from service.predictions.waiting import JobWaiter
+from service.signing import SigningKeys
 
 logger = logging.getLogger("vouchsafe")
 
@@ -51,12 +56,14 @@ class Predictions:
         engine: Engine,
         tasks: Mapping[str, Bundle],
         secret: bytes,
+        keys: SigningKeys,
         expect: Callable[[str], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self.engine = engine
         self.tasks = tasks
         self._settings = settings
         self._secret = secret
+        self._issuing = Issuing(secret, keys)
         self._expect = expect
         self._reader = ImageReader(
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
@@ -160,10 +167,10 @@ class Predictions:
         """Background task: goes on with early-stopping jobs whose look is due, until `stop`."""
         await keep_looking(self.engine, stop)
 
-    def to_job_response(self, status: JobStatus) -> JobResponse:
+    async def to_job_response(self, status: JobStatus) -> JobResponse:
         """The job's response; raises NotFound for a result whose bundle is gone."""
         succeeded = status.state is State.SUCCEEDED
-        return job_response(status, self._bundle_of(status.job).labels if succeeded else None)
+        return job_response(status, await self.to_response(status) if succeeded else None)
 
     async def cancel_stale(self, task: str) -> None:
         """Cancel the jobs of a task whose bundle is gone, or has been replaced since.
@@ -179,15 +186,30 @@ class Predictions:
         if task not in self.tasks:
             metrics.delete(task)
 
-    def to_response(self, status: JobStatus) -> PredictResponse:
-        """The response of an ended job.
+    async def to_response(self, status: JobStatus) -> PredictResponse:
+        """The response of an ended job; its certificate, if any, can be requested from now on.
 
         Raises JobFailed with the problem of a job that did not succeed, and NotFound for a result
         whose bundle is gone.
         """
-        if (document := problem(status)) is not None:
-            raise JobFailed(document)
-        return to_response(status, self._bundle_of(status.job).labels)
+        bundle = self._bundle_of_success(status)
+        if (signed := self._issuing.issue(status, bundle)) is not None:
+            await self.engine.name(status.job.id, signed.document.id)
+        return to_response(status, bundle.labels, signed)
+
+    async def certificate(self, certificate_id: str, owner: str | None) -> SignedCertificate:
+        """The certificate of this id, from a response to the same owner.
+
+        Raises NotFound for any other id, and once the certificate's job or its bundle is gone.
+        """
+        job_id = await self.engine.named(certificate_id)
+        if job_id is None:
+            raise NotFound("There is no such certificate, or no longer")
+        status = await self.status(job_id, owner)
+        signed = self._issuing.issue(status, self._bundle_of(status.job))
+        if signed is None:
+            raise NotFound("There is no such certificate, or no longer")
+        return signed
 
     def drain(self, grace_seconds: float) -> None:
         """Make `ended` raise Backlog after `grace_seconds`, for callers still waiting then."""
@@ -207,7 +229,7 @@ class Predictions:
         owner: str | None,
         traceparent: str | None,
     ) -> Job:
-        channels, height, width = pixels.shape
+        (channels, height, width), array = pixels.shape, pixels.tobytes()
         looks: tuple[int, ...] = ()
         if question.method is Method.ANYTIME:
             blur = total_variation((channels, height, width), question.sigma)
@@ -226,7 +248,7 @@ class Predictions:
             n=question.n,
             classes=len(bundle.labels),
             shape=(channels, height, width),
-            pixels=pixels.tobytes(),
+            pixels=array,
             key=b"",
             created=time.time(),
             owner=owner,
@@ -235,8 +257,17 @@ class Predictions:
             method=question.method.value,
             target_radius=question.target_radius,
             looks=looks,
+            array_sha256=hashlib.sha256(array).hexdigest(),
+            file_sha256=hashlib.sha256(question.image).hexdigest(),
+            numerics=admission.numerics,
         )
         return replace(job, key=noise_key(self._secret, job))
+
+    def _bundle_of_success(self, status: JobStatus) -> Bundle:
+        """The bundle of a succeeded job; raises JobFailed for another job, and as `_bundle_of`."""
+        if (document := problem(status)) is not None:
+            raise JobFailed(document)
+        return self._bundle_of(status.job)
 
     def _bundle_of(self, job: Job) -> Bundle:
         """The bundle of the job; raises NotFound once it is gone or replaced."""
@@ -251,7 +282,7 @@ class Predictions:
 
     def _count_outcome(self, status: JobStatus) -> None:
         try:
-            response = self.to_response(status)
+            response = to_response(status, self._bundle_of_success(status).labels)
         except Problem as error:  # There is no answer to count.
             if status.state is State.FAILED:
                 logger.warning("a job failed: %s", error, extra=about([status.job]))

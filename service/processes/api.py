@@ -25,6 +25,7 @@ from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
 from service.errors import EngineUnavailable
 from service.secrets import load_secret
+from service.signing import SigningKeys
 from service.tasks.catalog import Catalog
 from service.tasks.store import Store
 
@@ -58,11 +59,12 @@ def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.e
         raise ValueError("VOUCHSAFE_REDIS_URL is not set")
     engine = RedisEngine.from_settings(settings)
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
+    keys = SigningKeys.from_settings(settings, secret)
     store = Store(settings, secret)
     catalog = Catalog({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
     redis = connect(settings.redis_url.get_secret_value())
     holding = partial(_hold_volume, redis, store, on_stranger)
-    app = create_app(Services.build(settings, engine, catalog, secret, [holding]))
+    app = create_app(Services.build(settings, engine, catalog, secret, keys, [holding]))
     app.add_exception_handler(RedisError, _unreachable)
     return app
 

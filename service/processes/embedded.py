@@ -18,6 +18,7 @@ from service.errors import TaskUnusable
 from service.processes.runtime import WorkerRuntime
 from service.processes.runtime import leave_if_hung as leave_if_hung
 from service.secrets import load_secret
+from service.signing import SigningKeys
 from service.tasks.store import Store
 from service.worker.compute import DeviceFailed
 from service.worker.model import ModelUnavailable
@@ -38,6 +39,7 @@ class Embedded(WorkerRuntime):
     def __init__(self, settings: Settings, runtime: Runtime | None = None) -> None:
         super().__init__(settings, runtime)
         self.secret = load_secret(settings.data_dir, settings.noise_secret_file)
+        self.keys = SigningKeys.from_settings(settings, self.secret)
         self.store = Store(settings, self.secret)
         options = EngineOptions.from_settings(settings)
         self.engine = MemoryEngine(replace(options, unserved_seconds=UNSERVED_SECONDS))
@@ -55,7 +57,9 @@ class Embedded(WorkerRuntime):
 
     def services(self, background_tasks: Sequence[BackgroundTask]) -> Services:
         """The services of this process's API, with its background tasks."""
-        return Services.build(self.settings, self.engine, self.tasks, self.secret, background_tasks)
+        return Services.build(
+            self.settings, self.engine, self.tasks, self.secret, self.keys, background_tasks
+        )
 
     async def ready(self) -> None:
         """Return once the worker serves every available task."""

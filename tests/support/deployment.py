@@ -10,6 +10,7 @@ from tests.support.paths import ROOT
 
 SECRETS = {
     "noise.secret",
+    "signing.key",
     "api_keys",
     "prometheus_api_key",
     "vouchsafe_redis_url",

@@ -23,10 +23,12 @@ from service.config import Settings
 from service.engine.memory import MemoryEngine
 from service.engine.options import EngineOptions
 from service.engine.protocol import Lease, Worker
+from service.signing import SigningKeys
 from service.tasks.catalog import Catalog
 from tests.support.fakes import FakeClock
 
 SECRET = b"s" * 32
+KEYS = SigningKeys(b"k" * 32, SECRET)
 LABELS = ("ant", "bee", "cat", "dog")
 RESOLUTION = 8
 PIXELS = np.random.default_rng(5).integers(0, 256, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
@@ -127,7 +129,7 @@ class Service:
         configured = Settings(max_queue_rows=backlog_rows, **settings)
         self.catalog = Catalog(TASKS, configured.data_dir / "tasks", configured.models_folder)
         self.app = create_app(
-            Services.build(configured, self.engine, self.catalog, SECRET, running)
+            Services.build(configured, self.engine, self.catalog, SECRET, KEYS, running)
         )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://service")

@@ -238,6 +238,15 @@ class RedisEngine:
         fields = pairs(await self._scripts.run("status", job_id))
         return job_status(fields) if fields else None
 
+    async def name(self, job_id: str, alias: str) -> None:
+        """Let `named` find the job by this alias; see Engine."""
+        await self._scripts.run("name", job_id, alias)
+
+    async def named(self, alias: str) -> str | None:
+        """The id of the job with this alias, or None."""
+        job_id = await self._scripts.run("named", alias)
+        return None if job_id is None else str(job_id.decode())
+
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""
         arguments = () if owner is None else (owner,)

@@ -20,6 +20,13 @@ from service.predictions.images.webp import WebP
 MOST_ELONGATED = 100
 """Longest side over shortest: bounds the resized image of a thin strip."""
 
+PREPROCESSING = {
+    "resize": "shorter side to the resolution, bicubic, antialiased; none if it has that size",
+    "crop": "center square",
+    "color": "sRGB, 8 bits a channel, transparency on white, upright by EXIF",
+}
+"""The steps of `decode`, as certificates state them."""
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

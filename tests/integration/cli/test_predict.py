@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import predict as cli_predict
+from service.cli.files import pictures
 from service.cli.main import app
-from service.cli.predict import pictures
 from tests.support.paths import ROOT
 
 SHIP = ROOT / "docs" / "ship.png"

@@ -137,7 +137,11 @@ def test_noise_secret_is_the_apis_alone(pods: dict[str, dict[str, Any]]) -> None
     example = yaml.safe_load((KUBERNETES / "example" / "kustomization.yaml").read_text())
     files = {made["name"]: made["files"] for made in example["secretGenerator"]}
     assert files["vouchsafe-redis"] == ["secrets/vouchsafe_redis_url"]
-    assert files["vouchsafe-api"] == ["secrets/noise.secret", "secrets/api_keys"]
+    assert files["vouchsafe-api"] == [
+        "secrets/noise.secret",
+        "secrets/signing.key",
+        "secrets/api_keys",
+    ]
 
 
 def test_tasks_and_jobs_are_one_volume(

@@ -22,7 +22,7 @@ from service.engine.redis.engine import PREFIX, RedisEngine
 from service.engine.redis.requirements import check_server
 from service.jobs import State
 from service.processes import api
-from service.secrets import load_secret
+from service.secrets import load_secret, load_signing_key
 from service.tasks.lock import RedisLocks
 from tests.support.adapting import until_extended, wait_until
 from tests.support.deployment import SECRETS, make_secrets
@@ -76,18 +76,22 @@ def test_secrets_belong_to_those_who_read_them(tmp_path: Path) -> None:
     """Run as root, it gives each file to the user that its container runs as."""
     make_secrets(tmp_path)
     owners = {path.name: path.stat().st_uid for path in tmp_path.iterdir()}
-    assert owners["noise.secret"] == owners["api_keys"] == owners["vouchsafe_redis_url"] == 10001
+    for name in ("noise.secret", "signing.key", "api_keys", "vouchsafe_redis_url"):
+        assert owners[name] == 10001
     assert owners["redis_users.acl"] == owners["redis_admin_password"] == 999
     assert owners["prometheus_api_key"] == 65534
     assert owners["grafana_admin_password"] == 472
 
 
-def test_noise_secret_is_one(tmp_path: Path) -> None:
-    """The user that it was given to takes it as it was made."""
+def test_noise_secret_and_signing_key_are_ones(tmp_path: Path) -> None:
+    """The user that they were given to takes them as they were made."""
     make_secrets(tmp_path / "secrets")
-    path = tmp_path / "secrets" / "noise.secret"
-    os.chown(path, os.geteuid(), -1)
+    path, key = (tmp_path / "secrets" / name for name in ("noise.secret", "signing.key"))
+    for each in (path, key):
+        os.chown(each, os.geteuid(), -1)
     assert load_secret(tmp_path / "data", path) == path.read_bytes()
+    assert load_signing_key(tmp_path / "data", path) == key.read_bytes()
+    assert path.read_bytes() != key.read_bytes()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
 from service.tasks.catalog import Catalog
 from tests.support.engines import HARNESSES
-from tests.support.serving import NUMERICS, SECRET, TASKS, Service, png, problem, serving
+from tests.support.serving import KEYS, NUMERICS, SECRET, TASKS, Service, png, problem, serving
 
 BIRDS, DOGS = ("bird", "plane", "ship"), ("dog", "cat", "frog")
 
@@ -67,7 +67,7 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
         catalog = Catalog(TASKS, tmp_path / folder)
         await catalog.refresh()
         settings = Settings(data_dir=tmp_path / folder)
-        desks.append(Predictions(settings, engine, catalog, SECRET))
+        desks.append(Predictions(settings, engine, catalog, SECRET, KEYS))
     for desk in desks:
         desk._admission._first_requests["pets"] = float("-inf")  # It was waited for already.
     await works(engine, theirs)
@@ -80,11 +80,11 @@ async def test_a_fleet_of_unequal_copies_never_answers_in_the_wrong_words(
     for desk, job_id, word in zip(desks, jobs, ("dog", "bird"), strict=True):
         status = await desk.ended(job_id, 30)
         assert status is not None
-        assert desk.to_response(status).label == word
+        assert (await desk.to_response(status)).label == word
     status = await desks[0].status(jobs[1], None)
     for told in (desks[0].to_response, desks[0].to_job_response):
         with pytest.raises(NotFound, match="is gone or was replaced"):
-            told(status)
+            await told(status)
     for desk in desks:
         await desk.close()
 

@@ -34,6 +34,7 @@ async def test_certify_answers_in_full(service: Service) -> None:
     )
     assert isinstance(answered.pop("id"), str)
     assert set(answered.pop("timing_ms")) == {"queue", "inference", "total"}
+    assert set(answered.pop("certificate")) == {"document", "jws"}
     assert answered == {
         "task": "default",
         "mode": "certify",

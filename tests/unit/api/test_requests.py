@@ -33,7 +33,7 @@ async def test_probes_and_pages_need_no_key(path: str) -> None:
 
 
 async def test_the_interface_says_where_keys_are_needed() -> None:
-    """/openapi.json loads without a key and declares it on each route but the probes."""
+    """/openapi.json loads without a key and declares it on each route but probes and keys."""
     async with serving(api_keys="ann:key-of-ann") as service:
         described = (await service.client.get("/openapi.json")).json()
     free = {
@@ -41,7 +41,7 @@ async def test_the_interface_says_where_keys_are_needed() -> None:
         for path, operations in described["paths"].items()
         if not all(operation.get("security") for operation in operations.values())
     }
-    assert free == {"/livez", "/readyz", "/startupz"}
+    assert free == {"/livez", "/readyz", "/startupz", "/.well-known/jwks.json"}
     (scheme,) = described["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
 

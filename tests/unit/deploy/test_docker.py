@@ -290,7 +290,8 @@ def test_only_the_api_is_reached_from_outside(services: dict[str, Any]) -> None:
 def test_workers_have_no_noise_secret(services: dict[str, Any]) -> None:
     """The API alone mounts it, and those who only serve may not write to the tasks."""
     for name, service in services.items():
-        assert ("noise.secret" in service.get("secrets", ())) is (name == API), name
+        for secret in ("noise.secret", "signing.key"):
+            assert (secret in service.get("secrets", ())) is (name == API), name
     for name in WORKERS:
         assert services[name]["secrets"] == ["vouchsafe_redis_url"]
         (volume,) = services[name]["volumes"]

@@ -8,7 +8,7 @@ import pytest
 from service.api.app import create_app
 from service.api.services import Services
 from service.config import Settings
-from tests.support.serving import SECRET, Service, problem, serving
+from tests.support.serving import KEYS, SECRET, Service, problem, serving
 
 
 async def test_not_ready_before_the_start() -> None:
@@ -59,7 +59,9 @@ async def test_ended_background_task_ends_readiness(
         if fault is not None:
             raise fault
 
-    app = create_app(Services.build(Settings(), service.engine, service.catalog, SECRET, [fragile]))
+    app = create_app(
+        Services.build(Settings(), service.engine, service.catalog, SECRET, KEYS, [fragile])
+    )
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
     async with app.router.lifespan_context(app), client:
         assert (await client.get("/readyz")).status_code == 200

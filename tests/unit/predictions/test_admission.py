@@ -20,7 +20,7 @@ from service.predictions import admission as doors
 from service.predictions.admission import MOST_SIGMAS, AdmissionControl, sigma_seconds
 from service.predictions.schemas import PredictRequest
 from service.predictions.service import Predictions
-from tests.support.serving import NUMERICS, SECRET, TASKS, png
+from tests.support.serving import KEYS, NUMERICS, SECRET, TASKS, png
 
 BIRDS = TASKS["default"].served_digest(NUMERICS)
 ASKED = PredictRequest.model_validate({"image": png(), "task": "birds", "n": 30, "n0": 10})
@@ -77,7 +77,7 @@ async def test_a_task_that_no_worker_serves_is_refused_at_once(
 async def test_a_task_that_is_made_anew_is_new(engine: MemoryEngine, tmp_path: Path) -> None:
     """Workers are given the time to find it once more."""
     tasks = TASKS | {"birds": replace(TASKS["default"], id="birds")}
-    desk = Predictions(Settings(data_dir=tmp_path), engine, tasks, SECRET)
+    desk = Predictions(Settings(data_dir=tmp_path), engine, tasks, SECRET, KEYS)
     desk._admission._first_requests["birds"] = time.monotonic() - 60
     with pytest.raises(Backlog):
         await desk.submit(ASKED, None, None)

@@ -43,6 +43,8 @@ async def test_the_example_in_the_interface_is_an_answer() -> None:
     assert {name: value for name, value in answer.items() if value is not None} == shown
     assert PredictResponse.model_validate(shown) == example()
     assert "schema" in answered["application/json"]
+    answered = described["paths"]["/certificates/{id}"]["get"]["responses"]["200"]["content"]
+    assert answered["application/json"]["example"] == shown["certificate"]
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from models.anytime import Anytime, certify_anytime, largest_target, look_schedule
+from models.evidence import total_variation
 from service.jobs import Domain
-from service.predictions.results import total_variation
 from service.predictions.rounds import look
 from tests.support.serving import RESOLUTION, Service, nine_of_ten, problem, serving, split
 

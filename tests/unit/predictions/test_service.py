@@ -20,7 +20,7 @@ from service.predictions.service import Predictions
 from tests.support.engines import HARNESSES
 from tests.support.fakes import EngineSpy
 from tests.support.http import ANN, BOB
-from tests.support.serving import PNG, SECRET, TASKS, Service, png, problem, serving
+from tests.support.serving import KEYS, PNG, SECRET, TASKS, Service, png, problem, serving
 from tests.support.working import soon
 
 
@@ -284,7 +284,7 @@ async def test_a_task_that_changes_as_it_is_asked_is_another_question(
     """Where the bundle is replaced while the question is on its way, the caller is told to ask
     again, and nothing is kept that a key would repeat."""
     spy = Replacing(engine)
-    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET, KEYS)
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady, match='"default" changed meanwhile; send the request') as told:
         await desk.submit(asked, "ada", "key")
@@ -302,7 +302,7 @@ async def test_what_is_to_be_asked_again_is_forgotten_after_an_outage(
     monkeypatch.setattr(waiting, "_UNREACHABLE_SECONDS", 0.01)
     spy = Replacing(engine)
     spy.trouble = lambda: spy.calls[-1][0] == "delete" and len(spy.asked("delete")) < 3
-    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, spy.tasks, SECRET, KEYS)
     asked = PredictRequest.model_validate({"image": png(), "n": 30, "n0": 10})
     with pytest.raises(TaskNotReady):
         await desk.submit(asked, "ada", "key")

@@ -28,7 +28,7 @@ from service.tasks.service import TaskService
 from service.tasks.task import Signature, Task, signature
 from tests.support.adapting import make_store
 from tests.support.fakes import EngineSpy
-from tests.support.serving import NUMERICS, SECRET, TASKS, png, problem
+from tests.support.serving import KEYS, NUMERICS, SECRET, TASKS, png, problem
 from tests.support.task_bundles import put
 from tests.support.task_service import adapting, body, made
 
@@ -319,7 +319,7 @@ async def test_withdrawing_a_task_cancels_what_was_asked_of_it_before(
             return await self.engine.submit(*asked, **more)
 
     spy = Away(engine, lambda: spy.calls[-1][0] == "cancel" and tries < 2)
-    desk = Predictions(Settings(data_dir=tmp_path), spy, catalog, SECRET)
+    desk = Predictions(Settings(data_dir=tmp_path), spy, catalog, SECRET, KEYS)
     asked = PredictRequest.model_validate({"image": png(), "task": "pets", "n": 30, "n0": 10})
 
     async def gone(task: str) -> None:

@@ -1,0 +1,73 @@
+"""Computes the votes of a certificate again, with the service's secret; loads torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.evidence import looks_of, sparse
+from models.rows import Rows
+from models.runtime import RUNTIMES
+from models.smoothing import SmoothedModel, load, votes
+from service.config import Settings
+from service.jobs import Domain
+from service.predictions.document import CertificateDocument
+from service.predictions.verification import Refused, array_of, job_of
+
+
+def replay(
+    document: CertificateDocument, image: bytes, bundle: Bundle, secret: bytes, settings: Settings
+) -> str:
+    """The number of rows that were drawn and labeled again, with the votes of the certificate.
+
+    `image` is the file, `bundle` the task's, `secret` the noise secret. Raises Refused for another
+    secret, an array of another image, a machine of other numerics, and other votes.
+    """
+    job = job_of(document, array_of(document, image), secret)
+    model = _model(document, bundle, settings)
+    pixels = np.frombuffer(job.pixels, np.uint8).reshape(job.shape)
+
+    def tally(domain: Domain, start: int, stop: int) -> NDArray[np.int64]:
+        return votes(model, Rows(pixels, job.domain_key(domain), start, stop, job.sigma))
+
+    evidence = document.evidence
+    selection = tally(Domain.SELECTION, 0, job.n0)
+    ends = [rows for rows, _, _ in evidence.looks] or [document.noise.estimation[1]]
+    rounds = [tally(Domain.ESTIMATION, *span) for span in pairwise((0, *ends))]
+    estimation = np.cumsum(rounds, axis=0).tolist()
+    looks = looks_of(document.result.label_index, estimation) if evidence.looks else []
+    for name, stated, found in (
+        ("selection_counts", evidence.selection_counts, sparse(selection.tolist())),
+        ("estimation_counts", evidence.estimation_counts, sparse(estimation[-1])),
+        ("looks", evidence.looks, looks),
+    ):
+        if found != stated:
+            raise Refused(f"{name} = {stated}: the replay counts {found}")
+    return f"{job.n0 + ends[-1]} rows drawn again got the same votes"
+
+
+def _model(document: CertificateDocument, bundle: Bundle, settings: Settings) -> SmoothedModel:
+    """The networks under the certificate's numerics; raises Refused where these are others here."""
+    stated = document.model.numerics
+    runtime = str(stated.get("runtime")).partition(" ")[0]
+    batch_rows = stated.get("batch_rows")
+    if runtime not in RUNTIMES or not isinstance(batch_rows, int):
+        raise Refused(f"numerics = {stated}: cannot be set up here")
+    model = load(
+        bundle,
+        batch_rows=batch_rows,
+        runtime=RUNTIMES[runtime](),
+        models_dir=settings.models_folder,
+    )
+    if model.digest != document.model.bundle:
+        own = model.numerics.described()
+        odd = [
+            f"{name} {stated.get(name)!r}, here {own[name]!r}"
+            for name in own
+            if stated.get(name) != own[name]
+        ]
+        raise Refused(f"numerics: {'; '.join(odd) or 'the task is another one here'}")
+    return model

@@ -1,0 +1,129 @@
+"""The commands `verify` and `jwks`: check a certificate, and print the keys that sign here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from service.cli.console import read_settings, tell
+from service.config import SecretError, Settings
+from service.secrets import load_secret
+
+if TYPE_CHECKING:
+    from service.predictions.document import CertificateDocument
+    from service.predictions.verification import Check
+
+_URL_SECONDS = 10.0
+
+
+def verify(
+    certificate: Annotated[Path, typer.Argument(help="A certificate: a JSON file.")],
+    image: Annotated[
+        Path | None, typer.Option(help="The image file that the certificate is about.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The id of a task on this machine, or `default`.")
+    ] = None,
+    jwks: Annotated[
+        str | None, typer.Option(help="The service's public keys: a file, or a URL.")
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option(help="Compute the votes again, with --image and the noise secret.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Check a certificate, one line a check.
+
+    Exits with 1 if a check fails, and with 2 for a file or an option that cannot be used.
+    """
+    from service.predictions.verification import Verifier
+    from service.signing import read_jwks
+
+    if replay and image is None:
+        _fail("--replay needs --image")
+    try:
+        text = certificate.read_bytes()
+        keys = None if jwks is None else read_jwks(_fetched(jwks))
+        picture = None if image is None else image.read_bytes()
+    except ValueError as error:
+        _fail(f"{jwks}: {error}")
+    bundle = None if task is None else _bundle(task, read_settings())
+    document, checks = Verifier(text, keys, picture, bundle).checks()
+    if replay and picture is not None and document is not None and _passed(checks):
+        checks.append(_replayed(document, picture, bundle, read_settings()))
+    if as_json:
+        each = [{"check": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
+        print(json.dumps({"passed": _passed(checks), "checks": each}, ensure_ascii=False))
+    else:
+        for check in checks:
+            word = "ok" if check.passed else "FAIL"
+            print(f"{word:5}{check.name:12}{_printable(check.detail)}")
+    if not _passed(checks):
+        raise typer.Exit(1)
+
+
+def jwks() -> None:
+    """Print the public keys that verify this machine's certificates, as the service does."""
+    from service.signing import SigningKeys
+
+    settings = read_settings()
+    secret = load_secret(settings.data_dir, settings.noise_secret_file)
+    print(json.dumps(SigningKeys.from_settings(settings, secret).jwks, indent=2))
+
+
+def _passed(checks: list[Check]) -> bool:
+    return all(check.passed for check in checks)
+
+
+def _fail(reason: object) -> NoReturn:
+    tell(reason)
+    raise typer.Exit(2)
+
+
+def _printable(text: str) -> str:
+    """The text without characters that would move a terminal's cursor."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _fetched(jwks: str) -> bytes:
+    """The content of a file or a URL; exits with 2 for a URL that cannot be read."""
+    if not jwks.startswith(("http://", "https://")):
+        return Path(jwks).read_bytes()
+    import httpx
+
+    try:
+        response = httpx.get(jwks, timeout=_URL_SECONDS, follow_redirects=True)
+        return response.raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        _fail(f"{jwks}: {error}")
+
+
+def _bundle(task: str, settings: Settings) -> Bundle:
+    """The verified bundle of a task here; exits with 2 for an id that no task can have."""
+    from service.tasks.task import is_task_id
+
+    if task != "default" and not is_task_id(task):
+        _fail(f"{task!r} is no task's id")
+    return read_bundle(DEFAULT_TASK if task == "default" else settings.tasks_folder / task)
+
+
+def _replayed(
+    document: CertificateDocument, picture: bytes, bundle: Bundle | None, settings: Settings
+) -> Check:
+    """The check that the same rows get the same votes on this machine; loads torch."""
+    from service.cli.replay import replay
+    from service.predictions.verification import Check
+
+    file = settings.noise_secret_file or settings.data_dir / "noise.secret"
+    if not file.exists():
+        raise SecretError(f"{file}: is missing; --replay needs the noise secret of the service")
+    secret = load_secret(settings.data_dir, settings.noise_secret_file)
+    try:
+        found = bundle or _bundle(document.model.task, settings)
+        return Check("replay", True, replay(document, picture, found, secret, settings))
+    except ValueError as error:
+        return Check("replay", False, str(error))

@@ -1,0 +1,258 @@
+"""Checks a certificate without trusting its issuer: a list of named checks, each passed or not."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.bundle import ADAPTER, TUNED, Bundle, served_digest
+from models.evidence import TOLERANCE, recompute, total_variation
+from service.errors import Problem
+from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
+from service.predictions.certificate import network, result_of, statement
+from service.predictions.document import CertificateDocument
+from service.predictions.images.reader import ImageLimits, decode
+from service.predictions.schemas import MOST_ROWS
+from service.signing import (
+    COMMITMENTS,
+    canonical,
+    check_signature,
+    commitment,
+    read_json,
+    signed_payload,
+)
+
+MOST_RESOLUTION = 4096
+"""Largest side of a certified square, in pixels; a larger one is not decoded."""
+
+MOST_PIXELS = 2**27
+"""Most pixels of an image file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: its name, whether the certificate passed, and what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Refused(ValueError):
+    """The certificate fails a check; the message names the field, its value and the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """The checks of one certificate, given as the text of its JSON.
+
+    Each given part adds its checks: `jwks` the signature, `image` (a file's bytes) the subject,
+    `bundle` the model.
+    """
+
+    text: bytes
+    jwks: Mapping[str, Any] | None = None
+    image: bytes | None = None
+    bundle: Bundle | None = None
+
+    def checks(self) -> tuple[CertificateDocument | None, list[Check]]:
+        """The signed document, and every check in order.
+
+        The document is None where the certificate cannot be read; no other check is made then.
+        """
+        try:
+            compact, stated, payload, document = _read(self.text)
+        except ValueError as error:
+            return None, [Check("format", False, str(error))]
+        done = [
+            Check("format", True, document.type),
+            _check("document", lambda: _check_copy(stated, payload)),
+            _check("signature", lambda: self._signature(compact)),
+            _check("statistics", lambda: check_statistics(document)),
+            _check("model", lambda: self._model(document)),
+        ]
+        if self.jwks is not None and COMMITMENTS in self.jwks:
+            listed = self.jwks[COMMITMENTS]
+            done.append(_check("commitment", lambda: _check_commitment(document, listed)))
+        if (image := self.image) is not None:
+            done.append(_check("image", lambda: _check_image(document, image)))
+        return document, done
+
+    def _signature(self, compact: str) -> str:
+        if self.jwks is None:
+            return f"signed by key {signed_payload(compact)[0]}"
+        return f"by key {check_signature(compact, self.jwks)} of the JWKS"
+
+    def _model(self, document: CertificateDocument) -> str:
+        model = document.model
+        digest = served_digest(model.task_digest, model.numerics)
+        if model.bundle != digest:
+            raise Refused(f"bundle = {model.bundle}: task_digest with numerics is {digest}")
+        if (bundle := self.bundle) is None:
+            return "bundle is the hash of task_digest and numerics"
+        own = {
+            "task_digest": bundle.digest,
+            "labels": list(bundle.labels),
+            "denoiser": network(bundle.denoiser),
+            "adapter": bundle.files.get(ADAPTER),
+            "classifier": network(bundle.classifier),
+            "tuned": bundle.files.get(TUNED),
+        }
+        for name, value in own.items():
+            if getattr(model, name) != value:
+                raise Refused(f"{name}: is not that of task {bundle.id}")
+        return f"is that of task {bundle.id}"
+
+
+def check_statistics(document: CertificateDocument) -> str:
+    """The statement, once the result and the statement follow from question and evidence alone.
+
+    Raises ValueError where they do not.
+    """
+    asked, evidence, noise = document.question, document.evidence, document.noise
+    for name, rows in (("n0", asked.n0), ("n", asked.n)):
+        if not 1 <= rows <= MOST_ROWS:
+            raise Refused(f"{name} = {rows}: must be 1 to {MOST_ROWS}")
+    drawn = {
+        "selection": (noise.selection, asked.n0),
+        "estimation": (noise.estimation, sum(evidence.estimation_counts.values())),
+    }
+    for name, (stated, rows) in drawn.items():
+        if stated != [0, rows]:
+            raise Refused(f"{name} = {stated}: must be [0, {rows}], the rows that voted")
+    shape = shape_of(document)
+    least = total_variation(shape, asked.sigma)
+    if not math.isclose(evidence.total_variation, least, rel_tol=1e-12):
+        raise Refused(f"total_variation = {evidence.total_variation}: must be {least}")
+    proven = recompute(asked.model_dump(), evidence.model_dump(), len(document.model.labels))
+    claimed = document.result.model_dump()
+    _check_equal("", claimed, result_of(proven, document.model.labels, shape).model_dump())
+    if document.statement != (meant := statement(document.result, asked)):
+        raise Refused(f"statement: must be {meant}")
+    return document.statement
+
+
+def job_of(document: CertificateDocument, pixels: bytes, secret: bytes) -> Job:
+    """The job that asks the certificate's question again, with its noise key.
+
+    `pixels` are the certified array's bytes. Raises Refused for another secret than the one that
+    the certificate commits to.
+    """
+    if (own := commitment(secret)) != document.noise.secret_commitment:
+        raise Refused(
+            f"secret_commitment = {document.noise.secret_commitment}: this noise secret has {own}"
+        )
+    job = Job(
+        id=document.id,
+        task=document.model.task,
+        task_digest=document.model.task_digest,
+        bundle=document.model.bundle,
+        mode=Mode.CERTIFY,
+        sigma=document.question.sigma,
+        alpha=document.question.alpha,
+        n0=document.question.n0,
+        n=document.question.n,
+        classes=len(document.model.labels),
+        shape=shape_of(document),
+        pixels=pixels,
+        key=b"",
+        created=0.0,
+        method=document.question.method,
+        target_radius=document.question.target_radius,
+        looks=tuple(document.question.looks or ()),
+    )
+    return replace(job, key=noise_key(secret, job))
+
+
+def shape_of(document: CertificateDocument) -> tuple[int, int, int]:
+    """Channels, height and width of the certified array.
+
+    Raises Refused unless they are 3, R and R for the stated resolution R.
+    """
+    channels, height, width = document.subject.shape
+    resolution = document.subject.preprocessing.resolution
+    if (channels, height, width) != (3, resolution, resolution):
+        raise Refused(f"shape = {document.subject.shape}: must be [3, {resolution}, {resolution}]")
+    if not 1 <= resolution <= MOST_RESOLUTION:
+        raise Refused(f"resolution = {resolution}: must be 1 to {MOST_RESOLUTION}")
+    return channels, height, width
+
+
+def array_of(document: CertificateDocument, image: bytes) -> bytes:
+    """The bytes of the certified array, made from an image file.
+
+    Raises Refused for a file that makes another array, or none.
+    """
+    _, resolution, _ = shape_of(document)
+    try:
+        array = decode(image, resolution, ImageLimits(len(image), MOST_PIXELS)).tobytes()
+    except Problem as problem:
+        raise Refused(f"the file cannot be read: {problem}") from problem
+    if (found := hashlib.sha256(array).hexdigest()) != document.subject.array_sha256:
+        raise Refused(f"array_sha256 = {document.subject.array_sha256}: this image has {found}")
+    return array
+
+
+def _check(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except (ValueError, ArithmeticError) as error:
+        return Check(name, False, str(error))
+
+
+def _read(text: bytes) -> tuple[str, Any, bytes, CertificateDocument]:
+    """The JWS, the document beside it, the signed payload, and the document in the payload."""
+    outer = read_json(text)
+    if not isinstance(outer, dict) or outer.keys() != {"document", "jws"}:
+        raise Refused("a certificate is a JSON object of document and jws, and nothing else")
+    if not isinstance(outer["jws"], str):
+        raise Refused("jws: must be a string")
+    _, payload = signed_payload(outer["jws"])
+    if canonical(read_json(payload)) != payload:
+        raise Refused("the signed payload is not in the canonical form of RFC 8785")
+    try:
+        document = CertificateDocument.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if document.noise.format != NOISE_FORMAT:
+        raise Refused(f"noise.format = {document.noise.format!r}: must be {NOISE_FORMAT}")
+    return outer["jws"], outer["document"], payload, document
+
+
+def _check_copy(stated: Any, payload: bytes) -> str:
+    if canonical(stated) != payload:
+        raise Refused("document differs from the signed payload")
+    return "is the signed payload"
+
+
+def _check_commitment(document: CertificateDocument, listed: Sequence[str]) -> str:
+    if (own := document.noise.secret_commitment) not in listed:
+        raise Refused(f"secret_commitment = {own}: is not among those of the JWKS")
+    return f"to one of {len(listed)} noise secrets that the JWKS publishes"
+
+
+def _check_image(document: CertificateDocument, image: bytes) -> str:
+    array_of(document, image)
+    if hashlib.sha256(image).hexdigest() != document.subject.file_sha256:
+        return "makes the certified array, but is not the file that was sent"
+    return "is the file that was sent, and makes the certified array"
+
+
+def _check_equal(name: str, claimed: Any, found: Any) -> None:
+    """Raise Refused where values differ, numbers by more than TOLERANCE."""
+    if isinstance(claimed, dict) and isinstance(found, dict):
+        if claimed.keys() != found.keys():
+            raise Refused(f"{name} has {', '.join(claimed)}: must have {', '.join(found)}")
+        for key in found:
+            _check_equal(key, claimed[key], found[key])
+    elif isinstance(claimed, float) and isinstance(found, float):
+        if not abs(claimed - found) <= TOLERANCE:
+            raise Refused(f"{name} = {claimed}: the evidence proves {found}")
+    elif claimed != found:
+        raise Refused(f"{name} = {claimed!r}: the evidence proves {found!r}")

@@ -1,0 +1,107 @@
+"""service/cli/replay.py: every method's rows are drawn again, look by look."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.rows import Rows
+from service.cli.replay import replay
+from service.config import Settings
+from service.jobs import Domain, JobStatus
+from service.predictions.document import CertificateDocument
+from service.predictions.verification import Refused
+from tests.support.certificates import BUNDLE, answered, ended, issued
+from tests.support.fakes import fake_label
+from tests.support.serving import PNG, SECRET
+
+
+class Labeler:
+    """Networks that label a row by its key: nine of ten are for the third of four labels."""
+
+    classes, batch_rows = 4, 16
+
+    def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        (part,) = parts
+        labels = [fake_label(part.key, row, 20) for row in range(part.start, part.stop)]
+        first, second = labels.count(0), labels.count(1)
+        return np.array([[first, second, len(labels) - first - second, 0]])
+
+
+@pytest.fixture(autouse=True)
+def networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labeler in the place of loaded networks."""
+    monkeypatch.setattr("service.cli.replay._model", lambda *_: Labeler())
+
+
+def certified(method: str) -> JobStatus:
+    """The status of a job of this method under the labeler."""
+    status = answered(method)
+    job, model = status.job, Labeler()
+
+    def votes(domain: Domain, stop: int) -> tuple[int, ...]:
+        rows = Rows(np.zeros(1, np.uint8), job.domain_key(domain), 0, stop, job.sigma)
+        return tuple(model.votes([rows])[0].tolist())
+
+    ends = [sum(look) for look in (*status.looks, status.estimation)]
+    *looks, last = [votes(Domain.ESTIMATION, end) for end in ends]
+    return ended(
+        job, selection=votes(Domain.SELECTION, job.n0), estimation=last, looks=tuple(looks)
+    )
+
+
+def again(document: dict[str, Any]) -> str:
+    return replay(
+        CertificateDocument.model_validate(document), PNG, BUNDLE, SECRET, Settings(data_dir=Path())
+    )
+
+
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+def test_the_same_rows_get_the_same_votes(method: str) -> None:
+    """As many rows as were drawn, no more, whether or not they ended early."""
+    status = certified(method)
+    told = again(issued(status)["document"])
+    assert told == f"{10 + sum(status.estimation)} rows drawn again got the same votes"
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [("cohen", "selection_counts"), ("two-sided", "estimation_counts"), ("early", "looks")],
+)
+def test_other_votes_are_refused_by_name(method: str, field: str) -> None:
+    """One vote that no row cast is found, also at a look before the last."""
+    document = copy.deepcopy(issued(certified(method))["document"])
+    votes = document["evidence"][field]
+    if field == "looks":
+        votes[0][1] -= 1
+    else:
+        votes["2"] -= 1
+        votes["3"] = 1
+    with pytest.raises(Refused, match=f"^{field} = .*: the replay counts "):
+        again(document)
+
+
+def test_looks_are_cut_where_rows_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is drawn twice, and none is left out."""
+    drawn: list[tuple[int, int]] = []
+    plain = Labeler.votes
+
+    def noted(self: Labeler, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        drawn.append((parts[0].start, parts[0].stop))
+        return plain(self, parts)
+
+    status = certified("anytime")
+    monkeypatch.setattr(Labeler, "votes", noted)
+    again(issued(status)["document"])
+    starts = [span for span in drawn if span[0] == 0]
+    assert len(starts) == 2  # One for each domain.
+    estimation = drawn[drawn.index(starts[1], 1) :]
+    assert all(earlier[1] == later[0] for earlier, later in pairwise(estimation))
+    assert estimation[-1][1] == 200
