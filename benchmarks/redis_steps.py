@@ -97,7 +97,7 @@ async def measured(options: argparse.Namespace) -> dict[str, float]:
         figures["a pull that finds nothing"] = await milliseconds(redis, options.times, pull)
         figures["capacity"] = await milliseconds(redis, options.times, engine.capacity)
         figures["a submission"] = await milliseconds(redis, options.times, submit)
-        figures["the state of the queue"] = await milliseconds(redis, options.times, engine.queue)
+        figures["the state of the queue"] = await milliseconds(redis, options.times, engine.stats)
         figures["a status"] = await milliseconds(
             redis, options.times, lambda: engine._scripts.run("status", jobs[0])
         )

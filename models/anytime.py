@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from models.alpha import alpha_shares
 from models.bounds import (
     ANYTIME_ROWS,
     anytime_lower,
@@ -25,7 +26,6 @@ from models.bounds import (
 )
 from models.certificates import (
     Certificate,
-    alpha_shares,
     bound_votes,
     certified_radius,
     check_certify,

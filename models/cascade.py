@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from models.alpha import ALPHA_MIN, check_alpha
 from models.bounds import (
-    ALPHA_MIN,
-    check_alpha,
     clopper_pearson_lower,
     clopper_pearson_upper,
     lowered,

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 from scipy.special import betainc
 
+from models.alpha import alpha_shares, check_alpha
 from models.bounds import (
-    ALPHA_MIN,
     MARGIN,
-    check_alpha,
     clopper_pearson_lower,
     clopper_pearson_upper,
     lowered,
@@ -27,15 +26,6 @@ from models.bounds import (
     raised,
 )
 from models.counts import Counts, checked_counts, checked_pair, runner_up
-
-RUNNER_UP_SHARE = 0.1
-"""The runner-up's share of the level that its rule gets (method.md 4)."""
-
-LOOKS_SHARE = {False: 0.1, True: 0.2}
-"""The looks' share of alpha in early stopping, without and with a target radius."""
-
-METHODS = ("two-sided", "cohen")
-"""The rules of `certify`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,34 +144,6 @@ def certified_radius(p_lower: float, sigma: float, p_upper: float | None = None)
     if p_lower <= p_upper:
         return 0.0
     return max(0.0, sigma / 2.0 * (quantile_down(p_lower) - quantile_up(p_upper)))
-
-
-def alpha_shares(method: str, alpha: float, with_target: bool = False) -> dict[str, float]:
-    """The parts of alpha by what they are spent on; they sum to at most alpha.
-
-    "label" bounds the class from below and "runner_up" the others from above, both on all n rows;
-    "looks" bounds the class at every look of "anytime" (method.md 4b).
-
-    Raises ValueError for an unknown method, an alpha outside [ALPHA_MIN, ALPHA_MAX], and a share
-    below ALPHA_MIN.
-    """
-    if method not in (*METHODS, "anytime"):
-        raise ValueError(f"method = {method}: must be one of {', '.join(METHODS)}, anytime")
-    check_alpha(alpha)
-    shares = {}
-    if method == "anytime":
-        shares["looks"] = alpha * LOOKS_SHARE[with_target]
-    if method != "cohen":
-        shares["runner_up"] = (alpha - sum(shares.values())) * RUNNER_UP_SHARE
-    # Two roundings of at most half an ulp each, and one ulp less.
-    spent = sum(shares.values())
-    label = alpha if spent == 0.0 else math.nextafter(alpha - spent, 0.0)
-    if (least := min([label, *shares.values()])) < ALPHA_MIN:
-        raise ValueError(
-            f"alpha = {alpha}: the smallest of its shares is {least:.3g}, "
-            f"which must be at least {ALPHA_MIN}"
-        )
-    return {"label": label, **shares}
 
 
 def predict(counts: Counts, alpha: float, *, total_variation: float = 0.0) -> Certificate:

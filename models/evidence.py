@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from models.alpha import alpha_shares
 from models.anytime import Anytime, certify_anytime
-from models.certificates import Certificate, alpha_shares, certify
+from models.certificates import Certificate, certify
 from models.counts import runner_up
 
 TOLERANCE = 1e-9

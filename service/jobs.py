@@ -12,6 +12,8 @@ from enum import StrEnum
 from itertools import chain, count, pairwise
 from typing import Any
 
+from models.alpha import alpha_shares
+
 NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
 """Part of every noise key: another way to draw or key rows gives other rows."""
 
@@ -128,6 +130,13 @@ class Job:
         return self.n0 + self.n
 
     @property
+    def alpha_shares(self) -> dict[str, float]:
+        """The parts of alpha by what they are spent on; one part in predict mode."""
+        if self.mode is Mode.PREDICT:
+            return {"label": self.alpha}
+        return alpha_shares(self.method, self.alpha, self.target_radius is not None)
+
+    @property
     def charge(self) -> int:
         """Rows that an open job adds to the backlog and to its owner's quota."""
         return self.rows + self.setup_rows
@@ -223,6 +232,7 @@ def question(job: Job) -> dict[str, Any]:
         "method": job.method,
         "sigma": float(job.sigma),
         "alpha": float(job.alpha),
+        "alpha_shares": job.alpha_shares,
         "n0": job.n0,
         "n": job.n,
         "target_radius": None if job.target_radius is None else float(job.target_radius),

@@ -15,6 +15,7 @@ from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import State
+from service.predictions.rounds import proven
 from service.predictions.schemas import (
     JobResponse,
     ModelResponse,
@@ -111,7 +112,10 @@ async def predict(
     request.state.body.release()
     wait = preferences.seconds(settings.default_wait_seconds)
     leaving = None if idempotency_key else partial(_disconnected, request)
-    if (status := await predictions.ended(job_id, wait, leaving)) is not None:
+    status = await predictions.ended(job_id, wait, leaving)
+    if status is None and not preferences.respond_async:
+        status = await predictions.finished_early(job_id)
+    if status is not None:
         return await predictions.to_response(status)
     if preferences.respond_async:
         return _accepted(await predictions.to_job_response(await predictions.status(job_id, owner)))
@@ -151,7 +155,8 @@ async def delete_job(id: str, predictions: Service, owner: Caller) -> None:
     response_class=EventSourceResponse,
     responses={
         200: {
-            "description": "`progress` events, then one `result` or `problem`",
+            "description": "`progress` events, of an early-stopping job `bound` events too, then "
+            "one `result` or `problem`",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         **problem_responses(errors.NotFound),
@@ -164,7 +169,7 @@ async def get_job_events(id: str, predictions: Service, owner: Caller) -> EventS
 
 
 async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONServerSentEvent]:
-    status = None
+    status, looks_sent = None, 0
     try:
         async for status in predictions.engine.watch(job_id):
             job = (await predictions.to_job_response(status)).model_dump(mode="json")
@@ -173,6 +178,10 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
             elif status.state.ended:
                 yield JSONServerSentEvent(job["problem"], event="problem")
             else:
+                looks = len(status.looks)
+                if looks > looks_sent and (bound := proven(status)) is not None:
+                    looks_sent = looks
+                    yield JSONServerSentEvent(bound._asdict(), event="bound")
                 progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
                 yield JSONServerSentEvent(progress, event="progress")
         if status is None or not status.state.ended:

@@ -61,7 +61,8 @@ class Services:
             open_jobs=store.open_jobs,
             workers_elsewhere=settings.redis_url is not None,
         )
-        background = (running, BackgroundTasks([follow], FOLLOWING_SECONDS))
+        beside = BackgroundTasks([follow, predictions.keep_looking], FOLLOWING_SECONDS)
+        background = (running, beside)
         return cls(
             settings, engine, predictions, tasks, health, settings.callers(), keys, background
         )

@@ -22,7 +22,7 @@ from service.cli.files import pictures, places, save
 from service.config import Settings
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode
-from service.predictions.schemas import PredictRequest, PredictResponse
+from service.predictions.schemas import Method, PredictRequest, PredictResponse
 from service.secrets import load_secret
 from service.validation import invalid_fields
 
@@ -49,9 +49,19 @@ def predict(
     mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
     sigma: Sigma = 0.25,
     alpha: Alpha = 0.001,
-    n0: SelectionRows = 100,
+    target_radius: Annotated[
+        float | None, typer.Option(help="The radius that suffices; the answer may come early.")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="two-sided, or anytime with a target radius.")
+    ] = None,
+    n0: Annotated[
+        int | None,
+        typer.Option("--n0", help="Noise rows that choose the label; 100, or 16 with a target."),
+    ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", help="Noise rows; 1000, or 100 to predict.")
+        int | None,
+        typer.Option("--n", help="Most noise rows; 1000, 100 to predict, or 10000 with a target."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line an image: its answer or its problem.")
@@ -67,9 +77,9 @@ def predict(
     field.
     """
     settings = read_settings()
-    fields = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha, "n0": n0}
-    if n is not None:
-        fields["n"] = n
+    fields: dict[str, object] = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha}
+    given = {"target_radius": target_radius, "method": method, "n0": n0, "n": n}
+    fields |= {name: value for name, value in given.items() if value is not None}
     try:
         paths = pictures(images)
         asyncio.run(_check(settings, fields))
@@ -193,6 +203,7 @@ async def _answers(
     )
     stop = asyncio.Event()
     working = asyncio.create_task(embedded.worker(on_failure=stop.set)(stop))
+    looking = asyncio.create_task(predictions.keep_looking(stop))
     stopped: DeviceError | None = None
     try:
         with Progress(console=errors, disable=quiet, transient=True) as progress:
@@ -210,7 +221,7 @@ async def _answers(
                     yield path, problem
     finally:
         stop.set()
-        await asyncio.gather(working, predictions.close(), return_exceptions=True)
+        await asyncio.gather(working, looking, predictions.close(), return_exceptions=True)
 
 
 async def _while_alive(working: asyncio.Task[None], call: Coroutine[Any, Any, T]) -> T:
@@ -261,7 +272,7 @@ def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
             escape(answer.label) if answer.label else "(abstained)",
             "" if answer.radius is None else f"{_floor(answer.radius):.3f}",
             "" if answer.p_lower is None else f"{_floor(answer.p_lower):.3f}",
-            f"{votes} of {answer.n}",
+            f"{votes} of {sum(vote.count for vote in answer.counts)}",
         )
     return table
 

@@ -8,7 +8,7 @@ from base64 import urlsafe_b64encode
 from datetime import UTC, datetime
 
 from models.bundle import ADAPTER, TUNED, Base, Bundle
-from models.certificates import Certificate, alpha_shares
+from models.certificates import Certificate
 from models.evidence import looks_of, recompute, sparse, total_variation
 from models.norms import attack_norms
 from service.jobs import NOISE_FORMAT, Job, JobStatus, Mode, State, canonical_json, question
@@ -125,7 +125,7 @@ def _question(job: Job) -> Question:
     return Question(
         sigma=job.sigma,
         alpha=job.alpha,
-        alpha_shares=alpha_shares(job.method, job.alpha, job.target_radius is not None),
+        alpha_shares=job.alpha_shares,
         n0=job.n0,
         n=job.n,
         target_radius=job.target_radius,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from models.anytime import Anytime, certify_anytime
 from models.bundle import Base, Bundle
 from models.certificates import Certificate, certify, predict
 from models.evidence import total_variation
@@ -14,29 +16,59 @@ from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
 from service.predictions.certificate import Issuing
 from service.predictions.document import SignedCertificate
-from service.predictions.schemas import JobResponse, LabelCount, PredictResponse, Timing
+from service.predictions.schemas import (
+    JobResponse,
+    LabelCount,
+    Method,
+    PredictResponse,
+    Timing,
+)
 from service.signing import SigningKeys
 
 
 def certificate(status: JobStatus) -> Certificate:
     """The certificate of a succeeded job's votes; its `method` is that of the noise key."""
-    job = status.job
-    blur = total_variation(job.shape, job.sigma)
-    return _proven(job.mode, status.selection, status.estimation, job.sigma, job.alpha, blur)
+    # Without what differs between two equal questions, so that the cache serves all of them.
+    job = replace(
+        status.job,
+        id="",
+        pixels=b"",
+        created=0.0,
+        owner=None,
+        traceparent=None,
+        setup_rows=0,
+        file_sha256="",
+    )
+    return _proven(job, status.selection, (*status.looks, status.estimation))
 
 
 @lru_cache(maxsize=256)  # The caller's response, the metrics and /jobs/ID need the same one.
 def _proven(
-    mode: Mode,
-    selection: tuple[int, ...],
-    estimation: tuple[int, ...],
-    sigma: float,
-    alpha: float,
-    blur: float,
+    job: Job, selection: tuple[int, ...], looks: tuple[tuple[int, ...], ...]
 ) -> Certificate:
-    if mode is Mode.PREDICT:
-        return predict(estimation, alpha, total_variation=blur)
-    return certify(selection, estimation, sigma, alpha, method="cohen", total_variation=blur)
+    blur = total_variation(job.shape, job.sigma)
+    match job.method:
+        case "binomial":
+            return predict(looks[-1], job.alpha, total_variation=blur)
+        case "anytime":
+            return certify_anytime(early_stopping(job), selection, looks)
+        case method:
+            return certify(
+                selection, looks[-1], job.sigma, job.alpha, method=method, total_variation=blur
+            )
+
+
+def early_stopping(job: Job) -> Anytime:
+    """The job's question, for `models.anytime`."""
+    return Anytime(
+        job.sigma,
+        job.alpha,
+        job.n0,
+        job.n,
+        job.target_radius,
+        job.looks,
+        total_variation(job.shape, job.sigma),
+    )
 
 
 def to_response(
@@ -51,6 +83,7 @@ def to_response(
         mode=job.mode,
         label=None if proven.label is None else labels[proven.label],
         label_index=proven.label,
+        runner_up=None if proven.runner_up is None else labels[proven.runner_up],
         abstained=proven.abstained,
         certified=job.mode is Mode.CERTIFY and not proven.abstained,
         radius=proven.radius,
@@ -58,10 +91,15 @@ def to_response(
         alpha=job.alpha,
         n0=job.n0,
         n=job.n,
-        rows_used=job.rows,
+        rows_used=job.n0 + sum(proven.counts),
         p_lower=proven.p_lower,
+        p_upper=proven.p_upper,
+        target_radius=proven.target_radius,
+        target_reached=proven.target_reached,
         counts=[LabelCount(label=label, count=count) for count, label in votes if count],
-        method=proven.method,
+        method=Method(proven.method),
+        alpha_shares=job.alpha_shares,
+        looks=list(job.looks),
         resolution=job.shape[1],
         bundle=job.bundle,
         timing_ms=_timing(status),
@@ -101,6 +139,7 @@ def example() -> PredictResponse:
         created=0.0,
         array_sha256=hashlib.sha256(b"array").hexdigest(),
         file_sha256=hashlib.sha256(b"file").hexdigest(),
+        method="two-sided",
     )
     ended = JobStatus(
         job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426
@@ -116,7 +155,7 @@ def job_response(status: JobStatus, result: PredictResponse | None) -> JobRespon
     return JobResponse(
         id=job.id,
         state=status.state,
-        progress=status.rows_done / job.rows,
+        progress=1.0 if status.state is State.SUCCEEDED else status.rows_done / job.rows,
         rows_done=status.rows_done,
         rows=job.rows,
         task=job.task,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 from base64 import b64decode
+from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -17,6 +18,19 @@ MOST_ROWS = 100_000
 SMALLEST_SIGMA = 0.02
 LARGEST_SIGMA = 4.0
 DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100}
+DEFAULT_SELECTION_ROWS = 100
+TARGET_ROWS = 10_000
+TARGET_SELECTION_ROWS = 16
+"""Default rows with a target radius: most questions need few of them."""
+
+
+class Method(StrEnum):
+    """The statistical procedures."""
+
+    TWO_SIDED = "two-sided"
+    ANYTIME = "anytime"
+    COHEN = "cohen"
+    BINOMIAL = "binomial"
 
 
 def _from_base64(value: object) -> object:
@@ -28,11 +42,25 @@ def _from_base64(value: object) -> object:
         raise PydanticCustomError("base64", "Input should be base64 without line breaks") from None
 
 
+def _default_method(earlier: dict[str, Any]) -> Method:
+    if earlier.get("mode") is Mode.PREDICT:
+        return Method.BINOMIAL
+    return Method.TWO_SIDED if earlier.get("target_radius") is None else Method.ANYTIME
+
+
+def _default_selection_rows(earlier: dict[str, Any]) -> int:
+    has_target = earlier.get("target_radius") is not None
+    return TARGET_SELECTION_ROWS if has_target else DEFAULT_SELECTION_ROWS
+
+
 def _default_rows(earlier: dict[str, Any]) -> int:
+    if earlier.get("target_radius") is not None:
+        return TARGET_ROWS
     return DEFAULT_ROWS[earlier.get("mode", Mode.CERTIFY)]
 
 
 AnyMode = Annotated[Mode, WithJsonSchema({"enum": [mode.value for mode in Mode]})]
+AnyMethod = Annotated[Method, WithJsonSchema({"enum": [method.value for method in Method]})]
 Encoded = Annotated[
     bytes,
     BeforeValidator(_from_base64),
@@ -55,6 +83,16 @@ class PredictRequest(BaseModel):
         Mode.CERTIFY,
         description="`certify` answers with a radius; `predict` is quicker and has none.",
     )
+    target_radius: float | None = Field(
+        None,
+        gt=0.0,
+        description="The radius that suffices: the answer comes once it is proven or hopeless.",
+    )
+    method: AnyMethod = Field(
+        default_factory=_default_method,
+        description="`two-sided` bounds the runner-up too; `anytime` proves a bound at every look; "
+        "`cohen` is the published rule. `anytime` by default with a target radius.",
+    )
     sigma: float = Field(
         0.25,
         ge=SMALLEST_SIGMA,
@@ -66,13 +104,18 @@ class PredictRequest(BaseModel):
         0.001, gt=0.0, lt=0.5, description="Probability that the answer's statement is wrong."
     )
     n0: int = Field(
-        100, ge=1, le=MOST_ROWS, description="Rows that choose the label; unused by `predict`."
+        default_factory=_default_selection_rows,
+        ge=1,
+        le=MOST_ROWS,
+        description="Rows that choose the label; 100 by default, 16 with a target radius. Unused "
+        "by `predict`.",
     )
     n: int = Field(
         default_factory=_default_rows,
         ge=1,
         le=MOST_ROWS,
-        description="Rows that bound the label's probability; 1000 by default, 100 for `predict`.",
+        description="Most rows that bound the label's probability; 1000 by default, 100 for "
+        "`predict`, 10000 with a target radius.",
     )
 
     @property
@@ -115,6 +158,9 @@ class PredictResponse(BaseModel):
     mode: AnyMode = Field(description="The requested mode.")
     label: str | None = Field(description="The label, or null on abstention.")
     label_index: int | None = Field(description="The label's index, from 0, or null.")
+    runner_up: str | None = Field(
+        description="The other label with most votes, or null where the method does not bound it."
+    )
     abstained: bool = Field(description="Whether the votes were too close to answer.")
     certified: bool = Field(
         description="Whether the radius is a guarantee: the label is stable within it. It may "
@@ -127,15 +173,30 @@ class PredictResponse(BaseModel):
     sigma: float = Field(description="Standard deviation of the noise.")
     alpha: float = Field(description="Probability that the statement is wrong.")
     n0: int = Field(description="Selection rows; 0 in predict mode.")
-    n: int = Field(description="Estimation rows; in predict mode, all rows.")
-    rows_used: int = Field(description="n0 + n.")
+    n: int = Field(description="Most estimation rows allowed; in predict mode, all rows.")
+    rows_used: int = Field(description="Rows that the answer rests on: n0, and the sum of counts.")
     p_lower: float | None = Field(
         description="Lower bound on the label's probability under noise; null in predict mode."
     )
-    counts: list[LabelCount] = Field(
-        description="Votes of the estimation rows, most first, without zeros; they sum to n."
+    p_upper: float | None = Field(
+        description="Upper bound on every other label's probability, or null where none is proven."
     )
-    method: str = Field(description="The statistical procedure.")
+    target_radius: float | None = Field(None, description="The requested radius, or null.")
+    target_reached: bool | None = Field(
+        None, description="Whether the radius is at least the requested one; null without one."
+    )
+    counts: list[LabelCount] = Field(
+        description="Votes of the estimation rows, most first, without zeros; they sum to n, or to "
+        "less where the answer came early."
+    )
+    method: AnyMethod = Field(description="The statistical procedure.")
+    alpha_shares: dict[str, float] = Field(
+        description="The parts of alpha by what they are spent on, fixed before any row was drawn."
+    )
+    looks: list[int] = Field(
+        description="Estimation rows at which an early-stopping answer may end, fixed before any "
+        "row was drawn; empty for other methods."
+    )
     resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
     bundle: str = Field(description="SHA-256 of the task's artifact with the numerics used.")
     timing_ms: Timing = Field(description="Times, in milliseconds.")

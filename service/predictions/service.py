@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.anytime import look_schedule
 from models.bundle import Bundle
-from models.certificates import (
-    check_certify,
-    check_predict,
-    smallest_n_certify,
-    smallest_n_predict,
-)
 from models.evidence import total_variation
 from service.config import Settings
 from service.engine.protocol import Engine
@@ -31,18 +26,19 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.jobs import Job, JobStatus, Mode, State, noise_key
+from service.jobs import Job, JobStatus, State, noise_key
 from service.operations import metrics
 from service.operations.logs import about
 from service.predictions.admission import Admission, AdmissionControl
 from service.predictions.certificate import Issuing
+from service.predictions.checks import check_question
 from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
 from service.predictions.results import job_response, problem, to_response
-from service.predictions.schemas import JobResponse, PredictRequest, PredictResponse
+from service.predictions.rounds import finish_early, keep_looking
+from service.predictions.schemas import JobResponse, Method, PredictRequest, PredictResponse
 from service.predictions.waiting import JobWaiter
 from service.signing import SigningKeys
-from service.validation import invalid_field
 
 logger = logging.getLogger("vouchsafe")
 
@@ -93,7 +89,7 @@ class Predictions:
         """
         question = await self.resolved(question)
         bundle = self.bundle(question.task)
-        _check(question, bundle)
+        check_question(question, bundle)
         known = idempotency_key is not None
         admission = await self._admission.admit(question, bundle, owner, may_be_known=known)
         pixels = await self._reader.read(question.image, bundle.resolution)
@@ -156,6 +152,20 @@ class Predictions:
         Backlog once the grace of `drain` is over.
         """
         return await self._waiter.ended(job_id, seconds, leaving)
+
+    async def finished_early(self, job_id: str) -> JobStatus | None:
+        """The last status of an early-stopping job, ended now at its last whole look.
+
+        None for any other job, for one with a target radius, and before the first look.
+        """
+        status = await self.engine.status(job_id)
+        if status is None or not await finish_early(self.engine, status):
+            return None
+        return await self.engine.status(job_id)
+
+    async def keep_looking(self, stop: asyncio.Event) -> None:
+        """Background task: goes on with early-stopping jobs whose look is due, until `stop`."""
+        await keep_looking(self.engine, stop)
 
     async def to_job_response(self, status: JobStatus) -> JobResponse:
         """The job's response; raises NotFound for a result whose bundle is gone."""
@@ -220,6 +230,12 @@ class Predictions:
         traceparent: str | None,
     ) -> Job:
         (channels, height, width), array = pixels.shape, pixels.tobytes()
+        looks: tuple[int, ...] = ()
+        if question.method is Method.ANYTIME:
+            blur = total_variation((channels, height, width), question.sigma)
+            looks = look_schedule(
+                question.n, question.sigma, question.alpha, question.target_radius, blur
+            )
         job = Job(
             id=secrets.token_urlsafe(16),
             task=question.task,
@@ -241,6 +257,9 @@ class Predictions:
             array_sha256=hashlib.sha256(array).hexdigest(),
             file_sha256=hashlib.sha256(question.image).hexdigest(),
             numerics=admission.numerics,
+            method=question.method.value,
+            target_radius=question.target_radius,
+            looks=looks,
         )
         return replace(job, key=noise_key(self._secret, job))
 
@@ -273,24 +292,3 @@ class Predictions:
         metrics.PREDICTIONS.labels(response.task, response.mode.value, outcome).inc()
         if not response.abstained and response.radius is not None:
             metrics.CERTIFIED_RADIUS.observe(response.radius)
-
-
-def _check(question: PredictRequest, bundle: Bundle) -> None:
-    """Raise InvalidField for noise too strong for the task, and for rows that always abstain."""
-    if question.sigma > bundle.largest_sigma:
-        limit = bundle.largest_sigma
-        name = as_json(question.task)
-        detail = f"sigma = {question.sigma:g}: the task {name} supports at most {limit:g}"
-        raise invalid_field("sigma", detail, question.sigma, limit)
-    certifying = question.mode is Mode.CERTIFY
-    smallest_n = partial(smallest_n_certify, method="cohen") if certifying else smallest_n_predict
-    try:
-        if certifying:
-            check_certify(question.n0, question.n, question.sigma, question.alpha, "cohen")
-        else:
-            shape = (3, bundle.resolution, bundle.resolution)
-            check_predict(question.n, question.alpha, total_variation(shape, question.sigma))
-    except ValueError as error:
-        field = str(error).partition(" ")[0]
-        least = smallest_n(question.alpha) if field == "n" else None
-        raise invalid_field(field, str(error), getattr(question, field), least) from error

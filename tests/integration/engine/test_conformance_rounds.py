@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 
 import pytest
@@ -345,6 +346,47 @@ async def test_a_lost_lease_is_counted_once_in_any_round(harness: Harness) -> No
         assert (await status_of(engine, "a")).estimation == votes_at(job, look)
     assert await engine.finish("a", LOOKS[-1])
     assert_exact(await status_of(engine, "a"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_rounds_stay_exact_under_faults(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Leases are lost, shards handed back and committed twice, looks decided twice: exact votes."""
+    engine, chance = harness.engine, random.Random(seed)
+    monkeypatch.setattr(engine, "_poll_seconds", 0.001)
+    ends = {f"job-{number}": chance.choice(LOOKS) for number in range(6)}
+    for identity in ends:
+        await engine.submit(job_in_rounds(identity))
+    while (await engine.capacity()).backlog_rows:
+        leases = await engine.pull(chance.choice([ALPHA, BETA]), chance.randrange(10, 40))
+        for lease in leases:
+            match chance.choice(["lost", "back", "once", "once", "twice"]):
+                case "back":
+                    await engine.release([lease])
+                case "once":
+                    await engine.commit(lease, votes(lease))
+                case "twice":
+                    both = [engine.commit(lease, votes(lease)) for _ in range(2)]
+                    assert (await asyncio.gather(*both)).count(True) <= 1
+        due = await engine.due()
+        for status in due:
+            job_id, look = status.job.id, sum(status.estimation)
+            if look == ends[job_id]:
+                assert all([await engine.finish(job_id, look) for _ in range(2)])
+            else:
+                rows = LOOKS[LOOKS.index(look) + 1]
+                both = [engine.extend(job_id, rows) for _ in range(2)]
+                assert all(await asyncio.gather(*both))
+        if not (leases or due):
+            await harness.wait(LEASE + 1)
+    for job_id, look in ends.items():
+        status = await status_of(engine, job_id)
+        assert status.state is State.SUCCEEDED
+        assert status.rows_done == 10 + look
+        assert status.selection == true_votes(status.job, Domain.SELECTION)
+        taken = LOOKS[: LOOKS.index(look) + 1]
+        assert (*status.looks, status.estimation) == tuple(votes_at(status.job, m) for m in taken)
 
 
 async def test_an_undecided_job_vanishes_after_the_retention(harness: Harness) -> None:

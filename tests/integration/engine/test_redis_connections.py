@@ -26,10 +26,12 @@ from service.jobs import JobStatus, Mode, State
 from tests.support.engines import (
     ALPHA,
     BETA,
+    LOOKS,
     SHARD_ROWS,
     assert_exact,
     compute,
     finish_everything,
+    job_in_rounds,
     status_of,
     votes,
 )
@@ -443,6 +445,12 @@ async def test_least_rights_are_enough(
     await compute(engine, await worker)
     assert_exact([status async for status in engine.watch("a")][-1])
     assert await engine.delete("a")
+    await engine.submit(job_in_rounds("b"))
+    due = asyncio.create_task(engine.due())
+    await compute(engine, await engine.pull(ALPHA, 100))
+    assert [status.job.id for status in await due] == ["b"]
+    assert await engine.extend("b", LOOKS[1])
+    assert await engine.finish("b", LOOKS[0])
     queue = await engine.stats()
     assert (queue.workers, queue.persists) == (1, None)  # It has no right to INFO.
     await engine.close()

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.redis_server import GROUP, RedisServer, written
+from benchmarks.redis_server import GROUP, LosingReplies, RedisServer, written
 from service.engine.options import EngineOptions
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine
+from service.jobs import State
 from tests.support.engines import (
     ALPHA,
     BETA,
     LOOKS,
+    SHARD_ROWS,
     assert_exact,
     compute,
     due_jobs,
@@ -125,7 +127,7 @@ async def test_any_process_goes_on_where_another_died(
     await fleet.engine.submit(job)
     another = RedisEngine(
         connect(redis_server.url),
-        EngineOptions(shard_rows=7),  # Shards stay as the first process cut them.
+        EngineOptions(shard_rows=100),  # Shards stay as the first process cut them.
         prefix=fleet.prefix,
         poll_seconds=60,
     )
@@ -143,6 +145,30 @@ async def test_any_process_goes_on_where_another_died(
     assert_exact(status)
     assert status.looks == (votes_at(job, LOOKS[0]), votes_at(job, LOOKS[1]))
     await another.close()
+
+
+async def test_decisions_are_safe_to_repeat(redis_server: RedisServer, fleet: Fleet) -> None:
+    """Where the reply to `extend` or `finish` is lost, the repeated call says that it was done."""
+    for identity in ("warm", "a"):  # Redis has the scripts once they have run.
+        await fleet.engine.submit(job_in_rounds(identity))
+    await finish_everything(fleet.engine)
+    assert await fleet.engine.extend("warm", LOOKS[1])
+    assert await fleet.engine.finish("warm", LOOKS[0])
+    async with LosingReplies(redis_server.socket) as gap:
+        engine = RedisEngine(
+            connect(gap.url), EngineOptions(shard_rows=SHARD_ROWS), prefix=fleet.prefix
+        )
+        gap.marker = engine._scripts._digests["extend"].encode()
+        assert await engine.extend("a", LOOKS[1])
+        leases = await engine.pull(ALPHA, 100)
+        assert sum(lease.shard.rows for lease in leases) == LOOKS[1] - LOOKS[0]
+        await compute(engine, leases)
+        gap.marker = engine._scripts._digests["finish"].encode()
+        assert await engine.finish("a", LOOKS[1])
+        assert gap.lost == 2
+        status = await status_of(engine, "a")
+        assert (status.state, status.rows_done) == (State.SUCCEEDED, 10 + LOOKS[1])
+        await engine.close()
 
 
 @pytest.mark.parametrize("end", ["last", "earlier", "cancel", "delete"])

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from models.alpha import alpha_shares
 from models.certificates import certify
 from service.jobs import Domain, noise_key
 from tests.support.http import events
@@ -29,7 +30,6 @@ async def test_certify_answers_in_full(service: Service) -> None:
         [100, 0, 900, 0],
         0.25,
         0.001,
-        method="cohen",
         total_variation=192 * 1260 * 2**-62,
     )
     assert isinstance(answered.pop("id"), str)
@@ -40,6 +40,7 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "mode": "certify",
         "label": "cat",
         "label_index": 2,
+        "runner_up": "ant",
         "abstained": False,
         "certified": True,
         "radius": proven.radius,
@@ -49,8 +50,13 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "n": 1000,
         "rows_used": 1100,
         "p_lower": proven.p_lower,
+        "p_upper": proven.p_upper,
+        "target_radius": None,
+        "target_reached": None,
         "counts": [{"label": "cat", "count": 900}, {"label": "ant", "count": 100}],
-        "method": "cohen",
+        "method": "two-sided",
+        "alpha_shares": alpha_shares("two-sided", 0.001),
+        "looks": [],
         "resolution": RESOLUTION,
         "bundle": DIGEST,
     }

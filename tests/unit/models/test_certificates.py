@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
+from models.alpha import METHODS
 from models.bounds import clopper_pearson_lower
 from models.certificates import (
-    METHODS,
     Certificate,
     certify,
     check_certify,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.alpha import METHODS, alpha_shares
 from models.bounds import clopper_pearson_lower, clopper_pearson_upper
-from models.certificates import METHODS, alpha_shares, certified_radius, certify, check_certify
+from models.certificates import certified_radius, certify, check_certify
 from models.counts import runner_up
 
 # A busy machine must not fail a property for taking its time.

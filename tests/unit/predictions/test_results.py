@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -60,4 +61,5 @@ def test_predict_abstains_by_the_noise_as_drawn(monkeypatch: pytest.MonkeyPatch)
     labels = ("ant", "bee", "cat")
     assert to_response(status, labels).label == "ant"
     monkeypatch.setattr("service.predictions.results.total_variation", lambda *_: 9.5e-6)
-    assert to_response(status, labels).abstained
+    noisier = replace(status, job=replace(job, sigma=0.26))
+    assert to_response(noisier, labels).abstained

@@ -87,12 +87,13 @@ def test_numbers_are_finite(value: str) -> None:
 
 def test_unknown_fields_are_named() -> None:
     """A field that resembles none is refused with those that there are, without its value."""
-    document = refusal(target_radius=0.5).document()
+    document = refusal(purify=0.5).document()
     told = (
-        "there is no field 'target_radius'; the fields are alpha, image, mode, n, n0, sigma, task"
+        "there is no field 'purify'; the fields are alpha, image, method, mode, n, n0, sigma, "
+        "target_radius, task"
     )
     assert document["detail"] == told
-    assert document["errors"] == [{"field": "target_radius", "detail": told}]
+    assert document["errors"] == [{"field": "purify", "detail": told}]
 
 
 @pytest.mark.parametrize(("name", "meant"), [("sgima", "sigma"), ("N", "n"), ("img", "image")])

@@ -136,7 +136,8 @@ async def test_jobs_belong_to_their_key() -> None:
         ({"sigma": "1.5"}, "sigma", 1.0),
         ({"sigma": "many"}, "sigma", None),
         ({"n": "100001"}, "n", 100_000),
-        ({"n": "9"}, "n", 10),
+        ({"n": "10"}, "n", 11),
+        ({"n": "9", "method": "cohen"}, "n", 10),
         ({"n": "10", "mode": "predict"}, "n", 11),
         ({"n": "10000"}, "n", 10_000),
         ({"alpha": "1e-200"}, "alpha", None),
@@ -157,23 +158,26 @@ async def test_bad_fields_are_named(
 
 async def test_unknown_fields_are_named(service: Service) -> None:
     """A field that does not exist is a 422 that names it and the fields that there are."""
-    document = problem(await service.ask(radius="1"), 422, "invalid-field")
+    document = problem(await service.ask(purify="1"), 422, "invalid-field")
     (error,) = document["errors"]
-    assert error["field"] == "radius"
-    assert "radius" in document["detail"]
+    assert error["field"] == "purify"
+    assert "purify" in document["detail"]
     assert "sigma" in document["detail"]
 
 
-@pytest.mark.parametrize(("mode", "smallest"), [("certify", 10), ("predict", 11)])
+@pytest.mark.parametrize(
+    ("method", "smallest"), [("two-sided", 11), ("anytime", 11), ("cohen", 10), ("binomial", 11)]
+)
 async def test_hopeless_questions_name_the_smallest_n(
-    service: Service, mode: str, smallest: int
+    service: Service, method: str, smallest: int
 ) -> None:
     """An n that could only ever abstain is refused with the smallest that works, which does."""
-    refused = await service.ask(mode=mode, n=str(smallest - 1))
+    fields = {"method": method, "mode": "predict" if method == "binomial" else "certify"}
+    refused = await service.ask(**fields, n=str(smallest - 1))
     assert (
         f"smallest n that works is {smallest}" in problem(refused, 422, "invalid-field")["detail"]
     )
-    assert (await service.ask(mode=mode, n=str(smallest))).status_code == 200
+    assert (await service.ask(**fields, n=str(smallest))).status_code == 200
 
 
 async def test_unknown_task_names_the_known(service: Service) -> None:

@@ -1,0 +1,54 @@
+"""Alpha, the probability that a certificate is wrong, and the parts that its bounds spend of it."""
+
+from __future__ import annotations
+
+import math
+
+ALPHA_MIN = 1e-100
+"""Smallest level accepted: float64 tails are accurate down to here, subnormal ones are not."""
+
+ALPHA_MAX = 0.5
+"""Largest level accepted: above 1/2 the statement is more likely false than true."""
+
+RUNNER_UP_SHARE = 0.1
+"""The runner-up's share of the level that its rule gets (method.md 4)."""
+
+LOOKS_SHARE = {False: 0.1, True: 0.2}
+"""The looks' share of alpha in early stopping, without and with a target radius."""
+
+METHODS = ("two-sided", "cohen")
+"""The rules of `certify`."""
+
+
+def alpha_shares(method: str, alpha: float, with_target: bool = False) -> dict[str, float]:
+    """The parts of alpha by what they are spent on; they sum to at most alpha.
+
+    "label" bounds the class from below and "runner_up" the others from above, both on all n rows;
+    "looks" bounds the class at every look of "anytime" (method.md 4b).
+
+    Raises ValueError for an unknown method, an alpha outside [ALPHA_MIN, ALPHA_MAX], and a share
+    below ALPHA_MIN.
+    """
+    if method not in (*METHODS, "anytime"):
+        raise ValueError(f"method = {method}: must be one of {', '.join(METHODS)}, anytime")
+    check_alpha(alpha)
+    shares = {}
+    if method == "anytime":
+        shares["looks"] = alpha * LOOKS_SHARE[with_target]
+    if method != "cohen":
+        shares["runner_up"] = (alpha - sum(shares.values())) * RUNNER_UP_SHARE
+    # Two roundings of at most half an ulp each, and one ulp less.
+    spent = sum(shares.values())
+    label = alpha if spent == 0.0 else math.nextafter(alpha - spent, 0.0)
+    if (least := min([label, *shares.values()])) < ALPHA_MIN:
+        raise ValueError(
+            f"alpha = {alpha}: the smallest of its shares is {least:.3g}, "
+            f"which must be at least {ALPHA_MIN}"
+        )
+    return {"label": label, **shares}
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError unless alpha is in [ALPHA_MIN, ALPHA_MAX]."""
+    if not ALPHA_MIN <= alpha <= ALPHA_MAX:
+        raise ValueError(f"alpha = {alpha}: must be in [{ALPHA_MIN}, {ALPHA_MAX}]")

@@ -1,0 +1,65 @@
+"""Checks a question against its task and its method: which fields could never give an answer."""
+
+from __future__ import annotations
+
+from models.anytime import check_anytime, largest_target
+from models.bundle import Bundle
+from models.certificates import (
+    check_certify,
+    check_predict,
+    smallest_n_certify,
+    smallest_n_predict,
+)
+from models.evidence import total_variation
+from service.errors import as_json
+from service.jobs import Mode
+from service.predictions.schemas import Method, PredictRequest
+from service.validation import invalid_field
+
+
+def check_question(question: PredictRequest, bundle: Bundle) -> None:
+    """Raise InvalidField for noise too strong for the task, and for rows that always abstain."""
+    if question.sigma > bundle.largest_sigma:
+        strongest = bundle.largest_sigma
+        name = as_json(question.task)
+        detail = f"sigma = {question.sigma:g}: the task {name} supports at most {strongest:g}"
+        raise invalid_field("sigma", detail, question.sigma, strongest)
+    _check_method(question)
+    method, target = question.method, question.target_radius
+    blur = total_variation((3, bundle.resolution, bundle.resolution), question.sigma)
+    n0, n, sigma, alpha = question.n0, question.n, question.sigma, question.alpha
+    try:
+        if method is Method.BINOMIAL:
+            check_predict(n, alpha, blur)
+        elif method is Method.ANYTIME:
+            check_anytime(n0, n, sigma, alpha, target, blur)
+        else:
+            check_certify(n0, n, sigma, alpha, method)
+    except ValueError as error:
+        field = str(error).partition(" ")[0]
+        limit: float | None = None
+        if field == "n":
+            limit = _smallest_n(question)
+        elif field == "target_radius":
+            limit = largest_target(n, sigma, alpha, blur)
+        raise invalid_field(field, str(error), getattr(question, field), limit) from error
+
+
+def _smallest_n(question: PredictRequest) -> int:
+    if question.method is Method.BINOMIAL:
+        return smallest_n_predict(question.alpha)
+    has_target = question.target_radius is not None
+    return smallest_n_certify(question.alpha, question.method, has_target)
+
+
+def _check_method(question: PredictRequest) -> None:
+    """Raise InvalidField for a method of another mode, and a target that it cannot have."""
+    mode, method = question.mode, question.method
+    if (mode is Mode.PREDICT) is not (method is Method.BINOMIAL):
+        others = [each.value for each in Method if each is not Method.BINOMIAL]
+        fitting = others if mode is Mode.CERTIFY else [Method.BINOMIAL.value]
+        detail = f"method = {method}: mode {mode} has {', '.join(fitting)}"
+        raise invalid_field("method", detail, method.value)
+    if question.target_radius is not None and method is not Method.ANYTIME:
+        detail = f"target_radius = {question.target_radius:g}: only the method anytime has a target"
+        raise invalid_field("target_radius", detail, question.target_radius)
