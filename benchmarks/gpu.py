@@ -201,7 +201,7 @@ class Bench:
         model = self._networks.smoothed(variant, rows)
 
         def certify() -> None:
-            self._count(model, b"benchmark/select", SELECTION_ROWS)
+            self._count(model, b"benchmark/select" * 2, SELECTION_ROWS)
             self._count(model, KEY, self._plan.n)
 
         predict = partial(self._count, model, KEY, PREDICT_ROWS)

@@ -26,7 +26,7 @@ from models.smoothing import SmoothedModel, load
 
 FACTORS = (0.5, 1.0, 1.2, 1.4, 1.8, 2.2, 3.0)
 SIGMAS = (0.12, 0.25, 0.5)
-KEY = b"timestep factor!"
+KEY = b"timestep factor!" * 2
 N0, ALPHA, SEED = 20, 0.001, 0
 PSNR_IMAGES, PICTURED = 1000, 6
 

@@ -2,29 +2,37 @@
 
 A pixel's noise is i/255 with P(i) = F(i) - F(i-1), F(i) = Phi((2i+1) / (510 sigma)). That is N(0,
 sigma^2) rounded to the 1/255 grid, on an image of that grid (Voracek and Hein, ICLR 2023; method.md
-3). Integers alone decide a draw, so CPU and GPU agree to the bit.
+3). Integers alone decide a draw, and the host draws for every device, so CPU and GPU agree.
 
-Counter of a Philox4x32-10 block, whose four words serve four neighboring pixels of a row:
+The random bits are blocks of AES-256-CTR under the key. The counter of a block is a big-endian
+128-bit number, and no two addresses share one:
 
-    word 0      row index
-    word 1      attempt << 25 | half << 24 | block     block = pixel // 4, lane = pixel % 4
-    words 2, 3  bytes 8 to 15 of the key               (bytes 0 to 7 are Philox's own key)
+    bits 64 to 127      row index
+    bits 40 to 63       attempt
+    bits 32 to 39       half
+    bits 0 to 31        pixel // 4
 
-Half 0 holds the high 32 bits of a pixel's random word and half 1 the low 32. The low half is
-computed only where the high half leaves the draw open.
+A block is four little-endian 32-bit words, one for each of four neighboring pixels of a row. Half 0
+holds the high 32 bits of a pixel's random word and half 1 the low 32. Only where the top 16 bits
+leave the draw open are the others computed.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 import threading
 from functools import lru_cache
 from typing import NamedTuple
 
 import mpmath  # type: ignore[import-untyped]
+import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
 from torch import Tensor
+
+KEY_BYTES = 32
+"""Bytes of a key, an AES-256 key."""
 
 RANDOM_BITS = 63
 """Random bits behind one draw, the most that a signed 64-bit word holds."""
@@ -39,50 +47,15 @@ SIGMA_RANGE = (0.02, 4.0)
 """Smallest and largest sigma, in [0,1] pixel units; int16 holds every value drawn up to there."""
 
 _MIN_BITS = 8
-_MIN_KEY_BYTES = 16
 _DECIMAL_DIGITS = 50
 _TABLE_BITS = 16
 _OPEN = -(1 << 15)  # a table entry whose cell of random words does not settle the value
 _ATTEMPTS = 128  # at most half of the words are rejected, so a pixel fails with chance <= 2^-128
-_HALF_SHIFT = 24
-_ATTEMPT_SHIFT = 25
-_CPU_TILE_BLOCKS = 1 << 16  # larger ones leave the cache, smaller ones pay for each torch call
-_GPU_TILE_BLOCKS = 1 << 21
-
-_U32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_HALF_SHIFT = 32
+_ATTEMPT_SHIFT = 40
+_TILE_BLOCKS = 1 << 16  # larger ones leave the cache, smaller ones pay for each numpy call
 
 _computing = threading.Lock()
-
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox4x32-10 of a counter and a key (Salmon et al., SC 2011), both unsigned 32-bit words.
-
-    The counter is four int64 tensors that broadcast against each other, word 0 first; the result is
-    four int64 tensors of values below 2^32, of the common shape.
-    """
-    word0, word1, word2, word3 = counter
-    key0, key1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], word0)
-        high1, low1 = _multiply(_MULTIPLIERS[1], word2)
-        word0, word1 = (high1 ^ word1 ^ key0) & _U32, low1
-        word2, word3 = (high0 ^ word3 ^ key1) & _U32, low0
-        key0, key1 = (key0 + _KEY_STEPS[0]) & _U32, (key1 + _KEY_STEPS[1]) & _U32
-    return word0, word1, word2, word3
-
-
-def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper half (its lowest 32 bits count) and lower half of a 32 x 32 bit product.
-
-    (multiplier - 2^32) x word stays within 63 bits where the product itself would overflow int64.
-    """
-    product = word * (multiplier - (1 << 32))
-    return (product >> 32) + word, product & _U32
 
 
 @lru_cache(maxsize=8)  # Those of sigma 4.0 take 0.8 MB; the tables are cached, not these.
@@ -138,33 +111,34 @@ def discrete_gaussian(
 ) -> Tensor:
     """Rows start to stop-1 of the noise: (stop-start, *shape) int16 in units of 1/255.
 
-    A row depends only on the key's first 16 bytes, its index, sigma, bits, and the row-major
-    position of its pixels. sigma is in [0,1] pixel units, taken as the exact double. `bits` is the
-    number of random bits behind a draw. Each row lies within `total_variation` of the law in
-    method.md 3.
+    A row depends only on the key, its index, sigma, bits, and the row-major position of its
+    pixels. sigma is in [0,1] pixel units, taken as the exact double. `bits` is the number of random
+    bits behind a draw. Each row lies within `total_variation` of the law in method.md 3. The host
+    draws, and the result is copied to `device`.
 
-    Raises ValueError for a key below 16 bytes, a range outside [0, 2^32], a shape with an empty
-    dimension or more than 2^26 values, a sigma outside `SIGMA_RANGE`, or bits outside [8, 63].
+    Raises ValueError for a key that is not 32 bytes, a range outside [0, 2^32], a shape with an
+    empty dimension or more than 2^26 values, a sigma outside `SIGMA_RANGE`, or bits outside
+    [8, 63].
     """
-    if len(key) < _MIN_KEY_BYTES:
-        raise ValueError(f"key has {len(key)} bytes; at least {_MIN_KEY_BYTES} are needed")
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"key has {len(key)} bytes; it must have {KEY_BYTES}")
     if not 0 <= start <= stop <= MAX_ROWS:
         raise ValueError(f"rows {start} to {stop} do not lie in order between 0 and {MAX_ROWS}")
-    pixels = _count_pixels(shape)
-    noise = torch.empty((stop - start, pixels), dtype=torch.int16, device=device)
-    source = _Source(struct.unpack("<4I", key[:16]), _table(float(sigma), bits, noise.device))
-    _fill(noise, source, start)
-    return noise.view(stop - start, *shape)
+    noise = np.empty((stop - start, _count_pixels(shape)), np.int16)
+    # ECB of explicit counters is the CTR keystream, at addresses in any order.
+    cipher = Cipher(algorithms.AES256(key), modes.ECB()).encryptor()  # noqa: S305
+    _fill(noise, _Source(cipher, _table(float(sigma), bits)), start)
+    return torch.from_numpy(noise).view(stop - start, *shape).to(device)
 
 
 class _Table(NamedTuple):
-    """Draws of one sigma on one device."""
+    """Draws of one sigma."""
 
-    slivers: Tensor
-    """`slivers`, int64."""
+    slivers: NDArray[np.int64]
+    """`slivers`."""
 
-    values: Tensor
-    """Value by the top bits of the random word, int16, or `_OPEN` where they do not settle it."""
+    values: NDArray[np.int16]
+    """Value by the top 16 bits of the random word, or `_OPEN` where they do not settle it."""
 
     bits: int
     """Length of the random word."""
@@ -173,83 +147,88 @@ class _Table(NamedTuple):
 class _Source(NamedTuple):
     """All that the noise of one row and pixel depends on."""
 
-    key: tuple[int, ...]
+    cipher: CipherContext
     table: _Table
 
 
-def _table(sigma: float, bits: int, device: torch.device) -> _Table:
+def _table(sigma: float, bits: int) -> _Table:
     """The table of one sigma, computed once even if several threads request it together."""
     with _computing:
-        return _computed_table(sigma, bits, device)
+        return _computed_table(sigma, bits)
 
 
 @lru_cache(maxsize=128)
-def _computed_table(sigma: float, bits: int, device: torch.device) -> _Table:
-    boundaries = torch.tensor(slivers(sigma, bits), dtype=torch.int64)
-    table_bits = min(bits, _TABLE_BITS)
-    first = torch.arange(1 << table_bits) << (bits - table_bits)
-    last = first + ((1 << (bits - table_bits)) - 1)
-    below = torch.searchsorted(boundaries, first)
-    settled = below == torch.searchsorted(boundaries, last, right=True)
-    values = torch.where(settled, below - len(boundaries) // 2, _OPEN).to(torch.int16)
-    return _Table(boundaries.to(device), values.to(device), bits)
+def _computed_table(sigma: float, bits: int) -> _Table:
+    boundaries = np.array(slivers(sigma, bits), np.int64)
+    unused = RANDOM_BITS - _TABLE_BITS
+    first = np.arange(1 << _TABLE_BITS) << unused
+    last = first | ((1 << unused) - 1)
+    below = np.searchsorted(boundaries, first >> (RANDOM_BITS - bits))
+    through = np.searchsorted(boundaries, last >> (RANDOM_BITS - bits), side="right")
+    values = np.where(below == through, below - len(boundaries) // 2, _OPEN).astype(np.int16)
+    return _Table(boundaries, values, bits)
 
 
-def _fill(noise: Tensor, source: _Source, start: int) -> None:
-    """Write rows `start` and on, (rows, pixels) int16, in tiles that bound the memory."""
+def _fill(noise: NDArray[np.int16], source: _Source, start: int) -> None:
+    """Write rows `start` and on, (rows, pixels), in tiles that bound the memory."""
     blocks = -(-noise.shape[1] // 4)
-    tile_size = _CPU_TILE_BLOCKS if noise.device.type == "cpu" else _GPU_TILE_BLOCKS
-    tile_blocks = min(blocks, tile_size)
-    tile_rows = tile_size // tile_blocks
+    tile_blocks = min(blocks, _TILE_BLOCKS)
+    tile_rows = _TILE_BLOCKS // tile_blocks
     for top in range(0, noise.shape[0], tile_rows):
-        rows = torch.arange(len(noise[top : top + tile_rows]), device=noise.device) + (start + top)
+        rows = np.arange(len(noise[top : top + tile_rows])) + (start + top)
         for block in range(0, blocks, tile_blocks):
-            tile = _tile(source, rows, block, min(block + tile_blocks, blocks))
+            tile = _tile(source, rows, np.arange(block, min(block + tile_blocks, blocks)))
             part = noise[top : top + tile_rows, 4 * block : 4 * (block + tile_blocks)]
-            part.copy_(tile[:, : part.shape[1]])
+            part[:] = tile[:, : part.shape[1]]
 
 
-def _tile(source: _Source, rows: Tensor, first: int, stop: int) -> Tensor:
-    """Noise of some rows in blocks first to stop-1, (rows, 4 x blocks) int16."""
-    blocks = torch.arange(first, stop, device=rows.device)
-    values = source.table.values
-    shift = 32 - (len(values).bit_length() - 1)
-    high = torch.stack(_block(source, rows[:, None], blocks[None, :]), -1).view(len(rows), -1)
-    tile = values.index_select(0, (high >> shift).view(-1)).view(high.shape)
-    _settle(source, tile, high, rows, 4 * first)
+def _tile(source: _Source, rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> NDArray[np.int16]:
+    """Noise of some rows in some neighboring blocks, (rows, 4 x blocks)."""
+    top = _words(source.cipher, rows[:, None], blocks).view("<u2")[..., 1::2]
+    tile = np.take(source.table.values, top).reshape(len(rows), -1)
+    _settle(source, tile, rows, 4 * int(blocks[0]))
     return tile
 
 
-def _settle(source: _Source, tile: Tensor, high: Tensor, rows: Tensor, offset: int) -> None:
+def _settle(source: _Source, tile: NDArray[np.int16], rows: NDArray[np.int64], offset: int) -> None:
     """Draw the open pixels of a tile, whose columns begin at pixel `offset`, from whole words."""
-    table = source.table
-    row, column = (tile == _OPEN).nonzero(as_tuple=True)
-    high = high[row, column]
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            high = _half(source, rows[row], column + offset, 0, attempt)
-        low = _half(source, rows[row], column + offset, 1, attempt)
-        word = (high << 31 | low >> 1) >> (RANDOM_BITS - table.bits)
-        position = torch.searchsorted(table.slivers, word)
-        tile[row, column] = (position - len(table.slivers) // 2).to(torch.int16)
-        rejected = table.slivers[position] == word
+    boundaries, _, bits = source.table
+    # numpy's two-dimensional nonzero takes several times as long.
+    row, column = np.divmod(np.flatnonzero(tile == _OPEN), tile.shape[1])
+    attempt = 0
+    while len(row):
+        if attempt == _ATTEMPTS:
+            raise RuntimeError(f"{len(row)} pixels were rejected {attempt} times: broken noise")
+        word = _random_words(source.cipher, rows[row], column + offset, attempt)
+        word >>= RANDOM_BITS - bits
+        position = np.searchsorted(boundaries, word)
+        tile[row, column] = position - len(boundaries) // 2
+        rejected = boundaries[position] == word
         row, column = row[rejected], column[rejected]
-        if len(row) == 0:
-            return
-    raise RuntimeError(f"{len(row)} pixels were rejected {_ATTEMPTS} times: the noise is broken")
+        attempt += 1
 
 
-def _half(source: _Source, row: Tensor, pixel: Tensor, half: int, attempt: int) -> Tensor:
-    """The high (0) or low (1) 32 bits of single pixels' random words, int64."""
-    words = torch.stack(_block(source, row, pixel >> 2, half, attempt))
-    return words.gather(0, (pixel & 3)[None])[0]
+def _random_words(
+    cipher: CipherContext, row: NDArray[np.int64], pixel: NDArray[np.int64], attempt: int
+) -> NDArray[np.int64]:
+    """The 63-bit random words of single pixels, (pixels,)."""
+    halves = np.arange(2)[:, None] << _HALF_SHIFT
+    blocks = _words(cipher, row, attempt << _ATTEMPT_SHIFT | halves | pixel >> 2)
+    high, low = blocks[:, np.arange(len(pixel)), pixel & 3].astype(np.int64)
+    whole: NDArray[np.int64] = high << 31 | low >> 1
+    return whole
 
 
-def _block(source: _Source, row: Tensor, block: Tensor, half: int = 0, attempt: int = 0) -> Words:
-    word1 = block | half << _HALF_SHIFT | attempt << _ATTEMPT_SHIFT
-    key0, key1, word2, word3 = source.key
-    counter = (row, word1, torch.full_like(block, word2), torch.full_like(block, word3))
-    return philox4x32(counter, (key0, key1))
+def _words(
+    cipher: CipherContext, row: NDArray[np.int64], address: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    """The four words of each counter row x 2^64 + address, (..., 4); the arguments broadcast."""
+    counters = np.empty((*np.broadcast_shapes(row.shape, address.shape), 2), ">u8")
+    counters[..., 0] = row.astype(">u8")
+    counters[..., 1] = address.astype(">u8")
+    encrypted = np.empty(counters.nbytes + 15, np.uint8)  # update_into demands 15 bytes of room
+    cipher.update_into(counters.view(np.uint8).data, encrypted.data)
+    return encrypted[: counters.nbytes].view("<u4").reshape(*counters.shape[:-1], 4)
 
 
 def _count_pixels(shape: tuple[int, ...]) -> int:

@@ -17,7 +17,7 @@ Noise is drawn for all of them at once, and a slow thread delays the others less
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Noise rows [start, stop) under `key` (>= 16 bytes) around one image.
+    """Noise rows [start, stop) under `key` (32 bytes) around one image.
 
     `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
     """

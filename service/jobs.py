@@ -14,7 +14,7 @@ from typing import Any
 
 from models.alpha import alpha_shares
 
-NOISE_FORMAT = "philox4x32-10/discrete-gaussian/2"
+NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 """Part of every noise key: another way to draw or key rows gives other rows."""
 
 

@@ -180,7 +180,7 @@ def check(document: dict[str, Any], written: dict[str, Any]) -> None:
     """Refuse what does not follow; `written` is the document with its numbers as they stand."""
     question, result = document["question"], document["result"]
     need(document["type"] == "urn:vouchsafe:certificate:1", "the type is another one")
-    need(document["noise"]["format"] == "philox4x32-10/discrete-gaussian/2", "other noise")
+    need(document["noise"]["format"] == "aes256-ctr/discrete-gaussian/3", "other noise")
     channels, height, width = map(int, document["subject"]["shape"])
     values = channels * height * width
     tv = values * (5000 * question["sigma"] + 10) * 2.0**-62

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ def shown(model: SmoothedModel, image: np.ndarray, truth: str, sigma: float, see
     """The image (H,W,3) uint8 with its certificate and pictures; its noise follows from `seed`."""
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1))
     labels = model.classifier.labels
-    selection = votes(model, Rows(pixels, b"selection " + seed, 0, N0, sigma))
-    rows = Rows(pixels, b"estimation" + seed, 0, N, sigma)
+    selection = votes(model, Rows(pixels, sha256(b"selection" + seed).digest(), 0, N0, sigma))
+    rows = Rows(pixels, sha256(b"estimation" + seed).digest(), 0, N, sigma)
     estimation = votes(model, rows)
     certificate = certify(
         selection.tolist(), estimation.tolist(), sigma, ALPHA,

@@ -129,7 +129,7 @@ def test_a_killed_job_publishes_what_an_uninterrupted_one_does(
     assert one.figures["references"] == 4
     assert one.figures == status.figures
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
-    rows = [Rows(pixels, bytes(16), 0, 32, 0.5)]
+    rows = [Rows(pixels, bytes(32), 0, 32, 0.5)]
     first, again = (load(bundle).votes(rows) for bundle in (one, two))
     assert np.array_equal(first, again)
 
@@ -270,7 +270,7 @@ def test_prompts_stand_for_their_labels(tmp_path: Path, monkeypatch: pytest.Monk
     assert named.digest != plain.digest
     drawn = json.loads((tmp_path / "named" / "task" / "references" / "0-0.json").read_text())
     assert (drawn["label"], drawn["prompt"]) == ("\u732b", "This is a photo of a cat.")
-    rows = [Rows(np.zeros((3, 32, 32), np.uint8), bytes(16), 0, 32, 0.5)]
+    rows = [Rows(np.zeros((3, 32, 32), np.uint8), bytes(32), 0, 32, 0.5)]
     assert np.array_equal(load(named).votes(rows), load(plain).votes(rows))
 
 

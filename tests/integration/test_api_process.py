@@ -26,6 +26,7 @@ from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
+from service.jobs import JobStatus
 from service.predictions.verification import Verifier
 from service.processes import api
 from service.processes.api import create_api
@@ -62,6 +63,7 @@ class Voter:
         )
         self.open = asyncio.Event()
         self.committed = 0
+        self.stops_at = 0  # The number of commits at which `open` is cleared.
 
     def start(self) -> None:
         self._running = asyncio.create_task(self._run())
@@ -94,6 +96,8 @@ class Voter:
                 rows, votes = lease.shard.rows, [0] * len(LABELS)
                 votes[3], votes[0] = rows - rows // 10, rows // 10
                 self.committed += await self.engine.commit(lease, votes)
+                if self.committed == self.stops_at > 0:
+                    self.open.clear()
 
 
 @pytest.fixture
@@ -112,9 +116,11 @@ async def voter(own_server: RedisServer) -> AsyncIterator[Voter]:
     await voter.close()
 
 
-async def ask(client: httpx.AsyncClient, prefer: str = "wait=60") -> httpx.Response:
+async def ask(client: httpx.AsyncClient, prefer: str = "wait=60", **fields: str) -> httpx.Response:
     image = {"image": ("i.png", PNG)}
-    return await client.post("/predict", files=image, headers={"Prefer": prefer}, timeout=90)
+    return await client.post(
+        "/predict", files=image, data=fields, headers={"Prefer": prefer}, timeout=90
+    )
 
 
 async def answers(client: httpx.AsyncClient) -> bool:
@@ -209,6 +215,38 @@ async def test_a_certificate_is_the_same_in_every_process(
         assert all(check.passed for check in checks), checks
         await other.delete(f"/jobs/{answered['id']}")
         problem(await client.get(path), 404, "not-found")
+
+
+async def test_a_killed_process_leaves_its_rounds_to_the_next(
+    voter: Voter, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """After a kill -9 between two rounds the next process looks on; the counts are the same."""
+    voter.stops_at = 3  # Selection rows and two looks.
+    voter.open.set()
+    data = tmp_path / "data"
+    with serving_process(data, process) as (url, server):
+        async with httpx.AsyncClient(base_url=url) as client:
+            await until_served(client)
+            accepted = await ask(client, "respond-async", target_radius="0.3")
+            job_id = accepted.json()["id"]
+            await until(lambda: has(voter, job_id, lambda status: len(status.looks) == 2))
+            server.kill()
+            server.wait()
+    voter.open.set()
+    await until(lambda: has(voter, job_id, lambda status: status.due))
+    with serving_process(data, process) as (url, _):
+        async with httpx.AsyncClient(base_url=url) as client:
+            await until(lambda: has(voter, job_id, lambda status: status.state.ended))
+            answer = (await client.get(f"/jobs/{job_id}")).json()["result"]
+            again = (await ask(client, target_radius="0.3")).json()
+    assert answer["target_reached"] is True
+    assert answer["rows_used"] < 10_016
+    assert (answer["counts"], answer["radius"]) == (again["counts"], again["radius"])
+
+
+async def has(voter: Voter, job_id: str, holds: Callable[[JobStatus], bool]) -> bool:
+    status = await voter.engine.status(job_id)
+    return status is not None and holds(status)
 
 
 async def test_redis_out_of_reach_is_a_problem(

@@ -208,7 +208,7 @@ def test_a_task_at_224_pixels_is_made_and_asked(
 
     shutil.rmtree(copied / "if-ii-l" / "stage1")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224), np.uint8)
-    rows = [Rows(pixels, bytes(16), 0, 3, 0.25)]
+    rows = [Rows(pixels, bytes(32), 0, 3, 0.25)]
     votes = [
         load(bundle, batch_rows=2, cpu_threads=1, models_dir=copied).votes(rows) for _ in range(2)
     ]

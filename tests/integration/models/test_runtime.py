@@ -60,7 +60,7 @@ def smoothed(folder: Path, name: str, dtype: torch.dtype) -> SmoothedModel:
 def part(seed: int, start: int, stop: int) -> Rows:
     """Rows around a random image of 32x32 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 32, 32), np.uint8)
-    return Rows(pixels, bytes([seed]) * 16, start, stop, 0.25)
+    return Rows(pixels, bytes([seed]) * 32, start, stop, 0.25)
 
 
 @pytest.mark.parametrize("name", EVERY)

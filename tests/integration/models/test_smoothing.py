@@ -90,7 +90,7 @@ def test_every_device_batch_has_one_shape() -> None:
     """Whatever the number of rows, the networks only ever see batches of the fixed size."""
     model = linear_model(0.5, batch_rows=8)
     for stop in (1, 7, 8, 9, 30):
-        total = votes(model, Rows(image(0, (3, 4, 4)), b"k" * 16, 0, stop, 0.25))
+        total = votes(model, Rows(image(0, (3, 4, 4)), b"k" * 32, 0, stop, 0.25))
         assert total.sum() == stop
     assert set(model.classifier.batches) == {8}
 
@@ -98,7 +98,7 @@ def test_every_device_batch_has_one_shape() -> None:
 def test_votes_do_not_depend_on_the_cut() -> None:
     """A range of rows has the votes of its parts, through the real network at serving precision."""
     model = miniature_model(batch_rows=8)
-    pixels, key = image(1), b"0123456789abcdef"
+    pixels, key = image(1), b"0123456789abcdef" * 2
     whole = votes(model, Rows(pixels, key, 3, 43, 0.5))
     parts = [votes(model, Rows(pixels, key, *cut, 0.5)) for cut in ((3, 4), (4, 21), (21, 43))]
     assert np.array_equal(whole, np.sum(parts, axis=0))
@@ -113,9 +113,9 @@ def test_votes_do_not_depend_on_the_lanes(cpu_threads: int) -> None:
     assert shared.batch_rows == 32 * cpu_threads
     small = (3, 4, 4)
     parts = [
-        Rows(image(0, small), b"k" * 16, 3, 3 + 9, 0.25),
-        Rows(image(1, small), b"l" * 16, 0, 1, 0.5),
-        Rows(image(2, small), b"m" * 16, 40, 43, 1.0),
+        Rows(image(0, small), b"k" * 32, 3, 3 + 9, 0.25),
+        Rows(image(1, small), b"l" * 32, 0, 1, 0.5),
+        Rows(image(2, small), b"m" * 32, 40, 43, 1.0),
     ]
     wanted = [alone.votes([Rows(p.pixels, p.key, i, i + 1, p.sigma)])[0]
               for p in parts for i in range(p.start, p.stop)]  # fmt: skip
@@ -131,14 +131,14 @@ def test_an_error_in_a_lane_reaches_the_caller() -> None:
     """What fails in one lane fails the whole device batch."""
     model = linear_model(float("nan"), 4, cpu_threads=2)
     with pytest.raises(FloatingPointError, match="not finite"):
-        model.votes([Rows(image(0, (3, 4, 4)), b"k" * 16, 0, 10, 0.25)])
+        model.votes([Rows(image(0, (3, 4, 4)), b"k" * 32, 0, 10, 0.25)])
 
 
 def test_labels_do_not_depend_on_companions_or_place() -> None:
     """A row's label is the same alone, first or last, beside other images, keys and sigmas."""
     model = miniature_model(batch_rows=8)
-    mine = Rows(image(1), b"0123456789abcdef", 0, 3, 0.5)
-    others = [Rows(image(seed), bytes([seed]) * 16, 5, 7, 0.25) for seed in (2, 3)]
+    mine = Rows(image(1), b"0123456789abcdef" * 2, 0, 3, 0.5)
+    others = [Rows(image(seed), bytes([seed]) * 32, 5, 7, 0.25) for seed in (2, 3)]
     alone = model.labels([mine])
     assert np.array_equal(model.labels([mine, *others])[:3], alone)
     assert np.array_equal(model.labels([others[1], mine, others[0]])[2:5], alone)
@@ -147,7 +147,7 @@ def test_labels_do_not_depend_on_companions_or_place() -> None:
 def test_noise_is_added_to_the_grid_and_not_clipped() -> None:
     """The batch holds (pixel + noise) / 255, values beyond [0,1] included, then black padding."""
     model = linear_model(0.5, batch_rows=4)
-    rows = Rows(image(4, (3, 8, 8)), b"a" * 16, 10, 13, 1.0)
+    rows = Rows(image(4, (3, 8, 8)), b"a" * 32, 10, 13, 1.0)
     x_hat, sigma = model.noisy([rows])
     noise = discrete_gaussian(rows.key, 10, 13, (3, 8, 8), 1.0)
     assert torch.equal(x_hat[:3], (noise + torch.tensor(rows.pixels)) / 255)
@@ -161,7 +161,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     """A network gone NaN raises, where argmax would call every row label 0 and certify it."""
     with pytest.raises(FloatingPointError, match="not finite"):
         linear_model(float("nan"), batch_rows=4).votes(
-            [Rows(image(0, (3, 4, 4)), b"k" * 16, 0, 1, 0.25)]
+            [Rows(image(0, (3, 4, 4)), b"k" * 32, 0, 1, 0.25)]
         )
 
 
@@ -170,11 +170,11 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     model = linear_model(0.5, batch_rows=4)
     small, large = image(0, (3, 4, 4)), image(0, (3, 8, 8))
     with pytest.raises(ValueError, match="5 rows requested; a device batch holds 1 to 4"):
-        model.votes([Rows(small, b"k" * 16, 0, 5, 0.25)])
+        model.votes([Rows(small, b"k" * 32, 0, 5, 0.25)])
     with pytest.raises(ValueError, match="0 rows"):
         model.votes([])
     with pytest.raises(ValueError, match="different shapes"):
-        model.votes([Rows(small, b"k" * 16, 0, 1, 0.25), Rows(large, b"k" * 16, 0, 1, 0.25)])
+        model.votes([Rows(small, b"k" * 32, 0, 1, 0.25), Rows(large, b"k" * 32, 0, 1, 0.25)])
 
 
 def sum_distribution(sigma: float, pixels: int) -> tuple[int, NDArray[np.float64]]:
@@ -201,7 +201,7 @@ def test_coverage_through_noise_and_votes() -> None:
     model = linear_model(float(boundary + Fraction(1, 2)) / 255 / pixels.size, batch_rows=n)
     exceeded = 0
     for trial, domain in itertools.product(range(trials), (b"s", b"e")):
-        key = trial.to_bytes(8, "little") + domain * 8
+        key = trial.to_bytes(8, "little") + domain * 24
         counted = votes(model, Rows(pixels, key, 0, n0 if domain == b"s" else n, sigma))
         if domain == b"s":
             selection = counted.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class Constant:
 def test_the_shown_row_is_the_noisy_row_clipped() -> None:
     """The picture is the row that the network sees, confined to what a screen can show."""
     model = SmoothedModel(NoDenoiser(), Constant(), numerics_of(CPU, torch.float32, 4), CPU)
-    rows = Rows(np.full((3, 8, 8), 128, np.uint8), b"plots/tests/noise", 5, 6, 0.5)
+    rows = Rows(np.full((3, 8, 8), 128, np.uint8), b"plots/tests/noise".ljust(32), 5, 6, 0.5)
     noisy, denoised = noisy_and_denoised(model, rows)
     wanted = model.noisy([rows])[0][0].clamp(0, 1).permute(1, 2, 0).numpy()
     assert np.array_equal(noisy, wanted)
@@ -56,7 +57,8 @@ def test_the_demo_shows_what_was_certified() -> None:
         total_variation=total_variation(0.5, (3, 8, 8)),
     )
     assert one.certificate.radius == exact.radius
-    rows = Rows(image.transpose(2, 0, 1).copy(), b"estimationplots!", 0, 1, 0.5)
+    key = sha256(b"estimationplots!").digest()
+    rows = Rows(image.transpose(2, 0, 1).copy(), key, 0, 1, 0.5)
     assert np.array_equal(one.noisy, noisy_and_denoised(model, rows)[0])
 
 
