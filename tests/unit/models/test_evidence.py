@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.alpha import alpha_shares
 from models.anytime import Anytime, certify_anytime
-from models.certificates import alpha_shares, certify
+from models.certificates import certify
 from models.evidence import looks_of, recompute, sparse
 
 COUNTS = st.lists(st.integers(0, 400), min_size=3, max_size=3).filter(

@@ -127,6 +127,38 @@ async def test_an_answer_has_its_certificate(service: Service) -> None:
     assert answered["certificate"]["document"]["model"]["numerics"] == {"device": "none"}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "cohen"},
+        {"method": "two-sided"},
+        {"method": "anytime", "n": "500"},
+        {"target_radius": "0.1", "n": "2000"},
+        {"target_radius": "0.4", "n": "3000"},
+    ],
+    ids=["cohen", "two-sided", "anytime", "target reached", "target given up"],
+)
+async def test_every_answer_is_certified_as_it_was_reached(
+    service: Service, fields: dict[str, str]
+) -> None:
+    """Certificate and answer agree for every method, wherever sampling stopped."""
+    answered = (await service.ask(**fields)).json()
+    text = json.dumps(answered["certificate"]).encode()
+    document, checks = Verifier(text, KEYS.jwks, PNG, BUNDLE).checks()
+    assert document is not None
+    assert all(check.passed for check in checks), checks
+    same = ("label", "label_index", "p_lower", "p_upper", "radius")
+    assert {name: getattr(document.result, name) for name in same} == {
+        name: answered[name] for name in same
+    }
+    asked = ("sigma", "alpha", "alpha_shares", "n0", "n", "target_radius", "method")
+    assert {name: getattr(document.question, name) for name in asked} == {
+        name: answered[name] for name in asked
+    }
+    assert (document.question.looks or []) == answered["looks"]
+    assert document.noise.estimation == [0, answered["rows_used"] - answered["n0"]]
+
+
 async def test_the_result_event_has_the_certificate(service: Service) -> None:
     """A certificate that came by an event is found at its address too."""
     location = (await service.ask(headers={"Prefer": "respond-async"})).headers["location"]
