@@ -222,6 +222,9 @@ def measured(
                     "one noisy row": round(summary.row_accuracy, 4),
                     "certified at radius": {e: round(c, 4) for e, c in summary.certified.items()},
                     "average certified radius": round(summary.average_certified_radius, 4),
+                    "average certified radius, two-sided": round(
+                        summary.average_certified_radius_two_sided, 4
+                    ),
                 }
                 base = bases.setdefault(sigma, outcomes)
                 if base is not outcomes:

@@ -255,6 +255,7 @@ def _checked(
     question: Anytime, selection_counts: Counts, looks: Sequence[Counts]
 ) -> tuple[int, list[tuple[int, ...]]]:
     """The selected class, and the looks' votes as Python integers."""
+    check_total_variation(question.total_variation)
     selection = checked_counts("selection_counts", selection_counts)
     if sum(selection) != question.n0:
         raise ValueError(f"selection_counts sum to {sum(selection)}: must be n0 = {question.n0}")

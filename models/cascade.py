@@ -24,6 +24,7 @@ from models.certificates import (
     Certificate,
     certified_radius,
     check_rows,
+    check_total_variation,
 )
 from models.counts import Counts, checked_counts, checked_pair, runner_up
 
@@ -85,6 +86,8 @@ def certify_cascade(
     does, for malformed counts, and where stages are missing.
     """
     check_cascade(question.n0, question.n, question.sigmas, question.alpha)
+    for blur in question.total_variations:
+        check_total_variation(blur)
     passed: list[tuple[int, ...]] = []
     for selection_counts, estimation_counts in stages[: len(question.sigmas)]:
         selection, votes = checked_pair(selection_counts, estimation_counts)

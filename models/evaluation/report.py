@@ -71,6 +71,8 @@ def evaluate(
         "one noisy row": round(summary.row_accuracy, 4),
         "certified at radius": summary.certified,
         "average certified radius": round(summary.average_certified_radius, 4),
+        "certified at radius, two-sided": summary.certified_two_sided,
+        "average certified radius, two-sided": round(summary.average_certified_radius_two_sided, 4),
     }
     if generated:
         torch.set_num_threads(threads)  # A model with cpu_threads leaves torch with one thread.

@@ -28,11 +28,16 @@ LOG_HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """One image's outcome: `row_accuracy` is the share of estimation rows with the true label."""
+    """One image's outcome: `row_accuracy` is the share of estimation rows with the true label.
+
+    `certificate` is by Cohen's rule, as in published tables, and `two_sided` is from the same votes
+    with the runner-up bounded.
+    """
 
     index: int
     truth: int
     certificate: Certificate
+    two_sided: Certificate
     row_accuracy: float
 
     @property
@@ -48,12 +53,17 @@ class Certified:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Fractions over a data set: single noisy rows, certified accuracy by radius, ACR."""
+    """Fractions over a data set: single noisy rows, certified accuracy by radius, ACR.
+
+    The latter two by Cohen's rule, as in published tables, and by the two-sided one.
+    """
 
     images: int
     row_accuracy: float
     certified: dict[float, float]
     average_certified_radius: float
+    certified_two_sided: dict[float, float]
+    average_certified_radius_two_sided: float
 
 
 def accuracy(
@@ -137,27 +147,43 @@ def outcome(
     """The outcome of an image's votes (K,)."""
     height, width, channels = data.images[index].shape
     truth = int(data.labels[index])
-    certificate = certify(
-        selection.tolist(),
-        estimation.tolist(),
-        sigma,
-        alpha,
-        method="cohen",
-        total_variation=total_variation(sigma, (channels, height, width)),
+    cohen, two_sided = (
+        certify(
+            selection.tolist(),
+            estimation.tolist(),
+            sigma,
+            alpha,
+            method=method,
+            total_variation=total_variation(sigma, (channels, height, width)),
+        )
+        for method in ("cohen", "two-sided")
     )
-    return Certified(index, truth, certificate, float(estimation[truth] / estimation.sum()))
+    return Certified(index, truth, cohen, two_sided, float(estimation[truth] / estimation.sum()))
 
 
 def summarise(outcomes: list[Certified]) -> Summary:
     """The figures of a run; needs at least one outcome."""
-    radii = np.array([outcome.radius for outcome in outcomes])
-    correct = np.array([outcome.correct for outcome in outcomes])
+    truths = np.array([outcome.truth for outcome in outcomes])
+    cohen, average_cohen = _figures([outcome.certificate for outcome in outcomes], truths)
+    two_sided, average_two_sided = _figures([outcome.two_sided for outcome in outcomes], truths)
     return Summary(
         images=len(outcomes),
         row_accuracy=float(np.mean([outcome.row_accuracy for outcome in outcomes])),
-        certified={e: certified_accuracy(radii, correct, e) for e in EPSILONS},
-        average_certified_radius=average_certified_radius(radii, correct),
+        certified=cohen,
+        average_certified_radius=average_cohen,
+        certified_two_sided=two_sided,
+        average_certified_radius_two_sided=average_two_sided,
     )
+
+
+def _figures(
+    certificates: list[Certificate], truths: NDArray[np.int64]
+) -> tuple[dict[float, float], float]:
+    """Certified accuracy by radius and the average certified radius, for labels (N,)."""
+    radii = [certificate.radius or 0.0 for certificate in certificates]
+    correct = [c.label == truth for c, truth in zip(certificates, truths, strict=True)]
+    certified = {epsilon: certified_accuracy(radii, correct, epsilon) for epsilon in EPSILONS}
+    return certified, average_certified_radius(radii, correct)
 
 
 def paired_bootstrap(

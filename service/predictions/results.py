@@ -137,9 +137,9 @@ def example() -> PredictResponse:
         pixels=b"",
         key=b"",
         created=0.0,
+        method="two-sided",
         array_sha256=hashlib.sha256(b"array").hexdigest(),
         file_sha256=hashlib.sha256(b"file").hexdigest(),
-        method="two-sided",
     )
     ended = JobStatus(
         job, State.SUCCEEDED, job.rows, (0, 100), (30, 970), started=0.0021, finished=0.8426

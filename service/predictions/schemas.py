@@ -181,9 +181,9 @@ class PredictResponse(BaseModel):
     p_upper: float | None = Field(
         description="Upper bound on every other label's probability, or null where none is proven."
     )
-    target_radius: float | None = Field(None, description="The requested radius, or null.")
+    target_radius: float | None = Field(description="The requested radius, or null.")
     target_reached: bool | None = Field(
-        None, description="Whether the radius is at least the requested one; null without one."
+        description="Whether the radius is at least the requested one; null without one."
     )
     counts: list[LabelCount] = Field(
         description="Votes of the estimation rows, most first, without zeros; they sum to n, or to "

@@ -254,12 +254,12 @@ class Predictions:
             owner=owner,
             traceparent=traceparent,
             setup_rows=admission.setup_rows,
-            array_sha256=hashlib.sha256(array).hexdigest(),
-            file_sha256=hashlib.sha256(question.image).hexdigest(),
-            numerics=admission.numerics,
             method=question.method.value,
             target_radius=question.target_radius,
             looks=looks,
+            array_sha256=hashlib.sha256(array).hexdigest(),
+            file_sha256=hashlib.sha256(question.image).hexdigest(),
+            numerics=admission.numerics,
         )
         return replace(job, key=noise_key(self._secret, job))
 

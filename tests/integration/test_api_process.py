@@ -197,26 +197,6 @@ async def test_another_process_knows_the_job(
     assert again["counts"] == job["result"]["counts"]
 
 
-async def test_a_certificate_is_the_same_in_every_process(
-    own_server: RedisServer, voter: Voter, tmp_path: Path
-) -> None:
-    """A certificate of one process is at its address in another, byte by byte, and verifies."""
-    voter.open.set()
-    first, second = (create_api(settings(own_server, tmp_path)) for _ in range(2))
-    async with running(first) as client, running(second) as other:
-        await until_served(client)
-        answered = (await ask(client)).json()
-        path = f"/certificates/{answered['certificate']['document']['id']}"
-        texts = [(await each.get(path)).text for each in (client, other)]
-        assert texts[0] == texts[1]
-        assert json.loads(texts[0]) == answered["certificate"]
-        jwks = (await other.get("/.well-known/jwks.json")).json()
-        checks = Verifier(texts[1].encode(), jwks, PNG, read_bundle(DEFAULT_TASK)).checks()[1]
-        assert all(check.passed for check in checks), checks
-        await other.delete(f"/jobs/{answered['id']}")
-        problem(await client.get(path), 404, "not-found")
-
-
 async def test_a_killed_process_leaves_its_rounds_to_the_next(
     voter: Voter, tmp_path: Path, process: tuple[str, ...]
 ) -> None:
@@ -247,6 +227,26 @@ async def test_a_killed_process_leaves_its_rounds_to_the_next(
 async def has(voter: Voter, job_id: str, holds: Callable[[JobStatus], bool]) -> bool:
     status = await voter.engine.status(job_id)
     return status is not None and holds(status)
+
+
+async def test_a_certificate_is_the_same_in_every_process(
+    own_server: RedisServer, voter: Voter, tmp_path: Path
+) -> None:
+    """A certificate of one process is at its address in another, byte by byte, and verifies."""
+    voter.open.set()
+    first, second = (create_api(settings(own_server, tmp_path)) for _ in range(2))
+    async with running(first) as client, running(second) as other:
+        await until_served(client)
+        answered = (await ask(client)).json()
+        path = f"/certificates/{answered['certificate']['document']['id']}"
+        texts = [(await each.get(path)).text for each in (client, other)]
+        assert texts[0] == texts[1]
+        assert json.loads(texts[0]) == answered["certificate"]
+        jwks = (await other.get("/.well-known/jwks.json")).json()
+        checks = Verifier(texts[1].encode(), jwks, PNG, read_bundle(DEFAULT_TASK)).checks()[1]
+        assert all(check.passed for check in checks), checks
+        await other.delete(f"/jobs/{answered['id']}")
+        problem(await client.get(path), 404, "not-found")
 
 
 async def test_redis_out_of_reach_is_a_problem(

@@ -162,8 +162,8 @@ def test_early_stopping_errs_at_most_at_alpha(classes: int, layout: str, with_ta
     [
         # The first level's class lies barely above 1/2: passing it is wrong.
         ((0.25, 0.501, 0.249), (0.99, 0.005, 0.005)),
-        # Both levels have the same true radius, 0.253.
-        ((0.3, 0.4, 0.3), (0.694, 0.153, 0.153)),
+        # The first level, which is passed, limits the radius to 0.253.
+        ((0.3, 0.4, 0.3), (0.95, 0.03, 0.02)),
         # Nothing lies above 1/2 at either level.
         ((0.2, 0.3, 0.5), (0.5, 0.25, 0.25)),
     ],
@@ -184,15 +184,14 @@ def test_a_cascade_errs_at_most_at_alpha(
             kept = min(kept, -question.sigmas[0] * float(ndtri(others)))
         return max(0.0, kept)
 
-    failures = answers = 0
+    failures = 0
     for run in range(RUNS):
         pairs = [(chosen[stage][run], votes[stage][run]) for stage in (0, 1)]
         got = certify_cascade(question, pairs)
         if got.stage is not None:
-            answers += 1
             label, radius = got.certificate.label, got.certificate.radius
             assert label is not None
             assert radius is not None
             failures += radius > truth(got.stage, label)
     assert failures <= most_allowed(question.alpha)
-    assert answers > 0
+    assert failures >= 0.05 * question.alpha * RUNS

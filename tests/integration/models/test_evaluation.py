@@ -66,6 +66,13 @@ def test_outcomes_and_summary(model: SmoothedModel, data: LabelledImages) -> Non
     assert summary.certified[0.0] == 0.5
     assert summary.certified[1.0] == 0.0
     assert summary.average_certified_radius == pytest.approx(outcomes[0].radius / 2)
+    both = certify([0, 20], [0, 50], 0.25, 0.001, total_variation=blur)
+    assert (outcomes[0].two_sided.radius, outcomes[0].two_sided.method) == (
+        both.radius,
+        "two-sided",
+    )
+    assert summary.certified_two_sided[0.0] == 0.5
+    assert summary.average_certified_radius_two_sided == pytest.approx((both.radius or 0.0) / 2)
     assert summary.row_accuracy == pytest.approx(np.mean([1, 1, 0, outcomes[3].row_accuracy]))
 
 

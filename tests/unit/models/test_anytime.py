@@ -282,6 +282,13 @@ def test_looks_that_are_not_those_of_the_schedule_are_refused(
             read(asked(), selection, looks)
 
 
+def test_an_impossible_total_variation_is_refused() -> None:
+    """A negative one would raise the bound."""
+    question = Anytime(0.25, 0.001, 16, 32, None, (32,), -0.1)
+    with pytest.raises(ValueError, match=r"^total_variation = -0.1"):
+        certify_anytime(question, SELECTION, [(32, 0, 0)])
+
+
 def test_numpy_counts_are_read() -> None:
     """Counts may come as arrays; the certificate holds plain integers."""
     got = certify_anytime(asked(), np.array(SELECTION), [np.array([30, 2, 0])])

@@ -155,3 +155,9 @@ def test_missing_and_malformed_stages_are_refused(stages: Any, message: str) -> 
     """A prefix of passed stages is no answer, and every stage read has n0 and n votes."""
     with pytest.raises(ValueError, match=message):
         certify_cascade(QUESTION, stages)
+
+
+def test_an_impossible_total_variation_is_refused() -> None:
+    """That of every stage is checked, also of one that is not read."""
+    with pytest.raises(ValueError, match=r"^total_variation = -0.1"):
+        certify_cascade(Cascade((1.0, 0.5), 0.001, 100, 1000, (0.0, -0.1)), [SURE])
