@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from models.abstention import Reason, rows_needed
 from models.anytime import Anytime, certify_anytime
 from models.bundle import Base, Bundle
-from models.certificates import Certificate, certify, predict
+from models.certificates import Certificate, bound_votes, certify, predict
 from models.evidence import total_variation
+from models.norms import attack_norms
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
 from service.predictions.certificate import Issuing
-from service.predictions.document import SignedCertificate
+from service.predictions.document import Norms, SignedCertificate
 from service.predictions.schemas import (
+    Abstention,
     JobResponse,
     LabelCount,
     Method,
@@ -30,14 +34,7 @@ def certificate(status: JobStatus) -> Certificate:
     """The certificate of a succeeded job's votes; its `method` is that of the noise key."""
     # Without what differs between two equal questions, so that the cache serves all of them.
     job = replace(
-        status.job,
-        id="",
-        pixels=b"",
-        created=0.0,
-        owner=None,
-        traceparent=None,
-        setup_rows=0,
-        file_sha256="",
+        status.job, id="", pixels=b"", created=0.0, owner=None, traceparent=None, setup_rows=0
     )
     return _proven(job, status.selection, (*status.looks, status.estimation))
 
@@ -87,6 +84,8 @@ def to_response(
         abstained=proven.abstained,
         certified=job.mode is Mode.CERTIFY and not proven.abstained,
         radius=proven.radius,
+        attack_norms=_attack_norms(job, proven),
+        abstention=_abstention(status, proven),
         sigma=job.sigma,
         alpha=job.alpha,
         n0=job.n0,
@@ -105,6 +104,34 @@ def to_response(
         timing_ms=_timing(status),
         certificate=signed,
     )
+
+
+def _attack_norms(job: Job, proven: Certificate) -> Norms | None:
+    if not proven.radius:
+        return None
+    return Norms.model_validate(attack_norms(proven.radius, job.shape))
+
+
+def _abstention(status: JobStatus, proven: Certificate) -> Abstention | None:
+    if not proven.abstained:
+        return None
+    job, votes = status.job, proven.counts
+    if job.target_radius is not None and sum(votes) < job.n:
+        return Abstention(reason=Reason.HOPELESS, rows_needed=None)
+    blur = total_variation(job.shape, job.sigma)
+
+    def proves(more: tuple[int, ...]) -> bool:
+        if job.mode is Mode.PREDICT:
+            with suppress(ValueError):  # So many rows that their noise alone spends alpha.
+                return not predict(more, job.alpha, total_variation=blur).abstained
+            return False
+        return bound_votes(label, more, job.sigma, job.alpha_shares, blur).radius > 0.0
+
+    selection = votes if job.mode is Mode.PREDICT else status.selection
+    label = selection.index(max(selection))
+    needed = rows_needed(votes, label, proves)
+    reason = Reason.TOO_CLOSE if needed is None else Reason.TOO_FEW_ROWS
+    return Abstention(reason=reason, rows_needed=needed)
 
 
 def example() -> PredictResponse:

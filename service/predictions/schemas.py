@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from models.abstention import Reason
 from service.jobs import Mode, State, canonical_json
-from service.predictions.document import SignedCertificate
+from service.predictions.document import Norms, SignedCertificate
 
 MOST_ROWS = 100_000
 SMALLEST_SIGMA = 0.02
@@ -142,6 +143,21 @@ class LabelCount(BaseModel):
     count: int = Field(description="Noisy rows classified as the label.")
 
 
+class Abstention(BaseModel):
+    """The reason why there is no label."""
+
+    reason: Annotated[Reason, WithJsonSchema({"enum": [reason.value for reason in Reason]})] = (
+        Field(
+            description="`too_few_rows`: more rows would probably do. `too_close`: 100,000 would "
+            "not. `hopeless`: the target radius was given up."
+        )
+    )
+    rows_needed: int | None = Field(
+        description="About the fewest rows n that would do, or null. Asking with them is a new "
+        "trial, with its own alpha."
+    )
+
+
 class Timing(BaseModel):
     """Times of a job, in milliseconds."""
 
@@ -170,6 +186,10 @@ class PredictResponse(BaseModel):
         description="No change of the pixels (in [0, 1]) shorter than this in l2 norm changes the "
         "label; 0.0 on abstention, null in predict mode."
     )
+    attack_norms: Norms | None = Field(
+        description="The radius in the terms of other changes, or null without a radius."
+    )
+    abstention: Abstention | None = Field(description="Why there is no label, or null.")
     sigma: float = Field(description="Standard deviation of the noise.")
     alpha: float = Field(description="Probability that the statement is wrong.")
     n0: int = Field(description="Selection rows; 0 in predict mode.")

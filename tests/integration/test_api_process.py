@@ -96,7 +96,7 @@ class Voter:
                 rows, votes = lease.shard.rows, [0] * len(LABELS)
                 votes[3], votes[0] = rows - rows // 10, rows // 10
                 self.committed += await self.engine.commit(lease, votes)
-                if self.committed == self.stops_at > 0:
+                if self.committed == self.stops_at:
                     self.open.clear()
 
 

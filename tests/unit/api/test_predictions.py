@@ -6,6 +6,7 @@ import pytest
 
 from models.alpha import alpha_shares
 from models.certificates import certify
+from models.norms import attack_norms
 from service.jobs import Domain, noise_key
 from tests.support.http import events
 from tests.support.serving import (
@@ -44,6 +45,8 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "abstained": False,
         "certified": True,
         "radius": proven.radius,
+        "attack_norms": attack_norms(proven.radius, (3, RESOLUTION, RESOLUTION)),
+        "abstention": None,
         "sigma": 0.25,
         "alpha": 0.001,
         "n0": 100,
@@ -81,6 +84,17 @@ async def test_abstention_is_an_answer(mode: str, radius: float | None) -> None:
     assert (answered["label"], answered["label_index"], answered["abstained"]) == (None, None, True)
     assert (answered["radius"], answered["certified"]) == (radius, False)
     assert sum(vote["count"] for vote in answered["counts"]) == answered["n"]
+    assert answered["abstention"] == {"reason": "too_close", "rows_needed": None}
+    assert answered["attack_norms"] is None
+
+
+async def test_too_few_rows_name_those_that_would_do() -> None:
+    """An abstention by few rows names n, and asking with it is answered."""
+    async with serving(votes=lambda rows: [2 * rows // 5, 0, rows - 2 * rows // 5, 0]) as service:
+        told = (await service.ask(n="50")).json()["abstention"]
+        assert told["reason"] == "too_few_rows"
+        again = (await service.ask(n=str(told["rows_needed"] + 20))).json()
+    assert (again["label"], again["abstention"]) == ("cat", None)
 
 
 async def test_the_job_is_what_was_asked(service: Service) -> None:

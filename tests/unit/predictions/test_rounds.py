@@ -58,6 +58,8 @@ async def test_a_hopeless_target_ends_the_question(
     assert len(drawn) == answer["rows_used"] < 2_000
     assert (answer["target_reached"], answer["label"]) == (False, label)
     assert 0.0 <= answer["radius"] < 0.3
+    hopeless = {"reason": "hopeless", "rows_needed": None}
+    assert answer["abstention"] == (None if label else hopeless)
 
 
 async def test_without_a_target_all_rows_are_read_and_bounds_are_streamed() -> None:
