@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import hmac
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from models.noise import discrete_gaussian
 from models.rows import Rows
 from service.cli.replay import replay
 from service.config import Settings
@@ -105,3 +110,52 @@ def test_looks_are_cut_where_rows_were(monkeypatch: pytest.MonkeyPatch) -> None:
     estimation = drawn[drawn.index(starts[1], 1) :]
     assert all(earlier[1] == later[0] for earlier, later in pairwise(estimation))
     assert estimation[-1][1] == 200
+
+
+def documented_key(document: dict[str, Any]) -> bytes:
+    """The job key, as docs/certificate.md makes it from a certificate and the secret."""
+    question = document["question"]
+    names = ("sigma", "alpha", "alpha_shares", "n0", "n", "target_radius", "method")
+    hashed = {name: question[name] for name in names} | {
+        "noise": document["noise"]["format"],
+        "pixels": document["subject"]["array_sha256"],
+        "shape": document["subject"]["shape"],
+        "bundle": document["model"]["bundle"],
+        "mode": "certify",
+        "looks": question["looks"] or [],
+    }
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
+    return hmac.digest(SECRET, text.encode(), "sha256")
+
+
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+def test_keys_are_as_documented(method: str) -> None:
+    """Who has the secret finds the key by the page alone."""
+    status = certified(method)
+    assert documented_key(issued(status)["document"]) == status.job.key
+
+
+def test_rows_are_as_documented() -> None:
+    """Row and pixel -> noise, by the page's four steps."""
+    key, sigma = documented_key(issued()["document"]), 0.25
+    cipher = Cipher(algorithms.AES256(key), modes.ECB()).encryptor()  # noqa: S305
+    context = mpmath.MPContext()
+    context.dps = 50
+
+    def below(i: int) -> Any:
+        if i >= 0:
+            return 2**63 - 1 - below(-1 - i)
+        return context.floor(
+            context.ldexp(context.ncdf((2 * i + 1) / (510 * context.mpf(sigma))), 63)
+        )
+
+    def word(row: int, pixel: int, half: int) -> int:
+        counter = (row << 64) + (half << 32) + pixel // 4
+        block = cipher.update(counter.to_bytes(16, "big"))
+        return int.from_bytes(block[pixel % 4 * 4 :][:4], "little")
+
+    noise = discrete_gaussian(key, 6, 8, (3, 2, 2), sigma).reshape(2, 12).tolist()
+    for row, values in zip((6, 7), noise, strict=True):
+        for pixel, value in enumerate(values):
+            drawn = 2**31 * word(row, pixel, 0) + word(row, pixel, 1) // 2
+            assert below(value - 1) < drawn < below(value)
