@@ -3,8 +3,8 @@
 They run in an empty folder that has the repository's `docs` and `.venv`:
 
 - every `curl`, `vouchsafe predict` and `vouchsafe verify` of README.md and docs/api.md, in order,
-  against one server. The server is `tests.support.fake_server`: the embedded one with nano's networks, but adaptation
-  jobs that take no minutes;
+  against one server. The server is `tests.support.fake_server`: the embedded one with nano's
+  networks, but adaptation jobs that take no minutes;
 - the commands for a fleet of docs/scaling.md, against a Redis.
 
 tests/unit/test_docs.py parses the commands that run for minutes or need more machines.
