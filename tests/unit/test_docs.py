@@ -126,7 +126,7 @@ def test_the_index_has_every_page() -> None:
     """docs/README.md links each page beside it."""
     index = ROOT / "docs" / "README.md"
     pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
-    assert pages <= set(re.findall(r"\]\((\w+\.md)\)", index.read_text()))
+    assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", index.read_text()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
