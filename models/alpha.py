@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 ALPHA_MIN = 1e-100
 """Smallest level accepted: float64 tails are accurate down to here, subnormal ones are not."""
@@ -46,6 +47,21 @@ def alpha_shares(method: str, alpha: float, with_target: bool = False) -> dict[s
             f"which must be at least {ALPHA_MIN}"
         )
     return {"label": label, **shares}
+
+
+def family_share(family_alpha: float, m: int) -> float:
+    """The alpha of each of m statements: the largest whose m-fold is at most `family_alpha`.
+
+    All m statements hold together with probability at least 1 - `family_alpha` (Bonferroni).
+
+    Raises ValueError for a `family_alpha` outside (0, ALPHA_MAX), and for an m below 1.
+    """
+    if not 0.0 < family_alpha < ALPHA_MAX:
+        raise ValueError(f"family alpha = {family_alpha}: must be above 0 and below {ALPHA_MAX}")
+    if m < 1:
+        raise ValueError(f"m = {m}: must be at least 1")
+    share = family_alpha / m
+    return share if m * Fraction(share) <= Fraction(family_alpha) else math.nextafter(share, 0.0)
 
 
 def check_alpha(alpha: float) -> None:

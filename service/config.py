@@ -41,7 +41,9 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True
     )
 
-    data_dir: Path = Field(Path(".vouchsafe"), description="Where secrets, tasks and jobs lie.")
+    data_dir: Path = Field(
+        Path(".vouchsafe"), description="Where secrets, tasks, jobs and batches lie."
+    )
     secrets_dir: Path | None = Field(
         None,
         description="A folder of settings as files: `vouchsafe_redis_url` holds the Redis URL. The "

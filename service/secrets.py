@@ -19,7 +19,7 @@ SECRET_BYTES = 32
 _MARK = "noise.sha256"
 
 
-_FOLDERS = {"tasks", "jobs", "models"}
+_FOLDERS = {"batches", "tasks", "jobs", "models"}
 
 
 _NOISE_LOSS = "every image is a new trial"

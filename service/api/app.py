@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 
 from service.api.auth import caller
+from service.api.batches import batches
 from service.api.certificates import certificates
 from service.api.middleware import add_bounds, admitted
 from service.api.pages import docs_assets, pages
@@ -51,6 +52,7 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(probe_routes)
     app.include_router(metrics_route, dependencies=[Depends(caller)], responses=KEYED)
     app.include_router(predictions_routes)
+    app.include_router(batches)
     app.include_router(certificates)
     app.include_router(tasks)
     app.include_router(pages)

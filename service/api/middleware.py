@@ -197,7 +197,8 @@ class RequestBounds:
             await self._app(scope, receive, send)
             return
         owner = self._owner(scope)
-        places = self._streams if scope["path"].endswith("/events") else self._requests
+        is_stream = scope["path"].endswith(("/events", "/results"))
+        places = self._streams if is_stream else self._requests
         try:
             places.take(owner)
         except Problem as problem:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, Self, TypeVar
@@ -10,7 +11,8 @@ from typing import Any, Self, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -19,12 +21,13 @@ from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMe
 from service.predictions.schemas import PredictRequest
 from service.validation import invalid_field, invalid_fields
 
+T = TypeVar("T")
 Document = TypeVar("Document", bound=BaseModel)
 
 LONGEST_WAIT = 600
 """Seconds; a longer `Prefer: wait` is reduced to this."""
 
-_JSON = "application/json"
+_JSON, _FORM = "application/json", "multipart/form-data"
 _MAX_FIELDS = 20
 _MAX_FIELD_BYTES = 4 * 2**10
 _TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
@@ -58,21 +61,44 @@ async def read_question(request: Request, max_body_bytes: int) -> PredictRequest
 
     Raises UnsupportedMedia, TooLarge, MalformedRequest, and InvalidField with every invalid field.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _media_type(request)
     try:
         if kind == _JSON:
             return _read_json(await _whole_body(request, max_body_bytes), PredictRequest)
-        if kind == "multipart/form-data":
-            fields = await _form_fields(_bounded(request, max_body_bytes))
-            return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
+        if kind == _FORM:
+            async with _form(_bounded(request, max_body_bytes), _MAX_FIELDS, _read_form) as fields:
+                return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
-    raise UnsupportedMedia(f"Send multipart/form-data or {_JSON}")
+    raise UnsupportedMedia(f"Send {_FORM} or {_JSON}")
+
+
+@asynccontextmanager
+async def read_batch(
+    request: Request, max_body_bytes: int, max_images: int
+) -> AsyncIterator[tuple[PredictRequest, list[UploadFile]]]:
+    """The question of a form without its image, and the files of its repeated field `images`.
+
+    The files are open within the context. Raises as `read_question` does, and TooLarge for more
+    than `max_images` files.
+    """
+    if _media_type(request) != _FORM:
+        raise UnsupportedMedia(f"Send {_FORM}")
+    try:
+        async with _form(_bounded(request, max_body_bytes), max_images, _read_batch) as found:
+            yield found
+    except HTTPException as error:
+        if str(error.detail).startswith("Too many files"):
+            detail = f"The batch has more than {max_images} images"
+            raise TooLarge(detail, limit=max_images) from error
+        raise
+    except ClientDisconnect as error:
+        raise MalformedRequest("The connection ended before the body did") from error
 
 
 async def read_document(request: Request, kind: type[Document], max_bytes: int) -> Document:
     """The JSON body as a `kind`, bounded while it is read; raises as `read_question` does."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
+    if _media_type(request) != _JSON:
         raise UnsupportedMedia(f"Send {_JSON}")
     try:
         return _read_json(await _whole_body(request, max_bytes), kind)
@@ -125,28 +151,57 @@ def _bounded(request: Request, max_bytes: int) -> Request:
     return Request(request.scope, receive)
 
 
-async def _form_fields(request: Request) -> dict[str, Any]:
+@asynccontextmanager
+async def _form(
+    request: Request, max_files: int, read: Callable[[FormData], Awaitable[T]]
+) -> AsyncIterator[T]:
+    """The result of `read` on the request's form, whose files are open within the context."""
+    form = FormData()
     try:
-        return await _read_form(request)
-    except OSError as error:
-        detail = f"The upload cannot be written to the folder of temporary files: {error.strerror}"
-        raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
+        try:
+            form = await request.form(
+                max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+            )
+            found = await read(form)
+        except OSError as error:
+            reason = error.strerror
+            detail = f"The upload cannot be written to the folder of temporary files: {reason}"
+            raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
+        yield found
+    finally:
+        await form.close()
 
 
-async def _read_form(request: Request) -> dict[str, Any]:
+async def _read_form(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    async with request.form(
-        max_files=_MAX_FIELDS, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-    ) as form:
-        for name, value in form.multi_items():
-            if name in fields:
-                raise invalid_field(name, f"The field {name} is given more than once")
-            if name == "image" and not isinstance(value, UploadFile):
-                raise invalid_field(name, "image must be sent as a file, with a file name")
-            if name in _TEXT_FIELDS and isinstance(value, UploadFile):
-                raise invalid_field(name, f"{name} must be sent as text, without a file name")
-            fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    for name, value in form.multi_items():
+        if name in fields:
+            raise invalid_field(name, f"The field {name} is given more than once")
+        if name == "image" and not isinstance(value, UploadFile):
+            raise invalid_field(name, "image must be sent as a file, with a file name")
+        if name in _TEXT_FIELDS and isinstance(value, UploadFile):
+            raise invalid_field(name, f"{name} must be sent as text, without a file name")
+        fields[name] = await value.read() if isinstance(value, UploadFile) else value
     return fields
+
+
+async def _read_batch(form: FormData) -> tuple[PredictRequest, list[UploadFile]]:
+    images: list[UploadFile] = []
+    others = FormData([item for item in form.multi_items() if item[0] != "images"])
+    for image in form.getlist("images"):
+        if not isinstance(image, UploadFile):
+            raise invalid_field("images", "images must be sent as files, with file names")
+        images.append(image)
+    if not images:
+        raise invalid_field("images", "images: send at least one file", 0, 1)
+    if "image" in others:
+        raise invalid_field("image", "there is no field 'image'; did you mean images?")
+    fields = await _read_form(others) | {"image": b""}
+    return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest), images
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _validated(validate: Callable[[], Document], kind: type[Document]) -> Document:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from models.alpha import family_share
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.cli.console import errors, read_settings, tell
 from service.cli.files import pictures, places, save
@@ -48,7 +49,14 @@ def predict(
     task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
     mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
     sigma: Sigma = 0.25,
-    alpha: Alpha = 0.001,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Chance at which a certificate may be wrong.", show_default="0.001"),
+    ] = None,
+    family_alpha: Annotated[
+        float | None,
+        typer.Option(help="Chance at which any of them may be wrong; each image has a share."),
+    ] = None,
     target_radius: Annotated[
         float | None, typer.Option(help="The radius that suffices; the answer may come early.")
     ] = None,
@@ -77,16 +85,21 @@ def predict(
     field.
     """
     settings = read_settings()
-    fields: dict[str, object] = {"task": task, "mode": mode, "sigma": sigma, "alpha": alpha}
-    given = {"target_radius": target_radius, "method": method, "n0": n0, "n": n}
+    fields: dict[str, object] = {"task": task, "mode": mode, "sigma": sigma}
+    given = {"alpha": alpha, "target_radius": target_radius, "method": method, "n0": n0, "n": n}
     fields |= {name: value for name, value in given.items() if value is not None}
     try:
         paths = pictures(images)
+        if family_alpha is not None:
+            if alpha is not None:
+                _fail("--alpha and --family-alpha exclude each other")
+            fields["alpha"] = share = family_share(family_alpha, len(paths))
+            errors.print(f"m = {len(paths)}: each image has alpha {share:.3g}")
         asyncio.run(_check(settings, fields))
         if certificate is not None and mode is not Mode.CERTIFY:
             _fail("--certificate needs --mode certify: no other mode certifies")
         files = [] if certificate is None else places(certificate, paths)
-    except (OSError, Problem) as error:
+    except (OSError, ValueError, Problem) as error:
         _fail(error)
 
     from service.processes.embedded import Embedded, leave_if_hung

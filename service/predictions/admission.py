@@ -29,6 +29,18 @@ def sigma_seconds(sigma: float) -> float:
     return 0.01 + 0.09 * sigma
 
 
+def check_rows(question: PredictRequest, owner: str | None, settings: Settings) -> int:
+    """The most rows that one question of the owner may have.
+
+    Raises InvalidField for a question with more.
+    """
+    limit = most_rows(owner, settings.max_queue_rows, settings.max_queue_rows_per_key)
+    if question.rows > limit:
+        detail = f"n = {question.n} makes {question.rows} rows: at most {limit} may wait"
+        raise invalid_field("n", detail, question.n, limit)
+    return limit
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """An admitted question: the digest and the numerics that serve its bundle.
@@ -65,10 +77,7 @@ class AdmissionControl:
             other = question.task in capacity.digests
             raise served_otherwise(question.task) if other else unserved(question.task)
         bound, quota = self._settings.max_queue_rows, self._settings.max_queue_rows_per_key
-        limit = most_rows(owner, bound, quota)
-        if question.rows > limit:
-            detail = f"n = {question.n} makes {question.rows} rows: at most {limit} may wait"
-            raise invalid_field("n", detail, question.n, limit)
+        limit = check_rows(question, owner, self._settings)
         waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
         setup_rows = min(self._setup_rows(question.sigma, speed), limit - question.rows)
         charge = question.rows + setup_rows

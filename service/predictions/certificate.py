@@ -76,7 +76,7 @@ class Issuing:
             noise=noise,
             evidence=evidence,
             result=result,
-            service=Issuer(version=VERSION, issued_at=_rfc3339(status.finished or 0.0)),
+            service=Issuer(version=VERSION, issued_at=rfc3339(status.finished or 0.0)),
         )
         jws = self._keys.sign(canonical(document.model_dump()))
         return SignedCertificate(document=document, jws=jws)
@@ -164,5 +164,6 @@ def network(base: Base) -> Network:
     return Network(kind=base.kind, files=dict(base.files))
 
 
-def _rfc3339(seconds: float) -> str:
+def rfc3339(seconds: float) -> str:
+    """The time, in Unix seconds, as RFC 3339 in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -47,7 +47,7 @@ class Predictions:
     """Turns questions into jobs, and jobs into answers.
 
     `expect` is called with a task that is not in `tasks`. It returns an id to look up there, or
-    raises the problem that keeps the task out.
+    raises the problem that keeps the task out. `draining` is set once the grace of `drain` is over.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Predictions:
         self._admission = AdmissionControl(settings, engine)
         is_shared = settings.redis_url is not None
         self._waiter = JobWaiter(engine, self._count_outcome, is_shared=is_shared)
+        self.draining = self._waiter.draining
 
     async def submit(
         self,

@@ -31,7 +31,7 @@ class JobWaiter:
     ) -> None:
         self._engine, self._on_end, self._is_shared = engine, on_end, is_shared
         self._watched: dict[str, tuple[Job, asyncio.Task[JobStatus]]] = {}
-        self._draining = asyncio.Event()
+        self.draining = asyncio.Event()
         self._deleting: set[asyncio.Task[bool]] = set()
 
     @property
@@ -56,7 +56,7 @@ class JobWaiter:
             return None
         ending = self._ending(job_id)
         gone = asyncio.create_task(leaving()) if leaving is not None else None
-        draining = asyncio.create_task(self._draining.wait())
+        draining = asyncio.create_task(self.draining.wait())
         tasks: set[asyncio.Future[Any]] = {task for task in (ending, gone, draining) if task}
         try:
             await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -83,7 +83,7 @@ class JobWaiter:
 
     def drain(self, grace_seconds: float) -> None:
         """Make `ended` raise Backlog after the grace for jobs that have not ended."""
-        asyncio.get_running_loop().call_later(grace_seconds, self._draining.set)
+        asyncio.get_running_loop().call_later(grace_seconds, self.draining.set)
 
     async def close(self) -> None:
         """Stop watching jobs, and drop deletions that are not done."""

@@ -20,6 +20,7 @@ from service.api.services import Services
 from service.background import sleep_or_stop
 from service.config import Settings
 from service.engine.connection import UNREACHABLE
+from service.engine.options import EngineOptions
 from service.engine.protocol import RETRY_SECONDS
 from service.engine.redis.client import connect
 from service.engine.redis.engine import PREFIX, RedisEngine
@@ -27,6 +28,7 @@ from service.errors import EngineUnavailable
 from service.secrets import load_secret
 from service.signing import SigningKeys
 from service.tasks.catalog import Catalog
+from service.tasks.lock import RedisLocks
 from service.tasks.store import Store
 
 logger = logging.getLogger("vouchsafe")
@@ -36,6 +38,8 @@ VOLUME = f"{PREFIX}volume"
 VOLUME_SECONDS = 300
 """Seconds that the key outlives the last API process."""
 LOOK_SECONDS = 5.0
+BATCH_LOCK_SECONDS = 10.0
+"""Seconds after which another API process takes up the batches of a killed one."""
 STRANGER = (
     "other API processes of this Redis have another data directory than {}, and so another noise "
     "secret: the same image would be another trial with each. Give all of them the same "
@@ -57,14 +61,17 @@ def create_api(settings: Settings, on_stranger: Callable[[str], None] = logger.e
     """
     if settings.redis_url is None:
         raise ValueError("VOUCHSAFE_REDIS_URL is not set")
-    engine = RedisEngine.from_settings(settings)
+    url = settings.redis_url.get_secret_value()
+    shared = connect(url)
+    engine = RedisEngine(shared, EngineOptions.from_settings(settings))
+    locks = RedisLocks(shared, seconds=BATCH_LOCK_SECONDS, kind="batch")
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     keys = SigningKeys.from_settings(settings, secret)
     store = Store(settings, secret)
     catalog = Catalog({"default": read_bundle(DEFAULT_TASK)}, store.tasks, store.models)
-    redis = connect(settings.redis_url.get_secret_value())
-    holding = partial(_hold_volume, redis, store, on_stranger)
-    app = create_app(Services.build(settings, engine, catalog, secret, keys, [holding]))
+    holding = partial(_hold_volume, connect(url), store, on_stranger)
+    services = Services.build(settings, engine, catalog, secret, keys, [holding], locks)
+    app = create_app(services)
     app.add_exception_handler(RedisError, _unreachable)
     return app
 

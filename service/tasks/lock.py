@@ -1,4 +1,4 @@
-"""Locks of adaptation jobs: the process that holds a job's lock runs the job."""
+"""Locks of adaptation jobs and of batches: the process that holds a job's lock runs the job."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LocalLocks:
 
 
 class RedisLocks:
-    """Locks of a fleet, in Redis; `connection` logs when Redis is unreachable.
+    """Locks of a fleet's jobs of one `kind`; `connection` logs when Redis is unreachable.
 
     A lock expires `seconds` after its last extension. Its holder abandons the job after half of
     that, and the job's process exits without steps after a quarter. So no process of the job is
@@ -75,17 +75,18 @@ class RedisLocks:
         *,
         seconds: float = LOCK_SECONDS,
         prefix: str = PREFIX,
+        kind: str = "adaptation",
     ) -> None:
         self.silence: float | None = seconds * SILENCE
         self._redis = redis
         self._connection = connection or EngineConnection()
         self._seconds = seconds
-        self._prefix = prefix
+        self._prefix = f"{prefix}{kind}:"
 
     @asynccontextmanager
     async def acquire(self, task_id: str) -> AsyncIterator[HeldLock | None]:
         """Hold the job's lock, and extend it; None if another worker holds it."""
-        name = f"{self._prefix}adaptation:{task_id}"
+        name = f"{self._prefix}{task_id}"
         lock = self._redis.lock(name, timeout=self._seconds, blocking=False, thread_local=False)
         held = HeldLock(time.monotonic() + self._seconds * KEEP)
         if not await self._connection.ask(lock.acquire()):

@@ -229,6 +229,41 @@ async def has(voter: Voter, job_id: str, holds: Callable[[JobStatus], bool]) -> 
     return status is not None and holds(status)
 
 
+async def test_a_killed_process_leaves_its_batches_to_another(
+    own_server: RedisServer, voter: Voter, tmp_path: Path, process: tuple[str, ...]
+) -> None:
+    """After a kill -9 another process of the fleet ends the batch; no row is computed twice."""
+    data, lock = tmp_path / "data", f"{PREFIX}batch:*"
+    images = [("images", (f"{index}.png", image)) for index, image in enumerate((PNG, b"", PNG))]
+
+    async def has_lines(client: httpx.AsyncClient, path: str, done: int) -> bool:
+        return bool((await client.get(path)).json()["done"] == done)
+
+    with serving_process(data, process) as (url, first):
+        async with httpx.AsyncClient(base_url=url) as client:
+            await until_served(client)
+            path = (await client.post("/batches", files=images)).headers["Location"]
+            await until(lambda: voter.waits(2200))
+        with serving_process(data, process) as (url, _):
+            async with httpx.AsyncClient(base_url=url) as client, connect(own_server.url) as redis:
+                voter.stops_at = 22  # The first job's shards.
+                voter.open.set()
+                await until(lambda: has_lines(client, path, 2))
+                (held,) = await redis.keys(lock)
+                token = await redis.get(held)
+                first.kill()
+                first.wait()
+                assert await redis.get(held) == token  # The second process left it to the first.
+                voter.open.set()
+                answered = await client.get(f"{path}/results", timeout=90)
+                lines = [json.loads(line) for line in answered.text.splitlines()]
+                assert (await client.get(path)).json()["state"] == "succeeded"
+                manifest = (await client.get(f"{path}/manifest")).json()
+    assert [lines[index]["state"] for index in range(3)] == ["succeeded", "failed", "succeeded"]
+    assert len(manifest["document"]["certificates"]) == 2
+    assert voter.committed == 44
+
+
 async def test_a_certificate_is_the_same_in_every_process(
     own_server: RedisServer, voter: Voter, tmp_path: Path
 ) -> None:

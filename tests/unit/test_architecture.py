@@ -28,6 +28,7 @@ TORCH_FREE = (
     "service.worker.loop",
     "service.worker.model",
     "service.worker.model_cache",
+    "service.api.batches",
     "service.api.tasks",
     "service.tasks.supervisor",
     "service.tasks.lock",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from models.alpha import family_share
 from service.cli import predict as cli_predict
 from service.cli.files import pictures
 from service.cli.main import app
@@ -143,6 +144,9 @@ def test_it_is_refused_before_anything_loads(folder: Path, arguments: list[str],
     [
         (["--n", "9"], "the smallest n that works is 10"),
         (["--sigma", "1.5"], "supports at most 1"),
+        (["--n", "11", "--family-alpha", "0.001"], "the smallest n that works is"),
+        (["--family-alpha", "0.5"], "family alpha = 0.5: must be above 0 and below 0.5"),
+        (["--family-alpha", "0.01", "--alpha", "0.01"], "--alpha and --family-alpha exclude"),
         (["--n", "60000"], "n = 60000 makes 60100 rows: at most 50000 may wait"),
     ],
 )
@@ -173,6 +177,21 @@ def test_json_has_a_line_an_input_in_order(tmp_path: Path) -> None:
     answers = [lines[0], lines[2], lines[3]]
     assert [(line["label"], line["n"]) for line in answers] == [("ship", 20)] * 3
     assert all("problem" not in line for line in answers)
+
+
+def test_a_family_shares_its_alpha(tmp_path: Path) -> None:
+    """Each picture has an equal share, a bad one too; m is on the standard error."""
+    (tmp_path / "a.png").write_text("no image")
+    for name in ("b.png", "c.png"):
+        shutil.copy(SHIP, tmp_path / name)
+    result = runner.invoke(
+        app, ["predict", str(tmp_path), "--family-alpha", "0.03", "--json", *QUICK]
+    )
+    assert result.exit_code == 1
+    assert "m = 3: each image has alpha 0.01\n" in result.stderr
+    bad, *answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "problem" in bad
+    assert [line["alpha"] for line in answers] == [family_share(0.03, 3)] * 2
 
 
 def test_a_picture_that_vanishes_is_a_problem(

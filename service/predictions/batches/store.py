@@ -1,0 +1,224 @@
+"""Batches as folders on disk: the questions, the images that wait, and a line an answered image.
+
+A batch's folder holds `batch.json` (replaced at its end), `images/` and `lines/` (a file an image,
+by index), and `jobs` (an id a line). Each folder appears and vanishes by one rename, so a process
+may be killed at any point. The line of an image replaces its file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from models.files import flush, written_whole
+from service.config import Settings
+from service.engine.protocol import RETRY_SECONDS
+from service.errors import Backlog, NotFound, QuotaExceeded
+from service.jobs import State
+from service.predictions.schemas import PredictRequest
+
+MOST_OPEN = 20
+"""Most batches that may be open at once; one key may have half."""
+HALF_MADE_SECONDS = 3_600.0
+"""Age at which a half-made folder is the leftover of a killed process."""
+_BATCH, _IMAGES, _LINES, _JOBS = "batch.json", "images", "lines", "jobs"
+_PARTIAL, _TRASH = ".partial-", ".trash-"
+_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One question about each of several images.
+
+    - `fields`: the question's fields without the image; its `alpha` is the share of one image.
+    - `family_alpha`: the probability that any statement of the batch is wrong.
+    - `names`: the images' file names, by index.
+    - `created`, `finished`: Unix seconds; `finished` is None for an open batch.
+    - `state`: the state as stored. A batch is `queued` there until its end.
+    - `problem`: the first image's problem document where no image has an answer.
+    """
+
+    id: str
+    owner: str | None
+    created: float
+    family_alpha: float
+    fields: Mapping[str, Any]
+    names: Sequence[str]
+    state: State = State.QUEUED
+    finished: float | None = None
+    problem: Mapping[str, Any] | None = None
+
+    def question(self, image: bytes) -> PredictRequest:
+        """The batch's question about one of its images."""
+        return PredictRequest.model_validate({**self.fields, "image": image})
+
+
+class BatchStore:
+    """The batches under the data directory; its methods block on the disk.
+
+    Methods that read or change a batch raise FileNotFoundError once its folder is gone.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._root = settings.data_dir.resolve() / "batches"
+        self._retention_seconds = settings.retention_seconds
+        self._ended: set[str] = set()  # Spares `open` reading them again.
+
+    def create(self, batch: Batch, images: Sequence[IO[bytes]]) -> None:
+        """Store a new batch with its images, one a name.
+
+        Raises Backlog where MOST_OPEN batches are open, and QuotaExceeded where the owner has half
+        of that.
+        """
+        for folder in (self._root.parent, self._root):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_room(batch.owner)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._root))
+        try:
+            for name in (_IMAGES, _LINES):
+                (partial / name).mkdir(mode=0o700)
+            for index, image in enumerate(images):
+                with (partial / _IMAGES / str(index)).open("wb") as stream:
+                    shutil.copyfileobj(image, stream)
+                flush(partial / _IMAGES / str(index))
+            _write(partial, batch)
+            for folder in (partial / _IMAGES, partial):
+                flush(folder)
+            partial.rename(self._root / batch.id)
+            flush(self._root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def get(self, batch_id: str) -> Batch:
+        """The batch of this id; raises NotFound."""
+        try:
+            if not _ID.fullmatch(batch_id):
+                raise FileNotFoundError(batch_id)
+            fields = json.loads((self._root / batch_id / _BATCH).read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise NotFound("There is no such batch, or no longer") from error
+        return Batch(**{**fields, "state": State(fields["state"])})
+
+    def open(self) -> list[Batch]:
+        """The batches that have not ended, the oldest first."""
+        found = self._read(id for id in self._ids() if id not in self._ended)
+        self._ended |= {batch.id for batch in found if batch.state.ended}
+        return sorted((each for each in found if not each.state.ended), key=_created)
+
+    def has_begun(self, batch_id: str) -> bool:
+        """Whether any of the batch's jobs was queued."""
+        return (self._root / batch_id / _JOBS).exists()
+
+    def image(self, batch_id: str, index: int) -> bytes:
+        """The file of an image without a line; raises FileNotFoundError for another."""
+        return (self._root / batch_id / _IMAGES / str(index)).read_bytes()
+
+    def add_job(self, batch_id: str, job_id: str) -> None:
+        """Note a job of the batch, so that it is deleted with the batch."""
+        with (self._root / batch_id / _JOBS).open("a", encoding="ascii") as stream:
+            stream.write(f"{job_id}\n")
+
+    def add_line(self, batch_id: str, index: int, line: bytes) -> None:
+        """Store an image's line, and remove the image."""
+        folder = self._root / batch_id
+        with written_whole(folder / _LINES / str(index)) as partial:
+            partial.write_bytes(line)
+        (folder / _IMAGES / str(index)).unlink(missing_ok=True)
+
+    def done(self, batch_id: str) -> set[int]:
+        """The indices of the images that have a line."""
+        names = [path.name for path in (self._root / batch_id / _LINES).iterdir()]
+        return {int(name) for name in names if name.isdecimal()}
+
+    def lines(self, batch_id: str, known: Collection[int] = ()) -> dict[int, bytes]:
+        """The lines, by index in ascending order, but those of `known` indices."""
+        folder = self._root / batch_id / _LINES
+        indices = sorted(self.done(batch_id).difference(known))
+        return {index: (folder / str(index)).read_bytes() for index in indices}
+
+    def finish(self, batch_id: str) -> None:
+        """Store the batch's end, once every image has a line."""
+        batch = self.get(batch_id)
+        lines = [json.loads(line) for line in self.lines(batch_id).values()]
+        if len(lines) < len(batch.names):
+            return
+        is_answered = any("result" in line for line in lines)
+        state = State.SUCCEEDED if is_answered else State.FAILED
+        problem = None if is_answered else lines[0]["problem"]
+        ended = replace(batch, state=state, finished=time.time(), problem=problem)
+        _write(self._root / batch_id, ended)
+
+    def discard(self, batch_id: str) -> None:
+        """Take the batch away; its folder is in `discarded` until it is erased."""
+        trash = self._root / f"{_TRASH}{batch_id}-{time.time_ns()}"
+        (self._root / batch_id).rename(trash)
+        flush(self._root)
+
+    def discard_old(self) -> None:
+        """Discard batches past their time, and half-made folders of killed processes."""
+        now = time.time()
+        for batch in self._read(self._ids()):
+            if (batch.finished or batch.created) + self._retention_seconds < now:
+                with suppress(FileNotFoundError):  # Another process does the same.
+                    self.discard(batch.id)
+        for partial in self._root.glob(f"{_PARTIAL}*"):
+            with suppress(FileNotFoundError):
+                if partial.stat().st_mtime + HALF_MADE_SECONDS < now:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+    def discarded(self) -> dict[Path, list[str]]:
+        """The discarded folders, each with the ids of its jobs."""
+        found: dict[Path, list[str]] = {}
+        for trash in self._root.glob(f"{_TRASH}*"):
+            found[trash] = []
+            with suppress(FileNotFoundError):  # None of its jobs was queued.
+                found[trash] = (trash / _JOBS).read_text("ascii").split()
+        return found
+
+    def erase(self, trash: Path) -> None:
+        """Remove a discarded folder."""
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _check_room(self, owner: str | None) -> None:
+        owners = [batch.owner for batch in self.open()]
+        if owner is not None and owners.count(owner) >= MOST_OPEN // 2:
+            raise QuotaExceeded(
+                f"This key has {owners.count(owner)} open batches; at most {MOST_OPEN // 2} may be",
+                retry_after=RETRY_SECONDS,
+                limit=MOST_OPEN // 2,
+            )
+        if len(owners) >= MOST_OPEN:
+            raise Backlog(
+                f"{len(owners)} batches are open; at most {MOST_OPEN} may be",
+                retry_after=RETRY_SECONDS,
+                limit=MOST_OPEN,
+            )
+
+    def _ids(self) -> list[str]:
+        entries = self._root.iterdir() if self._root.is_dir() else ()
+        return [path.name for path in entries if _ID.fullmatch(path.name)]
+
+    def _read(self, ids: Iterable[str]) -> list[Batch]:
+        found = []
+        for batch_id in ids:
+            with suppress(NotFound):  # Discarded meanwhile.
+                found.append(self.get(batch_id))
+        return found
+
+
+def _created(batch: Batch) -> tuple[float, str]:
+    return batch.created, batch.id
+
+
+def _write(folder: Path, batch: Batch) -> None:
+    with written_whole(folder / _BATCH) as partial:
+        partial.write_text(json.dumps(asdict(batch), allow_nan=False), "utf-8")
