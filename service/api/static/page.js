@@ -73,9 +73,9 @@ element("cancel").addEventListener("click", () => {
   if (job) send(job, { method: "DELETE" });
   fail("Cancelled.");
 });
-element("mode").addEventListener("change", (event) => {
-  element("n").placeholder = event.target.value === "certify" ? "1000" : "100";
-});
+element("mode").addEventListener("change", fitToMode);
+element("target_radius").addEventListener("input", fitToMode);
+element("save").addEventListener("click", saveCertificate);
 element("image").addEventListener("change", (event) => {
   const [file] = event.target.files;
   URL.revokeObjectURL(element("preview").src);
@@ -84,4 +84,5 @@ element("image").addEventListener("change", (event) => {
 });
 element("access").addEventListener("submit", useKey);
 element("forget").addEventListener("click", forgetKey);
+fitToMode();  // A browser may have kept the fields of an earlier visit.
 begin();

@@ -8,6 +8,7 @@ function busy(isBusy) {
   element("ask").disabled = isBusy;
   element("cancel").hidden = !isBusy;
   element("progress").hidden = !isBusy;
+  element("proven").textContent = "";
   if (!isBusy && events) events.abort();
 }
 
@@ -18,6 +19,10 @@ function fail(problem) {
 
 const onEvent = {
   progress: (status) => { element("progress").value = status.progress; },
+  bound: ({ radius, rows }) => {
+    const proven = radius ? `radius ${down(radius, 3)}` : "no radius";
+    element("proven").textContent = `Proven so far: ${proven}, from ${whole(rows)} noisy copies.`;
+  },
   result: show,
   problem: fail,
 };
@@ -52,6 +57,13 @@ function act(block) {
   if (name in onEvent) onEvent[name](JSON.parse(data));
 }
 
+function fitToMode() {
+  const certifies = element("mode").value === "certify";
+  const target = element("target_radius");
+  target.disabled = !certifies;
+  element("n").placeholder = !certifies ? "100" : target.value ? "10000" : "1000";
+}
+
 async function ask(event) {
   event.preventDefault();
   const mine = ++question;
@@ -62,8 +74,9 @@ async function ask(event) {
   element("answer").hidden = true;
   const form = new FormData();
   form.append("image", element("image").files[0]);
-  for (const name of ["task", "mode", "sigma", "n"]) {
-    if (element(name).value) form.append(name, element(name).value);
+  for (const name of ["task", "mode", "sigma", "target_radius", "n"]) {
+    const { value, disabled } = element(name);
+    if (value && !disabled) form.append(name, value);
   }
   try {
     const headers = { Prefer: "respond-async" };
