@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from starlette.staticfiles import StaticFiles
 
 from service.predictions.results import example
 
-_PAGE = Path(__file__).parent / "static" / "index.html"
+_STATIC = Path(__file__).parent / "static"
+_SCRIPTS = ("answer.js", "question.js", "tasks.js", "page.js")
 
 pages = APIRouter(include_in_schema=False)
 docs_assets = StaticFiles(packages=[("fastapi_offline", "static")])
@@ -23,10 +23,12 @@ docs_assets = StaticFiles(packages=[("fastapi_offline", "static")])
 
 @pages.get("/")
 async def get_page() -> HTMLResponse:
-    """The front page; its policy allows only its own script and style."""
-    page = _PAGE.read_text(encoding="utf-8")
+    """The front page, with style and script inline: its policy allows no others."""
+    style, script = _read("page.css"), "".join(map(_read, _SCRIPTS))
+    page = _read("index.html").replace("</style>", f"{style}</style>")
+    page = page.replace("</script>", f"{script}</script>")
     policy = (
-        f"default-src 'none'; script-src {_hash(page, 'script')}; style-src {_hash(page, 'style')};"
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)};"
         " connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none';"
         " frame-ancestors 'none'"
     )
@@ -64,8 +66,11 @@ def _with_examples(described: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _hash(page: str, tag: str) -> str:
-    """A policy's source expression for the page's one inline script or style."""
-    (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+def _read(name: str) -> str:
+    return (_STATIC / name).read_text(encoding="utf-8")
+
+
+def _hash(inline: str) -> str:
+    """A policy's source expression for one inline script or style."""
     digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
     return f"'sha256-{digest}'"

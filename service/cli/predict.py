@@ -274,22 +274,26 @@ def _shown(path: Path) -> str:
 
 
 def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
-    table = Table("image", "label", "radius", "p lower", "votes", caption=(
+    table = Table("image", "label", "radius", "gray\nlevels", "p lower", "votes", caption=(
         "Certified means stable, not correct: no change of l2 norm below the radius, "
-        "pixels in [0,1], changes the label. The radius is of the image as resized and cropped."
+        "pixels in [0,1], changes the label. Every pixel value may change by the gray levels, of "
+        "255. The radius is of the image as resized and cropped."
     ))  # fmt: skip
     for path, answer in answers:
         votes = ", ".join(f"{vote.label} {vote.count}" for vote in answer.counts[:3])
+        norms = answer.attack_norms
         table.add_row(
             escape(_shown(path)),
             escape(answer.label) if answer.label else "(abstained)",
-            "" if answer.radius is None else f"{_floor(answer.radius):.3f}",
-            "" if answer.p_lower is None else f"{_floor(answer.p_lower):.3f}",
+            "" if answer.radius is None else f"{_floor(answer.radius, 3):.3f}",
+            "" if norms is None else f"{_floor(norms.linf_gray_levels, 1):.1f}",
+            "" if answer.p_lower is None else f"{_floor(answer.p_lower, 3):.3f}",
             f"{votes} of {sum(vote.count for vote in answer.counts)}",
         )
     return table
 
 
-def _floor(value: float) -> float:
-    """The value rounded down to three places, so that no bound is shown too large."""
-    return int(value * 1000) / 1000
+def _floor(value: float, places: int) -> float:
+    """The value rounded down to some places, so that no bound is shown too large."""
+    scale = 10.0**places
+    return int(value * scale) / scale

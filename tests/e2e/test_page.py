@@ -55,7 +55,7 @@ def test_a_refusal_is_told_in_words(browser: Chrome) -> None:
     """What the service refuses is shown with its reason, and the form can be used again."""
     ask(browser, "9")
     until(browser, lambda: text(browser, "problem"))
-    assert "the smallest n that works is 10" in text(browser, "problem")
+    assert "the smallest n that works is 11" in text(browser, "problem")
     assert browser.find_element(By.ID, "ask").is_enabled()
 
 

@@ -8,16 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from models.alpha import family_share
 from service.cli import predict as cli_predict
 from service.cli.files import pictures
 from service.cli.main import app
+from service.predictions.results import example
+from service.predictions.schemas import LabelCount
 from tests.support.paths import ROOT
 
 SHIP = ROOT / "docs" / "ship.png"
@@ -263,6 +267,17 @@ def test_without_json_it_prints_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "ship" in result.stdout
     assert f"{text}: The image is not a JPEG, PNG or WebP" in result.stderr
+
+
+def test_the_table_has_gray_levels_within_100_columns() -> None:
+    """A row has the radius in gray levels, 1.88 rounded down, and stays on one line."""
+    votes = [LabelCount(label=label, count=333) for label in ("airplane", "frog", "cat")]
+    answer = example().model_copy(update={"counts": votes})
+    console = Console(width=100, file=StringIO(), record=True)
+    console.print(cli_predict._table([(Path("docs/ship.png"), answer)]))
+    (row,) = [line for line in console.export_text().splitlines() if "docs/ship.png" in line]
+    assert "airplane 333, frog 333, cat 333 of 999" in row
+    assert "1.8" in row.split()
 
 
 def test_names_that_are_not_utf8_are_shown() -> None:
