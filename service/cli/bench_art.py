@@ -1,7 +1,7 @@
 """Certificates by IBM's Adversarial Robustness Toolbox, over the default task's networks.
 
-`python -m service.cli.bench_art IMAGES SIGMA ROWS` certifies the first images of the shipped slice.
-It prints a JSON list of labels (-1 on abstention), radii and seconds.
+`python -m service.cli.bench_art SHEET IMAGES SIGMA ROWS` certifies the first images of a sheet. It
+prints a JSON list of labels (-1 on abstention), radii and seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from art.estimators.certification.randomized_smoothing import PyTorchRandomizedS
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets import evaluation_slice
 from models.evaluation.row_labels import SELECTION_ROWS
 from models.smoothing import SmoothedModel, load
 
@@ -39,25 +40,26 @@ class Networks(nn.Module):
 
 def main() -> None:
     """Certify the images and print the list."""
-    count, sigma, rows = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    sheet, count, sigma, rows = sys.argv[1:]
+    data = evaluation_slice(Path(sheet))[: int(count)]
     bundle = read_bundle(DEFAULT_TASK)
     # Eager torch, all of its threads on one batch: as a user of ART has it.
     model = load(bundle, batch_rows=BATCH_ROWS, cpu_threads=0)
     smoothed = PyTorchRandomizedSmoothing(
-        model=Networks(model, sigma),
+        model=Networks(model, float(sigma)),
         loss=nn.CrossEntropyLoss(),
         input_shape=(3, bundle.resolution, bundle.resolution),
         nb_classes=len(bundle.labels),
         device_type="gpu" if torch.cuda.is_available() else "cpu",
         sample_size=SELECTION_ROWS,
-        scale=sigma,
+        scale=float(sigma),
         alpha=ALPHA,
     )
     found = []
-    for image in evaluation_slice(SLICE).images[:count]:
+    for image in data.images:
         x = image.transpose(2, 0, 1)[None].astype(np.float32) / 255
         began = time.perf_counter()
-        labels, radii = smoothed.certify(x, n=rows, batch_size=BATCH_ROWS)
+        labels, radii = smoothed.certify(x, n=int(rows), batch_size=BATCH_ROWS)
         found.append((int(labels[0]), float(radii[0]), time.perf_counter() - began))
     print(json.dumps(found))
 

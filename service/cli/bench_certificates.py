@@ -201,8 +201,8 @@ def beside_art(
 ) -> dict[str, Any]:
     """ART and the service on the same images: certified, rows, seconds, memory of a process."""
     count = min(ART_IMAGES, len(data))
-    child = ["-m", "service.cli.bench_art", str(count), str(plan.sigma), str(plan.rows)]
-    printed, mib = measured(child, {})
+    child = ["-m", "service.cli.bench_art", SLICE, count, plan.sigma, plan.rows]
+    printed, mib = measured([str(each) for each in child], {})
     _, radii, seconds = zip(*json.loads(printed.splitlines()[-1]), strict=True)
     question = ["--sigma", str(plan.sigma), "--n", str(plan.rows), "--target-radius"]
     return {

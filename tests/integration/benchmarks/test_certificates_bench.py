@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages
+from models.bounds import clopper_pearson_lower
+from models.certificates import certified_radius
+from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import RowLabels
 from models.evaluation.rules import RULES, Question
 from service.cli import bench_certificates
+from service.cli.bench import measured
 from service.cli.bench_certificates import by_rule, shortfall, unanimous
 from service.cli.main import app
+from tests.support.paths import DATA
 
+SLICE = DATA / "cifar10-slice.png"
 QUESTION = Question(0.25, 0.001, 10, 0.0)
 
 
@@ -53,6 +59,17 @@ def test_art_is_requested_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     result = CliRunner().invoke(app, ["bench", "certificates", "--art"])
     assert result.exit_code == 2
     assert "adversarial-robustness-toolbox" in result.output
+
+
+@pytest.mark.skipif(find_spec("art") is None, reason="IBM ART, the extra bench, is not installed")
+def test_art_certifies_the_same_networks() -> None:
+    """A clear image has its label, and a radius that 100 rows can prove."""
+    printed, mib = measured(["-m", "service.cli.bench_art", str(SLICE), "2", "0.25", "100"], {})
+    _, (label, radius, seconds) = json.loads(printed.splitlines()[-1])
+    assert label == evaluation_slice(SLICE).labels[1]
+    assert 0 < radius <= certified_radius(clopper_pearson_lower(100, 100, 0.001), 0.25) + 1e-9
+    assert seconds > 0
+    assert mib > 100
 
 
 def test_figures_of_known_labels() -> None:
