@@ -126,13 +126,14 @@ def image_votes(
     """One image's selection and estimation votes (K,); noise follows from `seed` and `index`."""
     pixels = np.ascontiguousarray(data.images[index].transpose(2, 0, 1))
     selection, estimation = (
-        votes(model, Rows(pixels, _key(seed, index, domain), 0, rows, sigma))
+        votes(model, Rows(pixels, noise_key(seed, index, domain), 0, rows, sigma))
         for domain, rows in (("selection", n0), ("estimation", n))
     )
     return selection, estimation
 
 
-def _key(seed: int, index: int, domain: str) -> bytes:
+def noise_key(seed: int, index: int, domain: str) -> bytes:
+    """The key of an image's noise; `domain` is "selection" or "estimation"."""
     return hashlib.sha256(f"evaluation/{seed}/{index}/{domain}".encode()).digest()
 
 

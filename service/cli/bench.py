@@ -112,7 +112,7 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
         "numerics": embedded.models["default"].numerics.described(),
         **figures,
         "peak memory of a process that certifies one image, MiB": {
-            f"n={n}": _peak_mib(n, runtime) for n in (plan.n, LONGER * plan.n)
+            f"n={n}": peak_mib(["--n", str(n)], runtime) for n in (plan.n, LONGER * plan.n)
         },
         "1000 rows of noise on one thread, seconds": round(_noise_seconds(), 4),
     }
@@ -131,7 +131,7 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
     latencies: dict[str, list[float]] = {}
     shares: list[float] = []
     async with (
-        _serving(embedded) as (predictions, address),
+        serving(embedded) as (predictions, address),
         httpx.AsyncClient(base_url=address, timeout=WAIT_SECONDS) as client,
     ):
         model = embedded.models["default"].loaded()
@@ -172,7 +172,7 @@ async def _measure(plan: Plan, embedded: Embedded, watched: _Watched, cores: int
 
 
 @asynccontextmanager
-async def _serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]:
+async def serving(embedded: Embedded) -> AsyncIterator[tuple[Predictions, str]]:
     """The service on a free port of this process: its Predictions and its address, once ready."""
     server = DrainingServer("127.0.0.1", 0)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -260,22 +260,31 @@ def _question(size: int, rows: int) -> Rows:
     return Rows(pixels, NOISE_KEY, 0, rows, SIGMA)
 
 
-def _peak_mib(n: int, runtime: str) -> int:
-    """Peak memory, in MiB, of a new process that certifies one image with `n` rows."""
+def peak_mib(question: Sequence[str], runtime: str) -> int:
+    """Peak memory, in MiB, of a new `vouchsafe predict` of one image with these options."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
         image.write_bytes(png(0, 32))
-        command = [sys.executable, "-c", "from service.cli.main import main; main()", "predict"]
-        environment = {
-            **os.environ, "VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime,
-        }  # fmt: skip
-        child = subprocess.Popen(  # noqa: S603
-            [*command, str(image), "--n", str(n), "--json"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
+        command = "from service.cli.main import main; main()"
+        environment = {"VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime}
+        return measured(["-c", command, "predict", str(image), *question, "--json"], environment)[1]
+
+
+def measured(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int]:
+    """Output and peak memory, in MiB, of a new Python process with these arguments.
+
+    Raises RuntimeError where it ends with an error.
+    """
+    child = subprocess.Popen(  # noqa: S603
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        output = child.stdout.read() if child.stdout else ""
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise RuntimeError(f"vouchsafe predict --n {n} ended with {child.returncode}")
-    return round(used.ru_maxrss / 1024)
+    if child.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)} ended with {child.returncode}")
+    return output, round(used.ru_maxrss / 1024)

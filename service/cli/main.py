@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service.cli import adapt, models, predict, verify, worker
+from service.cli import adapt, benches, models, predict, verify, worker
 from service.cli.console import read_settings, tell
 from service.cli.predict import Alpha, SelectionRows, Sigma
 from service.config import SecretError, Settings
-from service.predictions.schemas import MOST_ROWS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,6 +35,7 @@ app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)
 app.add_typer(models.models, name="models")
+app.add_typer(benches.bench, name="bench")
 
 _MAX_NAMED = 5
 """Most tasks in the message of a ready server."""
@@ -196,27 +196,4 @@ def evaluate(
         log=log,
         runtime=tried_runtime(read_settings().runtime, bundle),
     )
-    print(json.dumps(figures, indent=2))
-
-
-@app.command()
-def bench(
-    n: Annotated[
-        int, typer.Option("--n", min=10, max=MOST_ROWS // 10, help="Noise rows of a question.")
-    ] = 1000,
-    requests: Annotated[
-        int, typer.Option(min=16, help="Questions to the engine and over HTTP.")
-    ] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds whose median is reported.")] = 1,
-) -> None:
-    """Compare the speed of a plain loop, the engine, and the service over HTTP.
-
-    The networks run as in `serve` (VOUCHSAFE_RUNTIME).
-    """
-    from service.cli.bench import Plan
-    from service.cli.bench import bench as run
-
-    logging.basicConfig(level=logging.WARNING)
-    figures = run(Plan(n, requests, rounds), read_settings().runtime)
-    print(figures.pop("plain loop"))
     print(json.dumps(figures, indent=2))

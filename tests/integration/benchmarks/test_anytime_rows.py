@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from math import floor
+from pathlib import Path
+
+import numpy as np
 import pytest
 from scipy.stats import binom
 
-from benchmarks.anytime_rows import rows_of
+from benchmarks.anytime_rows import LOG_N, logged_probabilities, rows_of, simulate
 from models.anytime import Decision
+from models.bounds import clopper_pearson_lower
+from models.certificates import certified_radius
 
 RUNS = 1000
 
@@ -44,3 +50,28 @@ def test_a_run_repeats_itself() -> None:
     """The noise is seeded: the same settings give the same rows."""
     settings = (0.9, 2, 1.0, 1000, 0.01, 100)
     assert rows_of(*settings) == rows_of(*settings)
+
+
+def test_the_two_sided_rule_reads_the_same_votes() -> None:
+    """Whatever p, early stopping proves nearly all that all rows would, and nothing at p = 1/2."""
+    p = np.repeat([0.5, 0.8, 0.87, 0.9, 1.0], 200)
+    found = simulate(p, 1, 1.0, 10_000, 0.001)
+    assert not (found.fixed | found.reached)[:400].any()
+    assert found.fixed[600:].all()
+    assert found.reached[600:].all()
+    assert (found.reached & found.fixed).sum() >= 0.99 * found.fixed.sum()
+    assert (found.rows[found.fixed] >= 57).all()
+    assert (found.rows <= 10_000).all()
+
+
+def test_a_log_gives_back_its_votes(tmp_path: Path) -> None:
+    """Radii printed to three digits give the votes' share nearly; an abstention gives one half."""
+    counts = [55_000, 84_000, 99_000, LOG_N]
+    radii = [certified_radius(clopper_pearson_lower(k, LOG_N, 0.001), 0.25) for k in counts]
+    lines = [f"{i}\t0\t0\t{floor(r * 1000) / 1000}\t1\t0" for i, r in enumerate(radii)]
+    log = tmp_path / "log.tsv"
+    header = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+    log.write_text("\n".join([header, *lines, "4\t0\t-1\t0.0\t0\t0", ""]))
+    found = logged_probabilities(log, 0.25)
+    assert found[:4] == pytest.approx([k / LOG_N for k in counts], abs=0.002)
+    assert found[4] == 0.5
