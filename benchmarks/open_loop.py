@@ -15,12 +15,12 @@ import httpx
 import numpy as np
 
 from service.jobs import Mode
-from service.predictions.schemas import DEFAULT_ROWS, PredictRequest
+from service.predictions.schemas import DEFAULT_ROWS, DEFAULT_SELECTION_ROWS
 
 IMAGE = (Path(__file__).parents[1] / "docs" / "ship.png").read_bytes()
 ROWS: dict[Mode, int] = {
     Mode.PREDICT: DEFAULT_ROWS[Mode.PREDICT],
-    Mode.CERTIFY: PredictRequest.model_fields["n0"].default + DEFAULT_ROWS[Mode.CERTIFY],
+    Mode.CERTIFY: DEFAULT_SELECTION_ROWS + DEFAULT_ROWS[Mode.CERTIFY],
 }
 """Noise rows of a request with default settings, by mode."""
 

@@ -170,13 +170,12 @@ class MemoryEngine(MemoryJobs):
         self._sweep()
         if record := self._find(job_id):
             record.aliases.add(alias)
-            self._aliases[alias] = record
+            self._aliases.setdefault(alias, {})[job_id] = record
 
     async def named(self, alias: str) -> str | None:
         """The id of the job with this alias, or None."""
         self._sweep()
-        record = self._aliases.get(alias)
-        return None if record is None else record.job.id
+        return next(reversed(self._aliases.get(alias, {})), None)
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""

@@ -50,7 +50,7 @@ class MemoryJobs:
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
         self._caller_keys: dict[CallerKey, JobRecord] = {}
-        self._aliases: dict[str, JobRecord] = {}
+        self._aliases: dict[str, dict[str, JobRecord]] = {}  # by alias and job id
         self._backlog = BacklogRows(options.max_queue_rows, options.max_queue_rows_per_key)
         self._dead_letters = 0
         self._rate = RateMeter()
@@ -175,7 +175,8 @@ class MemoryJobs:
         if record.caller_key is not None:
             del self._caller_keys[record.caller_key]
         for alias in record.aliases:
-            if self._aliases.get(alias) is record:
+            del self._aliases[alias][record.job.id]
+            if not self._aliases[alias]:
                 del self._aliases[alias]
 
     def _sweep(self) -> None:

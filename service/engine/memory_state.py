@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class JobRecord:
     - `failures`, `worker_crashes`: numbers by shard.
     - `reported`: the problem of the last failed attempt.
     - `problem`: that of the job once it has failed.
-    - `looks`: estimation votes (K,) at each look that the job was extended past.
+    - `looks`: nonzero estimation votes by class at each look that the job was extended past.
     """
 
     job: Job
@@ -72,7 +73,7 @@ class JobRecord:
     failures: Counter[int] = field(default_factory=Counter)
     worker_crashes: Counter[int] = field(default_factory=Counter)
     changed: Signal = field(default_factory=Signal)
-    looks: list[tuple[int, ...]] = field(default_factory=list)
+    looks: list[dict[int, int]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -115,7 +116,8 @@ class JobRecord:
 
     def extend(self, shards: tuple[Shard, ...]) -> None:
         """Begin the next round, which has these shards."""
-        self.looks.append(tuple(self.votes[Domain.ESTIMATION]))
+        votes = enumerate(self.votes[Domain.ESTIMATION])
+        self.looks.append({label: count for label, count in votes if count})
         self.waiting += [shard.index for shard in shards]
         self.shards += shards
 
@@ -123,10 +125,13 @@ class JobRecord:
         """Restore the votes at `look`; False unless it is due or the last one extended past."""
         if self.due and look == self.job.looks[self.round]:
             return True
-        if not self.looks or look != sum(self.looks[-1]):
+        if not self.looks or look != sum(self.looks[-1].values()):
             return False
-        self.votes[Domain.ESTIMATION] = list(self.looks.pop())
+        self.votes[Domain.ESTIMATION] = list(self._dense(self.looks.pop()))
         return True
+
+    def _dense(self, votes: Mapping[int, int]) -> tuple[int, ...]:
+        return tuple(votes.get(label, 0) for label in range(self.job.classes))
 
     def status(self) -> JobStatus:
         """The job's status, as Engine returns it."""
@@ -139,7 +144,7 @@ class JobRecord:
             started=self.started,
             finished=self.finished,
             problem=self.problem,
-            looks=tuple(self.looks),
+            looks=tuple(map(self._dense, self.looks)),
             due=self.due,
         )
 

@@ -212,11 +212,11 @@ class Engine(Protocol):
     async def name(self, job_id: str, alias: str) -> None:
         """Let `named` find the job by this alias, for as long as the engine has the job.
 
-        An alias leads to the job that was named last. An unknown job changes nothing.
+        Several jobs may have the same alias. An unknown job changes nothing.
         """
 
     async def named(self, alias: str) -> str | None:
-        """The id of the job with this alias, or None once that job is gone."""
+        """The id of a job with this alias, or None once all of them are gone."""
 
     async def capacity(self, owner: str | None = None) -> Capacity:
         """Backlog, one owner's part of it, measured speed, and the digests of live workers."""

@@ -32,6 +32,8 @@ from service.predictions.images.reader import PREPROCESSING
 from service.signing import SigningKeys, canonical
 
 _ID_BYTES = 16
+_MOST_ISSUED = 1_000
+"""Certificates of ended jobs that are kept, since callers may request them again and again."""
 
 
 class Issuing:
@@ -39,6 +41,7 @@ class Issuing:
 
     def __init__(self, secret: bytes, keys: SigningKeys) -> None:
         self._secret, self._keys = secret, keys
+        self._issued: dict[str, SignedCertificate] = {}  # by job id, the oldest first
 
     def issue(self, status: JobStatus, bundle: Bundle) -> SignedCertificate | None:
         """The certificate of a job that has ended, or None where nothing was certified.
@@ -47,6 +50,8 @@ class Issuing:
         older release accepted have none.
         """
         job = status.job
+        if job.id in self._issued:
+            return self._issued[job.id]
         succeeded = status.state is State.SUCCEEDED and status.finished is not None
         if job.mode is not Mode.CERTIFY or not succeeded or not job.file_sha256:
             return None
@@ -79,7 +84,10 @@ class Issuing:
             service=Issuer(version=VERSION, issued_at=rfc3339(status.finished or 0.0)),
         )
         jws = self._keys.sign(canonical(document.model_dump()))
-        return SignedCertificate(document=document, jws=jws)
+        if len(self._issued) == _MOST_ISSUED:
+            del self._issued[next(iter(self._issued))]
+        self._issued[job.id] = signed = SignedCertificate(document=document, jws=jws)
+        return signed
 
     def _id(self, status: JobStatus) -> str:
         """The same for the same question of the same caller, answered at the same look."""

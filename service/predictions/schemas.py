@@ -148,8 +148,9 @@ class Abstention(BaseModel):
 
     reason: Annotated[Reason, WithJsonSchema({"enum": [reason.value for reason in Reason]})] = (
         Field(
-            description="`too_few_rows`: more rows would probably do. `too_close`: 100,000 would "
-            "not. `hopeless`: the target radius was given up."
+            description="`too_few_rows`: more rows would probably do. `too_close`: not even "
+            "100,000 with these shares of votes would settle the selected label. `hopeless`: the "
+            "target radius was given up."
         )
     )
     rows_needed: int | None = Field(

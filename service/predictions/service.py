@@ -155,14 +155,8 @@ class Predictions:
         return await self._waiter.ended(job_id, seconds, leaving)
 
     async def finished_early(self, job_id: str) -> JobStatus | None:
-        """The last status of an early-stopping job, ended now at its last whole look.
-
-        None for any other job, for one with a target radius, and before the first look.
-        """
-        status = await self.engine.status(job_id)
-        if status is None or not await finish_early(self.engine, status):
-            return None
-        return await self.engine.status(job_id)
+        """The last status of a job that ends by its caller's deadline, or None; `finish_early`."""
+        return await finish_early(self.engine, job_id)
 
     async def keep_looking(self, stop: asyncio.Event) -> None:
         """Background task: goes on with early-stopping jobs whose look is due, until `stop`."""

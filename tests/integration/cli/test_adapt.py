@@ -219,7 +219,7 @@ def test_interrupted_it_goes_on_later(store: Store, tmp_path: Path) -> None:
     wait_until(lambda: any(t.status.stage == "finetuning" for t in store.unfinished()))
     (task,) = store.unfinished()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert b"the same command goes on" in said
     assert not is_alive(starts(store, task)[0])

@@ -146,7 +146,7 @@ def test_it_is_refused_before_anything_loads(folder: Path, arguments: list[str],
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--n", "9"], "the smallest n that works is 10"),
+        (["--n", "9"], "the smallest n that works is 11"),
         (["--sigma", "1.5"], "supports at most 1"),
         (["--n", "11", "--family-alpha", "0.001"], "the smallest n that works is"),
         (["--family-alpha", "0.5"], "family alpha = 0.5: must be above 0 and below 0.5"),

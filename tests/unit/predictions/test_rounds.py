@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 
@@ -9,7 +10,8 @@ import pytest
 
 from models.anytime import Anytime, certify_anytime, largest_target, look_schedule
 from models.evidence import total_variation
-from service.jobs import Domain
+from service.engine.protocol import Engine
+from service.jobs import Domain, JobStatus
 from service.predictions.rounds import look
 from tests.support.serving import RESOLUTION, Service, nine_of_ten, problem, serving, split
 
@@ -168,6 +170,26 @@ async def test_looking_twice_changes_nothing() -> None:
         await look(service.engine, ended)
         assert await service.engine.status(stale.job.id) == ended
         assert done["result"]["rows_used"] == 80
+
+
+async def test_a_look_that_fails_leaves_the_others_going(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its job stays due and is logged; a job beside it is answered, and then it is too."""
+    failing = ["first"]
+
+    async def fails_once(engine: Engine, status: JobStatus) -> None:
+        if failing and failing.pop():
+            raise TypeError("a field of a newer release")
+        await look(engine, status)
+
+    monkeypatch.setattr("service.predictions.rounds.look", fails_once)
+    async with serving(votes=cats, backlog_rows=ROWS) as service:
+        answers = await asyncio.gather(
+            *(service.ask(target_radius="0.25", n=n) for n in ("5000", "6000"))
+        )
+    assert [answer.json()["target_reached"] for answer in answers] == [True, True]
+    assert "a look at a job failed" in caplog.text
 
 
 @pytest.mark.parametrize(

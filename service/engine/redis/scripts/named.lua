@@ -1,4 +1,8 @@
--- Returns the id of the job with the alias ARGV[3], while the job exists.
+-- Returns the id of a job with the alias ARGV[3] that exists, or nothing.
 sweep()
-local id = redis.call('GET', key('alias', ARGV[3]))
-return id and redis.call('EXISTS', key('job', id)) == 1 and id
+for _, id in ipairs(redis.call('ZREVRANGE', key('alias', ARGV[3]), 0, -1)) do
+  if redis.call('EXISTS', key('job', id)) == 1 then
+    return id
+  end
+  redis.call('ZREM', key('alias', ARGV[3]), id)
+end
