@@ -151,9 +151,13 @@ class BatchRunner:
             status = await self._last_status(batch, index)
             result = await self._predictions.to_response(status)
             line |= {"state": State.SUCCEEDED, "result": result.model_dump(mode="json")}
-        except _LATER:
+        except (*_LATER, *UNREACHABLE):
             raise
-        except Problem as problem:
+        except Exception as error:
+            problem = error
+            if not isinstance(problem, Problem):
+                logger.exception("image %d of batch %s has no answer", index, batch.id)
+                problem = Problem("The service failed; its log has the reason")
             is_cancelled = status is not None and status.state is State.CANCELLED
             state = State.CANCELLED if is_cancelled else State.FAILED
             line |= {"state": state, "problem": problem.document()}

@@ -13,7 +13,8 @@ from typing import IO
 from models.alpha import family_share
 from service.background import sleep_or_stop
 from service.config import Settings
-from service.errors import NotFound
+from service.engine.protocol import RETRY_SECONDS
+from service.errors import NotFound, Overloaded
 from service.jobs import State
 from service.operations.metrics import VERSION
 from service.predictions.admission import check_rows
@@ -66,8 +67,8 @@ class Batches:
         The question's alpha is that of the whole batch. Each image's question gets an equal share,
         repeats counted; the share of an image without an answer goes to no other.
 
-        Raises InvalidField for a question that its share of alpha cannot answer, all that
-        `Predictions.resolved` raises, and all that `BatchStore.create` raises.
+        Raises InvalidField for a question that its share of alpha cannot answer, Overloaded where
+        the disk is full, and all that `Predictions.resolved` and `BatchStore.create` raise.
         """
         family_alpha, share = question.alpha, family_share(question.alpha, len(images))
         question = await self._predictions.resolved(question.model_copy(update={"alpha": share}))
@@ -81,7 +82,11 @@ class Batches:
             fields=question.model_dump(mode="json", exclude={"image"}),
             names=names,
         )
-        await asyncio.to_thread(self._store.create, batch, images)
+        try:
+            await asyncio.to_thread(self._store.create, batch, images)
+        except OSError as error:
+            detail = f"The batch cannot be stored: {error.strerror}"
+            raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
         return _to_response(batch, 0, has_begun=False)
 
     async def get(self, batch_id: str, owner: str | None) -> BatchResponse:
@@ -127,12 +132,17 @@ class Batches:
         if batch.finished is None:
             raise NotFound("The batch has not ended; its manifest is made at its end")
         try:
-            lines = await asyncio.to_thread(self._store.lines, batch_id)
+            certificates = await asyncio.to_thread(self._certificates, batch_id)
         except FileNotFoundError as error:
             raise _gone() from error
-        document = _manifest(batch, [_listed(line) for line in lines.values()])
+        document = _manifest(batch, certificates)
         jws = self._keys.sign(canonical(document.model_dump()))
         return SignedManifest(document=document, jws=jws)
+
+    def _certificates(self, batch_id: str) -> list[ListedCertificate]:
+        """The entries of all certificates; takes about a second for 1,000."""
+        found = [_listed(line) for line in self._store.lines(batch_id).values()]
+        return [each for each in found if each is not None]
 
     async def _owned(self, batch_id: str, owner: str | None) -> Batch:
         batch = await asyncio.to_thread(self._store.get, batch_id)
@@ -174,8 +184,7 @@ def _listed(line: bytes) -> ListedCertificate | None:
     return ListedCertificate(index=read["index"], id=document["id"], sha256=digest)
 
 
-def _manifest(batch: Batch, listed: Sequence[ListedCertificate | None]) -> ManifestDocument:
-    certificates = [each for each in listed if each is not None]
+def _manifest(batch: Batch, certificates: list[ListedCertificate]) -> ManifestDocument:
     family_alpha, alpha, m = batch.family_alpha, batch.fields["alpha"], len(batch.names)
     return ManifestDocument(
         type=TYPE,

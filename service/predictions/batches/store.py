@@ -99,14 +99,14 @@ class BatchStore:
             raise
 
     def get(self, batch_id: str) -> Batch:
-        """The batch of this id; raises NotFound."""
+        """The batch of this id; raises NotFound, also for one that another release has written."""
         try:
             if not _ID.fullmatch(batch_id):
                 raise FileNotFoundError(batch_id)
             fields = json.loads((self._root / batch_id / _BATCH).read_text("utf-8"))
-        except FileNotFoundError as error:
+            return Batch(**{**fields, "state": State(fields["state"])})
+        except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
             raise NotFound("There is no such batch, or no longer") from error
-        return Batch(**{**fields, "state": State(fields["state"])})
 
     def open(self) -> list[Batch]:
         """The batches that have not ended, the oldest first."""

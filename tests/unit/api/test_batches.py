@@ -15,6 +15,7 @@ import pytest
 
 from models.alpha import family_share
 from service.api import batches as endpoints
+from service.errors import Backlog, JobLost, QuotaExceeded, TaskNotReady
 from service.predictions.batches import runner
 from service.predictions.schemas import PredictRequest
 from service.signing import canonical, check_signature, signed_payload
@@ -133,6 +134,8 @@ async def test_lines_come_as_they_end(service: Service) -> None:
     batch = (await service.client.get(location)).json()
     assert (batch["state"], batch["done"], batch["progress"]) == ("running", 1, 0.5)
     problem(await service.client.get(f"{location}/manifest"), 404, "not-found")
+    head = await service.client.head(f"{location}/results")
+    assert (head.status_code, head.content) == (200, b"")
     service.voter.open.set()
     await asyncio.wait_for(reading, 30)
     assert [json.loads(line)["index"] for line in got] == [0, 1]
@@ -284,9 +287,89 @@ async def test_jobs_of_a_batch_are_found_again(service: Service) -> None:
     await service.voter.busy.wait()
     job_id = service.voter.leases[0].job.id
     assert (await service.client.get(f"/jobs/{job_id}")).json()["rows"] == 1100
-    await service.engine.cancel(job_id)
+    assert (await service.client.delete(f"/jobs/{job_id}")).status_code == 204
     (line,) = await results(service, location)
     assert (line["state"], line["problem"]["job"]) == ("cancelled", job_id)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Redis is away"),
+        Backlog("full", retry_after=9),
+        QuotaExceeded("much", retry_after=9),
+        TaskNotReady("soon", retry_after=9),
+        JobLost("gone", retry_after=9),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_passes_is_waited_out(
+    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A question that is refused for now is submitted again, under the same Idempotency-Key."""
+    predictions = service.app.state.services.predictions
+    submit, keys = predictions.submit, list[str]()
+
+    async def refusing(question: Any, owner: Any, key: str) -> str:
+        keys.append(key)
+        if len(keys) < 3:
+            raise error
+        return str(await submit(question, owner, key))
+
+    monkeypatch.setattr(predictions, "submit", refusing)
+    monkeypatch.setattr(runner, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "_UNREACHABLE_SECONDS", 0.01)
+    location = await accepted(service, [PNG])
+    (line,) = await results(service, location)
+    assert line["state"] == "succeeded"
+    assert keys == [f"batch:{location.removeprefix('/batches/')}:0"] * 3
+
+
+async def test_a_stopping_process_ends_its_streams(service: Service) -> None:
+    """The lines so far are sent, and the response ends before its batch does."""
+    service.voter.open.clear()
+    location = await accepted(service, [b"no image", PNG])
+    reading = asyncio.create_task(results(service, location))
+    await service.until(location, lambda found: found.json()["done"] == 1)
+    service.app.state.services.predictions.drain(0.0)
+    lines = await asyncio.wait_for(reading, 30)
+    assert [line["index"] for line in lines] == [0]
+
+
+async def test_a_fault_is_a_problem_in_its_line(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of the service ends one image's line; the log has it, and the others go on."""
+    predictions = service.app.state.services.predictions
+    submit, calls = predictions.submit, 0
+
+    async def faulty(*arguments: Any) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("a secret reason")
+        return str(await submit(*arguments))
+
+    monkeypatch.setattr(predictions, "submit", faulty)
+    lines = await results(service, await accepted(service, [PNG, OTHER]))
+    states = sorted((line["state"], line.get("problem", {}).get("status")) for line in lines)
+    assert states == [("failed", 500), ("succeeded", None)]
+    assert "a secret reason" not in json.dumps(lines)
+    assert "a secret reason" in caplog.text
+
+
+async def test_a_full_disk_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The caller may try again, and nothing is left of the batch."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with serving(data_dir=tmp_path) as service:
+        monkeypatch.setattr("service.predictions.batches.store.flush", full)
+        refused = await send(service, [PNG])
+        assert "No space left on device" in problem(refused, 503, "overloaded")["detail"]
+        assert int(refused.headers["retry-after"]) >= 1
+    assert [*(tmp_path / "batches").iterdir()] == []
 
 
 def test_a_stored_question_is_the_sent_one() -> None:

@@ -9,7 +9,10 @@ from service.api import requests as intake
 from tests.support.serving import PNG, Service, problem, serving
 
 
-@pytest.mark.parametrize("path", ["/models", "/metrics", "/tasks", "/jobs/x", "/jobs/x/events"])
+@pytest.mark.parametrize(
+    "path",
+    ["/models", "/metrics", "/tasks", "/jobs/x", "/jobs/x/events", "/batches/x/results"],
+)
 async def test_keys_are_asked_for(path: str) -> None:
     """With keys configured, every route with data needs one."""
     async with serving(api_keys="ann:key-of-ann") as service:

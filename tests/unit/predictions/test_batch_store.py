@@ -131,6 +131,14 @@ def test_batches_expire(store: BatchStore) -> None:
     assert store.get(ended.id)
 
 
+def test_a_batch_that_cannot_be_read_stops_no_other(store: BatchStore, tmp_path: Path) -> None:
+    """A file that another release wrote is no batch."""
+    broken, whole = made(store, batch("a")), made(store, batch("b"))
+    for text in ("{", '{"state": "other"}', '{"state": "queued", "more": 1}'):
+        (tmp_path / "batches" / broken / "batch.json").write_text(text)
+        assert [each.id for each in store.open()] == [whole]
+
+
 @pytest.mark.parametrize("name", ["..", "a/../b", "a" * 21, ".trash-a", ""])
 def test_only_ids_lead_to_batches(store: BatchStore, name: str) -> None:
     """No other name reaches the disk."""
