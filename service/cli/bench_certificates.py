@@ -216,7 +216,7 @@ def beside_art(
         "vouchsafe": {
             f"{target:g}": {
                 **(over_http(data, range(count), target, plan, runtime) or {}),
-                "peak memory, MiB": peak_mib([*question, str(target)], runtime),
+                "peak memory, MiB": peak_mib(_png(data, 0), [*question, str(target)], runtime),
             }
             for target in targets
         },
