@@ -112,7 +112,8 @@ def bench(plan: Plan, runtime: str) -> dict[str, Any]:
         "numerics": embedded.models["default"].numerics.described(),
         **figures,
         "peak memory of a process that certifies one image, MiB": {
-            f"n={n}": peak_mib(["--n", str(n)], runtime) for n in (plan.n, LONGER * plan.n)
+            f"n={n}": peak_mib(png(0, 32), ["--n", str(n)], runtime)
+            for n in (plan.n, LONGER * plan.n)
         },
         "1000 rows of noise on one thread, seconds": round(_noise_seconds(), 4),
     }
@@ -260,14 +261,14 @@ def _question(size: int, rows: int) -> Rows:
     return Rows(pixels, NOISE_KEY, 0, rows, SIGMA)
 
 
-def peak_mib(question: Sequence[str], runtime: str) -> int:
+def peak_mib(image: bytes, question: Sequence[str], runtime: str) -> int:
     """Peak memory, in MiB, of a new `vouchsafe predict` of one image with these options."""
     with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "image.png"
-        image.write_bytes(png(0, 32))
+        path = Path(folder) / "image.png"
+        path.write_bytes(image)
         command = "from service.cli.main import main; main()"
         environment = {"VOUCHSAFE_DATA_DIR": folder, "VOUCHSAFE_RUNTIME": runtime}
-        return measured(["-c", command, "predict", str(image), *question, "--json"], environment)[1]
+        return measured(["-c", command, "predict", str(path), *question, "--json"], environment)[1]
 
 
 def measured(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int]:

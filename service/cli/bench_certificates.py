@@ -58,7 +58,7 @@ def compare(plan: Plan, runtime: str, out: Path | None) -> dict[str, Any]:
     Raises ValueError for a file of other labels, and where ART is requested and not installed.
     """
     if plan.art and find_spec("art") is None:
-        raise ValueError("--art needs IBM ART: pip install adversarial-robustness-toolbox")
+        raise ValueError("--art needs adversarial-robustness-toolbox: install the extra bench")
     bundle, data = read_bundle(DEFAULT_TASK), evaluation_slice(SLICE)[: plan.images]
     with tempfile.TemporaryDirectory() as folder:
         path = out or Path(folder) / "labels.npz"
@@ -216,7 +216,7 @@ def beside_art(
         "vouchsafe": {
             f"{target:g}": {
                 **(over_http(data, range(count), target, plan, runtime) or {}),
-                "peak memory, MiB": peak_mib([*question, str(target)], runtime),
+                "peak memory, MiB": peak_mib(_png(data, 0), [*question, str(target)], runtime),
             }
             for target in targets
         },

@@ -20,7 +20,7 @@ bench = typer.Typer(help="Measure speed, or the cost of certificates.")
 def speed(
     context: typer.Context,
     n: Annotated[
-        int, typer.Option("--n", min=10, max=MOST_ROWS // 10, help="Noise rows of a question.")
+        int, typer.Option("--n", min=11, max=MOST_ROWS // 10, help="Noise rows of a question.")
     ] = 1000,
     requests: Annotated[
         int, typer.Option(min=16, help="Questions to the engine and over HTTP.")

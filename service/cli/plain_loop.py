@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+import models.zoo.vision  # noqa: F401 - registers the head's tower with timm
 from models.bundle import PROMPT_STATES, Bundle
 from models.smoothing import best_device
 
