@@ -78,8 +78,8 @@ def commitment(secret: bytes) -> str:
 def signed_payload(compact: str) -> tuple[str, bytes]:
     """The `kid` and the payload of a compact JWS, whose signature is not checked.
 
-    Raises ValueError for any header but `{"alg": "EdDSA", "kid": THUMBPRINT}`, and for parts that are not
-    base64url in its one canonical form.
+    Raises ValueError for any header but `{"alg": "EdDSA", "kid": THUMBPRINT}`, and for parts that
+    are not base64url in its one canonical form.
     """
     parts = compact.split(".")
     if len(parts) != 3:
