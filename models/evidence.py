@@ -12,8 +12,8 @@ from models.anytime import Anytime, certify_anytime
 from models.certificates import Certificate, certify
 from models.counts import runner_up
 
-TOLERANCE = 1e-9
-"""Largest difference, absolute, between two sound computations of a bound or a radius."""
+TOLERANCE = 1e-8
+"""Largest difference of two sound computations, in parts of the larger of 1 and the value."""
 
 
 def total_variation(shape: tuple[int, int, int], sigma: float) -> float:
@@ -115,8 +115,11 @@ def _recompute_anytime(
         rivals = [look[2] for look in (earlier, later)]
         if not (_ascends([earlier[1], later[1]], 0) and _ascends(others, 0)):
             raise ValueError(f"looks = {looks}: votes must not be taken back")
-        if not (_ascends(rivals, 0) and rivals[1] <= others[1]):
+        if not (_ascends(rivals, 0) and rivals[1] - rivals[0] <= others[1] - others[0]):
             raise ValueError(f"looks = {looks}: the largest other votes must fit the rows")
+        most = sum(min(count, rivals[1]) for i, count in enumerate(estimation) if i != label)
+        if others[1] > most:
+            raise ValueError(f"looks = {looks}: {later[2]} are too few for the largest other votes")
     # Before the last look a bound depends on the label's votes alone.
     votes = [[0] * classes for _ in looks[:-1]]
     for dense, (rows, own, _) in zip(votes, looks, strict=False):

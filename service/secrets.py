@@ -18,7 +18,6 @@ SECRET_BYTES = 32
 
 _MARK = "noise.sha256"
 
-
 _FOLDERS = {"batches", "tasks", "jobs", "models"}
 
 
@@ -46,19 +45,7 @@ def load_secret(data_dir: Path, file: Path | None = None) -> bytes:
     if file is None:
         _close_to_others(data_dir)
         return _made_secret(own, mounted=False, loss=_NOISE_LOSS)
-    if own.is_symlink() or own.exists():
-        raise SecretError(
-            f"{own}: a secret lies there, readable by all who share the folder; move it to "
-            f"{file}, which VOUCHSAFE_NOISE_SECRET_FILE names"
-        )
-    if not file.exists() and (data_dir / _MARK).exists():
-        raise SecretError(
-            f"{file}: is missing, and {data_dir} was used with a secret: restore it, or delete "
-            f"{data_dir / _MARK} and accept that every image is a new trial"
-        )
-    secret = _made_secret(file, mounted=True, loss=_NOISE_LOSS)
-    _check_is_unchanged(data_dir, file, secret)
-    return secret
+    return _shared_secret(data_dir, own, file, loss=_NOISE_LOSS)
 
 
 def load_signing_key(
@@ -66,14 +53,20 @@ def load_signing_key(
 ) -> bytes:
     """The private Ed25519 key (32 bytes, RFC 8032) that signs certificates, made on first use.
 
-    The key lies in `file` if given, else beside the noise secret: in the folder of `secret_file`,
-    or in `data_dir`. Its file is made and checked as the noise secret's is.
+    The key lies where `signing_key_file` says. Its file is made and checked as the noise secret's
+    is, and so is a data directory that it does not lie in.
 
     Raises SecretError as `load_secret` does.
     """
-    path = file or (secret_file.parent if secret_file else data_dir) / "signing.key"
-    mounted = file is not None or secret_file is not None
-    return _made_secret(path, mounted=mounted, loss=_SIGNING_LOSS)
+    path, own = signing_key_file(data_dir, secret_file, file), data_dir / "signing.key"
+    if path == own:
+        return _made_secret(own, mounted=file is not None, loss=_SIGNING_LOSS)
+    return _shared_secret(data_dir, own, path, loss=_SIGNING_LOSS)
+
+
+def signing_key_file(data_dir: Path, secret_file: Path | None, file: Path | None) -> Path:
+    """The key's file: `file` if given, else beside `secret_file`, or in `data_dir`."""
+    return file or (secret_file.parent if secret_file else data_dir) / "signing.key"
 
 
 def _close_to_others(folder: Path) -> None:
@@ -120,16 +113,32 @@ def _made_secret(path: Path, *, mounted: bool, loss: str) -> bytes:
     return _read_secret(path, mounted=mounted, loss=loss)
 
 
-def _check_is_unchanged(data_dir: Path, file: Path, secret: bytes) -> None:
-    """Raise SecretError if the data directory was used with another secret."""
-    path, mark = data_dir / _MARK, hashlib.sha256(b"vouchsafe noise" + secret).hexdigest()
+def _shared_secret(data_dir: Path, own: Path, file: Path, *, loss: str) -> bytes:
+    """The secret in `file`, for a data directory that must hold none as `own`.
+
+    A mark in the directory binds it to its first secret. Raises SecretError for another one.
+    """
+    if own.is_symlink() or own.exists():
+        raise SecretError(
+            f"{own}: a secret lies there, readable by all who share the folder; move it to "
+            f"{file}, which the settings name"
+        )
+    path = own.with_suffix(".sha256")
+    if not file.exists() and path.exists():
+        raise SecretError(
+            f"{file}: is missing, and {data_dir} was used with a secret: restore it, or delete "
+            f"{path} and accept that {loss}"
+        )
+    secret = _made_secret(file, mounted=True, loss=loss)
+    mark = hashlib.sha256(f"vouchsafe {own.stem}".encode() + secret).hexdigest()
     if not path.exists():
         written_once(path, mark.encode())
     if path.read_text("ascii").strip() != mark:
         raise SecretError(
             f"{file}: is another secret than the one that {data_dir} was used with; restore that "
-            f"one, or delete {path} and accept that every image is a new trial"
+            f"one, or delete {path} and accept that {loss}"
         )
+    return secret
 
 
 def _read_secret(path: Path, *, mounted: bool, loss: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
@@ -77,8 +78,8 @@ def commitment(secret: bytes) -> str:
 def signed_payload(compact: str) -> tuple[str, bytes]:
     """The `kid` and the payload of a compact JWS, whose signature is not checked.
 
-    Raises ValueError for any header but `{"alg": "EdDSA", "kid": ...}`, and for parts that are not
-    base64url in its one canonical form.
+    Raises ValueError for any header but `{"alg": "EdDSA", "kid": THUMBPRINT}`, and for parts that
+    are not base64url in its one canonical form.
     """
     parts = compact.split(".")
     if len(parts) != 3:
@@ -87,9 +88,12 @@ def signed_payload(compact: str) -> tuple[str, bytes]:
     fields = read_json(header)
     if not isinstance(fields, dict) or fields.keys() != {"alg", "kid"}:
         raise ValueError("the JWS header must hold alg and kid, and nothing else")
-    if fields["alg"] != ALGORITHM or not isinstance(fields["kid"], str):
+    kid = fields["kid"]
+    if fields["alg"] != ALGORITHM:
         raise ValueError(f"alg is {fields['alg']!r}: only {ALGORITHM} is accepted")
-    return fields["kid"], payload
+    if not isinstance(kid, str) or not re.fullmatch("[A-Za-z0-9_-]{43}", kid):
+        raise ValueError(f"kid is {kid!r}: must be a thumbprint, 43 characters of base64url")
+    return kid, payload
 
 
 def check_signature(compact: str, jwks: Mapping[str, Any]) -> str:
@@ -104,7 +108,7 @@ def check_signature(compact: str, jwks: Mapping[str, Any]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SecurityWarning)  # See ALGORITHM.
         try:
-            jws.deserialize_compact(compact, OKPKey.import_key(keys[kid]), registry=_REGISTRY)
+            jws.deserialize_compact(compact, _imported(keys[kid]), registry=_REGISTRY)
         except JoseError as error:
             raise ValueError(f"key {kid} did not sign this") from error
     return kid
@@ -126,7 +130,7 @@ def public_keys(jwks: Mapping[str, Any]) -> dict[str, Any]:
         if (key.get("kty"), key.get("crv")) != ("OKP", "Ed25519"):
             continue
         try:
-            kid = OKPKey.import_key({name: key[name] for name in ("kty", "crv", "x")}).thumbprint()
+            kid = _imported(key).thumbprint()
         except (JoseError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"an Ed25519 key of the JWKS is broken: {error!r}") from error
         found[kid] = {**key, "kid": kid}
@@ -165,6 +169,11 @@ def canonical(value: Any) -> bytes:
         return rfc8785.dumps(value)
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
+
+
+def _imported(key: Mapping[str, Any]) -> OKPKey:
+    """The public key alone: members such as `use` and `alg` decide nothing."""
+    return OKPKey.import_key({name: key[name] for name in ("kty", "crv", "x")})
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

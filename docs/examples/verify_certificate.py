@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
-from math import acos, exp, lgamma, log, log1p, sqrt
+from decimal import Decimal
+from itertools import pairwise
+from math import acos, exp, isfinite, lgamma, log, log1p, sqrt
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,12 +22,41 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-8
 quantile = NormalDist().inv_cdf
+
+PATTERNS = {
+    "text": "(?s:.*)",
+    "hash": "[0-9a-f]{64}",
+    "id": "[A-Za-z0-9_-]{22}",
+    "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z",
+}
+FORM = {  # The fields of each object: NAME=KIND (see is_a), or an object of its own line.
+    "": "type=text id=id statement=text subject model question noise evidence result service",
+    "subject": "array_sha256=hash shape=[int] file_sha256=hash preprocessing",
+    "preprocessing": "resize=text crop=text resolution=int color=text",
+    "model": "task=text labels=[text] bundle=hash task_digest=hash denoiser adapter=hash? "
+    "classifier tuned=hash? numerics=object",
+    "denoiser": "kind=text files={hash}",
+    "classifier": "kind=text files={hash}",
+    "question": "sigma=number alpha=number alpha_shares={number} n0=int n=int "
+    "target_radius=number? method=text looks=[int]?",
+    "noise": "format=text secret_commitment=hash selection=[int] estimation=[int]",
+    "evidence": "selection_counts={int} estimation_counts={int} looks=[[int]] "
+    "total_variation=number",
+    "result": "label=text label_index=int p_lower=number runner_up=int? p_upper=number? "
+    "radius=number norms",
+    "norms": "l2_gray_levels=number linf_gray_levels=number brightness_gray_levels=number "
+    "patch_gray_levels={number}",
+    "service": "version=text issued_at=time",
+}
 
 
 class Refused(Exception):
     """The certificate must not be relied on."""
+
+
+BROKEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def need(condition: bool, reason: str) -> None:
@@ -39,9 +71,50 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse(text: bytes, number: Any = float) -> Any:
-    """The JSON value, whose numbers are given to `number` as they are written."""
-    return json.loads(text, object_pairs_hook=distinct, parse_int=number, parse_float=number)
+def parse(text: bytes) -> Any:
+    """The JSON value."""
+    return json.loads(text, object_pairs_hook=distinct)
+
+
+def canonical(value: Any) -> str:
+    """The value's JSON in the canonical form of RFC 8785."""
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        return "{" + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in names) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return json.dumps(value, ensure_ascii=False)
+    number = float(value)
+    need(isfinite(number), f"the number {value} is not finite")
+    if number == 0 or 1e-6 <= abs(number) < 1e21:
+        return f"{Decimal(repr(number or 0.0)):f}".removesuffix(".0")
+    return re.sub("e([+-])0", r"e\1", repr(number))
+
+
+def is_a(kind: str, value: Any) -> bool:
+    """Whether the value is of the kind: [K] is a list, {K} an object of such values, K? or null."""
+    if kind.endswith("?"):
+        return value is None or is_a(kind[:-1], value)
+    if kind[0] == "{":
+        return isinstance(value, dict) and is_a(f"[{kind[1:-1]}]", [*value.values()])
+    if kind[0] == "[":
+        return isinstance(value, list) and all(is_a(kind[1:-1], each) for each in value)
+    if kind in PATTERNS:
+        return isinstance(value, str) and re.fullmatch(PATTERNS[kind], value) is not None
+    types = {"object": dict, "int": int, "number": int | float}
+    return isinstance(value, types[kind]) and not isinstance(value, bool)
+
+
+def check_form(value: Any, section: str = "") -> None:
+    """Refuse an object with unknown or missing fields, or fields of another kind."""
+    fields = dict(field.partition("=")[::2] for field in FORM[section].split())
+    need(isinstance(value, dict) and value.keys() == fields.keys(), f"{section} has other fields")
+    for name, kind in fields.items():
+        if kind:
+            need(is_a(kind, value[name]), f"{name} is not of the form {kind}")
+        else:
+            check_form(value[name], name)
 
 
 def unbase64(text: str) -> bytes:
@@ -112,18 +185,20 @@ def anytime(k: int, n: int, level: float) -> float:
 
 def votes_of(document: dict[str, Any], name: str, rows: int) -> list[int]:
     """The votes by label index; they must be those of the rows that were drawn."""
-    votes = [0] * len(document["model"]["labels"])
-    for index, count in document["evidence"][f"{name}_counts"].items():
-        votes[int(index)] = int(count)
-        need(count > 0, f"{name}_counts holds a number below 1")
-    need(sum(votes) == rows, f"{name}_counts do not sum to {rows}")
+    counts, classes = document["evidence"][f"{name}_counts"], len(document["model"]["labels"])
+    need(counts.keys() <= {*map(str, range(classes))}, f"{name}_counts has no index below K")
+    need(min(counts.values(), default=1) >= 1, f"{name}_counts holds a number below 1")
+    need(sum(counts.values()) == rows, f"{name}_counts do not sum to {rows}")
     need(document["noise"][name] == [0, rows], f"noise.{name} is not [0, {rows}]")
-    return votes
+    return [counts.get(str(index), 0) for index in range(classes)]
 
 
-def check_shares(question: dict[str, Any]) -> None:
-    """Refuse any other division of alpha than the method's."""
+def check_question(question: dict[str, Any]) -> None:
+    """Refuse numbers out of range, and any other division of alpha than the method's."""
+    need(0.02 <= question["sigma"] <= 4, "sigma is not 0.02 to 4")
+    need(all(1 <= question[name] <= 100_000 for name in ("n0", "n")), "n0 or n is not 1 to 100,000")
     method, alpha, shares = question["method"], question["alpha"], question["alpha_shares"]
+    need(1e-100 <= alpha <= 0.5, "alpha is not 1e-100 to 0.5")
     need(method in ("cohen", "two-sided", "anytime"), "the method is another one")
     target = question["target_radius"] is not None
     spent = {"looks": alpha * (0.2 if target else 0.1)} if method == "anytime" else {}
@@ -136,22 +211,38 @@ def check_shares(question: dict[str, Any]) -> None:
     need(method == "anytime" or not (target or question["looks"]), "the method has no looks")
 
 
+def check_looks(looks: list[list[int]], label: int, votes: list[int]) -> None:
+    """Refuse looks whose votes no rows can cast; `votes` are those of the last look."""
+    rivals = votes[:label] + votes[label + 1 :]
+    need(looks[-1] == [sum(votes), votes[label], max(rivals)], "the last look is another one")
+    for (rows_then, own_then, rival_then), (rows, own, rival) in pairwise([[0, 0, 0], *looks]):
+        grown = rows - own - (rows_then - own_then)
+        need(own >= own_then and grown >= 0, "a look takes votes back")
+        need(0 <= rival - rival_then <= grown, "the largest other votes do not fit the rows")
+        most = sum(min(count, rival) for count in rivals)
+        need(rows - own <= most, "the largest other votes are too few")
+
+
 def prove(document: dict[str, Any], tv: float) -> dict[str, Any]:
     """The result that question and evidence prove, without norms."""
     question, shares = document["question"], document["question"]["alpha_shares"]
-    n, sigma, early = int(question["n"]), question["sigma"], question["method"] == "anytime"
-    looks = [[int(number) for number in look] for look in document["evidence"]["looks"]]
+    n, sigma, early = question["n"], question["sigma"], question["method"] == "anytime"
+    looks = document["evidence"]["looks"]
+    need(early or not looks, "the method has no looks")
     if early:
-        schedule = [int(number) for number in question["looks"]]
-        need(schedule == sorted({*schedule}) and schedule[-1] == n, "looks do not ascend to n")
+        schedule = question["looks"]
+        need(len(schedule) <= 64, "there are more than 64 looks")
+        ascends = [0, *schedule] == sorted({0, *schedule}) and schedule[-1] == n
+        need(ascends, "looks do not ascend to n")
         drawn = [look[0] for look in looks]
         need(drawn == schedule[: len(looks)], "evidence.looks are not the schedule's")
     rows = looks[-1][0] if early else n
-    selection = votes_of(document, "selection", int(question["n0"]))
+    selection = votes_of(document, "selection", question["n0"])
     votes = votes_of(document, "estimation", rows)
     label = selection.index(max(selection))
     rival = max((i for i in range(len(votes)) if i != label), key=lambda i: (votes[i], -i))
-    need(looks[-1:] == [[rows, votes[label], votes[rival]]] * early, "the last look is another one")
+    if early:
+        check_looks(looks, label, votes)
     p_lower, p_upper, radius = 0.0, None, 0.0
     for look, own, _ in looks:
         p_lower = max(p_lower, anytime(own, look, shares["looks"]) - tv)
@@ -176,34 +267,38 @@ def prove(document: dict[str, Any], tv: float) -> dict[str, Any]:
     }
 
 
-def check(document: dict[str, Any], written: dict[str, Any]) -> None:
-    """Refuse what does not follow; `written` is the document with its numbers as they stand."""
-    question, result = document["question"], document["result"]
+def check(document: dict[str, Any]) -> None:
+    """Refuse what does not follow from question and evidence."""
+    question, result, subject = document["question"], document["result"], document["subject"]
     need(document["type"] == "urn:vouchsafe:certificate:1", "the type is another one")
     need(document["noise"]["format"] == "aes256-ctr/discrete-gaussian/3", "other noise")
-    channels, height, width = map(int, document["subject"]["shape"])
-    values = channels * height * width
+    need(len(document["model"]["labels"]) <= 1000, "there are more than 1,000 labels")
+    side = subject["preprocessing"]["resolution"]
+    need(subject["shape"] == [3, side, side] and 1 <= side <= 4096, "shape is not [3, R, R]")
+    check_question(question)
+    values = 3 * side * side
     tv = values * (5000 * question["sigma"] + 10) * 2.0**-62
     stated = document["evidence"]["total_variation"]
     need(abs(stated - tv) <= 1e-12 * tv, "total_variation is another one")
-    check_shares(question)
     found = prove(document, tv)
     levels = 255 * found["radius"]
     found["l2_gray_levels"] = levels
     found["linf_gray_levels"] = found["brightness_gray_levels"] = levels / sqrt(values)
     patches = result["norms"]["patch_gray_levels"]
-    need(all(1 <= int(side) <= min(height, width) for side in patches), "a patch is too large")
-    found |= {side: levels / (int(side) * sqrt(channels)) for side in patches}
-    for name, claimed in ({**result, **result["norms"], **patches}).items():
-        if name in found:
-            is_number = isinstance(claimed, float) and isinstance(found[name], float)
-            close = is_number and abs(claimed - found[name]) <= TOLERANCE * max(1, found[name])
-            need(close or claimed == found[name], f"{name} = {claimed}: proven is {found[name]}")
-    asked, shown = written["question"], json.dumps(result["label"], ensure_ascii=False)
+    widths = [2**power for power in range(side.bit_length())]
+    need(patches.keys() == {*map(str, widths)}, "patch_gray_levels has other widths")
+    found |= {str(width): levels / (width * sqrt(3)) for width in widths}
+    stated_numbers = {**result, **result["norms"], **patches}
+    for name, proven in found.items():
+        claimed = stated_numbers[name]
+        close = is_a("number", claimed) and isinstance(proven, float)
+        close = close and abs(claimed - proven) <= TOLERANCE * max(1, abs(proven))
+        need(close or claimed == proven, f"{name} = {claimed}: proven is {proven}")
     meant = (
-        f"With probability at least 1 - {asked['alpha']} over the noise, the classifier smoothed "
-        f"with sigma {asked['sigma']} gives the label {shown} to every image at an l2 distance "
-        f"below {written['result']['radius']} from the subject, for pixels in [0, 1]; the label is "
+        f"With probability at least 1 - {canonical(question['alpha'])} over the noise, the "
+        f"classifier smoothed with sigma {canonical(question['sigma'])} gives the label "
+        f"{canonical(result['label'])} to every image at an l2 distance below "
+        f"{canonical(result['radius'])} from the subject, for pixels in [0, 1]; the label is "
         "stable, not proven correct."
     )
     need(document["statement"] == meant, "the statement is another one")
@@ -215,23 +310,19 @@ def main(certificate: str, jwks: str) -> int:
         stated, keys = (parse(Path(file).read_bytes()) for file in (certificate, jwks))
         payload = signed_payload(stated["jws"], keys)
         document = parse(payload)
-        same = (json.dumps(each, sort_keys=True) for each in (stated["document"], document))
-        need(next(same) == next(same), "document differs from the signed payload")
+        need(stated.keys() == {"document", "jws"}, "a certificate holds document and jws")
+        need(canonical(document).encode() == payload, "the payload is not canonical")
+        same = canonical(stated["document"]).encode() == payload
+        need(same, "document differs from the signed payload")
+        check_form(document)
         published = keys.get("secret_commitments", [document["noise"]["secret_commitment"]])
         need(document["noise"]["secret_commitment"] in published, "another noise secret")
-        model = json.loads(payload)["model"]
+        model = document["model"]
         hashed = {"bundle": model["task_digest"], "numerics": model["numerics"]}
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()
         need(hashlib.sha256(text).hexdigest() == model["bundle"], "bundle is another hash")
-        check(document, parse(payload, number=str))
-    except (
-        Refused,
-        InvalidSignature,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+        check(document)
+    except (Refused, InvalidSignature, *BROKEN) as error:
         print(f"refused: {error!r}")
         return 1
     print(document["statement"])

@@ -1,4 +1,4 @@
-"""Checks a certificate without trusting its issuer: a list of named checks, each passed or not."""
+"""Checks a certificate without trusting its issuer: a list of named checks and their results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from models.adaptation.limits import LABELS
 from models.bundle import ADAPTER, TUNED, Bundle, served_digest
 from models.evidence import TOLERANCE, recompute, total_variation
 from service.errors import Problem
@@ -17,7 +18,7 @@ from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
 from service.predictions.certificate import network, result_of, statement
 from service.predictions.document import CertificateDocument
 from service.predictions.images.reader import ImageLimits, decode
-from service.predictions.schemas import MOST_ROWS
+from service.predictions.schemas import LARGEST_SIGMA, MOST_ROWS, SMALLEST_SIGMA
 from service.signing import (
     COMMITMENTS,
     canonical,
@@ -30,16 +31,22 @@ from service.signing import (
 MOST_RESOLUTION = 4096
 """Largest side of a certified square, in pixels; a larger one is not decoded."""
 
+MOST_BYTES = 2**21
+"""Longest text of a certificate: one of 1,000 labels of 128 characters, which it has twice."""
+
+MOST_LOOKS = 64
+"""Most looks of a question; the schedule for 100,000 rows has 38."""
+
 MOST_PIXELS = 2**27
 """Most pixels of an image file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: its name, whether the certificate passed, and what was found."""
+    """One check: its name, whether the certificate passed (None: not checked), what was found."""
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
 
 
@@ -69,11 +76,14 @@ class Verifier:
             compact, stated, payload, document = _read(self.text)
         except ValueError as error:
             return None, [Check("format", False, str(error))]
+        signature = self._signature(compact)
         done = [
             Check("format", True, document.type),
             _check("document", lambda: _check_copy(stated, payload)),
-            _check("signature", lambda: self._signature(compact)),
-            _check("statistics", lambda: check_statistics(document)),
+            signature,
+            Check("statistics", None, "not checked, for the signature is false")
+            if signature.passed is False
+            else _check("statistics", lambda: check_statistics(document)),
             _check("model", lambda: self._model(document)),
         ]
         if self.jwks is not None and COMMITMENTS in self.jwks:
@@ -83,10 +93,12 @@ class Verifier:
             done.append(_check("image", lambda: _check_image(document, image)))
         return document, done
 
-    def _signature(self, compact: str) -> str:
-        if self.jwks is None:
-            return f"signed by key {signed_payload(compact)[0]}"
-        return f"by key {check_signature(compact, self.jwks)} of the JWKS"
+    def _signature(self, compact: str) -> Check:
+        if (jwks := self.jwks) is None:
+            kid, _ = signed_payload(compact)
+            says = f"not checked: says it is signed by key {kid} (give --jwks)"
+            return Check("signature", None, says)
+        return _check("signature", lambda: f"by key {check_signature(compact, jwks)} of the JWKS")
 
     def _model(self, document: CertificateDocument) -> str:
         model = document.model
@@ -118,6 +130,14 @@ def check_statistics(document: CertificateDocument) -> str:
     for name, rows in (("n0", asked.n0), ("n", asked.n)):
         if not 1 <= rows <= MOST_ROWS:
             raise Refused(f"{name} = {rows}: must be 1 to {MOST_ROWS}")
+    if not SMALLEST_SIGMA <= asked.sigma <= LARGEST_SIGMA:
+        raise Refused(f"sigma = {asked.sigma}: must be {SMALLEST_SIGMA} to {LARGEST_SIGMA}")
+    for name, number, most in (
+        ("labels", len(document.model.labels), LABELS[1]),
+        ("looks", len(asked.looks or ()), MOST_LOOKS),
+    ):
+        if number > most:
+            raise Refused(f"{name} has {number} entries: must be at most {most}")
     drawn = {
         "selection": (noise.selection, asked.n0),
         "estimation": (noise.estimation, sum(evidence.estimation_counts.values())),
@@ -207,6 +227,8 @@ def _check(name: str, check: Callable[[], str]) -> Check:
 
 def _read(text: bytes) -> tuple[str, Any, bytes, CertificateDocument]:
     """The JWS, the document beside it, the signed payload, and the document in the payload."""
+    if len(text) > MOST_BYTES:
+        raise Refused(f"a certificate has at most {MOST_BYTES} bytes")
     outer = read_json(text)
     if not isinstance(outer, dict) or outer.keys() != {"document", "jws"}:
         raise Refused("a certificate is a JSON object of document and jws, and nothing else")
@@ -245,14 +267,14 @@ def _check_image(document: CertificateDocument, image: bytes) -> str:
 
 
 def _check_equal(name: str, claimed: Any, found: Any) -> None:
-    """Raise Refused where values differ, numbers by more than TOLERANCE."""
+    """Raise Refused where values differ, numbers by more than TOLERANCE allows."""
     if isinstance(claimed, dict) and isinstance(found, dict):
         if claimed.keys() != found.keys():
             raise Refused(f"{name} has {', '.join(claimed)}: must have {', '.join(found)}")
         for key in found:
             _check_equal(key, claimed[key], found[key])
     elif isinstance(claimed, float) and isinstance(found, float):
-        if not abs(claimed - found) <= TOLERANCE:
+        if not abs(claimed - found) <= TOLERANCE * max(1.0, abs(found)):
             raise Refused(f"{name} = {claimed}: the evidence proves {found}")
     elif claimed != found:
         raise Refused(f"{name} = {claimed!r}: the evidence proves {found!r}")

@@ -2,7 +2,7 @@
 
 They run in an empty folder that has the repository's `docs` and `.venv`:
 
-- every `curl`, `vouchsafe predict` and `vouchsafe verify` of README.md and docs/api.md, in order,
+- every `curl`, `vouchsafe predict`, `jwks` and `verify` of README.md and docs/api.md, in order,
   against one server. The server is `tests.support.fake_server`: the embedded one with nano's
   networks, but adaptation jobs that take no minutes;
 - the commands for a fleet of docs/scaling.md, against a Redis.
@@ -51,8 +51,8 @@ def test_the_commands_work_in_order(folder: Path, tmp_path: Path) -> None:
         for one in commands(page.read_text())
         if not one.startswith("make ")
     ]
-    told = ("curl ", ".venv/bin/vouchsafe predict ", ".venv/bin/vouchsafe verify ")
-    assert all(one.startswith(told) for one in asked)
+    told = tuple(f".venv/bin/vouchsafe {command} " for command in ("predict", "jwks", "verify"))
+    assert all(one.startswith(("curl ", *told)) for one in asked)
     (shown,) = re.findall(r"```json\n(.*?)```", README.read_text(), re.DOTALL)
     ids, answers = dict[str, str](), list[str]()
     fake = (sys.executable, "-m", "tests.support.fake_server")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.predictions.verification import Verifier
-from service.signing import read_jwks
+from service.signing import canonical, read_jwks
 from tests.support.certificates import answered, issued, resigned
 from tests.support.paths import ROOT
 from tests.support.serving import KEYS
@@ -62,14 +63,17 @@ def ran_on(folder: Path, document: dict[str, Any]) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
 def test_the_script_recomputes_every_method(tmp_path: Path, method: str) -> None:
-    """Its own bisection and continued fraction reach what the service proved, to 1e-9."""
+    """Its own bisection and continued fraction reach what the service proved, to 1e-8."""
     document = issued(answered(method))["document"]
     ran = ran_on(tmp_path, document)
     assert (ran.returncode, ran.stdout) == (0, document["statement"] + "\n")
     for sign in (-1, 1):
         changed = {**document, "result": {**document["result"]}}
-        changed["result"]["radius"] += sign * 1e-8
+        changed["result"]["radius"] += sign * 2e-8
         assert "radius" in ran_on(tmp_path, changed).stdout
+
+
+LAST = [200, 175, 20]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,26 @@ def test_the_script_recomputes_every_method(tmp_path: Path, method: str) -> None
         ("early", "evidence", {"looks": [[32, 28, 3], [96, 85, 9]]}, "the last look"),
         ("early", "evidence", {"looks": [[33, 28, 3], [96, 84, 9]]}, "evidence.looks"),
         ("early", "question", {"looks": [32, 96]}, "looks do not ascend to n"),
+        ("early", "evidence", {"looks": [[32, 40, 0], [96, 84, 9]]}, "takes votes back"),
+        ("early", "evidence", {"looks": [[32, 32, 0], [96, 30, 40]]}, "the last look"),
+        ("anytime", "evidence", {"looks": [[32, 32, 0], [96, 30, 40], LAST]}, "takes votes back"),
+        ("anytime", "evidence", {"looks": [[32, 20, 12], [96, 90, 6], LAST]}, "takes votes back"),
+        ("anytime", "evidence", {"looks": [[32, 28, 4], [96, 88, 3], LAST]}, "do not fit"),
+        ("anytime", "evidence", {"looks": [[32, 28, 3], [96, 88, 8], LAST]}, "do not fit"),
+        ("anytime", "evidence", {"looks": [[32, 24, 2], [96, 84, 9], LAST]}, "are too few"),
         ("cohen", "question", {"looks": [200]}, "the method has no looks"),
+        ("cohen", "evidence", {"looks": [[200, 175, 20]]}, "the method has no looks"),
+        ("cohen", "question", {"sigma": 1e5}, "sigma is not 0.02 to 4"),
+        ("cohen", "question", {"n": 100_001}, "n0 or n is not 1 to 100,000"),
+        ("cohen", "question", {"n": 200.5}, "n is not of the form int"),
+        ("cohen", "question", {"n": True}, "n is not of the form int"),
+        ("cohen", "question", {"why": 1}, "question has other fields"),
+        ("cohen", None, {"more": 1}, "other fields"),
+        ("cohen", "evidence", {"selection_counts": {"-2": 9, "0": 1}}, "has no index below K"),
+        ("cohen", "evidence", {"selection_counts": {"02": 9, "0": 1}}, "has no index below K"),
+        ("cohen", "service", {"issued_at": 1.8e9}, "issued_at is not of the form time"),
+        ("cohen", "model", {"adapter": "none"}, "adapter is not of the form hash?"),
+        ("cohen", "subject", {"shape": [3, 8, 9]}, "shape is not [3, R, R]"),
         ("cohen", "question", {"alpha": 0.01}, "alpha is divided otherwise"),
         ("early", "question", {"target_radius": None}, "alpha is divided otherwise"),
         ("cohen", "question", {"method": "better"}, "method"),
@@ -104,6 +127,55 @@ def test_the_script_refuses_a_signed_lie(
     ran = ran_on(tmp_path, document)
     assert ran.returncode == 1
     assert reason in ran.stdout, ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [("result", name) for name in ("p_lower", "p_upper", "runner_up", "label_index", "norms")]
+    + [("norms", "linf_gray_levels"), ("patch_gray_levels", "4")],
+)
+def test_the_script_refuses_a_missing_field(tmp_path: Path, section: str, field: str) -> None:
+    """A signed result leaves nothing out that the votes prove."""
+    document = issued(answered("two-sided"))["document"]
+    norms = document["result"]["norms"]
+    del {**document, **document["result"], **norms}[section][field]
+    ran = ran_on(tmp_path, document)
+    assert (ran.returncode, f"{section} has other" in ran.stdout) == (1, True), ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b'"n":200', b'"n":2e2', "not canonical"),
+        (b'"sigma":0.25', b'"sigma":1e999', "not finite"),
+        (b'"sigma":0.25', b'"sigma":NaN', "not finite"),
+        (b'"looks":[]', b'"looks":' + b"[" * 50_000, "RecursionError"),
+    ],
+)
+def test_the_script_refuses_a_signed_text(
+    tmp_path: Path, old: bytes, new: bytes, reason: str
+) -> None:
+    """A signed payload in another form than RFC 8785's is refused, whatever it says."""
+    document = issued()["document"]
+    payload = canonical(document)
+    assert payload.count(old) == 1
+    jws = KEYS.sign(payload.replace(old, new))
+    (tmp_path / "certificate.json").write_text(json.dumps({"document": document, "jws": jws}))
+    (tmp_path / "jwks.json").write_text(json.dumps(KEYS.jwks))
+    ran = script(tmp_path / "certificate.json", tmp_path / "jwks.json")
+    assert (ran.returncode, reason in ran.stdout) == (1, True), ran.stdout + ran.stderr
+
+
+def test_the_script_has_the_canonical_form_of_rfc_8785() -> None:
+    """Numbers, strings and the order of names are written as the service writes them."""
+    spec = importlib.util.spec_from_file_location("verify_certificate", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    numbers = [0, -0.0, 1.0, -4.5, 1e-6, 1e-7, 2.5e-10, 1e16, 1.2345678901234567e20, 1e21, 5e-324]
+    value = {"\U0001f600": numbers, "ﬀ": [None, True, "€$\x0f\x7f\nA'B\"\\/"], "": {}}
+    assert module.canonical(value).encode() == canonical(value)
 
 
 def test_the_script_refuses_other_keys_and_other_documents(tmp_path: Path) -> None:

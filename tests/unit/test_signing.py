@@ -84,13 +84,16 @@ def test_a_payload_that_was_not_signed_is_refused() -> None:
         {"alg": "EdDSA", "kid": KEYS.kid, "crit": ["b64"], "b64": False},
         {"alg": "EdDSA", "kid": KEYS.kid, "jwk": {}},
         {"alg": "EdDSA", "kid": 1},
+        {"alg": "EdDSA", "kid": KEYS.kid[1:]},
+        {"alg": "EdDSA", "kid": f"{KEYS.kid}\n"},
+        {"alg": "EdDSA", "kid": "é" * 43},
         [],
     ],
 )
 def test_a_header_holds_alg_and_kid_alone(fields: Any) -> None:
     """A header with a key or an extension of its own is refused."""
     header = urlsafe_b64encode(canonical(fields)).rstrip(b"=").decode()
-    with pytest.raises(ValueError, match="alg"):
+    with pytest.raises(ValueError, match=r"alg and kid|kid is "):
         signed_payload(f"{header}.e30.AAAA")
 
 
@@ -118,6 +121,17 @@ def test_keys_of_other_kinds_are_skipped() -> None:
     (key,) = KEYS.jwks["keys"]
     mixed = {"keys": [{"kty": "EC", "crv": "P-256"}, key]}
     assert check_signature(KEYS.sign(b"x"), read_jwks(canonical(mixed))) == KEYS.kid
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"alg": "Ed25519"}, {"use": "enc"}, {"key_ops": ["encrypt"]}, {"x5c": ["AAAA"]}, {"kid": 1}],
+)
+def test_other_members_of_a_key_do_not_count(members: dict[str, Any]) -> None:
+    """The key is kty, crv and x; what else a JWKS says of it makes no signature false."""
+    (key,) = KEYS.jwks["keys"]
+    jwks = read_jwks(canonical({"keys": [{**key, **members}]}))
+    assert check_signature(KEYS.sign(b"x"), jwks) == KEYS.kid
 
 
 @pytest.mark.parametrize(
@@ -170,9 +184,38 @@ def test_the_key_is_made_once_beside_the_noise_secret(tmp_path: Path) -> None:
     assert (tmp_path / "signing.key").stat().st_mode & 0o777 == 0o600
     assert load_signing_key(tmp_path) == key
     assert len(key) == 32
-    elsewhere = tmp_path / "mount" / "noise.secret"
-    load_signing_key(tmp_path, elsewhere)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    load_signing_key(shared, tmp_path / "mount" / "noise.secret")
     assert (tmp_path / "mount" / "signing.key").exists()
+
+
+def test_a_key_left_in_a_shared_directory_is_refused(tmp_path: Path) -> None:
+    """A key that all who share the folder can read does not lie there in silence."""
+    load_signing_key(tmp_path)
+    elsewhere = tmp_path / "mount" / "own.key"
+    for places in ((None, elsewhere), (elsewhere, None)):
+        with pytest.raises(SecretError, match=rf"{tmp_path}/signing\.key: .* move it to "):
+            load_signing_key(tmp_path, *places)
+    assert not elsewhere.exists()
+
+
+def test_a_lost_key_is_not_made_again_in_silence(tmp_path: Path) -> None:
+    """The shared directory knows its key: a missing or another one is refused."""
+    file = tmp_path / "mount" / "signing.key"
+    data = tmp_path / "data"
+    data.mkdir()
+    key = load_signing_key(data, None, file)
+    assert load_signing_key(data, None, file) == key
+    file.unlink()
+    with pytest.raises(SecretError, match=f"{file}: is missing, .* signed by another key"):
+        load_signing_key(data, None, file)
+    assert not file.exists()
+    load_signing_key(tmp_path, None, file)
+    with pytest.raises(SecretError, match=f"{file}: is another secret"):
+        load_signing_key(data, None, file)
+    (data / "signing.sha256").unlink()
+    assert load_signing_key(data, None, file) != key
 
 
 def test_a_named_file_is_the_key(tmp_path: Path) -> None:

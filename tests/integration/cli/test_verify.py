@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from base64 import urlsafe_b64encode
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner, Result
 from service.cli.main import app
 from service.cli.predict import _save
 from service.predictions.results import example
+from service.secrets import load_secret, load_signing_key
 from tests.support.paths import ROOT
 
 SHIP = ROOT / "docs" / "ship.png"
@@ -72,11 +75,53 @@ def test_every_check_passes_in_a_line_each(home: Path) -> None:
 
 
 def test_without_keys_only_the_signer_is_named(home: Path) -> None:
-    """A certificate alone passes, and the line on its signature claims no more than it knows."""
-    ran = run(home, "verify", "certificates/ship.png.json", data="none")
-    assert ran.exit_code == 0
-    assert re.search(r"^ok +signature +signed by key [\w-]{43}$", ran.stdout, re.MULTILINE)
+    """A certificate alone does not fail, and neither does one whose signature is false."""
+    given = json.loads((home / "certificates" / "ship.png.json").read_text())
+    head, payload, _ = given["jws"].split(".")
+    forged = {**given, "jws": f"{head}.{payload}.{'A' * 86}"}
+    (home / "forged.json").write_text(json.dumps(forged))
+    says = r"^--   signature +not checked: says it is signed by key [\w-]{43} \(give --jwks\)$"
+    for name in ("certificates/ship.png.json", "forged.json"):
+        ran = run(home, "verify", name, data="none")
+        assert ran.exit_code == 0
+        assert re.search(says, ran.stdout, re.MULTILINE)
+        told = json.loads(run(home, "verify", name, "--json", data="none").stdout)
+        passed = {check["check"]: check["passed"] for check in told["checks"]}
+        assert (told["passed"], passed.pop("signature")) == (None, None)
+        assert set(passed.values()) == {True}
     assert not (home / "none").exists()
+    assert run(home, "verify", "forged.json", "--jwks", "jwks.json").exit_code == 1
+
+
+def test_a_key_id_that_cannot_be_printed_fails(home: Path) -> None:
+    """A surrogate in the header is no key id, and no crash of the output."""
+    given = json.loads((home / "certificates" / "ship.png.json").read_text())
+    head = urlsafe_b64encode(b'{"alg":"EdDSA","kid":"\\ud800"}').rstrip(b"=").decode()
+    odd = {**given, "jws": ".".join([head, *given["jws"].split(".")[1:]])}
+    (home / "odd.json").write_text(json.dumps(odd))
+    ran = run(home, "verify", "odd.json", "--json")
+    (check,) = json.loads(ran.stdout)["checks"]
+    assert (ran.exit_code, check["passed"]) == (1, False)
+    assert "kid is " in check["detail"]
+
+
+def test_a_file_that_is_too_long_fails(home: Path) -> None:
+    """No more is read of it than a certificate can have."""
+    (home / "long.json").write_bytes(b" " * 2**22)
+    assert "at most 2097152 bytes" in run(home, "verify", "long.json").stdout
+
+
+def test_jwks_makes_no_secrets(home: Path) -> None:
+    """In a wrong directory there are no keys to print, and none are made."""
+    ran = run(home, "jwks", data="wrong")
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert "noise.secret: is missing" in ran.stderr
+    assert not (home / "wrong").exists()
+    (home / "half").mkdir()
+    (home / "half" / "noise.secret").write_bytes(b"h" * 32)
+    ran = run(home, "jwks", data="half")
+    assert (ran.exit_code, "signing.key: is missing" in ran.stderr) == (2, True)
+    assert [each.name for each in (home / "half").iterdir()] == ["noise.secret"]
 
 
 def test_json_has_the_same_checks(home: Path) -> None:
@@ -84,13 +129,15 @@ def test_json_has_the_same_checks(home: Path) -> None:
     ran = run(home, "verify", "certificates/ship.png.json", "--image", "mirrored.png", "--json")
     told = json.loads(ran.stdout)
     assert (ran.exit_code, told["passed"]) == (1, False)
-    failed = [check for check in told["checks"] if not check["passed"]]
+    failed = [check for check in told["checks"] if check["passed"] is False]
     assert [check["check"] for check in failed] == ["image"]
     assert "array_sha256" in failed[0]["detail"]
 
 
 def test_another_services_keys_and_secret_are_refused(home: Path) -> None:
     """Keys of another data directory did not sign it, and its secret is not the committed one."""
+    load_secret(home / "other")
+    load_signing_key(home / "other")
     (home / "other.json").write_text(run(home, "jwks", data="other").stdout)
     ran = run(home, "verify", "certificates/ship.png.json", "--jwks", "other.json")
     assert ran.exit_code == 1
@@ -107,7 +154,6 @@ def test_another_services_keys_and_secret_are_refused(home: Path) -> None:
 def altered(home: Path, **sections: Any) -> str:
     """The name of a certificate that this data directory's own key signed, with other sections."""
     from service.config import Settings
-    from service.secrets import load_secret
     from service.signing import SigningKeys, canonical
 
     secret = load_secret(home / "data")
@@ -153,20 +199,58 @@ def test_a_replay_needs_the_same_numerics(home: Path) -> None:
     assert "device 'an abacus', here " in lines(ran)["replay"]
 
 
+def served(monkeypatch: pytest.MonkeyPatch, answers: dict[str, httpx.Response]) -> None:
+    """Let the command's requests be answered from here; any other address is a failure."""
+    transport = httpx.MockTransport(lambda request: answers[str(request.url)])
+    monkeypatch.setattr("httpx.Client", partial(httpx.Client, transport=transport))
+
+
+def to(url: str) -> httpx.Response:
+    return httpx.Response(302, headers={"location": url})
+
+
 def test_keys_come_from_an_address_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--jwks` fetches what a service publishes; an error there says nothing of the certificate."""
-    served = {"https://service/jwks": 200, "https://service/gone": 404}
+    """`--jwks` fetches what a service publishes, over https or from this machine."""
+    content = (home / "jwks.json").read_bytes()
+    addresses = ("https://service/jwks", "http://127.0.0.1:8000/jwks", "http://[::1]/jwks",
+                 "http://localhost/jwks")  # fmt: skip
+    answers = {url: httpx.Response(200, content=content) for url in addresses}
+    served(monkeypatch, answers | {"https://service/old": to(addresses[0])})
+    for url in (*addresses, "https://service/old"):
+        ran = run(home, "verify", "certificates/ship.png.json", "--jwks", url)
+        assert ran.exit_code == 0, ran.output
+        assert " of the JWKS" in lines(ran)["signature"]
 
-    def get(url: str, **_: Any) -> httpx.Response:
-        content = (home / "jwks.json").read_bytes()
-        return httpx.Response(served[url], content=content, request=httpx.Request("GET", url))
 
-    monkeypatch.setattr("httpx.get", get)
-    ran = run(home, "verify", "certificates/ship.png.json", "--jwks", "https://service/jwks")
-    assert ran.exit_code == 0
-    assert " of the JWKS" in lines(ran)["signature"]
-    ran = run(home, "verify", "certificates/ship.png.json", "--jwks", "https://service/gone")
-    assert (ran.exit_code, "404" in ran.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://service/gone", "404"),
+        ("http://service/jwks", "http://service/jwks: keys are fetched over https"),
+        ("HTTP://127.0.0.1.service/jwks", "keys are fetched over https"),
+        ("https://service/plain", "http://service/jwks: keys are fetched over https"),
+        ("https://service/local", "http://127.0.0.1/jwks: keys are fetched over https"),
+        ("http://127.0.0.1/plain", "http://service/jwks: keys are fetched over https"),
+        ("https://service/long", "at most 1048576 bytes"),
+    ],
+)
+def test_an_address_that_cannot_be_trusted_is_an_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch, url: str, reason: str
+) -> None:
+    """Plain http to another machine, also by a redirect, and a flood say nothing of the keys."""
+    content = (home / "jwks.json").read_bytes()
+    answers = {
+        "https://service/gone": httpx.Response(404),
+        "https://service/plain": to("http://service/jwks"),
+        "https://service/local": to("http://127.0.0.1/jwks"),
+        "http://127.0.0.1/plain": to("http://service/jwks"),
+        "https://service/long": httpx.Response(200, content=content + b" " * 2**20),
+    }
+    plain = ("http://service/jwks", "http://127.0.0.1/jwks", "http://127.0.0.1.service/jwks")
+    served(monkeypatch, answers | {each: httpx.Response(200, content=content) for each in plain})
+    ran = run(home, "verify", "certificates/ship.png.json", "--jwks", url)
+    assert ran.exit_code == 2, ran.output
+    assert reason in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def failures(text: bytes, **parts: Any) -> dict[str, str]:
     """The checks that fail, with their reasons."""
     given = {"jwks": KEYS.jwks, "image": PNG, "bundle": BUNDLE, **parts}
     _, checks = Verifier(text, **given).checks()
-    return {check.name: check.detail for check in checks if not check.passed}
+    return {check.name: check.detail for check in checks if check.passed is False}
 
 
 def test_a_certificate_passes_every_check() -> None:
@@ -60,7 +60,27 @@ def test_every_method_has_certificates(method: str) -> None:
 def test_without_keys_the_signer_is_named_and_nothing_claimed() -> None:
     """Without a JWKS the check of the signature says whose it is, and no more."""
     _, checks = Verifier(TEXT).checks()
-    assert {c.name: c.detail for c in checks}["signature"] == f"signed by key {KEYS.kid}"
+    (check,) = [check for check in checks if check.name == "signature"]
+    says = f"not checked: says it is signed by key {KEYS.kid} (give --jwks)"
+    assert (check.passed, check.detail) == (None, says)
+    head, payload, _ = GIVEN["jws"].split(".")
+    text = json.dumps({**GIVEN, "jws": f"{head}.{payload}.{'A' * 86}"}).encode()
+    assert Verifier(text).checks()[1] == checks
+
+
+def test_a_false_signature_ends_the_work() -> None:
+    """Bounds are computed for what was signed alone."""
+    _, checks = Verifier(TEXT, OTHER_KEYS.jwks).checks()
+    found = {check.name: check.passed for check in checks}
+    assert (found["signature"], found["statistics"]) == (False, None)
+
+
+def test_rounding_of_large_numbers_is_allowed() -> None:
+    """Norms are 255 times the radius: the tolerance is in parts of the value."""
+    for error, fails in ((0.9e-8, False), (1.1e-8, True)):
+        document = copy.deepcopy(GIVEN["document"])
+        document["result"]["norms"]["l2_gray_levels"] *= 1 + error
+        assert bool(failures(resigned(document))) is fails
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -237,8 +257,12 @@ HUGE = {
         ("subject", {"shape": [3, -8, -8]}, "statistics", "shape = "),
         ("subject", HUGE, "statistics", "resolution = 1000000000: must be 1 to 4096"),
         ("question", {"n": 100_001}, "statistics", "n = 100001: must be 1 to 100000"),
-        ("question", {"sigma": 1e308}, "statistics", "total_variation"),
-        ("question", {"sigma": -0.25}, "statistics", "total_variation"),
+        ("question", {"sigma": 1e308}, "statistics", "sigma"),
+        ("question", {"sigma": -0.25}, "statistics", "sigma = -0.25: must be 0.02 to 4.0"),
+        ("question", {"sigma": 0.019}, "statistics", "sigma = 0.019: must be 0.02 to 4.0"),
+        ("model", {"labels": ["x"] * 1001}, "statistics", "labels has 1001 entries"),
+        ("question", {"looks": [*range(1, 66)]}, "statistics", "looks has 65 entries"),
+        ("model", {"labels": ["x" * 2**21]}, "format", "at most 2097152 bytes"),
         ("question", {"alpha": 0.7}, "statistics", "alpha"),
         ("question", {"n0": 2**60}, "format", "exceeds safe integer domain"),
         ("model", {"labels": []}, "statistics", "label index below 0"),
