@@ -21,10 +21,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from models.alpha import alpha_shares
-from models.anytime import Anytime, Decision, at_look, certify_anytime, check_anytime, look_schedule
-from models.bounds import clopper_pearson_lower
-from models.certificates import bound_votes, certified_radius
+from models.certificates.alpha import alpha_shares
+from models.certificates.anytime import (
+    Anytime,
+    Decision,
+    at_look,
+    certify_anytime,
+    check_anytime,
+    look_schedule,
+)
+from models.certificates.bounds import clopper_pearson_lower
+from models.certificates.rules import bound_votes, certified_radius
 
 PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 TARGETS = (0.6, 0.7, 0.8, 0.9, 0.95)

@@ -12,7 +12,7 @@ from enum import StrEnum
 from itertools import chain, count, pairwise
 from typing import Any
 
-from models.alpha import alpha_shares
+from models.certificates.alpha import alpha_shares
 
 NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 """Part of every noise key: another way to draw or key rows gives other rows."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.certificates import certify
+from models.certificates.rules import certify
 from models.evaluation.datasets import evaluation_slice
 from models.evaluation.plots import Shown, contact_sheet, noisy_and_denoised
 from models.noise import total_variation

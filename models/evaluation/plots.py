@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from models.certificates import Certificate
+from models.certificates.rules import Certificate
 from models.rows import Rows
 from models.smoothing import SmoothedModel
 

@@ -14,9 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.anytime import Anytime, Decision, at_look, certify_anytime, look_schedule
-from models.bounds import clopper_pearson_lower, clopper_pearson_upper, lowered, quantile_up
-from models.certificates import certified_radius, certify
+from models.certificates.anytime import Anytime, Decision, at_look, certify_anytime, look_schedule
+from models.certificates.bounds import (
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    lowered,
+    quantile_up,
+)
+from models.certificates.rules import certified_radius, certify
 
 EARLY_SELECTION_ROWS = 16
 """Selection rows of a question with a target, the default of the service."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.certificates import Certificate, certify
+from models.certificates.rules import Certificate, certify
 from models.classifier import Classifier
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.scores import average_certified_radius, certified_accuracy

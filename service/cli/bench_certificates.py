@@ -20,12 +20,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from models.anytime import largest_target
 from models.bundle import DEFAULT_TASK, read_bundle
+from models.certificates.anytime import largest_target
+from models.certificates.evidence import total_variation
 from models.evaluation.datasets import SLICE, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import SELECTION_ROWS, RowLabels, label_rows
 from models.evaluation.rules import RULES, Answer, Labels, Question, anytime, two_sided
-from models.evidence import total_variation
 from models.smoothing import load, tried_runtime
 from service.cli.bench import WAIT_SECONDS, measured, peak_mib, serving
 from service.config import Settings

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from models.alpha import family_share
 from models.bundle import DEFAULT_TASK, read_bundle
+from models.certificates.alpha import family_share
 from service.cli.console import errors, read_settings, tell
 from service.cli.files import pictures, places, save
 from service.config import Settings

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.evidence import looks_of, sparse
+from models.certificates.evidence import looks_of, sparse
 from models.rows import Rows
 from models.runtime import RUNTIMES
 from models.smoothing import SmoothedModel, load, votes

@@ -8,9 +8,9 @@ from base64 import urlsafe_b64encode
 from datetime import UTC, datetime
 
 from models.bundle import ADAPTER, TUNED, Base, Bundle
-from models.certificates import Certificate
-from models.evidence import looks_of, recompute, sparse, total_variation
-from models.norms import attack_norms
+from models.certificates.evidence import looks_of, recompute, sparse, total_variation
+from models.certificates.norms import attack_norms
+from models.certificates.rules import Certificate
 from service.jobs import NOISE_FORMAT, Job, JobStatus, Mode, State, canonical_json, question
 from service.operations.metrics import VERSION
 from service.predictions.document import (

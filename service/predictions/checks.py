@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from models.anytime import check_anytime, largest_target
 from models.bundle import Bundle
-from models.certificates import (
+from models.certificates.anytime import check_anytime, largest_target
+from models.certificates.evidence import total_variation
+from models.certificates.rules import (
     check_certify,
     check_predict,
     smallest_n_certify,
     smallest_n_predict,
 )
-from models.evidence import total_variation
 from service.errors import as_json
 from service.jobs import Mode
 from service.predictions.schemas import Method, PredictRequest

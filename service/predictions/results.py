@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from models.abstention import Reason, rows_needed
-from models.anytime import Anytime, certify_anytime
 from models.bundle import Base, Bundle
-from models.certificates import Certificate, bound_votes, certify, predict
-from models.evidence import total_variation
-from models.norms import attack_norms
+from models.certificates.abstention import Reason, rows_needed
+from models.certificates.anytime import Anytime, certify_anytime
+from models.certificates.evidence import total_variation
+from models.certificates.norms import attack_norms
+from models.certificates.rules import Certificate, bound_votes, certify, predict
 from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
 from service.predictions.certificate import Issuing
@@ -56,7 +56,7 @@ def _proven(
 
 
 def early_stopping(job: Job) -> Anytime:
-    """The job's question, for `models.anytime`."""
+    """The job's question, for `models.certificates.anytime`."""
     return Anytime(
         job.sigma,
         job.alpha,

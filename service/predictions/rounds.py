@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from models.anytime import Decision, Running, at_look, bound
+from models.certificates.anytime import Decision, Running, at_look, bound
 from service.background import sleep_or_stop
 from service.engine.connection import UNREACHABLE
 from service.engine.protocol import Engine

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from models.abstention import Reason
+from models.certificates.abstention import Reason
 from service.jobs import Mode, State, canonical_json
 from service.predictions.document import Norms, SignedCertificate
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.anytime import look_schedule
 from models.bundle import Bundle
-from models.evidence import total_variation
+from models.certificates.anytime import look_schedule
+from models.certificates.evidence import total_variation
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.errors import (

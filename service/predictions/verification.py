@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from models.adaptation.limits import LABELS
 from models.bundle import ADAPTER, TUNED, Bundle, served_digest
-from models.evidence import TOLERANCE, recompute, total_variation
+from models.certificates.evidence import TOLERANCE, recompute, total_variation
 from service.errors import Problem
 from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
 from service.predictions.certificate import network, result_of, statement

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 TORCH_FREE = (
-    "models.certificates",
-    "models.anytime",
-    "models.cascade",
-    "models.norms",
-    "models.evidence",
+    "models.certificates.rules",
+    "models.certificates.anytime",
+    "models.certificates.cascade",
+    "models.certificates.norms",
+    "models.certificates.evidence",
     "models.rows",
     "models.files",
     "models.bundle",

@@ -8,11 +8,11 @@ import re
 import pytest
 from scipy.special import ndtri
 
-from models.alpha import alpha_shares
-from models.bounds import clopper_pearson_upper
-from models.certificates import Certificate, certify
-from models.evidence import total_variation
-from models.norms import attack_norms
+from models.certificates.alpha import alpha_shares
+from models.certificates.bounds import clopper_pearson_upper
+from models.certificates.evidence import total_variation
+from models.certificates.norms import attack_norms
+from models.certificates.rules import Certificate, certify
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "guarantee.md").read_text()

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import IO
 
-from models.alpha import family_share
+from models.certificates.alpha import family_share
 from service.background import sleep_or_stop
 from service.config import Settings
 from service.engine.protocol import RETRY_SECONDS

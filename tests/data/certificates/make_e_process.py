@@ -1,4 +1,4 @@
-"""Writes e_process.json: exact e-processes and their bounds, independent of models/bounds.py.
+"""Writes e_process.json: exact e-processes and their bounds, independent of certificates/bounds.py.
 
 Run `python tests/data/certificates/make_e_process.py` from the repository root (needs mpmath; a
 minute). The incomplete beta function is summed in 230-bit fixed point, with positive terms alone;

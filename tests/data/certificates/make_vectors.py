@@ -1,4 +1,4 @@
-"""Writes vectors.json: exact certificates, independent of models/certificates.py.
+"""Writes vectors.json: exact certificates, independent of models/certificates/rules.py.
 
 Run `python tests/data/certificates/make_vectors.py` from the repository root (needs mpmath; half a
 minute). CERTIFY: p_lower solves P(Binomial(n, p) >= k) = alpha by Newton's method on a finite

@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import binom
 
 from benchmarks.anytime_rows import LOG_N, logged_probabilities, rows_of, simulate
-from models.anytime import Decision
-from models.bounds import clopper_pearson_lower
-from models.certificates import certified_radius
+from models.certificates.anytime import Decision
+from models.certificates.bounds import clopper_pearson_lower
+from models.certificates.rules import certified_radius
 
 RUNS = 1000
 

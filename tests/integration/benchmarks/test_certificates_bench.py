@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from models.bounds import clopper_pearson_lower
-from models.certificates import certified_radius
+from models.certificates.bounds import clopper_pearson_lower
+from models.certificates.rules import certified_radius
 from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import RowLabels
 from models.evaluation.rules import RULES, Question

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from models.alpha import family_share
+from models.certificates.alpha import family_share
 from service.cli import predict as cli_predict
 from service.cli.files import pictures
 from service.cli.main import app

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import binom
 
-from models.anytime import Anytime, certify_anytime, look_schedule
-from models.bounds import anytime_lower, log_e
-from models.cascade import Cascade, certify_cascade
-from models.certificates import certify
+from models.certificates.anytime import Anytime, certify_anytime, look_schedule
+from models.certificates.bounds import anytime_lower, log_e
+from models.certificates.cascade import Cascade, certify_cascade
+from models.certificates.rules import certify
 
 RUNS = 20_000
 LAYOUTS = ("even", "rival", "between")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.certificates import certify
+from models.certificates.rules import certify
 from models.denoiser import NoDenoiser
 from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
 from models.evaluation.tables import (

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, norm
 from torch import Tensor
 
-from models.certificates import certify
+from models.certificates.rules import certify
 from models.denoiser import NoDenoiser, SuperResolutionDenoiser
 from models.noise import discrete_gaussian
 from models.rows import Rows

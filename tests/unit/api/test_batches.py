@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.alpha import family_share
+from models.certificates.alpha import family_share
 from service.api import batches as endpoints
 from service.errors import Backlog, JobLost, QuotaExceeded, TaskNotReady
 from service.predictions.batches import runner

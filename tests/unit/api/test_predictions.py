@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from models.alpha import alpha_shares
-from models.certificates import certify
-from models.norms import attack_norms
+from models.certificates.alpha import alpha_shares
+from models.certificates.norms import attack_norms
+from models.certificates.rules import certify
 from service.jobs import Domain, noise_key
 from tests.support.http import events
 from tests.support.serving import (

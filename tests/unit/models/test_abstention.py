@@ -1,13 +1,13 @@
-"""models/abstention.py: the rows that another question would need, by the rules themselves."""
+"""certificates/abstention.py: the rows another question would need, by the rules themselves."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from models.abstention import MOST_ROWS, rows_needed
-from models.alpha import alpha_shares
-from models.certificates import bound_votes, predict
+from models.certificates.abstention import MOST_ROWS, rows_needed
+from models.certificates.alpha import alpha_shares
+from models.certificates.rules import bound_votes, predict
 
 
 def certifies(method: str, votes: tuple[int, ...], label: int = 0) -> bool:

@@ -1,4 +1,4 @@
-"""models/alpha.py: equal shares of a family's alpha."""
+"""models/certificates/alpha.py: equal shares of a family's alpha."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.alpha import family_share
+from models.certificates.alpha import family_share
 
 
 @given(st.floats(1e-300, 0.5, exclude_max=True), st.integers(1, 100_000))

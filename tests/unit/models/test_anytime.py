@@ -1,4 +1,4 @@
-"""models/anytime.py: which looks there are, what they decide, what is certified after them."""
+"""certificates/anytime.py: the looks, what they decide, and what is certified after them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.anytime import (
+from models.certificates.anytime import (
     Anytime,
     Decision,
     at_look,
@@ -21,8 +21,8 @@ from models.anytime import (
     look_schedule,
     smallest_n_target,
 )
-from models.bounds import anytime_lower
-from models.certificates import certified_radius, certify
+from models.certificates.bounds import anytime_lower
+from models.certificates.rules import certified_radius, certify
 
 # A busy machine must not fail a property for taking its time.
 UNHURRIED = settings(deadline=None)

@@ -1,4 +1,4 @@
-"""models/bounds.py against exact vectors: the safe side of every rounding, and how close to it."""
+"""certificates/bounds.py against exact vectors: the safe side of each rounding, and how close."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mpmath import mp
 from scipy.stats import beta
 
-from models.bounds import (
+from models.certificates.bounds import (
     anytime_lower,
     anytime_upper,
     clopper_pearson_lower,

@@ -1,4 +1,4 @@
-"""models/cascade.py: which stage answers, and with what radius (method.md 4c)."""
+"""models/certificates/cascade.py: which stage answers, and with what radius (method.md 4c)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from models.bounds import clopper_pearson_lower, clopper_pearson_upper
-from models.cascade import (
+from models.certificates.bounds import clopper_pearson_lower, clopper_pearson_upper
+from models.certificates.cascade import (
     Cascade,
     CascadeCertificate,
     certify_cascade,

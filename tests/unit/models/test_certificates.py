@@ -1,4 +1,4 @@
-"""models/certificates.py against exact vectors and closed-form truths; Cohen's rule first."""
+"""models/certificates/rules.py against exact vectors and closed-form truths; Cohen's rule first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
-from models.alpha import METHODS
-from models.bounds import clopper_pearson_lower
-from models.certificates import (
+from models.certificates.alpha import METHODS
+from models.certificates.bounds import clopper_pearson_lower
+from models.certificates.rules import (
     Certificate,
     certify,
     check_certify,

@@ -1,4 +1,4 @@
-"""models/evidence.py: what counts prove, recomputed from a document's sections."""
+"""models/certificates/evidence.py: what counts prove, recomputed from a document's sections."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.alpha import alpha_shares
-from models.anytime import Anytime, certify_anytime
-from models.certificates import certify
-from models.evidence import looks_of, recompute, sparse
+from models.certificates.alpha import alpha_shares
+from models.certificates.anytime import Anytime, certify_anytime
+from models.certificates.evidence import looks_of, recompute, sparse
+from models.certificates.rules import certify
 
 COUNTS = st.lists(st.integers(0, 400), min_size=3, max_size=3).filter(
     lambda votes: sum(votes) >= 10

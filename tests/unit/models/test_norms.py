@@ -1,4 +1,4 @@
-"""models/norms.py: every change that is named lies inside the certified ball (method.md 4d)."""
+"""certificates/norms.py: every change named lies inside the certified ball (method.md 4d)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.norms import attack_norms
+from models.certificates.norms import attack_norms
 
 SHAPES = ((3, 32, 32), (3, 96, 96), (3, 224, 224), (1, 28, 20))
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.certificates import certify
+from models.certificates.rules import certify
 from models.denoiser import NoDenoiser
 from models.evaluation.demo import shown
 from models.evaluation.plots import Shown, contact_sheet, curves, noisy_and_denoised, picture_grid

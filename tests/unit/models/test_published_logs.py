@@ -8,8 +8,8 @@ import functools
 import pytest
 from scipy.stats import binom, norm
 
-from models.bounds import clopper_pearson_lower
-from models.certificates import certified_radius
+from models.certificates.bounds import clopper_pearson_lower
+from models.certificates.rules import certified_radius
 from models.evaluation.scores import average_certified_radius, certified_accuracy
 from tests.support.paths import SHARED
 

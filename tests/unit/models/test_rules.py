@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta, norm
 
-from models.certificates import certify
+from models.certificates.rules import certify
 from models.evaluation.rules import RULES, Question, Rule, anytime, cohen, staged, two_sided
 
 QUESTION = Question(sigma=0.25, alpha=0.001, classes=3, total_variation=0.0)

@@ -1,4 +1,4 @@
-"""The two-sided rule of models/certificates.py (method.md 4a)."""
+"""The two-sided rule of models/certificates/rules.py (method.md 4a)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.alpha import METHODS, alpha_shares
-from models.bounds import clopper_pearson_lower, clopper_pearson_upper
-from models.certificates import certified_radius, certify, check_certify
-from models.counts import runner_up
+from models.certificates.alpha import METHODS, alpha_shares
+from models.certificates.bounds import clopper_pearson_lower, clopper_pearson_upper
+from models.certificates.counts import runner_up
+from models.certificates.rules import certified_radius, certify, check_certify
 
 # A busy machine must not fail a property for taking its time.
 UNHURRIED = settings(deadline=None)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from models.evidence import recompute
-from models.norms import attack_norms
+from models.certificates.evidence import recompute
+from models.certificates.norms import attack_norms
 from service.jobs import Mode, State
 from service.predictions.certificate import Issuing
 from service.predictions.results import certificate

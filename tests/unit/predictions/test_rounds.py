@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from models.anytime import Anytime, certify_anytime, largest_target, look_schedule
-from models.evidence import total_variation
+from models.certificates.anytime import Anytime, certify_anytime, largest_target, look_schedule
+from models.certificates.evidence import total_variation
 from service.engine.protocol import Engine
 from service.jobs import Domain, JobStatus
 from service.predictions.rounds import look

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from models.alpha import ALPHA_MIN, check_alpha
-from models.bounds import (
+from models.certificates.alpha import ALPHA_MIN, check_alpha
+from models.certificates.bounds import (
     clopper_pearson_lower,
     clopper_pearson_upper,
     lowered,
     quantile_up,
     raised,
 )
-from models.certificates import (
+from models.certificates.counts import Counts, checked_counts, checked_pair, runner_up
+from models.certificates.rules import (
     Certificate,
     certified_radius,
     check_rows,
     check_total_variation,
 )
-from models.counts import Counts, checked_counts, checked_pair, runner_up
 
 MIN_STAGES, MAX_STAGES = 2, 4
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from models.alpha import alpha_shares
-from models.bounds import (
+from models.certificates.alpha import alpha_shares
+from models.certificates.bounds import (
     ANYTIME_ROWS,
     anytime_lower,
     anytime_upper,
@@ -24,14 +24,14 @@ from models.bounds import (
     quantile_up,
     raised,
 )
-from models.certificates import (
+from models.certificates.counts import Counts, checked_counts, runner_up
+from models.certificates.rules import (
     Certificate,
     bound_votes,
     certified_radius,
     check_certify,
     check_total_variation,
 )
-from models.counts import Counts, checked_counts, runner_up
 
 FIRST_LOOK, LOOK_GRID = 32, 16
 """Rows of the first look, and the multiple that further looks are rounded up to."""

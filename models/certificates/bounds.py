@@ -13,7 +13,7 @@ from functools import lru_cache
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, ndtri
 
-from models.alpha import check_alpha
+from models.certificates.alpha import check_alpha
 
 ANYTIME_ROWS = 100_000
 """Most rows of an e-process: its rounding error was measured up to here."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from models.alpha import alpha_shares
-from models.anytime import Anytime, certify_anytime
-from models.certificates import Certificate, certify
-from models.counts import runner_up
+from models.certificates.alpha import alpha_shares
+from models.certificates.anytime import Anytime, certify_anytime
+from models.certificates.counts import runner_up
+from models.certificates.rules import Certificate, certify
 
 TOLERANCE = 1e-8
 """Largest difference of two sound computations, in parts of the larger of 1 and the value."""

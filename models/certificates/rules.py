@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from scipy.special import betainc
 
-from models.alpha import alpha_shares, check_alpha
-from models.bounds import (
+from models.certificates.alpha import alpha_shares, check_alpha
+from models.certificates.bounds import (
     MARGIN,
     clopper_pearson_lower,
     clopper_pearson_upper,
@@ -25,7 +25,7 @@ from models.bounds import (
     quantile_up,
     raised,
 )
-from models.counts import Counts, checked_counts, checked_pair, runner_up
+from models.certificates.counts import Counts, checked_counts, checked_pair, runner_up
 
 
 @dataclass(frozen=True, slots=True)
