@@ -96,6 +96,7 @@ LAST = [200, 175, 20]
         ("anytime", "evidence", {"looks": [[32, 28, 4], [96, 88, 3], LAST]}, "do not fit"),
         ("anytime", "evidence", {"looks": [[32, 28, 3], [96, 88, 8], LAST]}, "do not fit"),
         ("anytime", "evidence", {"looks": [[32, 24, 2], [96, 84, 9], LAST]}, "are too few"),
+        ("early", "evidence", {"looks": []}, "evidence.looks are not the schedule's"),
         ("cohen", "question", {"looks": [200]}, "the method has no looks"),
         ("cohen", "evidence", {"looks": [[200, 175, 20]]}, "the method has no looks"),
         ("cohen", "question", {"sigma": 1e5}, "sigma is not 0.02 to 4"),
