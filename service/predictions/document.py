@@ -116,7 +116,7 @@ class Result(Section):
     label: str = Field(description="The label.")
     label_index: int = Field(description="The label's index, from 0.")
     p_lower: float = Field(description="Lower bound on the label's probability under noise.")
-    runner_up: int | None = Field(description="Index of the runner-up, where it was bounded.")
+    runner_up: int | None = Field(description="Index of the other label with most votes.")
     p_upper: float | None = Field(description="Upper bound on the runner-up's probability.")
     radius: float = Field(description="The certified l2 radius, for pixels in [0, 1].")
     norms: Norms = Field(description="The same radius in the terms of other changes.")
