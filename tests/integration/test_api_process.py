@@ -64,7 +64,7 @@ class Voter:
         )
         self.open = asyncio.Event()
         self.committed = 0
-        self.stops_at = 0  # The number of commits at which `open` is cleared.
+        self.stops_at: int | None = None  # The number of commits at which `open` is cleared.
 
     def start(self) -> None:
         self._running = asyncio.create_task(self._run())
