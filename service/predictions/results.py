@@ -122,7 +122,7 @@ def _abstention(status: JobStatus, proven: Certificate) -> Abstention | None:
 
     def proves(more: tuple[int, ...]) -> bool:
         if job.mode is Mode.PREDICT:
-            with suppress(ValueError):  # So many rows that their noise alone spends alpha.
+            with suppress(ValueError):  # PREDICT refuses n whose noise alone spends alpha.
                 return not predict(more, job.alpha, total_variation=blur).abstained
             return False
         return bound_votes(label, more, job.sigma, job.alpha_shares, blur).radius > 0.0

@@ -332,7 +332,7 @@ async def test_a_dead_shard_ends_a_later_round(engine: Engine) -> None:
 
 
 async def test_a_lost_lease_is_counted_once_in_any_round(harness: Harness) -> None:
-    """A shard of a later round whose worker vanished is counted once, whoever commits first."""
+    """A later round's shard whose worker vanished counts once, whichever worker commits first."""
     engine, job = harness.engine, job_in_rounds("a")
     await engine.submit(job)
     stale = []

@@ -15,7 +15,7 @@ SHAPES = ((3, 32, 32), (3, 96, 96), (3, 224, 224), (1, 28, 20))
 
 
 def squared(levels: float, values: int) -> Fraction:
-    """Squared l2 norm, in the [0, 1] pixel scale, of a change by `levels` in so many values."""
+    """Squared l2 norm, in the [0, 1] pixel scale, of a change by `levels` in `values` values."""
     return (Fraction(levels) / 255) ** 2 * values
 
 
