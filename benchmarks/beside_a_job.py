@@ -30,7 +30,7 @@ from models.smoothing import best_device, named_runtime
 from service.cli.bench import SELECTION_ROWS, SIGMA, WAIT_SECONDS, Ask, driven, percentiles, post
 from service.config import Settings
 from service.jobs import Mode
-from service.predictions.schemas import DEFAULT_ROWS
+from service.predictions.question import DEFAULT_ROWS
 
 IMAGE = Path(__file__).parents[1] / "docs" / "ship.png"
 NAME = "made beside a benchmark"

@@ -13,7 +13,7 @@ from service.api.problems import KEYED, problem_responses
 from service.api.requests import read_batch
 from service.predictions.batches.schemas import BatchResponse, SignedManifest
 from service.predictions.batches.service import Batches
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 
 MOST_IMAGES = 1_000
 """Most images of one batch."""

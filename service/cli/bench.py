@@ -35,7 +35,7 @@ from service.api.app import create_app
 from service.cli.plain_loop import loaded, plain_loop
 from service.config import Settings
 from service.operations.server import DrainingServer
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from service.processes.embedded import Embedded, leave_if_hung
 

@@ -11,7 +11,7 @@ import typer
 
 from service.cli.console import read_settings, tell
 from service.cli.predict import Sigma
-from service.predictions.schemas import MOST_ROWS
+from service.predictions.question import MOST_ROWS
 
 bench = typer.Typer(help="Measure speed, or the cost of certificates.")
 

@@ -23,7 +23,8 @@ from service.cli.files import pictures, places, save
 from service.config import Settings
 from service.errors import InvalidImage, Problem
 from service.jobs import Mode
-from service.predictions.schemas import Method, PredictRequest, PredictResponse
+from service.predictions.question import Method, PredictRequest
+from service.predictions.schemas import PredictResponse
 from service.secrets import load_secret
 from service.validation import invalid_fields
 

@@ -18,7 +18,7 @@ from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
 from service.predictions.certificate import network, result_of, statement
 from service.predictions.document import CertificateDocument
 from service.predictions.images.reader import ImageLimits, decode
-from service.predictions.schemas import LARGEST_SIGMA, MOST_ROWS, SMALLEST_SIGMA
+from service.predictions.question import LARGEST_SIGMA, MOST_ROWS, SMALLEST_SIGMA
 from service.signing import (
     COMMITMENTS,
     canonical,
@@ -130,7 +130,8 @@ def check_statistics(document: CertificateDocument) -> str:
     for name, rows in (("n0", asked.n0), ("n", asked.n)):
         if not 1 <= rows <= MOST_ROWS:
             raise Refused(f"{name} = {rows}: must be 1 to {MOST_ROWS}")
-    if not SMALLEST_SIGMA <= asked.sigma <= LARGEST_SIGMA:
+    sigmas = asked.sigma if isinstance(asked.sigma, list) else [asked.sigma]
+    if not (sigmas and min(sigmas) >= SMALLEST_SIGMA and max(sigmas) <= LARGEST_SIGMA):
         raise Refused(f"sigma = {asked.sigma}: must be {SMALLEST_SIGMA} to {LARGEST_SIGMA}")
     for name, number, most in (
         ("labels", len(document.model.labels), LABELS[1]),
@@ -138,15 +139,17 @@ def check_statistics(document: CertificateDocument) -> str:
     ):
         if number > most:
             raise Refused(f"{name} has {number} entries: must be at most {most}")
+    passed = evidence.passed_counts or []
+    votes = (evidence.estimation_counts, *passed)
     drawn = {
-        "selection": (noise.selection, asked.n0),
-        "estimation": (noise.estimation, sum(evidence.estimation_counts.values())),
+        "selection": (noise.selection, asked.n0 * len(votes)),
+        "estimation": (noise.estimation, sum(sum(counts.values()) for counts in votes)),
     }
     for name, (stated, rows) in drawn.items():
         if stated != [0, rows]:
             raise Refused(f"{name} = {stated}: must be [0, {rows}], the rows that voted")
     shape = shape_of(document)
-    least = total_variation(shape, asked.sigma)
+    least = total_variation(shape, sigmas[0])
     if not math.isclose(evidence.total_variation, least, rel_tol=1e-12):
         raise Refused(f"total_variation = {evidence.total_variation}: must be {least}")
     proven = recompute(asked.model_dump(), evidence.model_dump(), len(document.model.labels))
@@ -167,24 +170,28 @@ def job_of(document: CertificateDocument, pixels: bytes, secret: bytes) -> Job:
         raise Refused(
             f"secret_commitment = {document.noise.secret_commitment}: this noise secret has {own}"
         )
+    asked = document.question
+    stages = tuple(asked.sigma) if isinstance(asked.sigma, list) else ()
+    looks = [asked.n * stage for stage in range(1, len(stages) + 1)] or asked.looks
     job = Job(
         id=document.id,
         task=document.model.task,
         task_digest=document.model.task_digest,
         bundle=document.model.bundle,
         mode=Mode.CERTIFY,
-        sigma=document.question.sigma,
-        alpha=document.question.alpha,
-        n0=document.question.n0,
-        n=document.question.n,
+        sigma=asked.sigma if isinstance(asked.sigma, float) else stages[0],
+        alpha=asked.alpha,
+        n0=asked.n0,
+        n=asked.n,
         classes=len(document.model.labels),
         shape=shape_of(document),
         pixels=pixels,
         key=b"",
         created=0.0,
-        method=document.question.method,
-        target_radius=document.question.target_radius,
-        looks=tuple(document.question.looks or ()),
+        method=asked.method,
+        target_radius=asked.target_radius,
+        looks=tuple(looks or ()),
+        stages=stages,
     )
     return replace(job, key=noise_key(secret, job))
 

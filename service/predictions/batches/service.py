@@ -30,7 +30,7 @@ from service.predictions.batches.store import Batch, BatchStore
 from service.predictions.certificate import rfc3339
 from service.predictions.checks import check_question
 from service.predictions.document import Issuer
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from service.signing import SigningKeys, canonical
 

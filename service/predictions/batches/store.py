@@ -23,7 +23,7 @@ from service.config import Settings
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import Backlog, NotFound, QuotaExceeded
 from service.jobs import State
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 
 MOST_OPEN = 20
 """Most batches that may be open at once; one key may have half."""

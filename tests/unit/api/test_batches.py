@@ -17,7 +17,7 @@ from models.certificates.alpha import family_share
 from service.api import batches as endpoints
 from service.errors import Backlog, JobLost, QuotaExceeded, TaskNotReady
 from service.predictions.batches import runner
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.signing import canonical, check_signature, signed_payload
 from tests.support.http import ANN, BOB
 from tests.support.serving import KEYS, PNG, Service, png, problem, serving
