@@ -49,7 +49,13 @@ def predict(
     ],
     task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
     mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
-    sigma: Sigma = 0.25,
+    sigma: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Noise strength in [0,1] pixel units; repeated, descending, for a cascade.",
+            show_default="0.25",
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(help="Chance at which a certificate may be wrong.", show_default="0.001"),
@@ -86,7 +92,10 @@ def predict(
     field.
     """
     settings = read_settings()
-    fields: dict[str, object] = {"task": task, "mode": mode, "sigma": sigma}
+    fields: dict[str, object] = {"task": task, "mode": mode}
+    several = tuple(sigma or ())
+    if several:
+        fields["sigma"] = several if len(several) > 1 else several[0]
     given = {"alpha": alpha, "target_radius": target_radius, "method": method, "n0": n0, "n": n}
     fields |= {name: value for name, value in given.items() if value is not None}
     try:
@@ -289,7 +298,8 @@ def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
             "" if answer.radius is None else f"{_floor(answer.radius, 3):.3f}",
             "" if norms is None else f"{_floor(norms.linf_gray_levels, 1):.1f}",
             "" if answer.p_lower is None else f"{_floor(answer.p_lower, 3):.3f}",
-            f"{votes} of {sum(vote.count for vote in answer.counts)}",
+            f"{votes} of {sum(vote.count for vote in answer.counts)}"
+            + (f" at sigma {answer.stages[-1].sigma:g}" if answer.stages else ""),
         )
     return table
 
