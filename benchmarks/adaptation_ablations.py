@@ -35,7 +35,7 @@ from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.classifier import CLASSIFIERS, Classifier
 from models.denoiser import DENOISERS, Denoiser
 from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
-from models.evaluation.tables import paired_bootstrap
+from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole
 from models.runtime import RUNTIMES, Runtime, Torch
 from models.zoo.registry import CLASSIFIER_SETS, DENOISER_SETS
