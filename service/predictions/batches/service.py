@@ -184,16 +184,21 @@ def _listed(line: bytes) -> ListedCertificate | None:
     return ListedCertificate(index=read["index"], id=document["id"], sha256=digest)
 
 
+def manifest_statement(family_alpha: float, alpha: float, m: int, certificates: int) -> str:
+    """The sentence that says what holds of a manifest's certificates (their number)."""
+    return (
+        f"With probability at least 1 - {canonical(family_alpha).decode()} over the noise, the "
+        f"statements of all {certificates} certificates hold together: each is one of {m} "
+        f"questions, of which each spends alpha {canonical(alpha).decode()}."
+    )
+
+
 def _manifest(batch: Batch, certificates: list[ListedCertificate]) -> ManifestDocument:
     family_alpha, alpha, m = batch.family_alpha, batch.fields["alpha"], len(batch.names)
     return ManifestDocument(
         type=TYPE,
         batch=batch.id,
-        statement=(
-            f"With probability at least 1 - {canonical(family_alpha).decode()} over the noise, the "
-            f"statements of all {len(certificates)} certificates hold together: each is one of "
-            f"{m} questions, of which each spends alpha {canonical(alpha).decode()}."
-        ),
+        statement=manifest_statement(family_alpha, alpha, m, len(certificates)),
         family_alpha=family_alpha,
         alpha=alpha,
         m=m,
