@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from models.certificates.limits import MOST_ROWS
 from service.cli.console import read_settings, tell
 from service.cli.predict import Sigma
-from service.predictions.question import MOST_ROWS
 
 bench = typer.Typer(help="Measure speed, or the cost of certificates.")
 

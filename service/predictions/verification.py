@@ -13,12 +13,13 @@ from pydantic import BaseModel, ValidationError
 from models.adaptation.limits import LABELS
 from models.bundle import ADAPTER, TUNED, Bundle, served_digest
 from models.certificates.evidence import TOLERANCE, recompute, total_variation
+from models.certificates.limits import MOST_ROWS
 from service.errors import Problem
 from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
 from service.predictions.certificate import network, result_of, statement
 from service.predictions.document import CertificateDocument
 from service.predictions.images.reader import ImageLimits, decode
-from service.predictions.question import LARGEST_SIGMA, MOST_ROWS, SMALLEST_SIGMA
+from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
 from service.signing import (
     COMMITMENTS,
     Signed,

@@ -72,3 +72,8 @@ def test_network_libraries_are_imported_by_their_loaders() -> None:
     """What serves networks imports torch, and no library before a network needs it."""
     libraries = ("diffusers", "transformers", "open_clip", "timm", "torchvision", "openvino")
     assert imported(TORCH_ALONE, libraries) == ""
+
+
+def test_the_command_line_starts_without_numerical_libraries() -> None:
+    """They would take most of the half second in which `vouchsafe --help` answers."""
+    assert imported(("service.cli.main",), ("numpy", "scipy", "torch")) == ""
