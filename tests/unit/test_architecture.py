@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 TORCH_FREE = (
+    "service.client",
     "models.certificates.rules",
     "models.certificates.anytime",
     "models.certificates.cascade",
