@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.certificates.rules import certify
-from models.denoiser import NoDenoiser
+from models.denoisers.base import NoDenoiser
 from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
 from models.evaluation.tables import (
     accuracy,
