@@ -34,7 +34,7 @@ from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
-from models.classifier import Classifier
+from models.classifiers.base import Classifier
 from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
 from models.evaluation.scores import EPSILONS, paired_bootstrap
 from models.evaluation.tables import (

@@ -32,8 +32,10 @@ from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.references import References, read_references
 from models.adaptation.synthesize import Cascade, encode, synthesize
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
-from models.classifier import CLASSIFIERS, Classifier
-from models.denoiser import DENOISERS, Denoiser
+from models.classifiers.base import Classifier
+from models.classifiers.registry import CLASSIFIERS
+from models.denoisers.base import Denoiser
+from models.denoisers.registry import DENOISERS
 from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
 from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole

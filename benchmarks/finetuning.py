@@ -25,8 +25,8 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from benchmarks.adaptation_ablations import Bench, Way
-from models.classifier import Classifier
-from models.denoiser import Denoiser
+from models.classifiers.base import Classifier
+from models.denoisers.base import Denoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole

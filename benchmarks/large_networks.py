@@ -16,8 +16,9 @@ from open_clip.model import set_model_preprocess_cfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.classifier import OpenClipClassifier
-from models.denoiser import PROMPT_TOKENS, SuperResolutionDenoiser
+from models.classifiers.open_clip import OpenClipClassifier
+from models.denoisers.prompts import PROMPT_TOKENS
+from models.denoisers.super_resolution import SuperResolutionDenoiser
 from models.nano.architectures import if_scheduler
 from models.rows import Rows
 from models.runtime import Network, Runtime, RuntimeUnavailable, Torch, numerics_of

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from service.jobs import Mode
-from service.predictions.schemas import DEFAULT_ROWS, DEFAULT_SELECTION_ROWS
+from service.predictions.question import DEFAULT_ROWS, DEFAULT_SELECTION_ROWS
 
 IMAGE = (Path(__file__).parents[1] / "docs" / "ship.png").read_bytes()
 ROWS: dict[Mode, int] = {

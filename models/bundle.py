@@ -8,19 +8,22 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from models.files import PACKAGE, base_folder, flush, sha256_of, verified_copies, verify
+from models.base_network import MODELS as MODELS
+from models.base_network import Base as Base
+from models.files import PACKAGE, flush, sha256_of, verified_copies, verify
 from models.files import BundleError as BundleError
+from models.kinds import BUNDLE_FILES, SAFETENSORS, classifier_kinds, denoiser_kinds, libraries
+from models.kinds import PROMPT_STATES as PROMPT_STATES
+from models.rows import Numerics
 
 SCHEMA = 2
-PROMPT_STATES = "prompt_states.safetensors"
-"""A bundle's file that holds the prompt's states (77,D) as `states`."""
 ADAPTER = "adapter.safetensors"
 """A personalized bundle's file with the adapter of the denoiser's attention (LoRA)."""
 TUNED = "classifier.safetensors"
@@ -30,77 +33,8 @@ WRITERS = ".lock"
 
 A process that holds it alone may remove the half-written bundles: their writers are dead.
 """
-SAFETENSORS = ".safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MODELS = PACKAGE
-DENOISER_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATES,), "none": ()}
-"""Every kind of denoiser that a bundle may name, with the files that the kind needs."""
-CLASSIFIER_KINDS = ("open-clip", "timm")
-"""Every kind of classifier that a bundle may name."""
-DEFAULT_TASK = MODELS / "nano" / "task"
+DEFAULT_TASK = PACKAGE / "nano" / "task"
 """The bundle that ships with the project: CIFAR-10's ten labels on the nano set."""
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A network that bundles build on: the adapter's `kind`, its folder, and the hash of each file.
-
-    `folder` is absolute, or relative to this package for the sets that ship with it; `files` maps
-    names within, weights and configurations alike, to SHA-256 (hex). `none` needs neither.
-    """
-
-    kind: str
-    folder: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        folder: str,
-        patterns: Sequence[str],
-        sha256: Callable[[Path], str] | None = None,
-    ) -> Base:
-        """A base network as it is on disk: every file that a glob pattern of `patterns` matches."""
-        root, sha256 = MODELS / folder, sha256 or sha256_of
-        found = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-        names = {path.relative_to(root).as_posix(): sha256(path) for path in sorted(found)}
-        return cls(kind, folder, names)
-
-    def verified(self, models_dir: Path | None = None) -> Path:
-        """The folder of the network, once its files have the hashes that the bundle states.
-
-        `models_dir` is the folder of fetched networks. Raises BundleError for a folder outside
-        `models_dir` and this package, a missing or changed file, and weights beside the listed
-        ones.
-        """
-        folder = base_folder(self.folder, models_dir)
-        self._check_listed(folder)
-        for name, sha256 in self.files.items():
-            verify(folder, name, sha256)
-        for beside in sorted({(folder / name).parent for name in self.files}):
-            for path in sorted([*beside.glob(f"*{SAFETENSORS}"), *beside.glob("*.index*.json")]):
-                if path.relative_to(folder).as_posix() not in self.files:
-                    raise BundleError(f"{path}: is not of the base network; remove it")
-        pickles = [path.name for path in folder.rglob("*") if path.suffix in PICKLES]
-        if self.folder and pickles:
-            raise BundleError(f"{folder}: holds pickled files; remove {', '.join(sorted(pickles))}")
-        return folder
-
-    @contextmanager
-    def opened(self, models_dir: Path | None = None) -> Iterator[Path]:
-        """A folder with verified copies of the network's files, and no other file.
-
-        Raises BundleError as `verified` does.
-        """
-        folder = base_folder(self.folder, models_dir)
-        self._check_listed(folder)
-        with verified_copies(folder, self.files) as copies:
-            yield copies
-
-    def _check_listed(self, folder: Path) -> None:
-        if self.kind != "none" and not any(name.endswith(SAFETENSORS) for name in self.files):
-            raise BundleError(f"{folder}: no safetensors file is listed for the base network")
 
 
 @dataclass(frozen=True)
@@ -165,6 +99,14 @@ class Bundle:
         hashed = self.manifest
         del hashed["name"], hashed["figures"]
         return _digest(hashed)
+
+    def numerics(self, of_machine: Numerics) -> Numerics:
+        """A machine's numerics for this bundle: its runtime names the packages used beside torch.
+
+        These are onnxruntime, and the packages that add this bundle's kinds of networks.
+        """
+        used = libraries(self.denoiser.kind, self.classifier.kind)
+        return replace(of_machine, runtime=", ".join([of_machine.runtime, *used]))
 
     def served_digest(self, numerics: Mapping[str, Any]) -> str:
         """SHA-256 (hex) of the bundle together with the numerics of a worker that computes it."""
@@ -259,15 +201,12 @@ def _check_types(manifest: Path, described: Mapping[str, Any]) -> None:
 
 
 def _check_kinds(manifest: Path, bundle: Bundle) -> None:
-    if bundle.denoiser.kind not in DENOISER_FILES:
-        known = ", ".join(DENOISER_FILES)
-        raise BundleError(f"{manifest}: the denoiser is {bundle.denoiser.kind!r}, not of {known}")
-    if bundle.classifier.kind not in CLASSIFIER_KINDS:
-        known = ", ".join(CLASSIFIER_KINDS)
-        raise BundleError(
-            f"{manifest}: the classifier is {bundle.classifier.kind!r}, not of {known}"
-        )
-    for name in DENOISER_FILES[bundle.denoiser.kind]:
+    known = denoiser_kinds(), classifier_kinds()
+    for network, kinds in zip(("denoiser", "classifier"), known, strict=True):
+        kind = getattr(bundle, network).kind
+        if kind not in kinds:
+            raise BundleError(f"{manifest}: the {network} is {kind!r}, not of {', '.join(kinds)}")
+    for name in BUNDLE_FILES.get(bundle.denoiser.kind, ()):
         if name not in bundle.files:
             raise BundleError(f"{manifest}: the denoiser needs {name}, which is not listed")
 

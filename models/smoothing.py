@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, Bundle, BundleError
-from models.classifier import CLASSIFIERS, Classifier
-from models.denoiser import DENOISERS, Denoiser
+from models.classifiers.base import Classifier
+from models.classifiers.registry import classifier_loader
+from models.denoisers.base import Denoiser
+from models.denoisers.registry import denoiser_loader
 from models.noise import discrete_gaussian
 from models.rows import Numerics, Rows
 from models.runtime import (
@@ -261,7 +263,7 @@ def load(
     weights = runtime.weights_dtype(device, dtype)
     with _one_thread(), bundle.opened() as own, ExitStack() as bases:
         states = load_file(own / PROMPT_STATES)["states"] if PROMPT_STATES in bundle.files else None
-        denoiser = DENOISERS[bundle.denoiser.kind](
+        denoiser = denoiser_loader(bundle.denoiser.kind)(
             bases.enter_context(bundle.denoiser.opened(models_dir)),
             states,
             bundle.k,
@@ -270,7 +272,7 @@ def load(
             runtime,
             own / ADAPTER if ADAPTER in bundle.files else None,
         )
-        classifier = CLASSIFIERS[bundle.classifier.kind](
+        classifier = classifier_loader(bundle.classifier.kind)(
             bases.enter_context(bundle.classifier.opened(models_dir)),
             bundle.words,
             bundle.template,
@@ -279,6 +281,7 @@ def load(
             runtime,
             own / TUNED if TUNED in bundle.files else None,
         )
+    chosen = bundle.numerics(chosen)
     digest = bundle.served_digest(chosen.described())
     return SmoothedModel(denoiser, classifier, chosen, device, digest, cpu_threads)
 

@@ -9,10 +9,10 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from itertools import chain, count, pairwise
+from itertools import chain, count, pairwise, zip_longest
 from typing import Any
 
-from models.certificates.alpha import alpha_shares
+from models.certificates.alpha import alpha_shares, stage_shares
 
 NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 """Part of every noise key: another way to draw or key rows gives other rows."""
@@ -86,6 +86,8 @@ class Job:
     - `target_radius`: the radius that suffices the caller, in l2 on [0,1] pixels.
     - `looks`: the look schedule, in estimation rows drawn so far, ascending, the last equal to n.
       Each look ends a round. Empty where all rows are drawn before the only look.
+    - `stages`: the sigmas of a cascade, descending; `sigma` is the first. `n0` and `n` are then the
+      rows of each stage. Rows are numbered on from stage to stage, and a look ends each of them.
 
     Raises ValueError for looks that are no such schedule.
     """
@@ -113,25 +115,31 @@ class Job:
     method: str = ""
     target_radius: float | None = None
     looks: tuple[int, ...] = ()
+    stages: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.method:
             method = "binomial" if self.mode is Mode.PREDICT else "cohen"
             object.__setattr__(self, "method", method)
-        schedule = (0, *self.looks)
-        if self.looks and (schedule[-1] != self.n or any(a >= b for a, b in pairwise(schedule))):
-            raise ValueError(
-                f"looks is {self.looks}; it must ascend from 1 or more to n = {self.n}"
-            )
+        schedule, n = (0, *self.looks), self.n * len(self.sigmas)
+        if self.looks and (schedule[-1] != n or any(a >= b for a, b in pairwise(schedule))):
+            raise ValueError(f"looks is {self.looks}; it must ascend from 1 or more to n = {n}")
 
     @property
     def rows(self) -> int:
-        """Noise rows of the whole job: n0 + n, or n in predict mode (n0 is 0 there)."""
-        return self.n0 + self.n
+        """Most noise rows: n0 + n a stage, or n in predict mode (n0 is 0 there)."""
+        return (self.n0 + self.n) * len(self.sigmas)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise strength of each stage; only a cascade has several."""
+        return self.stages or (self.sigma,)
 
     @property
     def alpha_shares(self) -> dict[str, float]:
         """The parts of alpha by what they are spent on; one part in predict mode."""
+        if self.stages:
+            return stage_shares(self.alpha, len(self.stages))
         if self.mode is Mode.PREDICT:
             return {"label": self.alpha}
         return alpha_shares(self.method, self.alpha, self.target_radius is not None)
@@ -148,7 +156,8 @@ class Job:
     def rounds(self, most_rows: int) -> tuple[tuple[Shard, ...], ...]:
         """The shards of each round; a single round without looks.
 
-        The first round has the selection rows too. Indices count on from round to round.
+        The first round has the selection rows too, or every round of a cascade those of its stage.
+        Indices count on from round to round.
         """
         indices = count()
 
@@ -156,14 +165,21 @@ class Job:
             starts = range(start, stop, most_rows)
             return [Shard(next(indices), domain, at, min(at + most_rows, stop)) for at in starts]
 
-        selection = cut(Domain.SELECTION, 0, self.n0)
-        ends = pairwise((0, *(self.looks or (self.n,))))
-        first, *later = [cut(Domain.ESTIMATION, *span) for span in ends]
-        return ((*selection, *first), *map(tuple, later))
+        selection = pairwise(self.n0 * stage for stage in range(len(self.sigmas) + 1))
+        estimation = pairwise((0, *(self.looks or (self.n,))))
+        return tuple(
+            (*cut(Domain.SELECTION, *chosen), *cut(Domain.ESTIMATION, *bounded))
+            for chosen, bounded in zip_longest(selection, estimation, fillvalue=(0, 0))
+        )
 
-    def domain_key(self, domain: Domain) -> bytes:
-        """Noise key (32 bytes) of one domain of rows."""
-        return hmac.digest(self.key, domain.encode(), "sha256")
+    def stage_of(self, shard: Shard) -> int:
+        """The index of the stage whose rows the shard has; 0 unless the job is a cascade."""
+        return shard.start // (self.n0 if shard.domain is Domain.SELECTION else self.n)
+
+    def domain_key(self, domain: Domain, stage: int = 0) -> bytes:
+        """Noise key (32 bytes) of one domain of rows, at one stage."""
+        name = f"{domain}-{stage + 1}" if stage else domain
+        return hmac.digest(self.key, name.encode(), "sha256")
 
     def encode(self) -> bytes:
         """UTF-8 JSON without the pixels, which travel apart; the key is in base64."""
@@ -182,6 +198,7 @@ class Job:
             "mode": Mode,
             "shape": tuple,
             "looks": tuple,
+            "stages": tuple,
         }
         fields = json.loads(encoded)
         for name in readers.keys() & fields.keys():
@@ -194,7 +211,8 @@ class JobStatus:
     """A job's state and votes.
 
     - `selection`, `estimation`: votes by class (K,), of `rows_done` rows together. After
-      `Engine.finish` at an earlier look, `estimation` has the votes at that look.
+      `Engine.finish` at an earlier look, `estimation` has the votes at that look. The `selection`
+      of a cascade has the current stage's votes alone.
     - `looks`: estimation votes (K,) at each look before that of `estimation`, in order.
     - `due`: a round is complete, so the job waits for `Engine.extend` or `Engine.finish`.
     - `started`, `finished`: Unix seconds.
@@ -211,6 +229,15 @@ class JobStatus:
     problem: dict[str, Any] | None = None
     looks: tuple[tuple[int, ...], ...] = ()
     due: bool = False
+
+    @property
+    def votes_by_stage(self) -> tuple[tuple[int, ...], ...]:
+        """The estimation votes (K,) of each stage of a cascade that has begun."""
+        looks = ((0,) * self.job.classes, *self.looks, self.estimation)
+        return tuple(
+            tuple(later - earlier for earlier, later in zip(*votes, strict=True))
+            for votes in pairwise(looks)
+        )
 
 
 def canonical_json(value: object) -> bytes:
@@ -230,7 +257,7 @@ def question(job: Job) -> dict[str, Any]:
         "bundle": job.bundle,
         "mode": job.mode.value,
         "method": job.method,
-        "sigma": float(job.sigma),
+        "sigma": list(job.stages) or float(job.sigma),
         "alpha": float(job.alpha),
         "alpha_shares": job.alpha_shares,
         "n0": job.n0,

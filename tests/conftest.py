@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,30 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = _longest_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     if config.getoption("--long"):
         return
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="a long form: make test-long runs it"))
+
+
+def _longest_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """The tests, so that each process begins with its share of the end-to-end files.
+
+    These wait for long. pytest-xdist cuts the list into as many equal parts as processes.
+    """
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    long = [tests for path, tests in by_file.items() if "e2e" in path.parts]
+    short = iter(item for item in items if "e2e" not in item.path.parts)
+    ordered: list[pytest.Item] = []
+    for process in range(processes):
+        begins = [item for tests in long[process::processes] for item in tests]
+        size = (len(items) - len(ordered)) // (processes - process)
+        ordered += [*begins, *islice(short, max(0, size - len(begins)))]
+    return [*ordered, *short]
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 TOLERANCE = 1e-8
+SIDES = ("label", "others")
 quantile = NormalDist().inv_cdf
 
 PATTERNS = {
@@ -30,7 +31,7 @@ PATTERNS = {
     "id": "[A-Za-z0-9_-]{22}",
     "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z",
 }
-FORM = {  # The fields of each object: NAME=KIND (see is_a), or an object of its own line.
+FORM = {  # The fields of each object: NAME=KIND (see is_a; ~ may be absent), or another object.
     "": "type=text id=id statement=text subject model question noise evidence result service",
     "subject": "array_sha256=hash shape=[int] file_sha256=hash preprocessing",
     "preprocessing": "resize=text crop=text resolution=int color=text",
@@ -38,13 +39,13 @@ FORM = {  # The fields of each object: NAME=KIND (see is_a), or an object of its
     "classifier tuned=hash? numerics=object",
     "denoiser": "kind=text files={hash}",
     "classifier": "kind=text files={hash}",
-    "question": "sigma=number alpha=number alpha_shares={number} n0=int n=int "
+    "question": "sigma=number|[number] alpha=number alpha_shares={number} n0=int n=int "
     "target_radius=number? method=text looks=[int]?",
     "noise": "format=text secret_commitment=hash selection=[int] estimation=[int]",
-    "evidence": "selection_counts={int} estimation_counts={int} looks=[[int]] "
-    "total_variation=number",
+    "evidence": "selection_counts={int} estimation_counts={int} passed_counts=[{int}]~ "
+    "looks=[[int]] total_variation=number",
     "result": "label=text label_index=int p_lower=number runner_up=int? p_upper=number? "
-    "radius=number norms",
+    "radius=number stages=[object]~ norms",
     "norms": "l2_gray_levels=number linf_gray_levels=number brightness_gray_levels=number "
     "patch_gray_levels={number}",
     "service": "version=text issued_at=time",
@@ -86,6 +87,8 @@ def canonical(value: Any) -> str:
 
 def is_a(kind: str, value: Any) -> bool:
     """Whether the value is of the kind: [K] is a list, {K} an object of such values, K? or null."""
+    if "|" in kind:
+        return any(is_a(each, value) for each in kind.split("|"))
     if kind.endswith("?"):
         return value is None or is_a(kind[:-1], value)
     if kind[0] == "{":
@@ -101,9 +104,11 @@ def is_a(kind: str, value: Any) -> bool:
 def check_form(value: Any, section: str = "") -> None:
     """Refuse an object with unknown or missing fields, or fields of another kind."""
     fields = dict(field.partition("=")[::2] for field in FORM[section].split())
-    need(isinstance(value, dict) and value.keys() == fields.keys(), f"{section} has other fields")
-    for name, kind in fields.items():
-        if kind:
+    absent = {name for name, kind in fields.items() if kind.endswith("~") and name not in value}
+    same = isinstance(value, dict) and value.keys() == fields.keys() - absent
+    need(same, f"{section} has other fields")
+    for name in value:
+        if kind := fields[name].rstrip("~"):
             need(is_a(kind, value[name]), f"{name} is not of the form {kind}")
         else:
             check_form(value[name], name)
@@ -175,28 +180,42 @@ def anytime(k: int, n: int, level: float) -> float:
     return last(lambda p: log_e(p) > -log(level), k / n) if k else 0.0
 
 
-def votes_of(document: dict[str, Any], name: str, rows: int) -> list[int]:
-    """The votes by label index; they must be those of the rows that were drawn."""
-    counts, classes = document["evidence"][f"{name}_counts"], len(document["model"]["labels"])
+def dense(name: str, counts: dict[str, int], classes: int, rows: int) -> list[int]:
+    """The votes by label index, which must be those of so many rows."""
     need(counts.keys() <= {*map(str, range(classes))}, f"{name}_counts has no index below K")
     need(min(counts.values(), default=1) >= 1, f"{name}_counts holds a number below 1")
     need(sum(counts.values()) == rows, f"{name}_counts do not sum to {rows}")
-    need(document["noise"][name] == [0, rows], f"noise.{name} is not [0, {rows}]")
     return [counts.get(str(index), 0) for index in range(classes)]
+
+
+def votes_of(document: dict[str, Any], name: str, rows: int, stages: int = 1) -> list[int]:
+    """The votes of the last stage; they must be those of the rows that were drawn."""
+    drawn = [0, rows * stages]
+    need(document["noise"][name] == drawn, f"noise.{name} is not {drawn}")
+    counts = document["evidence"][f"{name}_counts"]
+    return dense(name, counts, len(document["model"]["labels"]), rows)
 
 
 def check_question(question: dict[str, Any]) -> None:
     """Refuse numbers out of range, and any other division of alpha than the method's."""
-    need(0.02 <= question["sigma"] <= 4, "sigma is not 0.02 to 4")
+    is_cascade = question["method"] == "cascade"
+    sigmas = question["sigma"] if is_cascade else [question["sigma"]]
+    need(is_a("[number]", sigmas), "the method has another number of sigma")
+    need(0.02 <= min(sigmas, default=0) <= max(sigmas) <= 4, "sigma is not 0.02 to 4")
     need(all(1 <= question[name] <= 100_000 for name in ("n0", "n")), "n0 or n is not 1 to 100,000")
     method, alpha, shares = question["method"], question["alpha"], question["alpha_shares"]
     need(1e-100 <= alpha <= 0.5, "alpha is not 1e-100 to 0.5")
-    need(method in ("cohen", "two-sided", "anytime"), "the method is another one")
+    need(method in ("cohen", "two-sided", "anytime", "cascade"), "the method is another one")
     target = question["target_radius"] is not None
     spent = {"looks": alpha * (0.2 if target else 0.1)} if method == "anytime" else {}
-    if method != "cohen":
+    if is_cascade:
+        need(2 <= len(sigmas) <= 4 and sigmas == sorted({*sigmas})[::-1], "sigma does not descend")
+        sides = (f"stage_{i + 1}_{side}" for i in range(len(sigmas)) for side in SIDES)
+        spent = dict.fromkeys(sides, alpha / (2 * len(sigmas)))
+    elif method != "cohen":
         spent["runner_up"] = 0.1 * (alpha - sum(spent.values()))
-    spent["label"] = alpha - sum(spent.values())
+    if not is_cascade:
+        spent["label"] = alpha - sum(spent.values())
     same = spent.keys() == shares.keys() and sum(shares.values()) <= alpha * (1 + 1e-15)
     same = same and all(abs(shares[name] - spent[name]) <= 1e-12 * alpha for name in spent)
     need(same, "alpha is divided otherwise")
@@ -217,6 +236,9 @@ def check_looks(looks: list[list[int]], label: int, votes: list[int]) -> None:
 
 def prove(document: dict[str, Any], tv: float) -> dict[str, Any]:
     """The result that question and evidence prove, without norms."""
+    if document["question"]["method"] == "cascade":
+        return prove_cascade(document, tv)
+    need("passed_counts" not in document["evidence"], "the method has no passed stages")
     question, shares = document["question"], document["question"]["alpha_shares"]
     n, sigma, early = question["n"], question["sigma"], question["method"] == "anytime"
     looks = document["evidence"]["looks"]
@@ -259,6 +281,55 @@ def prove(document: dict[str, Any], tv: float) -> dict[str, Any]:
     }
 
 
+def prove_cascade(document: dict[str, Any], tv: float) -> dict[str, Any]:
+    """The result of a cascade: the last stage's label, within the least of the stages' radii."""
+    question, evidence = document["question"], document["evidence"]
+    sigmas, n, level = question["sigma"], question["n"], question["alpha_shares"]["stage_1_label"]
+    need(question["looks"] is None and not evidence["looks"], "the method has no looks")
+    passed, labels = evidence["passed_counts"], document["model"]["labels"]
+    number = len(passed) + 1
+    need(number <= len(sigmas), "more stages were read than there are")
+    selection = votes_of(document, "selection", question["n0"], number)
+    votes = votes_of(document, "estimation", n, number)
+    label = selection.index(max(selection))
+
+    def at_most(count: int) -> float:
+        return 1 - clopper_pearson(n - count, n, level) + tv
+
+    stages = []
+    for sigma, counts in zip(sigmas, passed, strict=False):
+        earlier = dense("passed", counts, len(labels), n)
+        need(at_most(max(earlier)) <= 0.5 + TOLERANCE, "a stage was not passed")
+        p_upper = at_most(max(earlier[:label] + earlier[label + 1 :]))
+        radius = max(0.0, -sigma * quantile(p_upper))
+        stages.append({"sigma": sigma, "p_lower": None, "p_upper": p_upper, "radius": radius})
+    need(number == len(sigmas) or at_most(max(votes)) > 0.5 - TOLERANCE, "the last was passed")
+    p_lower = clopper_pearson(votes[label], n, level) - tv
+    radius = sigmas[number - 1] * quantile(p_lower) if p_lower > 0.5 else 0.0
+    last = {"sigma": sigmas[number - 1], "p_lower": p_lower, "p_upper": None, "radius": radius}
+    stages.append(last)
+    least = min(stage["radius"] for stage in stages)
+    need(least > 0, "the votes prove no radius")
+    found = {"label": labels[label], "label_index": label, "p_lower": p_lower, "runner_up": None}
+    return found | {"p_upper": None, "radius": least, "stages": stages}
+
+
+def check_same(name: str, claimed: Any, proven: Any) -> None:
+    """Refuse another value than the proven one, numbers but for TOLERANCE."""
+    if isinstance(proven, dict) and isinstance(claimed, dict):
+        need(claimed.keys() == proven.keys(), f"{name} has other fields")
+        for key, value in proven.items():
+            check_same(key, claimed[key], value)
+    elif isinstance(proven, list) and isinstance(claimed, list):
+        need(len(claimed) == len(proven), f"{name} has another length")
+        for one, value in zip(claimed, proven, strict=True):
+            check_same(name, one, value)
+    else:
+        close = is_a("number", claimed) and isinstance(proven, float)
+        close = close and abs(claimed - proven) <= TOLERANCE * max(1, abs(proven))
+        need(close or claimed == proven, f"{name} = {claimed}: proven is {proven}")
+
+
 def check(document: dict[str, Any]) -> None:
     """Refuse what does not follow from question and evidence."""
     question, result, subject = document["question"], document["result"], document["subject"]
@@ -269,29 +340,27 @@ def check(document: dict[str, Any]) -> None:
     need(subject["shape"] == [3, side, side] and 1 <= side <= 4096, "shape is not [3, R, R]")
     check_question(question)
     values = 3 * side * side
-    tv = values * (5000 * question["sigma"] + 10) * 2.0**-62
+    sigmas = question["sigma"] if isinstance(question["sigma"], list) else [question["sigma"]]
+    tv = values * (5000 * sigmas[0] + 10) * 2.0**-62
     stated = document["evidence"]["total_variation"]
     need(abs(stated - tv) <= 1e-12 * tv, "total_variation is another one")
     found = prove(document, tv)
     levels = 255 * found["radius"]
-    found["l2_gray_levels"] = levels
-    found["linf_gray_levels"] = found["brightness_gray_levels"] = levels / sqrt(values)
-    patches = result["norms"]["patch_gray_levels"]
     widths = [2**power for power in range(side.bit_length())]
-    need(patches.keys() == {*map(str, widths)}, "patch_gray_levels has other widths")
-    found |= {str(width): levels / (width * sqrt(3)) for width in widths}
-    stated_numbers = {**result, **result["norms"], **patches}
-    for name, proven in found.items():
-        claimed = stated_numbers[name]
-        close = is_a("number", claimed) and isinstance(proven, float)
-        close = close and abs(claimed - proven) <= TOLERANCE * max(1, abs(proven))
-        need(close or claimed == proven, f"{name} = {claimed}: proven is {proven}")
-    asked = (question["sigma"], question["alpha"], result["label"], result["radius"])
-    sigma, alpha, label, radius = map(canonical, asked)
+    found["norms"] = {
+        "l2_gray_levels": levels,
+        "linf_gray_levels": levels / sqrt(values),
+        "brightness_gray_levels": levels / sqrt(values),
+        "patch_gray_levels": {str(width): levels / (width * sqrt(3)) for width in widths},
+    }
+    check_same("result", result, found)
+    alpha, label, radius = map(canonical, (question["alpha"], result["label"], result["radius"]))
+    what = "the classifier" if len(sigmas) == 1 else "the cascade of classifiers"
     meant = (
-        f"With probability at least 1 - {alpha} over the noise, the classifier smoothed with sigma "
-        f"{sigma} gives the label {label} to every image at an l2 distance below {radius} from the "
-        "subject, for pixels in [0, 1]; the label is stable, not proven correct."
+        f"With probability at least 1 - {alpha} over the noise, {what} smoothed with sigma "
+        f"{', '.join(map(canonical, sigmas))} gives the label {label} to every "
+        f"image at an l2 distance below {radius} from the subject, for pixels in [0, 1]; the label "
+        "is stable, not proven correct."
     )
     need(document["statement"] == meant, "the statement is another one")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.adaptation.references import References
 from models.bundle import TUNED
-from models.classifier import Preprocess, read_open_clip, read_timm
-from models.denoiser import Denoiser
+from models.classifiers import open_clip, timm
+from models.denoisers.base import Denoiser
 from models.files import written_whole
 from models.training import OnStep, Profile, fit, unheard
 
@@ -56,10 +56,10 @@ class _Clip:
     def __init__(
         self, folder: Path, labels: Sequence[str], template: str, device: torch.device
     ) -> None:
-        self._clip, tokenizer = read_open_clip(folder, device)
+        self._clip, tokenizer = open_clip.read_open_clip(folder, device)
         self._clip.logit_scale.requires_grad_(False)
         self._words = tokenizer([template.format(label) for label in labels]).to(device)
-        self._preprocess = Preprocess.of_open_clip(self._clip, torch.float32)
+        self._preprocess = open_clip.preprocess_of(self._clip, torch.float32)
         self.network: nn.Module = self._clip
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class _Timm:
     def __init__(
         self, folder: Path, labels: Sequence[str], template: str, device: torch.device
     ) -> None:
-        self.network = read_timm(folder, labels).to(device)
-        self._preprocess = Preprocess.of_timm(self.network)
+        self.network = timm.read_timm(folder).to(device)
+        self._preprocess = timm.preprocess_of(self.network)
 
     def __call__(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(self._preprocess(x)).float()

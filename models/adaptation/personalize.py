@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.adaptation.references import References
 from models.bundle import ADAPTER
-from models.denoiser import NOISE_LEVELS, read_unet
+from models.denoisers.super_resolution import NOISE_LEVELS, read_unet
 from models.files import written_whole
 from models.training import OnStep, Profile, fit, forget_after, unheard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.adaptation.limits import check_prompt
 from models.adaptation.plan import Plan
 from models.bundle import MODELS
-from models.classifier import open_clip_tokens
+from models.classifiers.open_clip import open_clip_tokens
 from models.zoo.registry import ClassifierSet
 
 

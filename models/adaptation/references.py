@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from models.adaptation.plan import MEASURED_ON, Plan
-from models.classifier import Classifier
-from models.denoiser import Denoiser
+from models.classifiers.base import Classifier
+from models.denoisers.base import Denoiser
 
 EVALUATED_ROWS = 256
 EVALUATED_SIGMAS = (0.25, 0.5)

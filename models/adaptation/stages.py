@@ -41,8 +41,11 @@ from models.bundle import (
     read_bundle,
     write_bundle,
 )
-from models.classifier import CLASSIFIERS, Classifier
-from models.denoiser import DENOISERS, Denoiser, clean_prompts
+from models.classifiers.base import Classifier
+from models.classifiers.registry import classifier_loader
+from models.denoisers.base import Denoiser
+from models.denoisers.prompts import clean_prompts
+from models.denoisers.super_resolution import load_super_resolution
 from models.files import KnownHashes, written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch, name_of_dtype
@@ -177,7 +180,7 @@ class Job:
         return read_references(self._plan, folder, self._set.resolution)
 
     def _classifier(self, tuned: Path | None) -> Classifier:
-        return CLASSIFIERS[self._head.kind](
+        return classifier_loader(self._head.kind)(
             MODELS / self._head.folder,
             self._plan.words,
             self._plan.template,
@@ -188,7 +191,7 @@ class Job:
         )
 
     def _denoiser(self, states: dict[str, Tensor], adapter: Path | None) -> Denoiser:
-        return DENOISERS["super-resolution"](
+        return load_super_resolution(
             self._set.folders[1],
             states["personalized" if adapter else "blank"],
             self._set.k,

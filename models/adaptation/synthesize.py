@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models.adaptation.plan import Plan, write_json
 from models.adaptation.references import name_of_image
-from models.denoiser import encode_prompts, fitting_prompts, read_unet
+from models.denoisers.prompts import encode_prompts, fitting_prompts
+from models.denoisers.super_resolution import read_unet
 from models.files import written_whole
 from models.memory import bytes_of, check_room, let_go
 from models.zoo.inventory import hold

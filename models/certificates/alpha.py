@@ -49,6 +49,24 @@ def alpha_shares(method: str, alpha: float, with_target: bool = False) -> dict[s
     return {"label": label, **shares}
 
 
+def stage_shares(alpha: float, stages: int) -> dict[str, float]:
+    """The parts of alpha in a cascade, whose `stages` have two sides each: all equal.
+
+    They sum to at most alpha. Raises ValueError for an alpha outside [ALPHA_MIN, ALPHA_MAX], and
+    for a share below ALPHA_MIN.
+    """
+    check_alpha(alpha)
+    share = math.nextafter(alpha / (2 * stages), 0.0)
+    if share < ALPHA_MIN:
+        raise ValueError(
+            f"alpha = {alpha}: the share of a stage's side is {share:.3g}, "
+            f"which must be at least {ALPHA_MIN}"
+        )
+    return {
+        f"stage_{i}_{side}": share for i in range(1, stages + 1) for side in ("label", "others")
+    }
+
+
 def family_share(family_alpha: float, m: int) -> float:
     """The alpha of each of m statements: the largest whose m-fold is at most `family_alpha`.
 

@@ -7,12 +7,11 @@ several sigma" would certify only the classifier of that sigma, not the choice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from models.certificates.alpha import ALPHA_MIN, check_alpha
+from models.certificates.alpha import stage_shares
 from models.certificates.bounds import (
     clopper_pearson_lower,
     clopper_pearson_upper,
@@ -21,107 +20,71 @@ from models.certificates.bounds import (
     raised,
 )
 from models.certificates.counts import Counts, checked_counts, checked_pair, runner_up
+from models.certificates.limits import MAX_STAGES, MIN_STAGES
 from models.certificates.rules import (
     Certificate,
+    StageBounds,
     certified_radius,
     check_rows,
     check_total_variation,
+    smallest_n,
 )
-
-MIN_STAGES, MAX_STAGES = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
     """A question at several noise levels, as fixed before any row was drawn.
 
-    `sigmas` descend; `total_variations` has one row's at each of them. `n0` and `n` are the rows of
-    every stage.
+    `sigmas` descend. `n0` and `n` are the rows of every stage. `total_variation` is that of a row
+    at the largest sigma, which bounds the other stages' too.
     """
 
     sigmas: tuple[float, ...]
     alpha: float
     n0: int
     n: int
-    total_variations: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StageBounds:
-    """One stage's bound, and the radius within which the stage keeps its part of the answer.
-
-    A passed stage has `p_upper`, of every class but the last stage's. The last one, which answers
-    or abstains, has `p_lower` of its class.
-    """
-
-    p_lower: float | None
-    p_upper: float | None
-    radius: float
-
-
-@dataclass(frozen=True, slots=True)
-class CascadeCertificate:
-    """The certificate of a cascade, and the bounds of its stages up to the last one read.
-
-    `stage` is the index of the stage that answered, None on abstention. The certificate's `sigma`,
-    `counts` and `p_lower` are the last stage's; its radius is the least of the stages'.
-    """
-
-    certificate: Certificate
-    stage: int | None
-    bounds: tuple[StageBounds, ...]
+    total_variation: float = 0.0
 
 
 def certify_cascade(
-    question: Cascade, stages: Sequence[tuple[Counts, Counts]]
-) -> CascadeCertificate:
-    """The cascade's certificate from (selection, estimation) votes (K,) of its stages in order.
+    question: Cascade, selection_counts: Counts, stages: Sequence[Counts]
+) -> Certificate:
+    """The cascade's certificate from the estimation votes (K,) of the stages that were read.
 
-    The first stage that is not passed answers its class with most selection votes, if that class's
-    bound lies above 1/2. Otherwise the cascade abstains; it does not go on. Wrong with probability
-    at most alpha: given the rows of the later stages the answer is fixed, and a passed stage bounds
-    one class, the strongest other one.
+    They are the stages up to the first one that is not passed; `selection_counts` (K,) are that
+    one's. It answers the class with most selection votes, if that class's bound lies above 1/2.
+    Otherwise the cascade abstains; it does not go on. Wrong with probability at most alpha: given
+    the rows of the later stages the answer is fixed, and a passed stage bounds one class, the
+    strongest other one.
 
-    Stages after the one that answers or abstains are not read. Raises ValueError as `check_cascade`
-    does, for malformed counts, and where stages are missing.
+    Raises ValueError as `check_cascade` does, for malformed counts, and where other stages were
+    read.
     """
     check_cascade(question.n0, question.n, question.sigmas, question.alpha)
-    for blur in question.total_variations:
-        check_total_variation(blur)
-    passed: list[tuple[int, ...]] = []
-    for selection_counts, estimation_counts in stages[: len(question.sigmas)]:
-        selection, votes = checked_pair(selection_counts, estimation_counts)
+    check_total_variation(question.total_variation)
+    if not 1 <= len(stages) <= len(question.sigmas):
+        raise ValueError(f"{len(stages)} stages were read: must be 1 to {len(question.sigmas)}")
+    read: list[tuple[int, ...]] = []
+    for counts in stages:
+        selection, votes = checked_pair(selection_counts, counts)
         if (sum(selection), sum(votes)) != (question.n0, question.n):
             raise ValueError(
-                f"stages[{len(passed)}] sums to {sum(selection)} and {sum(votes)}: "
-                f"must be n0 = {question.n0} and n = {question.n}"
+                f"stage {len(read) + 1} has {sum(selection)} and {sum(votes)} votes: "
+                f"must have n0 = {question.n0} and n = {question.n}"
             )
-        if len(passed) + 1 == len(question.sigmas) or not is_passed(question, len(passed), votes):
-            return _certificate(question, selection.index(max(selection)), passed, votes)
-        passed.append(votes)
-    raise ValueError(f"stages has {len(stages)} stages, all passed: the next is missing")
+        read.append(votes)
+    for number, votes in enumerate(read, 1):
+        is_last = number == len(read)
+        if number < len(question.sigmas) and is_passed(question, votes) is is_last:
+            what = "passed, and the next is missing" if is_last else "not passed, so it is the last"
+            raise ValueError(f"stage {number} is {what}")
+    return _certificate(question, selection.index(max(selection)), read[:-1], read[-1])
 
 
-def is_passed(question: Cascade, stage: int, estimation_counts: Counts) -> bool:
-    """Whether no class can lie above 1/2 at this stage (index), so that the next one is read."""
+def is_passed(question: Cascade, estimation_counts: Counts) -> bool:
+    """Whether no class can lie above 1/2 at a stage with these votes (K,): the next one is read."""
     votes = checked_counts("estimation_counts", estimation_counts)
-    return _upper(question, stage, max(votes)) <= 0.5
-
-
-def stage_shares(alpha: float, stages: int) -> dict[str, float]:
-    """The parts of alpha by what they are spent on: two sides a stage, all equal.
-
-    They sum to at most alpha. Raises ValueError for an alpha outside [ALPHA_MIN, ALPHA_MAX], and
-    for a share below ALPHA_MIN.
-    """
-    check_alpha(alpha)
-    share = math.nextafter(alpha / (2 * stages), 0.0)
-    if share < ALPHA_MIN:
-        raise ValueError(
-            f"alpha = {alpha}: the share of a stage's side is {share:.3g}, "
-            f"which must be at least {ALPHA_MIN}"
-        )
-    return {f"stage_{i}_{side}": share for i in range(stages) for side in ("label", "others")}
+    return _upper(question, max(votes)) <= 0.5
 
 
 def check_cascade(n0: int, n: int, sigmas: Sequence[float], alpha: float) -> None:
@@ -135,20 +98,26 @@ def check_cascade(n0: int, n: int, sigmas: Sequence[float], alpha: float) -> Non
         check_rows(n0, n, sigma, alpha, share)
 
 
+def smallest_n_cascade(alpha: float, stages: int) -> int:
+    """Fewest estimation rows of each of a cascade's `stages` (their number) that can answer."""
+    return smallest_n(min(stage_shares(alpha, stages).values()))
+
+
 def _certificate(
     question: Cascade, label: int, passed: Sequence[tuple[int, ...]], votes: tuple[int, ...]
-) -> CascadeCertificate:
-    stage, share = len(passed), min(stage_shares(question.alpha, len(question.sigmas)).values())
+) -> Certificate:
+    sigma = question.sigmas[len(passed)]
+    share = min(stage_shares(question.alpha, len(question.sigmas)).values())
     bounds = []
     for i, earlier in enumerate(passed):
-        p_upper = _upper(question, i, earlier[runner_up(label, earlier)])
+        p_upper = _upper(question, earlier[runner_up(label, earlier)])
         radius = max(0.0, -question.sigmas[i] * quantile_up(p_upper))
-        bounds.append(StageBounds(None, p_upper, radius))
-    blur, sigma = question.total_variations[stage], question.sigmas[stage]
-    p_lower = lowered(clopper_pearson_lower(votes[label], question.n, share), blur)
-    bounds.append(StageBounds(p_lower, None, certified_radius(p_lower, sigma)))
+        bounds.append(StageBounds(question.sigmas[i], None, p_upper, radius))
+    p_lower = clopper_pearson_lower(votes[label], question.n, share)
+    p_lower = lowered(p_lower, question.total_variation)
+    bounds.append(StageBounds(sigma, p_lower, None, certified_radius(p_lower, sigma)))
     radius = min(bound.radius for bound in bounds)
-    certificate = Certificate(
+    return Certificate(
         label=label if radius > 0.0 else None,
         runner_up=None,
         abstained=radius == 0.0,
@@ -161,12 +130,12 @@ def _certificate(
         alpha=question.alpha,
         sigma=sigma,
         method="cascade",
+        stages=tuple(bounds),
     )
-    return CascadeCertificate(certificate, stage if radius > 0.0 else None, tuple(bounds))
 
 
-def _upper(question: Cascade, stage: int, count: int) -> float:
-    """Upper bound on the probability of a class with this many of the stage's n votes."""
+def _upper(question: Cascade, count: int) -> float:
+    """Upper bound on the probability of a class with this many of a stage's n votes."""
     share = min(stage_shares(question.alpha, len(question.sigmas)).values())
     p_upper = clopper_pearson_upper(count, question.n, share)
-    return raised(p_upper, question.total_variations[stage])
+    return raised(p_upper, question.total_variation)

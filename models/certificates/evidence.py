@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from models.certificates.alpha import alpha_shares
+from models.certificates.alpha import alpha_shares, stage_shares
 from models.certificates.anytime import Anytime, certify_anytime
+from models.certificates.cascade import Cascade, certify_cascade
 from models.certificates.counts import runner_up
 from models.certificates.rules import Certificate, certify
 
@@ -34,13 +35,21 @@ def recompute(
     index, as a string, -> votes. Each look is [rows, votes of the label, largest other votes].
 
     Raises ValueError for counts or looks that do not fit the question's rows, other shares of alpha
-    than the method's, a target or looks that the method has not, and what `certify` and
-    `certify_anytime` reject.
+    than the method's, a target, looks or stages that the method has not, and what `certify`,
+    `certify_anytime` and `certify_cascade` reject.
     """
-    method, target = question["method"], question["target_radius"]
-    shares = alpha_shares(method, question["alpha"], target is not None)
+    method, target, sigma = question["method"], question["target_radius"], question["sigma"]
+    if isinstance(sigma, list) is not (method == "cascade"):
+        raise ValueError(f"sigma = {sigma}: a cascade has several, any other method has one")
+    if method == "cascade":
+        shares = stage_shares(question["alpha"], len(sigma))
+    else:
+        shares = alpha_shares(method, question["alpha"], target is not None)
     if question["alpha_shares"] != shares:
         raise ValueError(f"alpha_shares = {question['alpha_shares']}: must be {shares}")
+    passed = evidence.get("passed_counts")
+    if (passed is None) is (method == "cascade"):
+        raise ValueError(f"passed_counts = {passed}: a cascade has them, no other method does")
     if method == "anytime":
         return _recompute_anytime(question, evidence, classes)
     for name, value in (
@@ -49,10 +58,12 @@ def recompute(
     ):
         if value is not None:
             raise ValueError(f"{name} = {value}: {method} has none")
+    if method == "cascade":
+        return _recompute_cascade(question, evidence, classes)
     return certify(
-        _dense("selection_counts", evidence, classes, question["n0"]),
-        _dense("estimation_counts", evidence, classes, question["n"]),
-        question["sigma"],
+        _dense("selection_counts", evidence["selection_counts"], classes, question["n0"]),
+        _dense("estimation_counts", evidence["estimation_counts"], classes, question["n"]),
+        sigma,
         question["alpha"],
         method=method,
         total_variation=evidence["total_variation"],
@@ -72,10 +83,13 @@ def sparse(counts: Sequence[int]) -> dict[str, int]:
     return {str(index): count for index, count in enumerate(counts) if count}
 
 
-def _dense(name: str, evidence: Mapping[str, Any], classes: int, rows: int) -> list[int]:
-    """The counts (K,); raises ValueError unless they are whole, in range and sum to `rows`."""
+def _dense(name: str, votes: Mapping[str, int], classes: int, rows: int) -> list[int]:
+    """The sparse votes by class (K,).
+
+    Raises ValueError, naming the field, unless they are in range and sum to `rows`.
+    """
     counts = [0] * classes
-    for key, count in evidence[name].items():
+    for key, count in votes.items():
         index = int(key) if key.isdecimal() else classes
         if index >= classes or str(index) != key:
             raise ValueError(f"{name} has the key {key!r}: must be a label index below {classes}")
@@ -85,6 +99,21 @@ def _dense(name: str, evidence: Mapping[str, Any], classes: int, rows: int) -> l
     if sum(counts) != rows:
         raise ValueError(f"{name} sum to {sum(counts)}: must be {rows}, the rows of the question")
     return counts
+
+
+def _recompute_cascade(
+    question: Mapping[str, Any], evidence: Mapping[str, Any], classes: int
+) -> Certificate:
+    n0, n = question["n0"], question["n"]
+    asked = Cascade(tuple(question["sigma"]), question["alpha"], n0, n, evidence["total_variation"])
+    read = [
+        *(("passed_counts", votes) for votes in evidence["passed_counts"]),
+        ("estimation_counts", evidence["estimation_counts"]),
+    ]
+    selection = _dense("selection_counts", evidence["selection_counts"], classes, n0)
+    return certify_cascade(
+        asked, selection, [_dense(name, votes, classes, n) for name, votes in read]
+    )
 
 
 def _recompute_anytime(
@@ -104,8 +133,8 @@ def _recompute_anytime(
         looks_schedule=tuple(schedule),
         total_variation=evidence["total_variation"],
     )
-    selection = _dense("selection_counts", evidence, classes, question["n0"])
-    estimation = _dense("estimation_counts", evidence, classes, looks[-1][0])
+    selection = _dense("selection_counts", evidence["selection_counts"], classes, question["n0"])
+    estimation = _dense("estimation_counts", evidence["estimation_counts"], classes, looks[-1][0])
     label = selection.index(max(selection))
     rival = runner_up(label, estimation)
     if looks[-1:] != looks_of(label, [estimation]):

@@ -29,6 +29,20 @@ from models.certificates.counts import Counts, checked_counts, checked_pair, run
 
 
 @dataclass(frozen=True, slots=True)
+class StageBounds:
+    """A cascade's bound at one noise level, and the radius within which the level's part holds.
+
+    A passed stage has `p_upper`, of every class but the answer. The last stage read, which answers
+    or abstains, has `p_lower` of its class.
+    """
+
+    sigma: float
+    p_lower: float | None
+    p_upper: float | None
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """What the votes of at most n noise rows prove about one image.
 
@@ -38,6 +52,9 @@ class Certificate:
     where nothing but `p_lower` does. `counts` are the estimation votes by class (for PREDICT: the
     votes); they sum to `n`, or to less after early stopping. `n0` is 0 and `sigma` None for
     PREDICT. `target_reached` is None without a `target_radius`.
+
+    `stages` are those that a cascade has read, else empty. `sigma`, `counts` and `p_lower` are then
+    the last one's, and `n0` and `n` the rows of each.
     """
 
     label: int | None
@@ -54,6 +71,7 @@ class Certificate:
     method: str
     target_radius: float | None = None
     target_reached: bool | None = None
+    stages: tuple[StageBounds, ...] = ()
 
 
 class Bounds(NamedTuple):
@@ -179,7 +197,12 @@ def predict(counts: Counts, alpha: float, *, total_variation: float = 0.0) -> Ce
 
 def smallest_n_certify(alpha: float, method: str = "two-sided", with_target: bool = False) -> int:
     """Fewest estimation rows that can return a label: share^(1/n) > 1/2, share the label's."""
-    return _smallest_n(alpha_shares(method, alpha, with_target)["label"])
+    return smallest_n(alpha_shares(method, alpha, with_target)["label"])
+
+
+def smallest_n(share: float) -> int:
+    """Fewest rows that can prove a label at the level `share`: share^(1/n) > 1/2."""
+    return next(n for n in itertools.count(1) if clopper_pearson_lower(n, n, share) > 0.5)
 
 
 def smallest_n_predict(alpha: float) -> int:
@@ -206,7 +229,7 @@ def check_rows(n0: int, n: int, sigma: float, alpha: float, share: float) -> Non
         raise ValueError(f"sigma = {sigma}: must be finite and greater than 0")
     if n0 < 1:
         raise ValueError(f"n0 = {n0}: the smallest n0 that works is 1")
-    _check_n(n, alpha, _smallest_n(share))
+    _check_n(n, alpha, smallest_n(share))
 
 
 def check_predict(n: int, alpha: float, total_variation: float = 0.0) -> None:
@@ -229,10 +252,6 @@ def check_total_variation(total_variation: float) -> None:
     """Raises ValueError unless the total variation a row is in [0, 1/2)."""
     if not 0.0 <= total_variation < 0.5:
         raise ValueError(f"total_variation = {total_variation}: must be in [0, 0.5)")
-
-
-def _smallest_n(share: float) -> int:
-    return next(n for n in itertools.count(1) if clopper_pearson_lower(n, n, share) > 0.5)
 
 
 def _two_sided_p_value(top: int, second: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.certificates.rules import Certificate, certify
-from models.classifier import Classifier
+from models.classifiers.base import Classifier
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.scores import EPSILONS, average_certified_radius, certified_accuracy
 from models.noise import total_variation

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from models.denoiser import encode_prompts
+from models.denoisers.prompts import encode_prompts
 from models.evaluation.datasets import cifar10
 from models.nano.architectures import LARGE
 from models.training import Profile

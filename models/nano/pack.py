@@ -30,7 +30,7 @@ from models.bundle import (
     Bundle,
     write_bundle,
 )
-from models.denoiser import clean_prompts, encode_prompts
+from models.denoisers.prompts import clean_prompts, encode_prompts
 from models.evaluation.datasets import CIFAR10_LABELS
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE
 

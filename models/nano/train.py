@@ -22,8 +22,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from models.classifier import load_open_clip
-from models.denoiser import clean_prompts
+from models.classifiers.open_clip import load_open_clip
+from models.denoisers.prompts import clean_prompts
 from models.evaluation.datasets import CIFAR10_LABELS
 from models.nano.architectures import (
     DEEPFLOYD_UNET,

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from models.bundle import SAFETENSORS
 from models.files import sha256_of, written_whole
+from models.kinds import SAFETENSORS
 from models.zoo.inventory import Inventory, inspect
 from models.zoo.sources import SOURCE, SOURCES, Source
 

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from models.bundle import PICKLES, SAFETENSORS
+from models.kinds import PICKLES, SAFETENSORS
 from models.zoo.sources import SOURCES, Network, fetch_command, origin
 
 MOST_HEADER_BYTES = 100_000_000

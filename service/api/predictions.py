@@ -15,12 +15,12 @@ from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import State
+from service.predictions.question import PredictRequest
 from service.predictions.rounds import proven
 from service.predictions.schemas import (
     JobResponse,
     ModelResponse,
     ModelsResponse,
-    PredictRequest,
     PredictResponse,
 )
 from service.predictions.service import Predictions

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.validation import invalid_field, invalid_fields
 
 T = TypeVar("T")
@@ -175,13 +175,15 @@ async def _form(
 async def _read_form(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if name in fields:
+        if name in fields and name != "sigma":
             raise invalid_field(name, f"The field {name} is given more than once")
         if name == "image" and not isinstance(value, UploadFile):
             raise invalid_field(name, "image must be sent as a file, with a file name")
         if name in _TEXT_FIELDS and isinstance(value, UploadFile):
             raise invalid_field(name, f"{name} must be sent as text, without a file name")
         fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    if len(sigmas := form.getlist("sigma")) > 1:
+        fields["sigma"] = sigmas
     return fields
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service.cli import adapt, benches, models, predict, verify, worker
+from service.cli import adapt, models, predict, verify, worker
+from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
 from service.cli.evaluation import command
 from service.config import SecretError, Settings
@@ -34,7 +35,7 @@ app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)
 app.add_typer(models.models, name="models")
-app.add_typer(benches.bench, name="bench")
+app.add_typer(bench.bench, name="bench")
 
 _MAX_NAMED = 5
 """Most tasks in the message of a ready server."""

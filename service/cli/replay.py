@@ -13,7 +13,7 @@ from models.rows import Rows
 from models.runtime import RUNTIMES
 from models.smoothing import SmoothedModel, load, votes
 from service.config import Settings
-from service.jobs import Domain
+from service.jobs import Domain, Shard
 from service.predictions.document import CertificateDocument
 from service.predictions.verification import Refused, array_of, job_of
 
@@ -31,22 +31,27 @@ def replay(
     pixels = np.frombuffer(job.pixels, np.uint8).reshape(job.shape)
 
     def tally(domain: Domain, start: int, stop: int) -> NDArray[np.int64]:
-        return votes(model, Rows(pixels, job.domain_key(domain), start, stop, job.sigma))
+        stage = job.stage_of(Shard(0, domain, start, stop))
+        key = job.domain_key(domain, stage)
+        return votes(model, Rows(pixels, key, start, stop, job.sigmas[stage]))
 
-    evidence = document.evidence
-    selection = tally(Domain.SELECTION, 0, job.n0)
-    ends = [rows for rows, _, _ in evidence.looks] or [document.noise.estimation[1]]
+    evidence, noise = document.evidence, document.noise
+    chosen, drawn = noise.selection[1], noise.estimation[1]
+    selection = tally(Domain.SELECTION, chosen - job.n0, chosen)
+    ends = [rows for rows, _, _ in evidence.looks] or range(job.n, drawn + 1, job.n)
     rounds = [tally(Domain.ESTIMATION, *span) for span in pairwise((0, *ends))]
-    estimation = np.cumsum(rounds, axis=0).tolist()
+    estimation = (np.array(rounds) if job.stages else np.cumsum(rounds, axis=0)).tolist()
+    passed = [sparse(votes_of) for votes_of in estimation[:-1]] if job.stages else None
     looks = looks_of(document.result.label_index, estimation) if evidence.looks else []
     for name, stated, found in (
         ("selection_counts", evidence.selection_counts, sparse(selection.tolist())),
         ("estimation_counts", evidence.estimation_counts, sparse(estimation[-1])),
+        ("passed_counts", evidence.passed_counts, passed),
         ("looks", evidence.looks, looks),
     ):
         if found != stated:
             raise Refused(f"{name} = {stated}: the replay counts {found}")
-    return f"{job.n0 + ends[-1]} rows drawn again got the same votes"
+    return f"{job.n0 + drawn} rows drawn again got the same votes"
 
 
 def _model(document: CertificateDocument, bundle: Bundle, settings: Settings) -> SmoothedModel:

@@ -49,7 +49,7 @@ def certify(
         import torch
 
         from models.certificates import rules
-        from models.denoiser import NoDenoiser
+        from models.denoisers.base import NoDenoiser
         from models.noise import total_variation
         from models.rows import Rows
         from models.runtime import numerics_of

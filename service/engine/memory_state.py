@@ -118,6 +118,8 @@ class JobRecord:
         """Begin the next round, which has these shards."""
         votes = enumerate(self.votes[Domain.ESTIMATION])
         self.looks.append({label: count for label, count in votes if count})
+        if self.job.stages:
+            self.votes[Domain.SELECTION] = [0] * self.job.classes
         self.waiting += [shard.index for shard in shards]
         self.shards += shards
 

@@ -121,7 +121,8 @@ class Engine(Protocol):
 
     A job without looks ends at its last commit. A job with looks has its first round queued, and
     is due once every shard of the round is counted. Any process may then extend it by the next
-    round, or finish it; the engine does not end it, not even after the last look.
+    round, or finish it; the engine does not end it, not even after the last look. A cascade has a
+    round a stage, and each begins its selection votes from zero.
     """
 
     async def submit(

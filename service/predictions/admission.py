@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from models.bundle import Bundle
 from service.config import Settings
 from service.engine.limits import full, most_rows, over_quota, served_otherwise, unserved
 from service.engine.protocol import Capacity, Engine
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.validation import invalid_field
 
 ANNOUNCING_SECONDS = 5.0
@@ -79,7 +79,7 @@ class AdmissionControl:
         bound, quota = self._settings.max_queue_rows, self._settings.max_queue_rows_per_key
         limit = check_rows(question, owner, self._settings)
         waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
-        setup_rows = min(self._setup_rows(question.sigma, speed), limit - question.rows)
+        setup_rows = min(self._setup_rows(question.sigmas, speed), limit - question.rows)
         charge = question.rows + setup_rows
         if not may_be_known and owner is not None and owned + charge > quota:
             raise over_quota(charge, owned, quota, speed)
@@ -94,17 +94,17 @@ class AdmissionControl:
         """Forget when the task was first requested: it is gone, or new to the workers again."""
         self._first_requests.pop(task, None)
 
-    def _setup_rows(self, sigma: float, rows_per_second: float) -> int:
-        if sigma in self._sigmas:
-            return 0
-        return math.ceil(sigma_seconds(sigma) * rows_per_second)
+    def _setup_rows(self, sigmas: Sequence[float], rows_per_second: float) -> int:
+        seconds = sum(sigma_seconds(sigma) for sigma in sigmas if sigma not in self._sigmas)
+        return math.ceil(seconds * rows_per_second)
 
-    def prepared(self, sigma: float) -> None:
-        """Note that a question of this sigma was queued, so that a worker prepares it."""
-        self._sigmas[sigma] = None
-        self._sigmas.move_to_end(sigma)
-        if len(self._sigmas) > MOST_SIGMAS:
-            self._sigmas.popitem(last=False)
+    def prepared(self, sigmas: Sequence[float]) -> None:
+        """Note that a question of these sigmas was queued, so that a worker prepares them."""
+        for sigma in sigmas:
+            self._sigmas[sigma] = None
+            self._sigmas.move_to_end(sigma)
+            if len(self._sigmas) > MOST_SIGMAS:
+                self._sigmas.popitem(last=False)
 
     async def _announced(
         self, task: str, bundle: Bundle, owner: str | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 from base64 import urlsafe_b64encode
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from models.bundle import ADAPTER, TUNED, Base, Bundle
@@ -23,6 +24,7 @@ from service.predictions.document import (
     Noise,
     Norms,
     Preprocessing,
+    ProvenStage,
     Question,
     Result,
     SignedCertificate,
@@ -63,7 +65,7 @@ class Issuing:
         noise = Noise(
             format=NOISE_FORMAT,
             secret_commitment=self._keys.commitment,
-            selection=[0, job.n0],
+            selection=[0, job.n0 * max(1, len(proven.stages))],
             estimation=[0, sum(status.estimation)],
         )
         document = CertificateDocument(
@@ -112,44 +114,53 @@ def result_of(
         runner_up=proven.runner_up,
         p_upper=proven.p_upper,
         radius=proven.radius,
+        stages=[ProvenStage(**asdict(stage)) for stage in proven.stages] or None,
         norms=Norms.model_validate(attack_norms(proven.radius, shape)),
     )
 
 
 def statement(result: Result, asked: Question) -> str:
     """The sentence that says what is certified; its numbers are written as in the document."""
-    alpha, sigma, radius = (
-        canonical(number).decode() for number in (asked.alpha, asked.sigma, result.radius)
+    sigmas = asked.sigma if isinstance(asked.sigma, list) else [asked.sigma]
+    alpha, radius, *of_stages = (
+        canonical(number).decode() for number in (asked.alpha, result.radius, *sigmas)
     )
     label = json.dumps(result.label, ensure_ascii=False)
+    what = "the classifier" if len(sigmas) == 1 else "the cascade of classifiers"
     return (
-        f"With probability at least 1 - {alpha} over the noise, the classifier smoothed with "
-        f"sigma {sigma} gives the label {label} to every image at an l2 distance below {radius} "
-        "from the subject, for pixels in [0, 1]; the label is stable, not proven correct."
+        f"With probability at least 1 - {alpha} over the noise, {what} smoothed with sigma "
+        f"{', '.join(of_stages)} gives the label {label} to every image at an l2 distance below "
+        f"{radius} from the subject, for pixels in [0, 1]; the label is stable, not proven correct."
     )
 
 
 def _question(job: Job) -> Question:
     return Question(
-        sigma=job.sigma,
+        sigma=list(job.stages) or job.sigma,
         alpha=job.alpha,
         alpha_shares=job.alpha_shares,
         n0=job.n0,
         n=job.n,
         target_radius=job.target_radius,
         method=job.method,
-        looks=list(job.looks) or None,
+        looks=None if job.stages else list(job.looks) or None,
     )
 
 
 def _evidence(status: JobStatus) -> Evidence:
-    label = status.selection.index(max(status.selection))
-    looks = looks_of(label, (*status.looks, status.estimation)) if status.job.looks else []
+    job, label = status.job, status.selection.index(max(status.selection))
+    estimation, passed, looks = status.estimation, None, []
+    if job.stages:
+        *earlier, estimation = status.votes_by_stage
+        passed = [sparse(votes) for votes in earlier]
+    elif job.looks:
+        looks = looks_of(label, (*status.looks, estimation))
     return Evidence(
         selection_counts=sparse(status.selection),
-        estimation_counts=sparse(status.estimation),
+        estimation_counts=sparse(estimation),
+        passed_counts=passed,
         looks=looks,
-        total_variation=total_variation(status.job.shape, status.job.sigma),
+        total_variation=total_variation(job.shape, job.sigma),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models.bundle import Bundle
 from models.certificates.anytime import check_anytime, largest_target
+from models.certificates.cascade import check_cascade, smallest_n_cascade
 from models.certificates.evidence import total_variation
 from models.certificates.rules import (
     check_certify,
@@ -13,26 +14,29 @@ from models.certificates.rules import (
 )
 from service.errors import as_json
 from service.jobs import Mode
-from service.predictions.schemas import Method, PredictRequest
+from service.predictions.question import Method, PredictRequest
 from service.validation import invalid_field
 
 
 def check_question(question: PredictRequest, bundle: Bundle) -> None:
     """Raise InvalidField for noise too strong for the task, and for rows that always abstain."""
-    if question.sigma > bundle.largest_sigma:
+    sigma = max(question.sigmas, default=0.0)
+    if sigma > bundle.largest_sigma:
         strongest = bundle.largest_sigma
         name = as_json(question.task)
-        detail = f"sigma = {question.sigma:g}: the task {name} supports at most {strongest:g}"
-        raise invalid_field("sigma", detail, question.sigma, strongest)
+        detail = f"sigma = {sigma:g}: the task {name} supports at most {strongest:g}"
+        raise invalid_field("sigma", detail, sigma, strongest)
     _check_method(question)
     method, target = question.method, question.target_radius
-    blur = total_variation((3, bundle.resolution, bundle.resolution), question.sigma)
-    n0, n, sigma, alpha = question.n0, question.n, question.sigma, question.alpha
+    blur = total_variation((3, bundle.resolution, bundle.resolution), sigma)
+    n0, n, alpha = question.n0, question.n, question.alpha
     try:
         if method is Method.BINOMIAL:
             check_predict(n, alpha, blur)
         elif method is Method.ANYTIME:
             check_anytime(n0, n, sigma, alpha, target, blur)
+        elif method is Method.CASCADE:
+            check_cascade(n0, n, question.sigmas, alpha)
         else:
             check_certify(n0, n, sigma, alpha, method)
     except ValueError as error:
@@ -48,6 +52,8 @@ def check_question(question: PredictRequest, bundle: Bundle) -> None:
 def _smallest_n(question: PredictRequest) -> int:
     if question.method is Method.BINOMIAL:
         return smallest_n_predict(question.alpha)
+    if question.method is Method.CASCADE:
+        return smallest_n_cascade(question.alpha, len(question.sigmas))
     has_target = question.target_radius is not None
     return smallest_n_certify(question.alpha, question.method, has_target)
 
@@ -55,6 +61,9 @@ def _smallest_n(question: PredictRequest) -> int:
 def _check_method(question: PredictRequest) -> None:
     """Raise InvalidField for a method of another mode, and a target that it cannot have."""
     mode, method = question.mode, question.method
+    if isinstance(question.sigma, tuple) is not (method is Method.CASCADE):
+        detail = f"method = {method}: several sigma need cascade, and cascade needs several sigma"
+        raise invalid_field("method", detail, method.value)
     if (mode is Mode.PREDICT) is not (method is Method.BINOMIAL):
         others = [each.value for each in Method if each is not Method.BINOMIAL]
         fitting = others if mode is Mode.CERTIFY else [Method.BINOMIAL.value]

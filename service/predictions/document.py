@@ -9,6 +9,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.certificates.limits import MAX_STAGES
+
 TYPE: Final = "urn:vouchsafe:certificate:1"
 """The format's name; another format has another number."""
 
@@ -67,11 +69,13 @@ class Model(Section):
 class Question(Section):
     """The question, fixed before any row was drawn."""
 
-    sigma: float = Field(description="Standard deviation of the noise.")
+    sigma: float | Annotated[list[float], Field(max_length=MAX_STAGES)] = Field(
+        description="Standard deviation of the noise; those of all stages in a cascade."
+    )
     alpha: float = Field(description="Probability that the statement is wrong.")
     alpha_shares: dict[str, float] = Field(description="How the bounds divide alpha.")
-    n0: int = Field(description="Selection rows.")
-    n: int = Field(description="Most estimation rows.")
+    n0: int = Field(description="Selection rows, of each stage in a cascade.")
+    n: int = Field(description="Most estimation rows, of each stage in a cascade.")
     target_radius: float | None = Field(description="The radius to prove, or null.")
     method: str = Field(description="The statistical procedure.")
     looks: list[int] | None = Field(description="Rows at which sampling may stop, or null.")
@@ -87,15 +91,21 @@ class Noise(Section):
 
 
 class Evidence(Section):
-    """The votes."""
+    """The votes; in a cascade those of the stage that answers, and of the passed ones."""
 
     selection_counts: Votes
     estimation_counts: Votes
+    passed_counts: Annotated[list[Votes], Field(max_length=MAX_STAGES)] | None = Field(
+        None,
+        description="Estimation votes of each passed stage; only in a cascade.",
+        exclude_if=lambda votes: votes is None,
+    )
     looks: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = Field(
         description="Each look's rows, votes of the label, and largest other votes."
     )
     total_variation: float = Field(
-        description="Bound, for a row, on the distance of the drawn noise from the ideal."
+        description="Bound, for a row, on the distance of the drawn noise from the ideal; in a "
+        "cascade at the largest sigma."
     )
 
 
@@ -110,6 +120,15 @@ class Norms(Section):
     )
 
 
+class ProvenStage(Section):
+    """What a stage of a cascade proves."""
+
+    sigma: float = Field(description="Standard deviation of the stage's noise.")
+    p_lower: float | None = Field(description="Lower bound on the label, where it answers.")
+    p_upper: float | None = Field(description="Upper bound on other labels, where it was passed.")
+    radius: float = Field(description="The distance within which the stage decides the same.")
+
+
 class Result(Section):
     """What the evidence proves about the question."""
 
@@ -119,6 +138,11 @@ class Result(Section):
     runner_up: int | None = Field(description="Index of the other label with most votes.")
     p_upper: float | None = Field(description="Upper bound on the runner-up's probability.")
     radius: float = Field(description="The certified l2 radius, for pixels in [0, 1].")
+    stages: list[ProvenStage] | None = Field(
+        None,
+        description="The stages that were read, in order; only in a cascade.",
+        exclude_if=lambda stages: stages is None,
+    )
     norms: Norms = Field(description="The same radius in the terms of other changes.")
 
 

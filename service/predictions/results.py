@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from models.bundle import Base, Bundle
 from models.certificates.abstention import Reason, rows_needed
 from models.certificates.anytime import Anytime, certify_anytime
+from models.certificates.cascade import Cascade, certify_cascade
 from models.certificates.evidence import total_variation
 from models.certificates.norms import attack_norms
 from models.certificates.rules import Certificate, bound_votes, certify, predict
@@ -19,12 +20,13 @@ from service.errors import JobCancelled, Problem
 from service.jobs import Job, JobStatus, Mode, State
 from service.predictions.certificate import Issuing
 from service.predictions.document import Norms, SignedCertificate
+from service.predictions.question import Method
 from service.predictions.schemas import (
     Abstention,
     JobResponse,
     LabelCount,
-    Method,
     PredictResponse,
+    Stage,
     Timing,
 )
 from service.signing import SigningKeys
@@ -36,22 +38,25 @@ def certificate(status: JobStatus) -> Certificate:
     job = replace(
         status.job, id="", pixels=b"", created=0.0, owner=None, traceparent=None, setup_rows=0
     )
-    return _proven(job, status.selection, (*status.looks, status.estimation))
+    votes = status.votes_by_stage if job.stages else (*status.looks, status.estimation)
+    return _proven(job, status.selection, votes)
 
 
 @lru_cache(maxsize=256)  # The caller's response, the metrics and /jobs/ID need the same one.
 def _proven(
-    job: Job, selection: tuple[int, ...], looks: tuple[tuple[int, ...], ...]
+    job: Job, selection: tuple[int, ...], votes: tuple[tuple[int, ...], ...]
 ) -> Certificate:
     blur = total_variation(job.shape, job.sigma)
     match job.method:
         case "binomial":
-            return predict(looks[-1], job.alpha, total_variation=blur)
+            return predict(votes[-1], job.alpha, total_variation=blur)
         case "anytime":
-            return certify_anytime(early_stopping(job), selection, looks)
+            return certify_anytime(early_stopping(job), selection, votes)
+        case "cascade":
+            return certify_cascade(cascade(job), selection, votes)
         case method:
             return certify(
-                selection, looks[-1], job.sigma, job.alpha, method=method, total_variation=blur
+                selection, votes[-1], job.sigma, job.alpha, method=method, total_variation=blur
             )
 
 
@@ -68,12 +73,17 @@ def early_stopping(job: Job) -> Anytime:
     )
 
 
+def cascade(job: Job) -> Cascade:
+    """The job's question, for `models.certificates.cascade`."""
+    blur = total_variation(job.shape, job.sigma)
+    return Cascade(job.stages, job.alpha, job.n0, job.n, blur)
+
+
 def to_response(
     status: JobStatus, labels: Sequence[str], signed: SignedCertificate | None = None
 ) -> PredictResponse:
     """The response of a succeeded job; `labels` are those of its bundle, `signed` its document."""
     job, proven = status.job, certificate(status)
-    votes = sorted(zip(status.estimation, labels, strict=True), key=lambda vote: -vote[0])
     return PredictResponse(
         id=job.id,
         task=job.task,
@@ -86,16 +96,17 @@ def to_response(
         radius=proven.radius,
         attack_norms=_attack_norms(job, proven),
         abstention=_abstention(status, proven),
-        sigma=job.sigma,
+        sigma=list(job.stages) or job.sigma,
         alpha=job.alpha,
         n0=job.n0,
         n=job.n,
-        rows_used=job.n0 + sum(proven.counts),
+        rows_used=job.n0 * max(1, len(proven.stages)) + sum(status.estimation),
         p_lower=proven.p_lower,
         p_upper=proven.p_upper,
         target_radius=proven.target_radius,
         target_reached=proven.target_reached,
-        counts=[LabelCount(label=label, count=count) for count, label in votes if count],
+        counts=_counts(proven.counts, labels),
+        stages=_stages(status, proven, labels) if job.stages else None,
         method=Method(proven.method),
         alpha_shares=job.alpha_shares,
         looks=list(job.looks),
@@ -104,6 +115,26 @@ def to_response(
         timing_ms=_timing(status),
         certificate=signed,
     )
+
+
+def _counts(votes: Sequence[int], labels: Sequence[str]) -> list[LabelCount]:
+    ranked = sorted(zip(votes, labels, strict=True), key=lambda vote: -vote[0])
+    return [LabelCount(label=label, count=count) for count, label in ranked if count]
+
+
+def _stages(status: JobStatus, proven: Certificate, labels: Sequence[str]) -> list[Stage]:
+    last: Literal["abstained", "answered"] = "abstained" if proven.abstained else "answered"
+    return [
+        Stage(
+            sigma=bounds.sigma,
+            outcome=last if bounds is proven.stages[-1] else "passed",
+            counts=_counts(votes, labels),
+            p_lower=bounds.p_lower,
+            p_upper=bounds.p_upper,
+            radius=bounds.radius,
+        )
+        for bounds, votes in zip(proven.stages, status.votes_by_stage, strict=True)
+    ]
 
 
 def _attack_norms(job: Job, proven: Certificate) -> Norms | None:
@@ -118,6 +149,7 @@ def _abstention(status: JobStatus, proven: Certificate) -> Abstention | None:
     job, votes = status.job, proven.counts
     if job.target_radius is not None and sum(votes) < job.n:
         return Abstention(reason=Reason.HOPELESS, rows_needed=None)
+    sigma = proven.sigma or job.sigma
     blur = total_variation(job.shape, job.sigma)
 
     def proves(more: tuple[int, ...]) -> bool:
@@ -125,7 +157,10 @@ def _abstention(status: JobStatus, proven: Certificate) -> Abstention | None:
             with suppress(ValueError):  # PREDICT refuses n whose noise alone spends alpha.
                 return not predict(more, job.alpha, total_variation=blur).abstained
             return False
-        return bound_votes(label, more, job.sigma, job.alpha_shares, blur).radius > 0.0
+        shares = job.alpha_shares
+        if job.stages:
+            shares = {"label": min(shares.values())}
+        return bound_votes(label, more, sigma, shares, blur).radius > 0.0
 
     selection = votes if job.mode is Mode.PREDICT else status.selection
     label = selection.index(max(selection))

@@ -1,4 +1,4 @@
-"""Looks at early-stopping questions: each round's votes lead to the next round or to the end."""
+"""Looks at questions in rounds: each round's votes lead to the next round or to the end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import asyncio
 import logging
 
 from models.certificates.anytime import Decision, Running, at_look, bound
+from models.certificates.cascade import is_passed
 from service.background import sleep_or_stop
 from service.engine.connection import UNREACHABLE
 from service.engine.protocol import Engine
 from service.jobs import JobStatus
 from service.operations.logs import about
-from service.predictions.results import early_stopping
+from service.predictions.results import cascade, early_stopping
 
 logger = logging.getLogger("vouchsafe")
 
@@ -51,11 +52,21 @@ async def _look_safely(engine: Engine, status: JobStatus) -> bool:
 
 async def look(engine: Engine, status: JobStatus) -> None:
     """Extend a due job by its next round, or finish it."""
-    job, looks = status.job, (*status.looks, status.estimation)
-    if at_look(early_stopping(job), status.selection, looks) is Decision.CONTINUE:
-        await engine.extend(job.id, job.looks[len(looks)])
+    looks = status.job.looks
+    if _goes_on(status):
+        await engine.extend(status.job.id, looks[len(status.looks) + 1])
     else:
-        await engine.finish(job.id, sum(status.estimation))
+        await engine.finish(status.job.id, sum(status.estimation))
+
+
+def _goes_on(status: JobStatus) -> bool:
+    """Whether the look that is due leads to another round."""
+    job = status.job
+    if job.stages:
+        is_last = len(status.looks) + 1 == len(job.stages)
+        return not is_last and is_passed(cascade(job), status.votes_by_stage[-1])
+    votes = (*status.looks, status.estimation)
+    return at_look(early_stopping(job), status.selection, votes) is Decision.CONTINUE
 
 
 async def finish_early(engine: Engine, job_id: str) -> JobStatus | None:
@@ -74,7 +85,10 @@ async def finish_early(engine: Engine, job_id: str) -> JobStatus | None:
 
 
 def proven(status: JobStatus) -> Running | None:
-    """The bound that the whole looks of an early-stopping job prove; None before the first."""
-    if not status.looks:
+    """The bound that the whole looks of an early-stopping job prove; None before the first.
+
+    None for a cascade, whose passed stages bound no label.
+    """
+    if not status.looks or status.job.stages:
         return None
     return bound(early_stopping(status.job), status.selection, status.looks)

@@ -2,138 +2,14 @@
 
 from __future__ import annotations
 
-import binascii
-import hashlib
-from base64 import b64decode
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from models.certificates.abstention import Reason
-from service.jobs import Mode, State, canonical_json
+from service.jobs import State
 from service.predictions.document import Norms, SignedCertificate
-
-MOST_ROWS = 100_000
-SMALLEST_SIGMA = 0.02
-LARGEST_SIGMA = 4.0
-DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100}
-DEFAULT_SELECTION_ROWS = 100
-TARGET_ROWS = 10_000
-TARGET_SELECTION_ROWS = 16
-"""Default rows with a target radius: most questions need few of them."""
-
-
-class Method(StrEnum):
-    """The statistical procedures."""
-
-    TWO_SIDED = "two-sided"
-    ANYTIME = "anytime"
-    COHEN = "cohen"
-    BINOMIAL = "binomial"
-
-
-def _from_base64(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise PydanticCustomError("base64", "Input should be base64 without line breaks") from None
-
-
-def _default_method(earlier: dict[str, Any]) -> Method:
-    if earlier.get("mode") is Mode.PREDICT:
-        return Method.BINOMIAL
-    return Method.TWO_SIDED if earlier.get("target_radius") is None else Method.ANYTIME
-
-
-def _default_selection_rows(earlier: dict[str, Any]) -> int:
-    has_target = earlier.get("target_radius") is not None
-    return TARGET_SELECTION_ROWS if has_target else DEFAULT_SELECTION_ROWS
-
-
-def _default_rows(earlier: dict[str, Any]) -> int:
-    if earlier.get("target_radius") is not None:
-        return TARGET_ROWS
-    return DEFAULT_ROWS[earlier.get("mode", Mode.CERTIFY)]
-
-
-AnyMode = Annotated[Mode, WithJsonSchema({"enum": [mode.value for mode in Mode]})]
-AnyMethod = Annotated[Method, WithJsonSchema({"enum": [method.value for method in Method]})]
-Encoded = Annotated[
-    bytes,
-    BeforeValidator(_from_base64),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
-]
-
-
-class PredictRequest(BaseModel):
-    """One question about one image, as a form or as JSON."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    image: Encoded = Field(description="A JPEG, PNG or WebP: a form's file, or base64 in JSON.")
-    task: str = Field(
-        "default",
-        max_length=200,
-        description="Which labels to choose from: a task's id, or its name where no other has it.",
-    )
-    mode: AnyMode = Field(
-        Mode.CERTIFY,
-        description="`certify` answers with a radius; `predict` is quicker and has none.",
-    )
-    target_radius: float | None = Field(
-        None,
-        gt=0.0,
-        description="The radius that suffices: the answer comes once it is proven or hopeless.",
-    )
-    method: AnyMethod = Field(
-        default_factory=_default_method,
-        description="`two-sided` bounds the runner-up too; `anytime` proves a bound at every look; "
-        "`cohen` is the published rule. `anytime` by default with a target radius.",
-    )
-    sigma: float = Field(
-        0.25,
-        ge=SMALLEST_SIGMA,
-        le=LARGEST_SIGMA,
-        description="Standard deviation of the noise, for pixels in [0, 1]; /models has the "
-        "largest that each task supports.",
-    )
-    alpha: float = Field(
-        0.001, gt=0.0, lt=0.5, description="Probability that the answer's statement is wrong."
-    )
-    n0: int = Field(
-        default_factory=_default_selection_rows,
-        ge=1,
-        le=MOST_ROWS,
-        description="Rows that choose the label; 100 by default, 16 with a target radius. Unused "
-        "by `predict`.",
-    )
-    n: int = Field(
-        default_factory=_default_rows,
-        ge=1,
-        le=MOST_ROWS,
-        description="Most rows that bound the label's probability; 1000 by default, 100 for "
-        "`predict`, 10000 with a target radius.",
-    )
-
-    @property
-    def selection_rows(self) -> int:
-        """n0, or 0 in predict mode, which has no selection."""
-        return self.n0 if self.mode is Mode.CERTIFY else 0
-
-    @property
-    def rows(self) -> int:
-        """Noise rows of the whole question."""
-        return self.selection_rows + self.n
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the question, the same for a form and for JSON."""
-        fields = self.model_dump(mode="json", exclude={"image", "n0"})
-        fields |= {"n0": self.selection_rows, "image": hashlib.sha256(self.image).hexdigest()}
-        return hashlib.sha256(canonical_json(fields)).hexdigest()
+from service.predictions.question import AnyMethod, AnyMode
 
 
 class LabelCount(BaseModel):
@@ -141,6 +17,29 @@ class LabelCount(BaseModel):
 
     label: str = Field(description="The label.")
     count: int = Field(description="Noisy rows classified as the label.")
+
+
+class Stage(BaseModel):
+    """A stage of a cascade: its votes, and what they prove."""
+
+    sigma: float = Field(description="Standard deviation of the stage's noise.")
+    outcome: Literal["passed", "answered", "abstained"] = Field(
+        description="`passed`: no label is probable enough, so the next stage was read. "
+        "`answered`: the label is this stage's."
+    )
+    counts: list[LabelCount] = Field(
+        description="Votes of the stage's n estimation rows, most first, without zeros."
+    )
+    p_lower: float | None = Field(
+        description="Lower bound on the stage's label's probability, or null where it was passed."
+    )
+    p_upper: float | None = Field(
+        description="Upper bound on the probability of every label but the answer, where the stage "
+        "was passed; else null."
+    )
+    radius: float = Field(
+        description="Within this l2 distance the stage keeps its part of the answer."
+    )
 
 
 class Abstention(BaseModel):
@@ -191,11 +90,18 @@ class PredictResponse(BaseModel):
         description="The radius in the terms of other changes, or null without a radius."
     )
     abstention: Abstention | None = Field(description="Why there is no label, or null.")
-    sigma: float = Field(description="Standard deviation of the noise.")
+    sigma: float | list[float] = Field(
+        description="Standard deviation of the noise; of each stage in a cascade."
+    )
     alpha: float = Field(description="Probability that the statement is wrong.")
-    n0: int = Field(description="Selection rows; 0 in predict mode.")
-    n: int = Field(description="Most estimation rows allowed; in predict mode, all rows.")
-    rows_used: int = Field(description="Rows that the answer rests on: n0, and the sum of counts.")
+    n0: int = Field(description="Selection rows, of each stage in a cascade; 0 in predict mode.")
+    n: int = Field(
+        description="Most estimation rows allowed, of each stage in a cascade; in predict mode, "
+        "all rows."
+    )
+    rows_used: int = Field(
+        description="Rows that the answer rests on: n0 and the sum of counts, of each stage read."
+    )
     p_lower: float | None = Field(
         description="Lower bound on the label's probability under noise; null in predict mode."
     )
@@ -208,15 +114,18 @@ class PredictResponse(BaseModel):
     )
     counts: list[LabelCount] = Field(
         description="Votes of the estimation rows, most first, without zeros; they sum to n, or to "
-        "less where the answer came early."
+        "less where the answer came early. In a cascade, those of the last stage read."
+    )
+    stages: list[Stage] | None = Field(
+        description="The stages of a cascade that were read, in order; null for other methods."
     )
     method: AnyMethod = Field(description="The statistical procedure.")
     alpha_shares: dict[str, float] = Field(
         description="The parts of alpha by what they are spent on, fixed before any row was drawn."
     )
     looks: list[int] = Field(
-        description="Estimation rows at which an early-stopping answer may end, fixed before any "
-        "row was drawn; empty for other methods."
+        description="Estimation rows at which the answer may come, fixed before any row was drawn; "
+        "empty where it comes after all rows."
     )
     resolution: int = Field(description="Side of the square, in pixels, that the answer is about.")
     bundle: str = Field(description="SHA-256 of the task's artifact with the numerics used.")

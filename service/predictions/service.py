@@ -34,9 +34,10 @@ from service.predictions.certificate import Issuing
 from service.predictions.checks import check_question
 from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
+from service.predictions.question import Method, PredictRequest
 from service.predictions.results import job_response, problem, to_response
 from service.predictions.rounds import finish_early, keep_looking
-from service.predictions.schemas import JobResponse, Method, PredictRequest, PredictResponse
+from service.predictions.schemas import JobResponse, PredictResponse
 from service.predictions.waiting import JobWaiter
 from service.signing import SigningKeys
 
@@ -102,7 +103,7 @@ class Predictions:
         )
         if job_id == job.id:
             self._waiter.watch(job)
-            self._admission.prepared(job.sigma)
+            self._admission.prepared(job.sigmas)
             if self.tasks.get(question.task) is not bundle:
                 # `cancel_stale` ran before the job was watched. The job is deleted, since a retry
                 # with its Idempotency-Key would find it.
@@ -226,18 +227,19 @@ class Predictions:
     ) -> Job:
         (channels, height, width), array = pixels.shape, pixels.tobytes()
         looks: tuple[int, ...] = ()
+        sigma = question.sigmas[0]
         if question.method is Method.ANYTIME:
-            blur = total_variation((channels, height, width), question.sigma)
-            looks = look_schedule(
-                question.n, question.sigma, question.alpha, question.target_radius, blur
-            )
+            blur = total_variation((channels, height, width), sigma)
+            looks = look_schedule(question.n, sigma, question.alpha, question.target_radius, blur)
+        elif question.method is Method.CASCADE:
+            looks = tuple(question.n * stage for stage in range(1, len(question.sigmas) + 1))
         job = Job(
             id=secrets.token_urlsafe(16),
             task=question.task,
             task_digest=bundle.digest,
             bundle=admission.digest,
             mode=question.mode,
-            sigma=question.sigma,
+            sigma=sigma,
             alpha=question.alpha,
             n0=question.selection_rows,
             n=question.n,
@@ -252,6 +254,7 @@ class Predictions:
             method=question.method.value,
             target_radius=question.target_radius,
             looks=looks,
+            stages=question.sigmas if question.method is Method.CASCADE else (),
             array_sha256=hashlib.sha256(array).hexdigest(),
             file_sha256=hashlib.sha256(question.image).hexdigest(),
             numerics=admission.numerics,

@@ -98,11 +98,12 @@ def leases_of(batch: Sequence[Slice]) -> list[Lease]:
 
 def rows_of(part: Slice) -> Rows:
     """The rows of a slice, as a model takes them."""
-    job = part.lease.job
+    job, shard = part.lease.job, part.lease.shard
+    stage = job.stage_of(shard)
     return Rows(
         pixels=np.frombuffer(job.pixels, np.uint8).reshape(job.shape),
-        key=job.domain_key(part.lease.shard.domain),
+        key=job.domain_key(shard.domain, stage),
         start=part.start,
         stop=part.stop,
-        sigma=job.sigma,
+        sigma=job.sigmas[stage],
     )

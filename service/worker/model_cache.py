@@ -117,7 +117,7 @@ class TaskModel:
         self._cache = cache
         self._backoff = Backoff(cache.clock)
         self._loaded: SmoothedModel | None = None
-        self._serve_under(cache.numerics)
+        self._serve_under(bundle.numerics(cache.numerics))
 
     @property
     def is_available(self) -> bool:

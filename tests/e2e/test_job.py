@@ -36,7 +36,7 @@ from models.adaptation.progress import Progress, problem_of
 from models.adaptation.references import read_references
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, PROMPT_STATES, TUNED, WRITERS, BundleError, read_bundle
-from models.denoiser import DENOISERS
+from models.denoisers.registry import DENOISERS
 from models.rows import Rows
 from models.smoothing import load
 from models.training import Diverged

@@ -15,6 +15,8 @@ from tests.support.serving import DIGEST, KEYS, NUMERICS, PIXELS, PNG, SECRET, T
 
 BUNDLE = TASKS["default"]
 SELECTION, ESTIMATION = (1, 0, 9, 0), (20, 5, 175, 0)
+PASSED = (60, 70, 40, 30)
+"""Estimation votes of a stage at which no label is probable enough."""
 
 
 def asked(**fields: Any) -> Job:
@@ -51,6 +53,10 @@ def answered(method: str) -> JobStatus:
         if method == "early":
             return ended(job, estimation=second, looks=(first,))
         return ended(job, looks=(first, second))
+    if method == "cascade":
+        job = asked(method="cascade", sigma=0.5, stages=(0.5, 0.25), looks=(200, 400))
+        both = tuple(map(sum, zip(PASSED, ESTIMATION, strict=True)))
+        return ended(job, looks=(PASSED,), estimation=both)
     return ended(asked(method=method))
 
 

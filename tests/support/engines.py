@@ -192,7 +192,7 @@ HARNESSES: dict[str, Callable[[pytest.FixtureRequest], Harness]] = {
 def votes(lease: Lease) -> list[int]:
     """The true votes of a leased shard."""
     shard = lease.shard
-    key = lease.job.domain_key(shard.domain)
+    key = lease.job.domain_key(shard.domain, lease.job.stage_of(shard))
     return fake_votes(key, range(shard.start, shard.stop), lease.job.classes)
 
 

@@ -28,6 +28,7 @@ from models.nano.architectures import (
     TEXT_WIDTH,
     if_scheduler,
 )
+from tests.support import own_networks
 
 LABELS = ("cat", "dog", "ship")
 SMALLER: dict[str, Any] = {
@@ -111,11 +112,15 @@ def save_nothing(folder: Path) -> Path:
 
 DENOISER_FOLDERS: dict[str, Callable[[Path], Path]] = {
     "super-resolution": save_super_resolution,
+    "unconditional": own_networks.save_unconditional,
+    "ffdnet": own_networks.save_ffdnet,
     "none": save_nothing,
 }
 CLASSIFIER_FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "onnx": own_networks.save_onnx,
     "open-clip": save_open_clip,
     "timm": save_timm,
+    "transformers": own_networks.save_vit,
 }
 
 

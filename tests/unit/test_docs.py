@@ -16,7 +16,7 @@ import typer
 from service import errors
 from service.cli.main import app as command_line
 from service.config import PREFIX, Settings
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.tasks.schemas import TaskRequest
 from tests.support.documents import API, PAGES, README, TREE, commands, inline, name
 from tests.support.paths import ROOT

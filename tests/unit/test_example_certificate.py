@@ -61,7 +61,7 @@ def ran_on(folder: Path, document: dict[str, Any]) -> subprocess.CompletedProces
     return script(folder / "certificate.json", folder / "jwks.json")
 
 
-@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early", "cascade"])
 def test_the_script_recomputes_every_method(tmp_path: Path, method: str) -> None:
     """Its own bisection and continued fraction reach what the service proved, to 1e-8."""
     document = issued(answered(method))["document"]
@@ -113,6 +113,19 @@ LAST = [200, 175, 20]
         ("cohen", "question", {"alpha": 0.01}, "alpha is divided otherwise"),
         ("early", "question", {"target_radius": None}, "alpha is divided otherwise"),
         ("cohen", "question", {"method": "better"}, "method"),
+        ("cohen", "question", {"sigma": [0.5, 0.25]}, "another number of sigma"),
+        ("cohen", "evidence", {"passed_counts": []}, "the method has no passed stages"),
+        ("cohen", "result", {"stages": []}, "result has other fields"),
+        ("cascade", "question", {"sigma": 0.5}, "another number of sigma"),
+        ("cascade", "question", {"sigma": [0.25, 0.5]}, "sigma does not descend"),
+        ("cascade", "question", {"sigma": [0.5, 0.01]}, "sigma is not 0.02 to 4"),
+        ("cascade", "evidence", {"passed_counts": [{"0": 200}]}, "a stage was not passed"),
+        ("cascade", "evidence", {"passed_counts": [{"0": 20}]}, "do not sum to 200"),
+        ("cascade", "noise", {"selection": [0, 10]}, "noise.selection is not [0, 20]"),
+        ("cascade", "evidence", {"passed_counts": []}, "noise.selection is not [0, 10]"),
+        ("cascade", "evidence", {"passed_counts": [{"0": 200}] * 4}, "more stages were read"),
+        ("cascade", "result", {"stages": []}, "stages has another length"),
+        ("cascade", "evidence", {"looks": [[200, 175, 20]]}, "the method has no looks"),
         ("cohen", "model", {"task_digest": "0" * 64}, "bundle is another hash"),
         ("cohen", "noise", {"estimation": [1, 200]}, "noise.estimation"),
         ("cohen", "noise", {"secret_commitment": "0" * 64}, "another noise secret"),

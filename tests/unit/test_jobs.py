@@ -50,7 +50,14 @@ def scheduled(job: Job, looks: set[int]) -> Job:
 
 
 IN_ROUNDS = st.builds(scheduled, FIXED.filter(lambda job: job.n > 0), st.sets(st.integers(1, 5000)))
-JOBS = FIXED | IN_ROUNDS
+CASCADES = st.builds(
+    lambda job, sigmas: replace(
+        job, stages=sigmas, looks=tuple(job.n * (stage + 1) for stage in range(len(sigmas)))
+    ),
+    FIXED.filter(lambda job: job.n0 > 0 and job.n > 0),
+    st.lists(POSITIVE, min_size=2, max_size=4).map(tuple),
+)
+JOBS = FIXED | IN_ROUNDS | CASCADES
 TRIAL = replace(make_job("trial"), pixels=bytes(12))
 SECRET = b"s" * 32
 
@@ -124,8 +131,12 @@ def test_shards_cover_every_row_once(job: Job, most_rows: int) -> None:
     """Each row of each domain lies in exactly one shard, and no shard is empty or too large."""
     shards = job.shards(most_rows)
     covered = [(s.domain, row) for s in shards for row in range(s.start, s.stop)]
-    wanted = [(Domain.SELECTION, row) for row in range(job.n0)]
-    wanted += [(Domain.ESTIMATION, row) for row in range(job.n)]
+    wanted = [
+        (domain, row)
+        for stage in range(len(job.sigmas))
+        for domain, rows in ((Domain.SELECTION, job.n0), (Domain.ESTIMATION, job.n))
+        for row in range(stage * rows, (stage + 1) * rows)
+    ]
     assert covered == wanted
     assert len(wanted) == job.rows
     assert all(1 <= shard.rows <= most_rows for shard in shards)
@@ -154,6 +165,21 @@ def test_shards_of_rounds_are_a_known_answer() -> None:
     assert single == make_job("a").shards(10)
 
 
+def test_stages_are_rounds_with_a_selection_each() -> None:
+    """Rows are numbered on from stage to stage, and each shard lies in one stage."""
+    job = replace(make_job("a", n0=5, n=16), stages=(0.5, 0.25), looks=(16, 32))
+    assert [
+        [(s.domain.value[0], s.start, s.stop) for s in shards] for shards in job.rounds(10)
+    ] == [
+        [("s", 0, 5), ("e", 0, 10), ("e", 10, 16)],
+        [("s", 5, 10), ("e", 16, 26), ("e", 26, 32)],
+    ]
+    assert [[job.stage_of(s) for s in shards] for shards in job.rounds(10)] == [[0] * 3, [1] * 3]
+    assert (job.rows, job.sigmas) == (42, (0.5, 0.25))
+    with pytest.raises(ValueError, match=r"looks is \(16,\); .* to n = 32"):
+        replace(job, looks=(16,))
+
+
 def test_noise_key_is_a_known_answer() -> None:
     """The key of a fixed question never changes: certificates of older releases can be replayed."""
     # HMAC-SHA256 of the canonical JSON, computed with OpenSSL.
@@ -176,6 +202,7 @@ def test_noise_key_is_a_known_answer() -> None:
         {"target_radius": 0.25},
         {"looks": (16, 30)},
         {"looks": (30,)},
+        {"stages": (0.25, 0.12)},
     ],
 )
 def test_any_other_question_has_rows_of_its_own(other: dict[str, Any]) -> None:
@@ -215,9 +242,9 @@ def test_domain_keys_follow_from_the_key_alone(n0: int, n: int, alpha: float, mo
 
 
 def test_domains_have_keys_of_their_own() -> None:
-    """Selection and estimation never read the same noise, nor the job's key itself."""
+    """Selection, estimation and stages never read the same noise, nor the job's key itself."""
     job = make_job("a")
-    keys = [job.key, job.domain_key(Domain.SELECTION), job.domain_key(Domain.ESTIMATION)]
+    keys = [job.key, *(job.domain_key(domain, i) for domain in Domain for i in range(4))]
     assert all(one != other for one, other in combinations(keys, 2))
     assert {len(key) for key in keys} == {32}
 

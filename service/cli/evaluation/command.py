@@ -33,7 +33,7 @@ from service.cli.evaluation.tasks import (
 from service.cli.predict import Alpha, SelectionRows
 from service.client import Client, VouchsafeError
 from service.config import Settings
-from service.predictions.schemas import LARGEST_SIGMA, SMALLEST_SIGMA
+from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
 
 if TYPE_CHECKING:
     from service.tasks.catalog import Catalog

@@ -91,7 +91,7 @@ class LocalTask:
     @cached_property
     def plain(self) -> SmoothedModel:
         """The classifier under noise, without the denoiser."""
-        from models.denoiser import NoDenoiser
+        from models.denoisers.base import NoDenoiser
         from models.smoothing import SmoothedModel, best_device
 
         whole = self.model

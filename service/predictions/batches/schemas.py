@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 
 from service.jobs import State
 from service.predictions.document import Issuer, Section, Sha256
-from service.predictions.schemas import AnyMode
+from service.predictions.question import AnyMode
 
 TYPE: Final = "urn:vouchsafe:batch-manifest:1"
 """The format's name; another format has another number."""

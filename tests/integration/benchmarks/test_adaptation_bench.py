@@ -17,7 +17,7 @@ from benchmarks.adaptation import Together, adapted, apart, certified, compared,
 from models.adaptation import references
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
-from models.denoiser import NoDenoiser
+from models.denoisers.base import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.tables import certify_images
 from models.runtime import computes_bfloat16, numerics_of

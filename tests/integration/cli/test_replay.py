@@ -24,17 +24,22 @@ from service.jobs import Domain, JobStatus
 from service.predictions.document import CertificateDocument
 from service.predictions.verification import Refused
 from tests.support.certificates import BUNDLE, answered, ended, issued
-from tests.support.fakes import fake_label
+from tests.support.fakes import fake_label, fake_votes
 from tests.support.serving import PNG, SECRET
 
 
 class Labeler:
-    """Networks that label a row by its key: nine of ten are for the third of four labels."""
+    """Networks that label a row by its key: nine of ten are for the third of four labels.
+
+    Under noise of sigma 0.5 all labels are equally probable.
+    """
 
     classes, batch_rows = 4, 16
 
     def votes(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         (part,) = parts
+        if part.sigma == 0.5:
+            return np.array([fake_votes(part.key, range(part.start, part.stop), 4)])
         labels = [fake_label(part.key, row, 20) for row in range(part.start, part.stop)]
         first, second = labels.count(0), labels.count(1)
         return np.array([[first, second, len(labels) - first - second, 0]])
@@ -51,10 +56,17 @@ def certified(method: str) -> JobStatus:
     status = answered(method)
     job, model = status.job, Labeler()
 
-    def votes(domain: Domain, stop: int) -> tuple[int, ...]:
-        rows = Rows(np.zeros(1, np.uint8), job.domain_key(domain), 0, stop, job.sigma)
+    def votes(domain: Domain, stop: int, start: int = 0, stage: int = 0) -> tuple[int, ...]:
+        key = job.domain_key(domain, stage)
+        rows = Rows(np.zeros(1, np.uint8), key, start, stop, job.sigmas[stage])
         return tuple(model.votes([rows])[0].tolist())
 
+    if job.stages:
+        passed = votes(Domain.ESTIMATION, job.n)
+        answers = votes(Domain.ESTIMATION, 2 * job.n, job.n, 1)
+        both = tuple(map(sum, zip(passed, answers, strict=True)))
+        chosen = votes(Domain.SELECTION, 2 * job.n0, job.n0, 1)
+        return ended(job, selection=chosen, estimation=both, looks=(passed,))
     ends = [sum(look) for look in (*status.looks, status.estimation)]
     *looks, last = [votes(Domain.ESTIMATION, end) for end in ends]
     return ended(
@@ -68,7 +80,7 @@ def again(document: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early", "cascade"])
 def test_the_same_rows_get_the_same_votes(method: str) -> None:
     """As many rows as were drawn, no more, whether or not they ended early."""
     status = certified(method)
@@ -78,7 +90,14 @@ def test_the_same_rows_get_the_same_votes(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "field"),
-    [("cohen", "selection_counts"), ("two-sided", "estimation_counts"), ("early", "looks")],
+    [
+        ("cohen", "selection_counts"),
+        ("two-sided", "estimation_counts"),
+        ("early", "looks"),
+        ("cascade", "selection_counts"),
+        ("cascade", "estimation_counts"),
+        ("cascade", "passed_counts"),
+    ],
 )
 def test_other_votes_are_refused_by_name(method: str, field: str) -> None:
     """One vote that no row cast is found, also at a look before the last."""
@@ -87,8 +106,9 @@ def test_other_votes_are_refused_by_name(method: str, field: str) -> None:
     if field == "looks":
         votes[0][1] -= 1
     else:
+        votes = votes[0] if field == "passed_counts" else votes
         votes["2"] -= 1
-        votes["3"] = 1
+        votes["3"] = votes.get("3", 0) + 1
     with pytest.raises(Refused, match=f"^{field} = .*: the replay counts "):
         again(document)
 
@@ -124,11 +144,13 @@ def documented_key(document: dict[str, Any]) -> bytes:
         "mode": "certify",
         "looks": question["looks"] or [],
     }
+    if question["method"] == "cascade":
+        hashed["looks"] = [question["n"] * stage for stage in range(1, len(question["sigma"]) + 1)]
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return hmac.digest(SECRET, text.encode(), "sha256")
 
 
-@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early"])
+@pytest.mark.parametrize("method", ["cohen", "two-sided", "anytime", "early", "cascade"])
 def test_keys_are_as_documented(method: str) -> None:
     """Who has the secret finds the key by the page alone."""
     status = certified(method)

@@ -20,8 +20,8 @@ from models.adaptation.personalize import Personalization, personalize
 from models.adaptation.plan import Plan
 from models.adaptation.references import References, read_references
 from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode, synthesize
-from models.classifier import load_open_clip
-from models.denoiser import SuperResolutionDenoiser, load_super_resolution
+from models.classifiers.open_clip import load_open_clip
+from models.denoisers.super_resolution import SuperResolutionDenoiser, load_super_resolution
 from models.runtime import Torch
 from models.training import Profile
 from tests.support import miniatures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.classifier import CLASSIFIERS, load_open_clip, load_timm
+from models.classifiers.open_clip import load_open_clip
+from models.classifiers.registry import CLASSIFIERS
+from models.classifiers.timm import load_timm
 from models.runtime import Torch
-from tests.support import miniatures
+from tests.support import miniatures, own_networks
 
 CPU = torch.device("cpu")
 TEMPLATE = "a photo of a {}."
@@ -36,11 +39,12 @@ def test_open_clip_equals_zero_shot_by_hand(tmp_path: Path) -> None:
     assert torch.allclose(ours, model.logit_scale.exp() * image @ text.T, atol=1e-4)
 
 
-def test_timm_labels_must_be_the_networks(tmp_path: Path) -> None:
-    """A timm head has labels of its own; a task with others is refused by name."""
-    folder = miniatures.save_timm(tmp_path)
-    with pytest.raises(ValueError, match=r"the network's labels are \('cat', 'dog', 'ship'\)"):
-        load_timm(folder, ("cat", "dog"), TEMPLATE, CPU, torch.float32, Torch())
+@pytest.mark.parametrize("kind", ["onnx", "timm", "transformers"])
+def test_labels_must_be_as_many_as_classes(kind: str, tmp_path: Path) -> None:
+    """A head with classes of its own is not served with fewer labels."""
+    folder = miniatures.CLASSIFIER_FOLDERS[kind](tmp_path)
+    with pytest.raises(ValueError, match="the network has 3 classes, the task 2"):
+        CLASSIFIERS[kind](folder, ("cat", "dog"), TEMPLATE, CPU, torch.float32, Torch())
 
 
 def test_timm_uses_its_own_normalisation(tmp_path: Path) -> None:
@@ -56,10 +60,17 @@ def test_timm_uses_its_own_normalisation(tmp_path: Path) -> None:
         assert torch.allclose(classifier(x), classifier._model(scaled), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_classifier_contract(kind: str, tmp_path: Path) -> None:
+HEADS = {
+    **{kind: (kind, save) for kind, save in miniatures.CLASSIFIER_FOLDERS.items()},
+    "transformers-clip": ("transformers", own_networks.save_clip),
+    "transformers-siglip": ("transformers", own_networks.save_siglip),
+}
+
+
+@pytest.mark.parametrize(("kind", "save"), HEADS.values(), ids=HEADS)
+def test_classifier_contract(kind: str, save: Callable[[Path], Path], tmp_path: Path) -> None:
     """Every classifier gives float32 logits a row that depend on that row alone."""
-    folder = miniatures.CLASSIFIER_FOLDERS[kind](tmp_path)
+    folder = save(tmp_path)
     classifier = CLASSIFIERS[kind](folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch())
     x = torch.rand(4, 3, 32, 32)
     with torch.inference_mode():

@@ -8,15 +8,10 @@ import pytest
 import torch
 from diffusers import IFPipeline
 
-from models.denoiser import (
-    DENOISERS,
-    PROMPT_TOKENS,
-    SuperResolutionDenoiser,
-    clean_prompts,
-    encode_prompts,
-    noise_ratios,
-    timesteps,
-)
+from models.denoisers.prompts import PROMPT_TOKENS, clean_prompts, encode_prompts
+from models.denoisers.registry import DENOISERS
+from models.denoisers.schedule import noise_ratios, timesteps
+from models.denoisers.super_resolution import SuperResolutionDenoiser
 from models.runtime import Torch
 from tests.support import miniatures
 

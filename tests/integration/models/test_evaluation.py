@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.certificates.rules import certify
-from models.denoiser import NoDenoiser
+from models.denoisers.base import NoDenoiser
 from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
 from models.evaluation.scores import paired_bootstrap
 from models.evaluation.tables import (

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from models.adaptation.finetune import TUNABLES, Finetuning, finetune
 from models.adaptation.references import References
-from models.classifier import CLASSIFIERS, Classifier
-from models.denoiser import NoDenoiser
+from models.classifiers.base import Classifier
+from models.classifiers.registry import CLASSIFIERS
+from models.denoisers.base import NoDenoiser
 from models.runtime import Torch
 from models.training import Profile
 from tests.support import miniatures

@@ -26,8 +26,12 @@ from models.adaptation.plan import PLAN, Plan, Status, write_json
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.synthesize import Cascade, Drawn, Sampling, encode
 from models.bundle import Base, BundleError, read_bundle
-from models.classifier import open_clip_tokens, read_open_clip
-from models.denoiser import SuperResolutionDenoiser, load_super_resolution, read_unet
+from models.classifiers.open_clip import open_clip_tokens, read_open_clip
+from models.denoisers.super_resolution import (
+    SuperResolutionDenoiser,
+    load_super_resolution,
+    read_unet,
+)
 from models.files import KnownHashes
 from models.memory import TooLittleMemory, check_room, free_on_host, needs
 from models.rows import Rows
@@ -382,7 +386,7 @@ def test_a_personalized_task_looks_for_room_on_its_device_too(
     def full(what: str, needed: int, device: torch.device) -> None:
         raise TooLittleMemory(f"{what} takes {needed} on {device}")
 
-    monkeypatch.setattr("models.denoiser.check_room", full)
+    monkeypatch.setattr("models.denoisers.super_resolution.check_room", full)
     stage2, states = models_dir / "if-ii-l" / "stage2", miniatures.states()
     needed = 2 * sum(parameter.numel() for parameter in deepfloyd.unet(2).parameters())
     with pytest.raises(TooLittleMemory, match=rf"stage2's UNet takes {needed} on cuda"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.denoiser import NoDenoiser
+from models.denoisers.base import NoDenoiser
 from models.evaluation.datasets import LabelledImages
 from models.evaluation.row_labels import label_rows
 from models.evaluation.tables import image_votes

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.classifier import load_open_clip
-from models.denoiser import load_super_resolution
+from models.classifiers.open_clip import load_open_clip
+from models.denoisers.super_resolution import load_super_resolution
 from models.rows import Rows
 from models.runtime import (
     AUTO,

@@ -13,7 +13,8 @@ from scipy.stats import binom, norm
 from torch import Tensor
 
 from models.certificates.rules import certify
-from models.denoiser import NoDenoiser, SuperResolutionDenoiser
+from models.denoisers.base import NoDenoiser
+from models.denoisers.super_resolution import SuperResolutionDenoiser
 from models.noise import discrete_gaussian
 from models.rows import Rows
 from models.runtime import numerics_of

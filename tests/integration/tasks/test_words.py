@@ -17,7 +17,7 @@ from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from service.config import Settings
 from service.engine.protocol import Engine, Worker
 from service.errors import Backlog, NotFound
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from service.tasks.catalog import Catalog
 from tests.support.engines import HARNESSES

@@ -60,6 +60,7 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "method": "two-sided",
         "alpha_shares": alpha_shares("two-sided", 0.001),
         "looks": [],
+        "stages": None,
         "resolution": RESOLUTION,
         "bundle": DIGEST,
     }

@@ -13,17 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.bundle import (
-    CLASSIFIER_KINDS,
-    DENOISER_FILES,
     Base,
     Bundle,
     BundleError,
     read_bundle,
     write_bundle,
 )
-from models.classifier import CLASSIFIERS
-from models.denoiser import DENOISERS
+from models.classifiers.registry import CLASSIFIERS
+from models.denoisers.registry import DENOISERS
 from models.files import sha256_of
+from models.kinds import CLASSIFIER_FILES, DENOISER_FILES
 
 
 @pytest.fixture
@@ -128,7 +127,10 @@ def test_pickles_are_refused(written: Bundle) -> None:
         ({"labels": ["cat"]}, "the field labels holds 1; the smallest is 2"),
         ({"labels": ["cat", "dog", "cat"]}, "the field labels holds 'cat' twice"),
         ({"denoiser": asdict(Base("other"))}, "the denoiser is 'other', not of super-resolution"),
-        ({"classifier": asdict(Base("other"))}, "the classifier is 'other', not of open-clip"),
+        (
+            {"classifier": asdict(Base("other"))},
+            "the classifier is 'other', not of onnx",
+        ),
         (
             {"denoiser": asdict(Base("super-resolution")), "files": {}},
             r"the denoiser needs prompt_states\.safetensors, which is not listed",
@@ -249,4 +251,4 @@ def test_what_is_loaded_is_what_was_hashed(tmp_path: Path) -> None:
 def test_every_kind_of_network_may_be_named() -> None:
     """Manifests may name exactly the adapters that there are."""
     assert DENOISER_FILES.keys() == DENOISERS.keys()
-    assert set(CLASSIFIER_KINDS) == CLASSIFIERS.keys()
+    assert CLASSIFIER_FILES.keys() == CLASSIFIERS.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,36 +11,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
+from models.certificates.alpha import stage_shares
 from models.certificates.bounds import clopper_pearson_lower, clopper_pearson_upper
 from models.certificates.cascade import (
     Cascade,
-    CascadeCertificate,
     certify_cascade,
     check_cascade,
     is_passed,
-    stage_shares,
 )
+from models.certificates.rules import Certificate
 
-QUESTION = Cascade((1.0, 0.5, 0.25), 0.001, 100, 1000, (0.0, 0.0, 0.0))
+QUESTION = Cascade((1.0, 0.5, 0.25), 0.001, 100, 1000)
 SURE = ((100, 0, 0), (990, 6, 4))
 SPREAD = ((40, 30, 30), (400, 350, 250))
 CLOSE = ((60, 20, 20), (480, 300, 220))
 LEVEL = 0.001 / 6
 
 
-def answered(*stages: tuple[tuple[int, ...], tuple[int, ...]]) -> CascadeCertificate:
-    return certify_cascade(QUESTION, stages)
+def answered(*stages: tuple[tuple[int, ...], tuple[int, ...]]) -> Certificate:
+    return certify_cascade(QUESTION, stages[-1][0], [votes for _, votes in stages])
 
 
 def test_the_first_stage_answers_by_its_own_bound() -> None:
     """Without a passed stage the radius is sigma Phi^-1(p_lower) at alpha / 2S."""
     got = answered(SURE)
     p_lower = clopper_pearson_lower(990, 1000, LEVEL)
-    assert (got.stage, got.certificate.label, got.certificate.sigma) == (0, 0, 1.0)
-    assert got.certificate.p_lower == pytest.approx(p_lower, abs=1e-12)
-    assert got.certificate.radius == pytest.approx(ndtri(p_lower), abs=1e-9)
-    assert (got.certificate.method, got.certificate.alpha) == ("cascade", 0.001)
-    assert (got.certificate.n0, got.certificate.n) == (100, 1000)
+    assert (len(got.stages), got.label, got.sigma) == (1, 0, 1.0)
+    assert got.p_lower == pytest.approx(p_lower, abs=1e-12)
+    assert got.radius == pytest.approx(ndtri(p_lower), abs=1e-9)
+    assert (got.method, got.alpha) == ("cascade", 0.001)
+    assert (got.n0, got.n) == (100, 1000)
 
 
 def test_a_passed_stage_limits_the_radius() -> None:
@@ -48,61 +49,57 @@ def test_a_passed_stage_limits_the_radius() -> None:
     p_upper = clopper_pearson_upper(350, 1000, LEVEL)
     kept = -1.0 * float(ndtri(p_upper))
     answers = 0.5 * float(ndtri(clopper_pearson_lower(990, 1000, LEVEL)))
-    assert (got.stage, got.certificate.label, got.certificate.sigma) == (1, 0, 0.5)
-    assert [bound.radius for bound in got.bounds] == [
+    assert (len(got.stages), got.label, got.sigma) == (2, 0, 0.5)
+    assert [bound.radius for bound in got.stages] == [
         pytest.approx(kept, abs=1e-9),
         pytest.approx(answers, abs=1e-9),
     ]
-    assert got.bounds[0].p_upper == pytest.approx(p_upper, abs=1e-12)
-    assert got.certificate.radius == min(bound.radius for bound in got.bounds)
-    assert got.certificate.counts == SURE[1]
+    assert got.stages[0].p_upper == pytest.approx(p_upper, abs=1e-12)
+    assert got.radius == min(bound.radius for bound in got.stages)
+    assert got.counts == SURE[1]
 
 
 def test_every_passed_stage_limits_the_radius() -> None:
     """With three stages the least of three numbers counts, here the second stage's."""
     got = answered(SPREAD, ((40, 30, 30), (200, 400, 400)), SURE)
-    assert got.stage == 2
-    radii = [bound.radius for bound in got.bounds]
-    assert got.certificate.radius == min(radii) == radii[1]
+    assert (len(got.stages), got.label) == (3, 0)
+    radii = [bound.radius for bound in got.stages]
+    assert got.radius == min(radii) == radii[1]
 
 
 def test_between_the_bounds_the_cascade_abstains() -> None:
     """A stage that may or may not have a class above 1/2 is not passed, whatever comes after."""
-    for stages in ((CLOSE,), (CLOSE, SURE), (SPREAD, CLOSE, SURE)):
+    for stages in ((CLOSE,), (SPREAD, CLOSE)):
         got = answered(*stages)
-        assert got.stage is None
-        assert (got.certificate.label, got.certificate.abstained) == (None, True)
-        assert got.certificate.radius == 0.0
-    assert len(answered(SPREAD, CLOSE, SURE).bounds) == 2
+        assert (got.label, got.abstained) == (None, True)
+        assert got.radius == 0.0
 
 
 def test_the_last_stage_is_never_passed() -> None:
     """A cascade whose stages are all spread abstains at its last one."""
     got = answered(SPREAD, SPREAD, SPREAD)
-    assert (got.stage, len(got.bounds), got.certificate.sigma) == (None, 3, 0.25)
+    assert (got.abstained, len(got.stages), got.sigma) == (True, 3, 0.25)
 
 
 def test_votes_after_the_selection_do_not_choose_the_class() -> None:
     """A class that the selection did not name is not answered, though it has the votes."""
-    assert answered(((51, 49, 0), (4, 990, 6))).stage is None
+    assert answered(((51, 49, 0), (4, 990, 6))).abstained
 
 
 def test_whether_a_stage_is_passed_reads_every_class() -> None:
     """The selected class counts too: CPhi of the largest count must not lie above 1/2."""
-    assert is_passed(QUESTION, 0, (400, 350, 250))
-    assert not is_passed(QUESTION, 0, (480, 300, 220))
-    assert not is_passed(QUESTION, 0, (300, 480, 220))
-    blurred = Cascade((1.0, 0.5), 0.001, 100, 1000, (0.1, 0.0))
-    assert not is_passed(blurred, 0, (400, 350, 250))
-    assert is_passed(blurred, 1, (400, 350, 250))
+    assert is_passed(QUESTION, (400, 350, 250))
+    assert not is_passed(QUESTION, (480, 300, 220))
+    assert not is_passed(QUESTION, (300, 480, 220))
+    assert not is_passed(replace(QUESTION, total_variation=0.1), (400, 350, 250))
 
 
-def test_total_variation_is_each_stages_own() -> None:
+def test_total_variation_widens_every_bound() -> None:
     """It lowers the answer's bound and raises a passed stage's."""
-    blurred = Cascade(QUESTION.sigmas, 0.001, 100, 1000, (0.01, 0.02, 0.0))
-    plain, got = answered(SPREAD, SURE), certify_cascade(blurred, (SPREAD, SURE))
-    assert got.bounds[0].p_upper == pytest.approx((plain.bounds[0].p_upper or 0.0) + 0.01)
-    assert got.bounds[1].p_lower == pytest.approx((plain.bounds[1].p_lower or 0.0) - 0.02)
+    blurred = replace(QUESTION, total_variation=0.01)
+    plain, got = answered(SPREAD, SURE), certify_cascade(blurred, SURE[0], [SPREAD[1], SURE[1]])
+    assert got.stages[0].p_upper == pytest.approx((plain.stages[0].p_upper or 0.0) + 0.01)
+    assert got.stages[1].p_lower == pytest.approx((plain.stages[1].p_lower or 0.0) - 0.01)
 
 
 @given(st.floats(1e-98, 0.5), st.integers(2, 4))
@@ -137,27 +134,32 @@ def test_impossible_cascades_are_refused_by_name(arguments: Any, message: str) -
 def test_the_smallest_n_of_a_cascade_answers() -> None:
     """At alpha = 0.001 two stages need 12 unanimous rows."""
     check_cascade(100, 12, (0.5, 0.25), 0.001)
-    smallest = Cascade((0.5, 0.25), 0.001, 100, 12, (0.0, 0.0))
-    assert certify_cascade(smallest, [((100, 0), (12, 0))]).stage == 0
+    smallest = Cascade((0.5, 0.25), 0.001, 100, 12)
+    assert certify_cascade(smallest, (100, 0), [(12, 0)]).label == 0
 
 
 @pytest.mark.parametrize(
-    ("stages", "message"),
+    ("selection", "stages", "message"),
     [
-        ((), r"^stages has 0 stages, all passed: the next is missing$"),
-        ((SPREAD,), r"^stages has 1 stages, all passed: the next is missing$"),
-        ((((99, 0, 0), SURE[1]),), r"^stages\[0\] sums to 99 and 1000: must be n0 = 100 and"),
-        ((SPREAD, ((100, 0, 0), (990, 6, 3))), r"^stages\[1\] sums to 100 and 999"),
-        ((((100, 0), SURE[1]),), r"2 classes and estimation_counts 3"),
+        (SURE[0], [], r"^0 stages were read: must be 1 to 3$"),
+        (SURE[0], [SPREAD[1]] * 4, r"^4 stages were read: must be 1 to 3$"),
+        (SPREAD[0], [SPREAD[1]], r"^stage 1 is passed, and the next is missing$"),
+        (SURE[0], [CLOSE[1], SURE[1]], r"^stage 1 is not passed, so it is the last$"),
+        (SURE[0], [SPREAD[1], SURE[1], SURE[1]], r"^stage 2 is not passed, so it is the last$"),
+        ((99, 0, 0), [SURE[1]], r"^stage 1 has 99 and 1000 votes: must have n0 = 100 and n"),
+        (SURE[0], [SPREAD[1], (990, 6, 3)], r"^stage 2 has 100 and 999 votes"),
+        ((100, 0), [SURE[1]], r"2 classes and estimation_counts 3"),
     ],
 )
-def test_missing_and_malformed_stages_are_refused(stages: Any, message: str) -> None:
-    """A prefix of passed stages is no answer, and every stage read has n0 and n votes."""
+def test_missing_and_malformed_stages_are_refused(
+    selection: Any, stages: Any, message: str
+) -> None:
+    """Exactly the stages up to the first one that is not passed make an answer."""
     with pytest.raises(ValueError, match=message):
-        certify_cascade(QUESTION, stages)
+        certify_cascade(QUESTION, selection, stages)
 
 
 def test_an_impossible_total_variation_is_refused() -> None:
-    """That of every stage is checked, also of one that is not read."""
+    """It is a probability below 1/2."""
     with pytest.raises(ValueError, match=r"^total_variation = -0.1"):
-        certify_cascade(Cascade((1.0, 0.5), 0.001, 100, 1000, (0.0, -0.1)), [SURE])
+        certify_cascade(replace(QUESTION, total_variation=-0.1), SURE[0], [SURE[1]])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from models.certificates.rules import certify
-from models.denoiser import NoDenoiser
+from models.denoisers.base import NoDenoiser
 from models.evaluation.demo import shown
 from models.evaluation.plots import Shown, contact_sheet, curves, noisy_and_denoised, picture_grid
 from models.noise import total_variation

@@ -18,7 +18,7 @@ from service.engine.protocol import Capacity, Worker
 from service.errors import Backlog
 from service.predictions import admission as doors
 from service.predictions.admission import MOST_SIGMAS, AdmissionControl, sigma_seconds
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from tests.support.serving import KEYS, NUMERICS, SECRET, TASKS, png
 
@@ -104,7 +104,7 @@ async def test_a_new_sigma_is_charged_once(engine: MemoryEngine, door: Admission
         rows = (await door.admit(asked, TASKS["default"], None, may_be_known=False)).setup_rows
         again = await door.admit(asked, TASKS["default"], None, may_be_known=False)
         assert again.setup_rows == rows  # It is charged until a question of it is queued.
-        door.prepared(sigma)
+        door.prepared([sigma])
         return rows
 
     most = door._settings.max_queue_rows - ASKED.rows

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from service.errors import InvalidField
 from service.jobs import Mode
-from service.predictions.schemas import PredictRequest, PredictResponse
+from service.predictions.question import PredictRequest
+from service.predictions.schemas import PredictResponse
 from service.validation import invalid_fields
 
 IMAGE = b64encode(b"picture").decode()

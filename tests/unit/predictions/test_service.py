@@ -15,7 +15,7 @@ from service.errors import TaskNotReady
 from service.jobs import JobStatus, State
 from service.predictions import results as answers
 from service.predictions import waiting
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from tests.support.engines import HARNESSES
 from tests.support.fakes import EngineSpy

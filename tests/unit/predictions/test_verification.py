@@ -17,7 +17,8 @@ from tests.support.certificates import BUNDLE, answered, asked, ended, issued, r
 from tests.support.serving import KEYS, PIXELS, PNG, SECRET, png
 
 METHODS = {
-    method: issued(answered(method)) for method in ("cohen", "two-sided", "anytime", "early")
+    method: issued(answered(method))
+    for method in ("cohen", "two-sided", "anytime", "early", "cascade")
 }
 GIVEN = METHODS["cohen"]
 TEXT = json.dumps(GIVEN, separators=(",", ":")).encode()

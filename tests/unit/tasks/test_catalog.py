@@ -18,7 +18,7 @@ from service.engine.memory import MemoryEngine
 from service.engine.options import EngineOptions
 from service.engine.protocol import Worker
 from service.jobs import JobStatus, State
-from service.predictions.schemas import PredictRequest
+from service.predictions.question import PredictRequest
 from service.predictions.service import Predictions
 from service.processes.embedded import UNSERVED_SECONDS
 from service.tasks import catalog as catalogs

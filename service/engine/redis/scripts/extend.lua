@@ -16,14 +16,17 @@ if look ~= due or counted ~= shards then
   return 0
 end
 
+local asked = cjson.decode(text)
+local is_cascade = #(asked.stages or {}) > 0
 local votes, record = {}, redis.call('HGETALL', job)
 for at = 1, #record, 2 do
-  local class = string.match(record[at], '^estimation:(%d+)$')
-  if class then
+  local domain, class = string.match(record[at], '^(%l+):(%d+)$')
+  if domain == 'estimation' then
     votes[class] = tonumber(record[at + 1])
+  elseif domain == 'selection' and is_cascade then
+    redis.call('HDEL', job, record[at]) -- The next stage selects by its own rows.
   end
 end
-local asked = cjson.decode(text)
 -- A round at the end of `lo` would wait for the whole backlog.
 stream = lane_of(asked) == 'lo' and key('lane', 'later', line) or stream
 redis.call('HSET', job, 'look:' .. look, cjson.encode(votes), 'before', look, 'look', next_look,

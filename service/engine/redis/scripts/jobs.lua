@@ -104,9 +104,14 @@ local function lane_of(job)
   return job.mode == 'predict' and 'hi' or 'lo'
 end
 
--- Rows that an open job adds to the backlog, from its decoded JSON: its noise rows and setup rows.
+-- Most noise rows of a job, from its decoded JSON: n0 and n of each stage.
+local function rows_of(job)
+  return (job.n0 + job.n) * math.max(1, #(job.stages or {}))
+end
+
+-- Rows that an open job adds to the backlog: its noise rows and setup rows.
 local function charge_of(job)
-  return job.n0 + job.n + (job.setup_rows or 0)
+  return rows_of(job) + (job.setup_rows or 0)
 end
 
 -- The fields that the messages of all shards of a job share.

@@ -5,7 +5,7 @@ sweep()
 local text, image, caller, fingerprint, line, most_rows = unpack(ARGV, 3, 8)
 local job = cjson.decode(text)
 local owner = job.owner ~= cjson.null and job.owner or nil
-local id, rows, charge = job.id, job.n0 + job.n, charge_of(job)
+local id, rows, charge = job.id, rows_of(job), charge_of(job)
 if caller ~= '' then
   local earlier = redis.call('GET', key('caller', caller))
   local asked = earlier and redis.call('HGET', key('job', earlier), 'fingerprint')
