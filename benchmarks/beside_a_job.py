@@ -27,7 +27,15 @@ from benchmarks.server import serving
 from models.adaptation.plan import STAGES
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.smoothing import best_device, named_runtime
-from service.cli.bench import SELECTION_ROWS, SIGMA, WAIT_SECONDS, Ask, driven, percentiles, post
+from service.cli.bench.speed import (
+    SELECTION_ROWS,
+    SIGMA,
+    WAIT_SECONDS,
+    Ask,
+    driven,
+    percentiles,
+    post,
+)
 from service.config import Settings
 from service.jobs import Mode
 from service.predictions.question import DEFAULT_ROWS

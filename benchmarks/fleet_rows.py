@@ -26,7 +26,7 @@ from prometheus_client import REGISTRY
 
 from benchmarks.processes import Running, redis_server, worker_process
 from models.bundle import DEFAULT_TASK, read_bundle
-from service.cli.bench import SELECTION_ROWS, ask_desk, driven, percentiles, png
+from service.cli.bench.speed import SELECTION_ROWS, ask_desk, driven, percentiles, png
 from service.config import Settings
 from service.engine.redis.engine import RedisEngine
 from service.predictions.service import Predictions

@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 
 from benchmarks.open_loop import IMAGE, ROWS, Load, ask, offered, summary
 from benchmarks.processes import Running, api_process, redis_server, worker_process
-from service.cli.bench import SIGMA, driven
+from service.cli.bench.speed import SIGMA, driven
 from service.engine.options import EngineOptions
 from service.engine.redis.client import connect
 from service.engine.redis.engine import RedisEngine

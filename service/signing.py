@@ -9,7 +9,7 @@ import re
 import warnings
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -73,6 +73,35 @@ class SigningKeys:
 def commitment(secret: bytes) -> str:
     """SHA-256 (hex) that binds a service to its noise secret and reveals nothing of it."""
     return hashlib.sha256(b"vouchsafe noise secret commitment\0" + secret).hexdigest()
+
+
+class Signed(NamedTuple):
+    """A signed document as it was read, before its signature is checked.
+
+    `document` is what stands beside the compact `jws`, `payload` what the JWS holds.
+    """
+
+    jws: str
+    document: Any
+    payload: bytes
+
+
+def read_signed(text: bytes, most_bytes: int) -> Signed:
+    """The parts of a JSON text `{"document": ..., "jws": ...}`.
+
+    Raises ValueError for a longer text, other members, and a payload that is not canonical.
+    """
+    if len(text) > most_bytes:
+        raise ValueError(f"a signed document has at most {most_bytes} bytes")
+    outer = read_json(text)
+    if not isinstance(outer, dict) or outer.keys() != {"document", "jws"}:
+        raise ValueError("a signed document is a JSON object of document and jws, and nothing else")
+    if not isinstance(outer["jws"], str):
+        raise ValueError("jws: must be a string")
+    _, payload = signed_payload(outer["jws"])
+    if canonical(read_json(payload)) != payload:
+        raise ValueError("the signed payload is not in the canonical form of RFC 8785")
+    return Signed(outer["jws"], outer["document"], payload)
 
 
 def signed_payload(compact: str) -> tuple[str, bytes]:

@@ -6,8 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
-MOST_ROWS = 100_000
-"""Most rows of another question that are considered."""
+from models.certificates.limits import MOST_ROWS
 
 
 class Reason(StrEnum):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from models.certificates.alpha import alpha_shares
 from models.certificates.bounds import (
-    ANYTIME_ROWS,
     anytime_lower,
     anytime_upper,
     lowered,
@@ -25,6 +24,7 @@ from models.certificates.bounds import (
     raised,
 )
 from models.certificates.counts import Counts, checked_counts, runner_up
+from models.certificates.limits import MOST_ROWS
 from models.certificates.rules import (
     Certificate,
     bound_votes,
@@ -190,16 +190,16 @@ def largest_target(n: int, sigma: float, alpha: float, total_variation: float) -
 def smallest_n_target(
     target_radius: float, sigma: float, alpha: float, total_variation: float
 ) -> int | None:
-    """Fewest estimation rows that can prove the target radius; None where ANYTIME_ROWS cannot.
+    """Fewest estimation rows that can prove the target radius; None where MOST_ROWS cannot.
 
     Raises ValueError as `alpha_shares` does.
     """
     rows = bisect_left(
-        range(1, ANYTIME_ROWS + 1),
+        range(1, MOST_ROWS + 1),
         target_radius,
         key=lambda n: largest_target(n, sigma, alpha, total_variation),
     )
-    return 1 + rows if rows < ANYTIME_ROWS else None
+    return 1 + rows if rows < MOST_ROWS else None
 
 
 def check_anytime(
@@ -212,12 +212,12 @@ def check_anytime(
 ) -> None:
     """Raises ValueError with field, value and limit where no votes could give the answer.
 
-    Those of `check_certify`, more rows than ANYTIME_ROWS, and a target radius that n unanimous rows
+    Those of `check_certify`, more rows than MOST_ROWS, and a target radius that n unanimous rows
     could not prove.
     """
     check_certify(n0, n, sigma, alpha, "anytime", target_radius is not None)
-    if n > ANYTIME_ROWS:
-        raise ValueError(f"n = {n}: the largest n of early stopping is {ANYTIME_ROWS}")
+    if n > MOST_ROWS:
+        raise ValueError(f"n = {n}: the largest n of early stopping is {MOST_ROWS}")
     check_total_variation(total_variation)
     if target_radius is None:
         return

@@ -14,9 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, ndtri
 
 from models.certificates.alpha import check_alpha
-
-ANYTIME_ROWS = 100_000
-"""Most rows of an e-process: its rounding error was measured up to here."""
+from models.certificates.limits import MOST_ROWS
 
 MARGIN = 1e-12
 """Relative margin for the rounding errors of tails and quantiles.
@@ -98,7 +96,7 @@ def anytime_lower(k: int, n: int, level: float) -> float:
     """Lower bound on p that holds for all n together with probability at least 1 - level.
 
     inf{p0: E_n(p0) < 1/level}, 0 at k = 0. Below the exact value by at most 1e-10, never above it.
-    Raises ValueError as `clopper_pearson_lower`, and for n above ANYTIME_ROWS.
+    Raises ValueError as `clopper_pearson_lower`, and for n above MOST_ROWS.
 
     E_n falls in p0 wherever it is at least 2, so 1/level is crossed once. Its logarithm's slope is
     h (1 - 1/E) - s, with h = pi's hazard rate and s the slope of log(p0^k (1 - p0)^(n - k)). Where
@@ -107,8 +105,8 @@ def anytime_lower(k: int, n: int, level: float) -> float:
     """
     check_alpha(level)
     _check_tally(k, n)
-    if n > ANYTIME_ROWS:
-        raise ValueError(f"n = {n}: the largest n of an e-process is {ANYTIME_ROWS}")
+    if n > MOST_ROWS:
+        raise ValueError(f"n = {n}: the largest n of an e-process is {MOST_ROWS}")
     if k == 0:
         return 0.0
     wanted = -math.log(level)

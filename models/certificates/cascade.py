@@ -20,6 +20,7 @@ from models.certificates.bounds import (
     raised,
 )
 from models.certificates.counts import Counts, checked_counts, checked_pair, runner_up
+from models.certificates.limits import MAX_STAGES, MIN_STAGES
 from models.certificates.rules import (
     Certificate,
     StageBounds,
@@ -28,8 +29,6 @@ from models.certificates.rules import (
     check_total_variation,
     smallest_n,
 )
-
-MIN_STAGES, MAX_STAGES = 2, 4
 
 
 @dataclass(frozen=True, slots=True)

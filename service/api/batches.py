@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from service import errors
@@ -64,6 +64,7 @@ def _form_schema() -> dict[str, Any]:
         errors.TooLarge,
         errors.UnsupportedMedia,
         errors.InvalidField,
+        errors.IdempotencyMismatch,
         errors.TaskAmbiguous,
         errors.QuotaExceeded,
         errors.Backlog,
@@ -73,7 +74,19 @@ def _form_schema() -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"multipart/form-data": _form_schema()}}
     },
 )
-async def create_batch(request: Request, service: Service, owner: Caller) -> Response:
+async def create_batch(
+    request: Request,
+    service: Service,
+    owner: Caller,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="Makes a retry return the first request's batch",
+        ),
+    ] = None,
+) -> Response:
     """Classify many images so that all statements together are wrong with probability alpha.
 
     Each of the m images gets alpha / m, repeats and unusable images counted.
@@ -82,7 +95,8 @@ async def create_batch(request: Request, service: Service, owner: Caller) -> Res
     most_bytes = min(MOST_BYTES, settings.max_body_bytes_in_flight // 2)
     async with read_batch(request, most_bytes, MOST_IMAGES) as (question, files):
         names = [file.filename or "" for file in files]
-        batch = await service.create(question, [file.file for file in files], names, owner)
+        images = [file.file for file in files]
+        batch = await service.create(question, images, names, owner, idempotency_key)
     headers = {"Location": f"/batches/{batch.id}"}
     return JSONResponse(batch.model_dump(mode="json"), 202, headers)
 

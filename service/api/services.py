@@ -58,7 +58,7 @@ class Services:
         tasks = TaskService(store, catalog)
         predictions = Predictions(settings, engine, catalog, secret, keys, tasks.expect)
         locks = batch_locks or LocalLocks()
-        batches = Batches(settings, predictions, keys, locks.acquire)
+        batches = Batches(settings, predictions, keys, secret, locks.acquire)
         running = BackgroundTasks(background_tasks, settings.lease_seconds)
         follow = partial(catalog.follow, gone=predictions.cancel_stale)
         health = Health(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.bundle import BundleError
-from service.cli import adapt, benches, models, predict, verify, worker
+from service.cli import adapt, models, predict, verify, worker
+from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
-from service.cli.evaluation import command
+from service.cli.evaluation import command as evaluation
 from service.config import SecretError, Settings
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ app = typer.Typer(
 )
 app.command()(predict.predict)
 app.command()(adapt.adapt)
-app.command()(command.evaluate)
+app.command()(evaluation.evaluate)
 app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)
 app.add_typer(models.models, name="models")
-app.add_typer(benches.bench, name="bench")
+app.add_typer(bench.bench, name="bench")
 
 _MAX_NAMED = 5
 """Most tasks in the message of a ready server."""

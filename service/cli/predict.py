@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.certificates.alpha import family_share
+from service.cli.answers import shown, table_of
 from service.cli.console import errors, read_settings, tell
 from service.cli.files import pictures, places, save
 from service.config import Settings
@@ -190,17 +188,17 @@ async def _print_all(
         else:
             document = {"problem": outcome.document()}
         if as_json:
-            print(json.dumps({"image": _shown(path), **document}, ensure_ascii=False), flush=True)
+            print(json.dumps({"image": shown(path), **document}, ensure_ascii=False), flush=True)
         elif isinstance(outcome, Problem):
-            errors.print(f"{_shown(path)}: {outcome}", style="red", soft_wrap=True)
+            errors.print(f"{shown(path)}: {outcome}", style="red", soft_wrap=True)
     if answers and not as_json:
-        Console().print(_table(answers))
+        Console().print(table_of(answers))
     return len(answers)
 
 
 def _save(file: Path | None, path: Path, answer: PredictResponse) -> None:
     if file is not None and answer.certificate is None:
-        errors.print(f"{_shown(path)}: not certified, so {_shown(file)} is not written")
+        errors.print(f"{shown(path)}: not certified, so {shown(file)} is not written")
     elif file is not None and answer.certificate is not None:
         save(file, answer.certificate)
 
@@ -271,40 +269,8 @@ async def _predict_one(
     question = await predictions.resolved(_question(data, fields))
     await embedded.load(question.task)
     job_id = await predictions.submit(question, None, None)
-    bar = progress.add_task(_shown(Path(path.name)), total=question.rows)
+    bar = progress.add_task(shown(Path(path.name)), total=question.rows)
     async for status in predictions.engine.watch(job_id):
         progress.update(bar, completed=status.rows_done)
     progress.remove_task(bar)
     return await predictions.to_response(await predictions.status(job_id, None))
-
-
-def _shown(path: Path) -> str:
-    """The path as text, with bytes outside UTF-8 replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
-
-
-def _table(answers: list[tuple[Path, PredictResponse]]) -> Table:
-    table = Table("image", "label", "radius", "gray\nlevels", "p lower", "votes", caption=(
-        "Certified means stable, not correct: no change of l2 norm below the radius, "
-        "pixels in [0,1], changes the label. Every pixel value may change by the gray levels, of "
-        "255. The radius is of the image as resized and cropped."
-    ))  # fmt: skip
-    for path, answer in answers:
-        votes = ", ".join(f"{vote.label} {vote.count}" for vote in answer.counts[:3])
-        norms = answer.attack_norms
-        table.add_row(
-            escape(_shown(path)),
-            escape(answer.label) if answer.label else "(abstained)",
-            "" if answer.radius is None else f"{_floor(answer.radius, 3):.3f}",
-            "" if norms is None else f"{_floor(norms.linf_gray_levels, 1):.1f}",
-            "" if answer.p_lower is None else f"{_floor(answer.p_lower, 3):.3f}",
-            f"{votes} of {sum(vote.count for vote in answer.counts)}"
-            + (f" at sigma {answer.stages[-1].sigma:g}" if answer.stages else ""),
-        )
-    return table
-
-
-def _floor(value: float, places: int) -> float:
-    """The value rounded down to some places, so that no bound is shown too large."""
-    scale = 10.0**places
-    return int(value * scale) / scale

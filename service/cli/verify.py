@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -24,7 +25,9 @@ _WORDS = {True: "ok", False: "FAIL", None: "--"}
 
 
 def verify(
-    certificate: Annotated[Path, typer.Argument(help="A certificate: a JSON file.")],
+    certificate: Annotated[
+        Path, typer.Argument(help="A certificate, or the manifest of a batch: a JSON file.")
+    ],
     image: Annotated[
         Path | None, typer.Option(help="The image file that the certificate is about.")
     ] = None,
@@ -34,12 +37,15 @@ def verify(
     jwks: Annotated[
         str | None, typer.Option(help="The service's public keys: a file, or a URL.")
     ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="The results of the manifest's batch: lines of JSON.")
+    ] = None,
     replay: Annotated[
         bool, typer.Option(help="Compute the votes again, with --image and the noise secret.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Check a certificate, one line a check.
+    """Check a certificate or a manifest, one line a check.
 
     Exits with 1 if a check fails, and with 2 for a file or an option that cannot be used.
     """
@@ -48,6 +54,8 @@ def verify(
 
     if replay and image is None:
         _fail("--replay needs --image")
+    if results is not None and (image is not None or task is not None):
+        _fail("--results is for a manifest, --image and --task are for a certificate")
     try:
         with certificate.open("rb") as file:
             text = file.read(MOST_BYTES + 1)
@@ -55,10 +63,13 @@ def verify(
         picture = None if image is None else image.read_bytes()
     except ValueError as error:
         _fail(f"{jwks}: {error}")
-    bundle = None if task is None else _bundle(task, read_settings())
-    document, checks = Verifier(text, keys, picture, bundle).checks()
-    if replay and picture is not None and document is not None and _passed(checks) is not False:
-        checks.append(_replayed(document, picture, bundle, read_settings()))
+    if results is not None or _is_manifest(text):
+        checks = _manifest_checks(text, keys, results)
+    else:
+        bundle = None if task is None else _bundle(task, read_settings())
+        document, checks = Verifier(text, keys, picture, bundle).checks()
+        if replay and picture is not None and document is not None and _passed(checks) is not False:
+            checks.append(_replayed(document, picture, bundle, read_settings()))
     if as_json:
         each = [{"check": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
         print(json.dumps({"passed": _passed(checks), "checks": each}, ensure_ascii=False))
@@ -86,6 +97,26 @@ def jwks() -> None:
             )
     secret = load_secret(settings.data_dir, settings.noise_secret_file)
     print(json.dumps(SigningKeys.from_settings(settings, secret).jwks, indent=2))
+
+
+def _is_manifest(text: bytes) -> bool:
+    from service.predictions.batches.schemas import TYPE
+
+    try:
+        return bool(json.loads(text)["document"]["type"] == TYPE)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _manifest_checks(
+    text: bytes, keys: Mapping[str, Any] | None, results: Path | None
+) -> list[Check]:
+    from service.predictions.batches.verification import ManifestVerifier
+
+    if results is None:
+        return ManifestVerifier(text, keys).checks()
+    with results.open("rb") as lines:
+        return ManifestVerifier(text, keys, lines).checks()
 
 
 def _passed(checks: list[Check]) -> bool | None:

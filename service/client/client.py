@@ -61,8 +61,8 @@ class Client:
         """The answer about an image: the JSON document of `POST /predict`.
 
         `image` is the content of a JPEG, PNG or WebP file, or the path of one. `question` has the
-        fields of `POST /predict`: task, mode, sigma, alpha, n0, n, method, target_radius; a field
-        that is None is left out.
+        fields of `POST /predict`: task, mode, sigma (one, or a descending list), alpha, n0, n,
+        method, target_radius; a field that is None is left out.
 
         Waits until the answer is ready. A 429 or 503 is retried after the seconds of its
         Retry-After. All tries share one Idempotency-Key, so they are one job.
@@ -71,7 +71,7 @@ class Client:
         arrives, another ProblemError for any other refusal, and OSError for an unreadable file.
         """
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
-        fields = {name: str(value) for name, value in question.items() if value is not None}
+        fields = {name: _text(value) for name, value in question.items() if value is not None}
         key = idempotency_key or str(uuid.uuid4())
         end = time.monotonic() + self._timeout
         while True:
@@ -113,6 +113,11 @@ class Client:
             answer: dict[str, Any] = response.json()
             return answer
         raise _problem(response)
+
+
+def _text(value: Any) -> str | list[str]:
+    """A field's text; a list is a repeated field."""
+    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _problem(response: httpx.Response) -> ProblemError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.certificates.cascade import MAX_STAGES
+from models.certificates.limits import MAX_STAGES
 
 TYPE: Final = "urn:vouchsafe:certificate:1"
 """The format's name; another format has another number."""

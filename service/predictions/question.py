@@ -25,10 +25,9 @@ from pydantic_core.core_schema import (
     plain_serializer_function_ser_schema,
 )
 
-from models.certificates.cascade import MAX_STAGES, MIN_STAGES
+from models.certificates.limits import MAX_STAGES, MIN_STAGES, MOST_ROWS
 from service.jobs import Mode, canonical_json
 
-MOST_ROWS = 100_000
 SMALLEST_SIGMA = 0.02
 LARGEST_SIGMA = 4.0
 DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100}

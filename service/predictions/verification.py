@@ -6,27 +6,31 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from models.adaptation.limits import LABELS
 from models.bundle import ADAPTER, TUNED, Bundle, served_digest
 from models.certificates.evidence import TOLERANCE, recompute, total_variation
+from models.certificates.limits import MOST_ROWS
 from service.errors import Problem
 from service.jobs import NOISE_FORMAT, Job, Mode, noise_key
 from service.predictions.certificate import network, result_of, statement
 from service.predictions.document import CertificateDocument
 from service.predictions.images.reader import ImageLimits, decode
-from service.predictions.question import LARGEST_SIGMA, MOST_ROWS, SMALLEST_SIGMA
+from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
 from service.signing import (
     COMMITMENTS,
+    Signed,
     canonical,
     check_signature,
     commitment,
-    read_json,
+    read_signed,
     signed_payload,
 )
+
+Document = TypeVar("Document", bound=BaseModel)
 
 MOST_RESOLUTION = 4096
 """Largest side of a certified square, in pixels; a larger one is not decoded."""
@@ -73,32 +77,28 @@ class Verifier:
         The document is None where the certificate cannot be read; no other check is made then.
         """
         try:
-            compact, stated, payload, document = _read(self.text)
+            signed = read_signed(self.text, MOST_BYTES)
+            document = parsed(CertificateDocument, signed.payload)
+            if document.noise.format != NOISE_FORMAT:
+                raise Refused(f"noise.format = {document.noise.format!r}: must be {NOISE_FORMAT}")
         except ValueError as error:
             return None, [Check("format", False, str(error))]
-        signature = self._signature(compact)
+        signature = check_signer(signed, self.jwks)
         done = [
             Check("format", True, document.type),
-            _check("document", lambda: _check_copy(stated, payload)),
+            check("document", lambda: check_copy(signed)),
             signature,
             Check("statistics", None, "not checked, for the signature is false")
             if signature.passed is False
-            else _check("statistics", lambda: check_statistics(document)),
-            _check("model", lambda: self._model(document)),
+            else check("statistics", lambda: check_statistics(document)),
+            check("model", lambda: self._model(document)),
         ]
         if self.jwks is not None and COMMITMENTS in self.jwks:
             listed = self.jwks[COMMITMENTS]
-            done.append(_check("commitment", lambda: _check_commitment(document, listed)))
+            done.append(check("commitment", lambda: _check_commitment(document, listed)))
         if (image := self.image) is not None:
-            done.append(_check("image", lambda: _check_image(document, image)))
+            done.append(check("image", lambda: _check_image(document, image)))
         return document, done
-
-    def _signature(self, compact: str) -> Check:
-        if (jwks := self.jwks) is None:
-            kid, _ = signed_payload(compact)
-            says = f"not checked: says it is signed by key {kid} (give --jwks)"
-            return Check("signature", None, says)
-        return _check("signature", lambda: f"by key {check_signature(compact, jwks)} of the JWKS")
 
     def _model(self, document: CertificateDocument) -> str:
         model = document.model
@@ -119,6 +119,39 @@ class Verifier:
             if getattr(model, name) != value:
                 raise Refused(f"{name}: is not that of task {bundle.id}")
         return f"is that of task {bundle.id}"
+
+
+def check(name: str, holds: Callable[[], str]) -> Check:
+    """The check of `holds`, which returns what was found or raises ValueError."""
+    try:
+        return Check(name, True, holds())
+    except (ValueError, ArithmeticError) as error:
+        return Check(name, False, str(error))
+
+
+def check_signer(signed: Signed, jwks: Mapping[str, Any] | None) -> Check:
+    """The check of the signature; without a JWKS it names the key, and is not made."""
+    if jwks is None:
+        kid, _ = signed_payload(signed.jws)
+        says = f"not checked: says it is signed by key {kid} (give --jwks)"
+        return Check("signature", None, says)
+    return check("signature", lambda: f"by key {check_signature(signed.jws, jwks)} of the JWKS")
+
+
+def check_copy(signed: Signed) -> str:
+    """Raises Refused unless the document beside the JWS is the signed one."""
+    if canonical(signed.document) != signed.payload:
+        raise Refused("document differs from the signed payload")
+    return "is the signed payload"
+
+
+def parsed(kind: type[Document], payload: bytes) -> Document:
+    """The document in a payload; raises Refused, which names the field."""
+    try:
+        return kind.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def check_statistics(document: CertificateDocument) -> str:
@@ -223,41 +256,6 @@ def array_of(document: CertificateDocument, image: bytes) -> bytes:
     if (found := hashlib.sha256(array).hexdigest()) != document.subject.array_sha256:
         raise Refused(f"array_sha256 = {document.subject.array_sha256}: this image has {found}")
     return array
-
-
-def _check(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, check())
-    except (ValueError, ArithmeticError) as error:
-        return Check(name, False, str(error))
-
-
-def _read(text: bytes) -> tuple[str, Any, bytes, CertificateDocument]:
-    """The JWS, the document beside it, the signed payload, and the document in the payload."""
-    if len(text) > MOST_BYTES:
-        raise Refused(f"a certificate has at most {MOST_BYTES} bytes")
-    outer = read_json(text)
-    if not isinstance(outer, dict) or outer.keys() != {"document", "jws"}:
-        raise Refused("a certificate is a JSON object of document and jws, and nothing else")
-    if not isinstance(outer["jws"], str):
-        raise Refused("jws: must be a string")
-    _, payload = signed_payload(outer["jws"])
-    if canonical(read_json(payload)) != payload:
-        raise Refused("the signed payload is not in the canonical form of RFC 8785")
-    try:
-        document = CertificateDocument.model_validate_json(payload)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if document.noise.format != NOISE_FORMAT:
-        raise Refused(f"noise.format = {document.noise.format!r}: must be {NOISE_FORMAT}")
-    return outer["jws"], outer["document"], payload, document
-
-
-def _check_copy(stated: Any, payload: bytes) -> str:
-    if canonical(stated) != payload:
-        raise Refused("document differs from the signed payload")
-    return "is the signed payload"
 
 
 def _check_commitment(document: CertificateDocument, listed: Sequence[str]) -> str:

@@ -74,3 +74,8 @@ def test_network_libraries_are_imported_by_their_loaders() -> None:
     """What serves networks imports torch, and no library before a network needs it."""
     libraries = ("diffusers", "transformers", "open_clip", "timm", "torchvision")
     assert imported(TORCH_ALONE, (*libraries, "openvino", "onnxruntime")) == ""
+
+
+def test_the_command_line_starts_without_numerical_libraries() -> None:
+    """They would take most of the half second in which `vouchsafe --help` answers."""
+    assert imported(("service.cli.main",), ("numpy", "scipy", "torch")) == ""

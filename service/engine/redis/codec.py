@@ -17,12 +17,44 @@ from service.engine.limits import (
     too_large,
     unserved,
 )
-from service.engine.protocol import Lease, died_over, rows_per_second
+from service.engine.options import EngineOptions
+from service.engine.protocol import (
+    FAILURES_ALLOWED,
+    ISOLATED_CRASHES_ALLOWED,
+    Lease,
+    died_over,
+    rows_per_second,
+)
+from service.engine.scheduling import FAST_PULLS
 from service.errors import Problem, ShardDead
 from service.jobs import Domain, Job, JobStatus, Shard, State, canonical_json
 
 Fields = Mapping[bytes, bytes]
 """A hash as Redis returns it."""
+
+_DEAD_LETTERS = 1_000
+_GRACE_SECONDS = 60.0
+"""Seconds that keys of open jobs outlive the retention: a sweep corrects the backlog first."""
+
+
+def script_terms(options: EngineOptions, sweep_seconds: float) -> dict[str, int | None]:
+    """The settings that every script gets."""
+    return {
+        "shard_rows": options.shard_rows,
+        "lease_ms": _milliseconds(options.lease_seconds),
+        "sweep_ms": _milliseconds(sweep_seconds),
+        "silence_ms": _milliseconds(options.worker_seconds),
+        "max_queue_rows": options.max_queue_rows,
+        "max_queue_rows_per_key": options.max_queue_rows_per_key,
+        "retention_ms": _milliseconds(options.retention_seconds),
+        "open_ms": _milliseconds(options.retention_seconds + _GRACE_SECONDS),
+        "max_finished_jobs": options.max_finished_jobs,
+        "fast_pulls": FAST_PULLS,
+        "unserved_ms": _milliseconds(options.unserved_seconds),
+        "failures_allowed": FAILURES_ALLOWED,
+        "deaths_allowed": ISOLATED_CRASHES_ALLOWED,
+        "dead_letters": _DEAD_LETTERS,
+    }
 
 
 def line_of(task: str, bundle: str) -> str:
@@ -145,3 +177,7 @@ def _problem(job: Job, fields: Fields) -> dict[str, Any]:
     text = fields[b"problem"]
     problem: dict[str, Any] = json.loads(text) if text else died_over(job.id)
     return problem
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

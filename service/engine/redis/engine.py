@@ -15,8 +15,6 @@ from service.config import Settings
 from service.engine.limits import distinct, most_rows, served_digests
 from service.engine.options import EngineOptions
 from service.engine.protocol import (
-    FAILURES_ALLOWED,
-    ISOLATED_CRASHES_ALLOWED,
     Capacity,
     EngineStats,
     Lease,
@@ -36,22 +34,19 @@ from service.engine.redis.codec import (
     numerics_of,
     pairs,
     rejection,
+    script_terms,
     served,
 )
 from service.engine.redis.puller import Puller
 from service.engine.redis.reconciler import BackgroundReconciler, reconcile
 from service.engine.redis.subscriber import Subscriber
-from service.engine.scheduling import FAST_PULLS
 from service.engine.signal import notified
 from service.jobs import Job, JobStatus, State, canonical_json
 
 PREFIX = "{vouchsafe}:"
 """Prefix of every key and channel; the braces keep all keys in one slot of a cluster."""
 
-_DEAD_LETTERS = 1_000
 _STEADY_POLL_SECONDS = 10.0
-_GRACE_SECONDS = 60.0
-"""Seconds that keys of open jobs outlive the retention: a sweep corrects the backlog first."""
 
 
 class RedisEngine:
@@ -83,23 +78,7 @@ class RedisEngine:
         self._prefix = prefix
         self._options = options
         self._poll_seconds = poll_seconds
-        terms = {
-            "shard_rows": options.shard_rows,
-            "lease_ms": _milliseconds(options.lease_seconds),
-            "sweep_ms": _milliseconds(sweep_seconds),
-            "silence_ms": _milliseconds(options.worker_seconds),
-            "max_queue_rows": options.max_queue_rows,
-            "max_queue_rows_per_key": options.max_queue_rows_per_key,
-            "retention_ms": _milliseconds(options.retention_seconds),
-            "open_ms": _milliseconds(options.retention_seconds + _GRACE_SECONDS),
-            "max_finished_jobs": options.max_finished_jobs,
-            "fast_pulls": FAST_PULLS,
-            "unserved_ms": _milliseconds(options.unserved_seconds),
-            "failures_allowed": FAILURES_ALLOWED,
-            "deaths_allowed": ISOLATED_CRASHES_ALLOWED,
-            "dead_letters": _DEAD_LETTERS,
-        }
-        self._scripts = Scripts(redis, prefix, terms, clock)
+        self._scripts = Scripts(redis, prefix, script_terms(options, sweep_seconds), clock)
         self._subscriber = Subscriber(redis, f"{prefix}arrived")
         self._puller = Puller(redis, self._scripts, prefix, options.starvation_seconds)
         self._reconciler = BackgroundReconciler(
@@ -299,7 +278,3 @@ class RedisEngine:
             return []
         held = await self._scripts.run("renew", how, *named(leases))
         return [leases[place] for place in held]
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))

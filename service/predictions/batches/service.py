@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
 import secrets
 import time
+from base64 import urlsafe_b64encode
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import IO
 
 from models.certificates.alpha import family_share
 from service.background import sleep_or_stop
 from service.config import Settings
+from service.engine.limits import another_request
 from service.engine.protocol import RETRY_SECONDS
 from service.errors import NotFound, Overloaded
 from service.jobs import State
@@ -41,13 +45,20 @@ FOLLOW_SECONDS = 0.2
 class Batches:
     """Accepts batches, and reads what has become of them; `run` works on them.
 
-    `acquire` holds the lock of a batch.
+    `acquire` holds the lock of a batch. The `secret` makes the ids of batches with an
+    Idempotency-Key, the same in every process.
     """
 
     def __init__(
-        self, settings: Settings, predictions: Predictions, keys: SigningKeys, acquire: Acquire
+        self,
+        settings: Settings,
+        predictions: Predictions,
+        keys: SigningKeys,
+        secret: bytes,
+        acquire: Acquire,
     ) -> None:
         self._settings, self._predictions, self._keys = settings, predictions, keys
+        self._secret = secret
         self._store = BatchStore(settings)
         self._runner = BatchRunner(predictions, self._store, acquire)
 
@@ -61,14 +72,17 @@ class Batches:
         images: Sequence[IO[bytes]],
         names: Sequence[str],
         owner: str | None,
+        idempotency_key: str | None = None,
     ) -> BatchResponse:
         """The new batch of the question about each image, with one of `names` each.
 
         The question's alpha is that of the whole batch. Each image's question gets an equal share,
-        repeats counted; the share of an image without an answer goes to no other.
+        repeats counted; the share of an image without an answer goes to no other. A batch of the
+        same `idempotency_key` and request is returned as it is.
 
         Raises InvalidField for a question that its share of alpha cannot answer, Overloaded where
-        the disk is full, and all that `Predictions.resolved` and `BatchStore.create` raise.
+        the disk is full, IdempotencyMismatch where the key came with another request, and all that
+        `Predictions.resolved` and `BatchStore.create` raise.
         """
         family_alpha, share = question.alpha, family_share(question.alpha, len(images))
         question = await self._predictions.resolved(question.model_copy(update={"alpha": share}))
@@ -82,12 +96,25 @@ class Batches:
             fields=question.model_dump(mode="json", exclude={"image"}),
             names=names,
         )
+        if idempotency_key is not None:
+            fingerprint = await asyncio.to_thread(_fingerprint, batch, images)
+            batch_id = self._id(owner, idempotency_key)
+            batch = replace(batch, id=batch_id, fingerprint=fingerprint)
         try:
             await asyncio.to_thread(self._store.create, batch, images)
+        except FileExistsError:
+            if (await self._owned(batch.id, owner)).fingerprint != batch.fingerprint:
+                raise another_request() from None
+            return await self.get(batch.id, owner)
         except OSError as error:
             detail = f"The batch cannot be stored: {error.strerror}"
             raise Overloaded(detail, retry_after=RETRY_SECONDS) from error
         return _to_response(batch, 0, has_begun=False)
+
+    def _id(self, owner: str | None, idempotency_key: str) -> str:
+        named = canonical(["batch", owner, idempotency_key])
+        digest = hmac.digest(self._secret, named, "sha256")
+        return urlsafe_b64encode(digest[:16]).rstrip(b"=").decode()
 
     async def get(self, batch_id: str, owner: str | None) -> BatchResponse:
         """The batch; raises NotFound for an unknown one and for another owner's."""
@@ -151,6 +178,16 @@ class Batches:
         return batch
 
 
+def _fingerprint(batch: Batch, images: Sequence[IO[bytes]]) -> str:
+    """SHA-256 (hex) of the request; the files are at their beginning again."""
+    hashes = []
+    for image in images:
+        hashes.append(hashlib.file_digest(image, "sha256").hexdigest())  # type: ignore[arg-type]
+        image.seek(0)
+    named = [dict(batch.fields), batch.family_alpha, list(batch.names), hashes]
+    return hashlib.sha256(canonical(named)).hexdigest()
+
+
 def _gone() -> NotFound:
     return NotFound("There is no such batch, or no longer")
 
@@ -184,16 +221,21 @@ def _listed(line: bytes) -> ListedCertificate | None:
     return ListedCertificate(index=read["index"], id=document["id"], sha256=digest)
 
 
+def manifest_statement(family_alpha: float, alpha: float, m: int, certificates: int) -> str:
+    """The sentence that says what holds of a manifest's certificates (their number)."""
+    return (
+        f"With probability at least 1 - {canonical(family_alpha).decode()} over the noise, the "
+        f"statements of all {certificates} certificates hold together: each is one of {m} "
+        f"questions, of which each spends alpha {canonical(alpha).decode()}."
+    )
+
+
 def _manifest(batch: Batch, certificates: list[ListedCertificate]) -> ManifestDocument:
     family_alpha, alpha, m = batch.family_alpha, batch.fields["alpha"], len(batch.names)
     return ManifestDocument(
         type=TYPE,
         batch=batch.id,
-        statement=(
-            f"With probability at least 1 - {canonical(family_alpha).decode()} over the noise, the "
-            f"statements of all {len(certificates)} certificates hold together: each is one of "
-            f"{m} questions, of which each spends alpha {canonical(alpha).decode()}."
-        ),
+        statement=manifest_statement(family_alpha, alpha, m, len(certificates)),
         family_alpha=family_alpha,
         alpha=alpha,
         m=m,

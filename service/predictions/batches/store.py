@@ -7,6 +7,7 @@ may be killed at any point. The line of an image replaces its file.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -44,6 +45,7 @@ class Batch:
     - `created`, `finished`: Unix seconds; `finished` is None for an open batch.
     - `state`: the state as stored. A batch is `queued` there until its end.
     - `problem`: the first image's problem document where no image has an answer.
+    - `fingerprint`: SHA-256 (hex) of the request, where it had an Idempotency-Key.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Batch:
     state: State = State.QUEUED
     finished: float | None = None
     problem: Mapping[str, Any] | None = None
+    fingerprint: str = ""
 
     def question(self, image: bytes) -> PredictRequest:
         """The batch's question about one of its images."""
@@ -70,14 +73,16 @@ class BatchStore:
     def __init__(self, settings: Settings) -> None:
         self._root = settings.data_dir.resolve() / "batches"
         self._retention_seconds = settings.retention_seconds
-        self._ended: set[str] = set()  # Spares `open` reading them again.
+        self._ended: set[tuple[str, int]] = set()  # Spares `open` reading them again.
 
     def create(self, batch: Batch, images: Sequence[IO[bytes]]) -> None:
         """Store a new batch with its images, one a name.
 
-        Raises Backlog where MOST_OPEN batches are open, and QuotaExceeded where the owner has half
-        of that.
+        Raises FileExistsError where there is a batch of this id, Backlog where MOST_OPEN batches
+        are open, and QuotaExceeded where the owner has half of that.
         """
+        if (self._root / batch.id).exists():
+            raise FileExistsError(batch.id)
         for folder in (self._root.parent, self._root):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._check_room(batch.owner)
@@ -94,8 +99,10 @@ class BatchStore:
                 flush(folder)
             partial.rename(self._root / batch.id)
             flush(self._root)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(batch.id) from error  # By another process, meanwhile.
             raise
 
     def get(self, batch_id: str) -> Batch:
@@ -110,9 +117,22 @@ class BatchStore:
 
     def open(self) -> list[Batch]:
         """The batches that have not ended, the oldest first."""
-        found = self._read(id for id in self._ids() if id not in self._ended)
-        self._ended |= {batch.id for batch in found if batch.state.ended}
+        # By time too, since a deleted batch may be sent again under its Idempotency-Key.
+        folders = {(name, self._changed(name)) for name in self._ids()}
+        self._ended &= folders
+        found = []
+        for name, changed in folders - self._ended:
+            for batch in self._read([name]):
+                found.append(batch)
+                if batch.state.ended:
+                    self._ended.add((name, changed))
         return sorted((each for each in found if not each.state.ended), key=_created)
+
+    def _changed(self, batch_id: str) -> int:
+        """The last change of the batch's folder (ns), in which nothing changes after its end."""
+        with suppress(FileNotFoundError):
+            return (self._root / batch_id).stat().st_mtime_ns
+        return 0
 
     def has_begun(self, batch_id: str) -> bool:
         """Whether any of the batch's jobs was queued."""

@@ -170,7 +170,9 @@ class ImageReader:
         takes too long.
         """
         try:
-            await asyncio.wait_for(self._places.acquire(), self._seconds)
+            # Not by `wait_for`, which loses a cancellation that comes with the place.
+            async with asyncio.timeout(self._seconds):
+                await self._places.acquire()
         except TimeoutError:
             raise Backlog("Too many images are being decoded", retry_after=1) from None
         loop = asyncio.get_running_loop()

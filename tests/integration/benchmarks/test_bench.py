@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.noise import discrete_gaussian
 from models.smoothing import load, votes
-from service.cli.bench import SIGMA, _question
+from service.cli.bench.plain_loop import loaded, plain_loop
+from service.cli.bench.speed import SIGMA, _question
 from service.cli.main import app
-from service.cli.plain_loop import loaded, plain_loop
 
 
 def test_the_plain_loop_is_short_and_computes_the_service_s_function(
@@ -46,7 +46,7 @@ def test_bench_prints_the_loop_and_every_ratio(
     """The report holds the loop's source, every way, their ratios, latencies and memory; callers'
     keys in the environment do not stop it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("service.cli.bench.SELECTION_ROWS", 10)
+    monkeypatch.setattr("service.cli.bench.speed.SELECTION_ROWS", 10)
     monkeypatch.setenv("VOUCHSAFE_API_KEYS", "somebody:secret")
     result = CliRunner().invoke(app, ["bench", "--n", "11", "--requests", "16"])
     assert result.exit_code == 0, result.output

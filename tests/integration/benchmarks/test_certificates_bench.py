@@ -15,9 +15,9 @@ from models.certificates.rules import certified_radius
 from models.evaluation.datasets import CIFAR10_LABELS, SLICE, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import RowLabels
 from models.evaluation.rules import RULES, Question
-from service.cli import bench_certificates
-from service.cli.bench import measured
-from service.cli.bench_certificates import by_rule, shortfall, unanimous
+from service.cli.bench import certificates as bench_certificates
+from service.cli.bench.certificates import by_rule, shortfall, unanimous
+from service.cli.bench.speed import measured
 from service.cli.main import app
 
 QUESTION = Question(0.25, 0.001, 10, 0.0)
@@ -62,7 +62,7 @@ def test_art_is_requested_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(find_spec("art") is None, reason="IBM ART, the extra bench, is not installed")
 def test_art_certifies_the_same_networks() -> None:
     """A clear image has its label, and a radius that 100 rows can prove."""
-    printed, mib = measured(["-m", "service.cli.bench_art", str(SLICE), "2", "0.25", "100"], {})
+    printed, mib = measured(["-m", "service.cli.bench.art", str(SLICE), "2", "0.25", "100"], {})
     _, (label, radius, seconds) = json.loads(printed.splitlines()[-1])
     assert label == evaluation_slice(SLICE).labels[1]
     assert 0 < radius <= certified_radius(clopper_pearson_lower(100, 100, 0.001), 0.25) + 1e-9

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from models.certificates.alpha import family_share
 from service.cli import predict as cli_predict
+from service.cli.answers import shown, table_of
 from service.cli.files import pictures
 from service.cli.main import app
 from service.predictions.results import example
@@ -274,7 +275,7 @@ def test_the_table_has_gray_levels_within_100_columns() -> None:
     votes = [LabelCount(label=label, count=333) for label in ("airplane", "frog", "cat")]
     answer = example().model_copy(update={"counts": votes})
     console = Console(width=100, file=StringIO(), record=True)
-    console.print(cli_predict._table([(Path("docs/ship.png"), answer)]))
+    console.print(table_of([(Path("docs/ship.png"), answer)]))
     (row,) = [line for line in console.export_text().splitlines() if "docs/ship.png" in line]
     assert "airplane 333, frog 333, cat 333 of 999" in row
     assert "1.8" in row.split()
@@ -282,6 +283,6 @@ def test_the_table_has_gray_levels_within_100_columns() -> None:
 
 def test_names_that_are_not_utf8_are_shown() -> None:
     """Bytes of a file's name that no text has are replaced, so that every line can be written."""
-    shown = cli_predict._shown(Path(os.fsdecode(b"pics/b\xff.png")))
-    assert shown == "pics/b\ufffd.png"
-    assert json.loads(json.dumps({"image": shown}).encode()) == {"image": shown}
+    name = shown(Path(os.fsdecode(b"pics/b\xff.png")))
+    assert name == "pics/b\ufffd.png"
+    assert json.loads(json.dumps({"image": name}).encode()) == {"image": name}

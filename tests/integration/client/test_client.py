@@ -23,7 +23,9 @@ def test_an_answer_is_that_of_the_service(tmp_path: Path) -> None:
     service = Service(data_dir=tmp_path / "data")
     with listening(service) as running, Client(running.url) as asking:
         answers = [asking.predict(image, sigma=0.5, n=200) for image in (PNG, picture)]
+        cascade = asking.predict(PNG, sigma=[0.5, 0.25], n=200)
         (model,) = asking.models()
+    assert (cascade["method"], cascade["sigma"]) == ("cascade", [0.5, 0.25])
     for answer in answers:
         assert (answer["label"], answer["certified"], answer["sigma"]) == ("cat", True, 0.5)
         assert answer["bundle"] == DIGEST

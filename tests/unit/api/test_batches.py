@@ -377,3 +377,29 @@ def test_a_stored_question_is_the_sent_one() -> None:
     sent = PredictRequest(image=b"", target_radius=0.25, alpha=1e-6, n=4000)
     again = PredictRequest.model_validate({**sent.model_dump(mode="json"), "image": b""})
     assert again == sent
+
+
+async def test_a_retry_finds_the_batch(service: Service) -> None:
+    """The same request under the same key is one batch; another request is refused."""
+    headers = {"Idempotency-Key": "once"}
+    first = await accepted(service, [PNG, OTHER], headers=headers)
+    await results(service, first)
+    again = await send(service, [PNG, OTHER], headers=headers)
+    assert (again.status_code, again.headers["location"]) == (202, first)
+    assert again.json()["state"] == "succeeded"
+    for images, fields in (([OTHER, PNG], {}), ([PNG, OTHER], {"alpha": "0.01"})):
+        odd = await send(service, images, headers=headers, **fields)
+        problem(odd, 422, "idempotency-key-reused")
+    other = await accepted(service, [PNG, OTHER], headers={"Idempotency-Key": "twice"})
+    assert other not in (first, await accepted(service, [PNG, OTHER]))
+    assert (await service.client.delete(first)).status_code == 204
+    assert await accepted(service, [OTHER, PNG], headers=headers) == first
+    assert [line["state"] for line in await results(service, first)] == ["succeeded"] * 2
+
+
+async def test_two_retries_at_once_are_one_batch(service: Service) -> None:
+    """Whichever is stored first is the batch of both."""
+    headers = {"Idempotency-Key": "once"}
+    sent = await asyncio.gather(*(send(service, [PNG] * 20, headers=headers) for _ in range(4)))
+    assert [each.status_code for each in sent] == [202] * 4
+    assert len({each.headers["location"] for each in sent}) == 1

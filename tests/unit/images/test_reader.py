@@ -249,3 +249,18 @@ async def test_reader_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> Non
     release.set()
     assert await reader.read(b"", 32) == "decoded"
     reader.close()
+
+
+async def test_a_cancellation_that_comes_with_the_place_is_kept() -> None:
+    """A caller that is cancelled as its turn comes is cancelled, and its place is free again."""
+    reader = ImageReader(ImageLimits(), seconds=5.0, threads=1)
+    await reader._places.acquire()
+    waiting = asyncio.create_task(reader.read(b"", 8))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    reader._places.release()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not reader._places.locked()
+    reader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from models.certificates.alpha import stage_shares
 from models.certificates.cascade import Cascade, certify_cascade
 from models.certificates.evidence import total_variation
-from tests.support.serving import RESOLUTION, Service, nine_of_ten, problem, serving
+from tests.support.serving import PNG, RESOLUTION, Service, nine_of_ten, problem, serving
 
 BLUR = total_variation((3, RESOLUTION, RESOLUTION), 0.5)
 ASKED = {"sigma": ["0.5", "0.25"], "n0": "20", "n": "200"}
@@ -97,6 +98,17 @@ async def test_json_and_forms_ask_the_same(service: Service) -> None:
     form = await service.ask(headers=headers, **ASKED)
     as_json = await service.ask_json(headers=headers, sigma=[0.5, 0.25], n0=20, n=200)
     assert as_json.json() == form.json()
+
+
+async def test_a_batch_may_ask_a_cascade() -> None:
+    """Each image's stages divide the image's share of alpha."""
+    async with serving() as service:
+        files = [("images", (f"{index}.png", PNG)) for index in range(2)]
+        sent = await service.client.post("/batches", files=files, data=ASKED)
+        text = (await service.client.get(f"{sent.headers['location']}/results")).text
+    for line in map(json.loads, text.splitlines()):
+        assert line["result"]["sigma"] == [0.5, 0.25]
+        assert line["result"]["alpha_shares"] == stage_shares(0.0005, 2)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from models.evaluation.datasets import SLICE, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import SELECTION_ROWS, RowLabels, label_rows
 from models.evaluation.rules import RULES, Answer, Labels, Question, anytime, two_sided
 from models.smoothing import load, tried_runtime
-from service.cli.bench import WAIT_SECONDS, measured, peak_mib, serving
+from service.cli.bench.speed import WAIT_SECONDS, measured, peak_mib, serving
 from service.config import Settings
 from service.processes.embedded import Embedded, leave_if_hung
 
@@ -201,7 +201,7 @@ def beside_art(
 ) -> dict[str, Any]:
     """ART and the service on the same images: certified, rows, seconds, memory of a process."""
     count = min(ART_IMAGES, len(data))
-    child = ["-m", "service.cli.bench_art", SLICE, count, plan.sigma, plan.rows]
+    child = ["-m", "service.cli.bench.art", SLICE, count, plan.sigma, plan.rows]
     printed, mib = measured([str(each) for each in child], {})
     _, radii, seconds = zip(*json.loads(printed.splitlines()[-1]), strict=True)
     question = ["--sigma", str(plan.sigma), "--n", str(plan.rows), "--target-radius"]

@@ -32,7 +32,7 @@ from models.rows import Rows
 from models.runtime import Network, Runtime
 from models.smoothing import tried_runtime, votes
 from service.api.app import create_app
-from service.cli.plain_loop import loaded, plain_loop
+from service.cli.bench.plain_loop import loaded, plain_loop
 from service.config import Settings
 from service.operations.server import DrainingServer
 from service.predictions.question import PredictRequest

@@ -1,6 +1,6 @@
 """Certificates by IBM's Adversarial Robustness Toolbox, over the default task's networks.
 
-`python -m service.cli.bench_art SHEET IMAGES SIGMA ROWS` certifies the first images of a sheet. It
+`python -m service.cli.bench.art SHEET IMAGES SIGMA ROWS` certifies the first images of a sheet. It
 prints a JSON list of labels (-1 on abstention), radii and seconds.
 """
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from models.certificates.limits import MOST_ROWS
 from service.cli.console import read_settings, tell
 from service.cli.predict import Sigma
-from service.predictions.question import MOST_ROWS
 
 bench = typer.Typer(help="Measure speed, or the cost of certificates.")
 
@@ -33,8 +33,8 @@ def speed(
     """
     if context.invoked_subcommand is not None:
         return
-    from service.cli.bench import Plan
-    from service.cli.bench import bench as run
+    from service.cli.bench.speed import Plan
+    from service.cli.bench.speed import bench as run
 
     logging.basicConfig(level=logging.WARNING)
     figures = run(Plan(n, requests, rounds), read_settings().runtime)
@@ -62,7 +62,7 @@ def certificates(
 
     Every row is labeled once. The networks run as in `serve` (VOUCHSAFE_RUNTIME).
     """
-    from service.cli.bench_certificates import Plan, compare
+    from service.cli.bench.certificates import Plan, compare
 
     logging.basicConfig(level=logging.WARNING)
     try:
