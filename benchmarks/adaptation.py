@@ -35,20 +35,18 @@ from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
 from models.classifiers.base import Classifier
-from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.scores import EPSILONS, paired_bootstrap
 from models.evaluation.tables import (
-    EPSILONS,
     Certified,
     image_votes,
     outcome,
-    paired_bootstrap,
     summarise,
 )
 from models.files import written_whole
 from models.runtime import RUNTIMES, name_of_dtype
 from models.smoothing import SmoothedModel, best_device, load
 
-SLICE = Path("tests/data/cifar10-slice.png")
 NOISE = "by-place"
 """What an image's noise follows from; in a file of votes' name, for pairs need the same noise."""
 
@@ -177,7 +175,7 @@ def main() -> None:
             {
                 "labels": labels,
                 "images": len(whole.showing(labels)[: arguments.count]),
-                "split": "held-back" if arguments.data else str(SLICE),
+                "split": "held-back" if arguments.data else SLICE.name,
                 "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
                 "profile": bundle.adaptation["profile"],
                 "dtype": bundle.adaptation["dtype"],

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.redis_server import GROUP, RedisServer, written
 from benchmarks.server import free_port
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
-from models.evaluation.datasets import evaluation_slice
+from models.evaluation.datasets import SLICE, evaluation_slice
 from models.rows import Rows
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, load, numerics, votes
@@ -39,7 +39,6 @@ from service.jobs import Domain, Job, JobStatus, Mode, State, noise_key
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
-SLICE = ROOT / "tests" / "data" / "cifar10-slice.png"
 SECRET = b"s" * 32
 VOUCHSAFE = (str(Path(sys.executable).with_name("vouchsafe")), "worker")
 BUNDLE = read_bundle(DEFAULT_TASK)

@@ -16,8 +16,8 @@ CIFAR10_LABELS = (
 CIFAR10_TRAINED = 48_000
 """Nano's training images; the other 2,000 are held back, and every choice is made on them."""
 
-SLICE = Path("tests/data/cifar10-slice.png")
-"""The shipped slice of CIFAR-10's test set, from the root of a checkout."""
+SLICE = Path(__file__).with_name("cifar10-slice.png")
+"""The shipped slice of CIFAR-10's test set: every 20th image."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.certificates.rules import certify
-from models.evaluation.datasets import evaluation_slice
+from models.evaluation.datasets import SLICE, evaluation_slice
 from models.evaluation.plots import Shown, contact_sheet, noisy_and_denoised
 from models.noise import total_variation
 from models.rows import Rows
@@ -45,7 +45,7 @@ def shown(model: SmoothedModel, image: np.ndarray, truth: str, sigma: float, see
 def main() -> None:
     """Certify photographs of the shipped slice of CIFAR-10's test set, the first of every class."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, default=Path("tests/data/cifar10-slice.png"))
+    parser.add_argument("--images", type=Path, default=SLICE)
     parser.add_argument("--sigma", type=float, default=0.25)
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch")
     parser.add_argument("--out", type=Path, default=Path("demo.png"))

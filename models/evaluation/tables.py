@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import floor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,13 +13,10 @@ from numpy.typing import NDArray
 from models.certificates.rules import Certificate, certify
 from models.classifiers.base import Classifier
 from models.evaluation.datasets import LabelledImages
-from models.evaluation.scores import average_certified_radius, certified_accuracy
+from models.evaluation.scores import EPSILONS, average_certified_radius, certified_accuracy
 from models.noise import total_variation
 from models.rows import Rows
 from models.smoothing import SmoothedModel, votes
-
-EPSILONS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-LOG_HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +85,14 @@ def certify_images(
     n: int,
     alpha: float,
     seed: int,
-    log: Path | None = None,
 ) -> Iterator[Certified]:
-    """The outcomes of CERTIFY for the images, in order; `log` gets a TSV line each (method.md 6).
+    """The outcomes of CERTIFY for the images, in order.
 
     Noise keys follow from `seed` and the image's index, so a run is reproducible to the row.
     """
-    with (log or Path(os.devnull)).open("w") as stream:
-        stream.write(LOG_HEADER)
-        for index in range(len(data)):
-            started = time.perf_counter()
-            selection, estimation = image_votes(model, data, index, sigma, n0, n, seed)
-            found = outcome(data, index, selection, estimation, sigma, alpha)
-            label = -1 if found.certificate.abstained else found.certificate.label
-            seconds = time.perf_counter() - started
-            stream.write(
-                f"{index}\t{found.truth}\t{label}\t{floor(found.radius * 1e6) / 1e6:.6f}"
-                f"\t{int(found.correct)}\t{seconds:.3f}\n"
-            )
-            stream.flush()
-            yield found
+    for index in range(len(data)):
+        selection, estimation = image_votes(model, data, index, sigma, n0, n, seed)
+        yield outcome(data, index, selection, estimation, sigma, alpha)
 
 
 def image_votes(
@@ -185,26 +166,6 @@ def _figures(
     correct = [c.label == truth for c, truth in zip(certificates, truths, strict=True)]
     certified = {epsilon: certified_accuracy(radii, correct, epsilon) for epsilon in EPSILONS}
     return certified, average_certified_radius(radii, correct)
-
-
-def paired_bootstrap(
-    before: NDArray[np.float64],
-    after: NDArray[np.float64],
-    draws: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean difference of the same images' figures (N,), and the ends of its 95 % interval.
-
-    Images are drawn with replacement, each with both of its figures (percentile bootstrap). Raises
-    ValueError for arrays of different lengths.
-    """
-    if before.shape != after.shape:
-        raise ValueError(f"{len(before)} images before and {len(after)} after; they must be equal")
-    difference = after - before
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, len(difference), (draws, len(difference)), np.int32)
-    low, high = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
 
 
 def recognised(

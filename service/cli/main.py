@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +13,7 @@ from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
-from service.cli.predict import Alpha, SelectionRows, Sigma
+from service.cli.evaluation import command
 from service.config import SecretError, Settings
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(predict.predict)
 app.command()(adapt.adapt)
+app.command()(command.evaluate)
 app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)
@@ -158,43 +157,3 @@ async def _announce(settings: Settings, server: DrainingServer, served: FastAPI)
             "data_dir": str(settings.data_dir.resolve()),
         },
     )
-
-
-@app.command()
-def evaluate(
-    images: Annotated[
-        Path, typer.Option(help="A sheet of images, one a row, its labels beside it as JSON.")
-    ] = Path("tests/data/cifar10-slice.png"),
-    cifar10: Annotated[
-        Path | None, typer.Option(help="Take the held-back training images of this folder.")
-    ] = None,
-    count: Annotated[int | None, typer.Option(help="Only the first COUNT images.")] = None,
-    sigma: Sigma = 0.25,
-    alpha: Alpha = 0.001,
-    n0: SelectionRows = 100,
-    n: Annotated[int, typer.Option("--n", help="Noise rows that bound its probability.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the noise keys.")] = 0,
-    k: Annotated[float | None, typer.Option(help="Another timestep correction factor.")] = None,
-    generated: Annotated[int, typer.Option(help="Also recognize this number of made images.")] = 0,
-    log: Annotated[Path | None, typer.Option(help="Write a TSV line an image.")] = None,
-) -> None:
-    """Measure the default task: clean, one noisy row, certified accuracy, ACR.
-
-    The networks run as in `serve` (VOUCHSAFE_RUNTIME).
-    """
-    from models.bundle import DEFAULT_TASK, read_bundle
-    from models.evaluation import datasets, report
-    from models.smoothing import tried_runtime
-
-    data = datasets.cifar10(cifar10, "held-back") if cifar10 else datasets.evaluation_slice(images)
-    bundle = read_bundle(DEFAULT_TASK)
-    figures = report.evaluate(
-        bundle,
-        data[:count],
-        report.Protocol(sigma, n0, n, alpha, seed),
-        k=k,
-        generated=generated,
-        log=log,
-        runtime=tried_runtime(read_settings().runtime, bundle),
-    )
-    print(json.dumps(figures, indent=2))

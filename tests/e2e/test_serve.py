@@ -17,10 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import serving
-from tests.support.paths import DATA
 from tests.support.photographs import png
-
-SLICE = DATA / "cifar10-slice.png"
 
 
 async def ask(client: httpx.AsyncClient, index: int, **fields: Any) -> dict[str, Any]:

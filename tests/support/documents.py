@@ -8,7 +8,12 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 README, API, FLEET = ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "scaling.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+]
 TREE = ("service", "models", "tests", "docs", "deploy", "docker", "benchmarks")
 
 

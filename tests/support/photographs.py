@@ -6,12 +6,11 @@ import io
 
 from PIL import Image
 
-from models.evaluation.datasets import evaluation_slice
-from tests.support.paths import DATA
+from models.evaluation.datasets import SLICE, evaluation_slice
 
 
 def png(index: int) -> bytes:
     """Image `index` of the slice as a PNG file of its own."""
     stream = io.BytesIO()
-    Image.fromarray(evaluation_slice(DATA / "cifar10-slice.png").images[index]).save(stream, "PNG")
+    Image.fromarray(evaluation_slice(SLICE).images[index]).save(stream, "PNG")
     return stream.getvalue()

@@ -27,7 +27,10 @@ CARD = ROOT / "models" / "nano" / "card.md"
 VOUCHSAFE = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/|docker compose exec \w+ )?vouchsafe ([^#&|;]*)"
 )
-MADE = ("references.png", "status.json", "source.json", "docker/secrets")
+MADE = (
+    *("references.png", "status.json", "source.json", "docker/secrets"),
+    *("results.json", "table.md", "curve.png"),
+)
 """Files and folders that programs make, so that no checkout has them."""
 
 

@@ -12,16 +12,14 @@ from typer.testing import CliRunner
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius
-from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, evaluation_slice
+from models.evaluation.datasets import CIFAR10_LABELS, SLICE, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import RowLabels
 from models.evaluation.rules import RULES, Question
 from service.cli.bench import certificates as bench_certificates
 from service.cli.bench.certificates import by_rule, shortfall, unanimous
 from service.cli.bench.speed import measured
 from service.cli.main import app
-from tests.support.paths import DATA
 
-SLICE = DATA / "cifar10-slice.png"
 QUESTION = Question(0.25, 0.001, 10, 0.0)
 
 

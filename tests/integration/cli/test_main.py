@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,16 +55,3 @@ def test_completion_knows_the_commands() -> None:
     result = runner.invoke(app, [], prog_name="vouchsafe", env=asked)
     assert result.stdout.split() == ["predict"]
     assert unknown_variables(asked) == {}
-
-
-def test_evaluate_prints_every_setting_beside_the_figures(tmp_path: Path) -> None:
-    """The report names images, sigma, n0, n, alpha, seed, k, numerics and bundle."""
-    log = tmp_path / "log.tsv"
-    result = runner.invoke(
-        app, ["evaluate", "--count", "2", "--n", "40", "--n0", "10", "--log", str(log)]
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert {"images", "sigma", "n0", "n", "alpha", "seed", "k", "numerics", "bundle"} <= set(report)
-    assert report["images"] == 2
-    assert len(log.read_text().splitlines()) == 3

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from models.certificates.rules import certify
 from models.denoisers.base import NoDenoiser
-from models.evaluation.datasets import LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.scores import paired_bootstrap
 from models.evaluation.tables import (
     accuracy,
     certify_images,
-    paired_bootstrap,
     recognised,
     summarise,
 )
 from models.noise import total_variation
 from models.runtime import numerics_of
 from models.smoothing import SmoothedModel
-from tests.support.paths import DATA
 
 CPU = torch.device("cpu")
-SLICE = DATA / "cifar10-slice.png"
 
 
 class Brightness:
@@ -83,20 +81,6 @@ def test_a_run_can_be_repeated_to_the_row(model: SmoothedModel, data: LabelledIm
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]
-
-
-def test_log_is_the_fields_format(
-    model: SmoothedModel, data: LabelledImages, tmp_path: Path
-) -> None:
-    """The log has the columns of the field's logs, -1 for an abstention, radii never rounded up."""
-    log = tmp_path / "log.tsv"
-    outcomes = list(certify_images(model, data, 0.25, 20, 50, 0.001, seed=0, log=log))
-    header, *lines = log.read_text().splitlines()
-    assert header.split("\t") == ["idx", "label", "predict", "radius", "correct", "time"]
-    cells = [line.split("\t") for line in lines]
-    assert [row[2] for row in cells] == ["0", "1", "1", "-1"]
-    for row, outcome in zip(cells, outcomes, strict=True):
-        assert outcome.radius - 1e-6 <= float(row[3]) <= outcome.radius
 
 
 def test_accuracy_and_recognition(data: LabelledImages) -> None:

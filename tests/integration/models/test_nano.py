@@ -14,14 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.adaptation.synthesize import Cascade, Sampling, encode
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.denoisers.prompts import encode_prompts
-from models.evaluation.datasets import CIFAR10_LABELS, evaluation_slice
+from models.evaluation.datasets import CIFAR10_LABELS, SLICE, evaluation_slice
 from models.nano.captions import vocabulary
 from models.smoothing import load
 from models.zoo.registry import DENOISER_SETS
-from tests.support.paths import DATA
 
 NANO = MODELS / "nano"
-SLICE = DATA / "cifar10-slice.png"
 
 
 def test_everything_shipped_is_small() -> None:

@@ -1,0 +1,167 @@
+"""Labeled images of an evaluation: class folders, a CSV, a sheet of small images."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from service.cli.files import pictures
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledFile:
+    """One image: its place in the whole set, its name, what it shows, and its file's content."""
+
+    index: int
+    name: str
+    label: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Images from `source`; of a `shared` set, those of labels that a task lacks are left out.
+
+    Only sheets are shared: they serve every task of some of their labels.
+    """
+
+    source: str
+    files: Sequence[LabeledFile]
+    shared: bool = False
+
+    def chosen(self, labels: Sequence[Sequence[str]], limit: int | None) -> list[LabeledFile]:
+        """The images to evaluate tasks with these labels on, `limit` of them evenly spread.
+
+        Raises ValueError for an image of another label, and where no image is left.
+        """
+        common = [label for label in labels[0] if all(label in own for own in labels[1:])]
+        named = {_plain(label): label for label in reversed(common)}
+        found = []
+        for file in self.files:
+            label = file.label if file.label in common else named.get(_plain(file.label))
+            if label is not None:
+                found.append(LabeledFile(file.index, file.name, label, file.read))
+            elif not self.shared:
+                raise ValueError(f"{file.name}: {_unknown(file.label, common)}")
+        if not found:
+            raise ValueError(f"{self.source}: no image shows one of {_listed(common)}")
+        step = len(found) // min(limit or len(found), len(found))
+        return found[::step][:limit]
+
+
+def read_images(path: Path | None) -> ImageSet:
+    """The images at `path`; the shipped slice where it is None.
+
+    `path` is a folder with a sub-folder of pictures for each label, a CSV of paths and labels, or a
+    sheet of one 32x32 image a row with its labels as JSON beside it.
+
+    Raises OSError for a missing or unreadable file, and ValueError for a malformed one.
+    """
+    if path is None:
+        return _sheet(evaluation_slice(SLICE), "the shipped slice")
+    if path.is_dir():
+        return _folders(path)
+    if path.suffix.lower() == ".csv":
+        return _listed_files(path)
+    if path.with_suffix(".json").exists() and path.suffix.lower() == ".png":
+        return _sheet(evaluation_slice(path), path.name)
+    path.open("rb").close()
+    raise ValueError(
+        f"{path}: must be a folder with a sub-folder of pictures for each label, or a .csv of "
+        "paths and labels"
+    )
+
+
+def held_back(folder: Path) -> ImageSet:
+    """The training images that were held back from nano; `folder` as for `cifar10`."""
+    return _sheet(cifar10(folder, "held-back"), "CIFAR-10, held back")
+
+
+def digest(files: Sequence[LabeledFile]) -> str:
+    """SHA-256 (hex) of the images' indices, labels and contents."""
+    whole = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256(file.read()).hexdigest()
+        whole.update(f"{file.index}\t{file.label}\t{content}\n".encode())
+    return whole.hexdigest()
+
+
+def _folders(folder: Path) -> ImageSet:
+    classes = sorted(
+        each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+    )
+    if not classes:
+        raise ValueError(f"{folder}: has no sub-folder; each label needs one with its pictures")
+    found = [(each.name, path) for each in classes for path in pictures([str(each)])]
+    return ImageSet(
+        str(folder),
+        [
+            LabeledFile(index, path.relative_to(folder).as_posix(), label, path.read_bytes)
+            for index, (label, path) in enumerate(found)
+        ],
+    )
+
+
+def _listed_files(table: Path) -> ImageSet:
+    """A CSV's images: the columns `path` and `label`, or the first two where it has no header."""
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        lines = [line for line in csv.reader(stream) if line]
+    heads = [word.strip().lower() for word in lines[0]] if lines else []
+    columns = (0, 1)
+    if "path" in heads and "label" in heads:
+        columns = (heads.index("path"), heads.index("label"))
+        del lines[0]
+    if not lines:
+        raise ValueError(f"{table}: has no line with a path and a label")
+    files = []
+    for index, line in enumerate(lines):
+        if len(line) <= max(columns):
+            raise ValueError(f"{table}: {','.join(line)!r} has no path and label")
+        name, label = (line[column].strip() for column in columns)
+        path = table.parent / name
+        path.open("rb").close()
+        files.append(LabeledFile(index, name, label, path.read_bytes))
+    return ImageSet(str(table), files)
+
+
+def _sheet(data: LabelledImages, source: str) -> ImageSet:
+    return ImageSet(
+        source,
+        [
+            LabeledFile(index, f"image {index}", data.names[label], partial(_png, data, index))
+            for index, label in enumerate(data.labels.tolist())
+        ],
+        shared=True,
+    )
+
+
+def _png(data: LabelledImages, index: int) -> bytes:
+    stream = BytesIO()
+    Image.fromarray(data.images[index]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _plain(label: str) -> str:
+    """A label as a folder's name may write it: case, underscores and hyphens do not count."""
+    return " ".join(label.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _unknown(label: str, labels: Sequence[str]) -> str:
+    near = get_close_matches(_plain(label), [_plain(each) for each in labels], 1)
+    meant = next((each for each in labels if near and _plain(each) == near[0]), None)
+    advice = f"did you mean {meant!r}?" if meant else f"the labels are {_listed(labels)}"
+    return f"{label!r} is no label of the task; {advice}"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = len(labels) - 10
+    return ", ".join(labels[:10]) + (f" and {more} more" if more > 0 else "")

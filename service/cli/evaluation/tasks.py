@@ -1,0 +1,257 @@
+"""Tasks to evaluate, on this machine or behind a server: from labeled files to records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from models.bundle import Base, Bundle
+from models.evaluation.records import Record
+from models.evaluation.results import certified
+from service.cli.evaluation.images import LabeledFile
+from service.client import Client, ProblemError
+from service.errors import Problem
+from service.predictions.images.reader import decode
+
+if TYPE_CHECKING:
+    from models.runtime import Runtime
+    from models.smoothing import SmoothedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about every image; a local run's noise follows from `seed`."""
+
+    n0: int
+    n: int
+    alpha: float
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One run: `sigma` in [0,1] pixel units; None for the baseline `undefended`, without noise.
+
+    The baseline `none` has noise and no denoiser.
+    """
+
+    name: str
+    stem: str
+    sigma: float | None
+    baseline: str | None = None
+
+
+class Task(Protocol):
+    """A task that can be evaluated."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The labels, in the order of their indices."""
+
+    @property
+    def largest_sigma(self) -> float:
+        """The strongest noise that the task supports, in [0,1] pixel units."""
+
+    def settings(self, setting: Setting, question: Question) -> Mapping[str, Any]:
+        """Everything that the records of this setting depend on but the images."""
+
+    def records(
+        self, files: Sequence[LabeledFile], setting: Setting, question: Question
+    ) -> Iterator[Record]:
+        """The record of each file, as it ends.
+
+        Raises ValueError, naming the file, for one that is no usable image.
+        """
+
+
+class LocalTask:
+    """A bundle whose networks run here; they are loaded for the first record."""
+
+    def __init__(self, name: str, bundle: Bundle, runtime: Runtime, models_dir: Any) -> None:
+        from models.smoothing import load, numerics
+
+        self.name, self.bundle = name, bundle
+        self.labels, self.resolution = bundle.labels, bundle.resolution
+        self.largest_sigma = bundle.largest_sigma
+        self.numerics = numerics(runtime)[0].described()
+        self._load = partial(load, bundle, runtime=runtime, models_dir=models_dir)
+
+    @cached_property
+    def model(self) -> SmoothedModel:
+        """The networks; raises BundleError as `load` does."""
+        return self._load()
+
+    @cached_property
+    def plain(self) -> SmoothedModel:
+        """The classifier under noise, without the denoiser."""
+        from models.denoisers.base import NoDenoiser
+        from models.smoothing import SmoothedModel, best_device
+
+        whole = self.model
+        return SmoothedModel(
+            NoDenoiser(),
+            whole.classifier,
+            whole.numerics,
+            best_device(),
+            cpu_threads=whole.cpu_threads,
+        )
+
+    def settings(self, setting: Setting, question: Question) -> Mapping[str, Any]:
+        """As in `Task`."""
+        return {
+            "task": self.name,
+            "baseline": setting.baseline,
+            "bundle": self._digest(setting),
+            "numerics": self.numerics,
+            "k": self.bundle.k,
+            "classes": len(self.labels),
+            "resolution": self.resolution,
+            **({} if setting.sigma is None else {"sigma": setting.sigma, **asdict(question)}),
+        }
+
+    def records(
+        self, files: Sequence[LabeledFile], setting: Setting, question: Question
+    ) -> Iterator[Record]:
+        """As in `Task`, one after another."""
+        for file in files:
+            try:
+                pixels = decode(file.read(), self.resolution)
+            except Problem as problem:
+                raise ValueError(f"{file.name}: {problem}") from problem
+            if setting.sigma is None:
+                yield self._undefended(file, pixels, setting)
+            else:
+                yield self._smoothed(file, pixels, setting, question, setting.sigma)
+
+    def _digest(self, setting: Setting) -> str:
+        if setting.baseline is None:
+            return self.bundle.served_digest(self.numerics)
+        plain = replace(self.bundle, denoiser=Base("none"))
+        return plain.served_digest(self.numerics)
+
+    def _smoothed(
+        self, file: LabeledFile, pixels: Any, setting: Setting, question: Question, sigma: float
+    ) -> Record:
+        from models.evaluation.tables import noise_key
+        from models.noise import total_variation
+        from models.rows import Rows
+        from models.smoothing import votes
+
+        model = self.model if setting.baseline is None else self.plain
+        began = time.perf_counter()
+        selection, estimation = (
+            _nonzero(
+                votes(
+                    model,
+                    Rows(pixels, noise_key(question.seed, file.index, domain), 0, rows, sigma),
+                )
+            )
+            for domain, rows in (("selection", question.n0), ("estimation", question.n))
+        )
+        seconds = time.perf_counter() - began
+        bare = Record(
+            file.index, file.name, self.labels.index(file.label), -1, 0.0, estimation, selection,
+            seconds, self._digest(setting),
+        )  # fmt: skip
+        blur = total_variation(sigma, pixels.shape)
+        return certified(bare, len(self.labels), sigma, question.alpha, question.method, blur)
+
+    def _undefended(self, file: LabeledFile, pixels: Any, setting: Setting) -> Record:
+        import torch
+
+        from models.smoothing import best_device
+
+        began = time.perf_counter()
+        x = torch.zeros(self.model.numerics.batch_rows, *pixels.shape)
+        x[0] = torch.tensor(pixels) / 255
+        with torch.inference_mode():
+            label = int(self.model.classifier(x.to(best_device()))[0].argmax())
+        return Record(
+            file.index, file.name, self.labels.index(file.label), label, 0.0, {label: 1}, None,
+            time.perf_counter() - began, self._digest(setting),
+        )  # fmt: skip
+
+
+class RemoteTask:
+    """A task of a server, which computes `at_once` images at a time."""
+
+    def __init__(self, name: str, client: Client, at_once: int) -> None:
+        """Raises ValueError for a task that the server does not have, ProblemError and Unreachable
+        as the client does.
+        """
+        models = client.models()
+        found = [each for each in models if name in (each["task"], each["name"])]
+        if len(found) != 1:
+            known = ", ".join(each["name"] or each["task"] for each in models)
+            raise ValueError(f"the server has {len(found)} tasks {name!r}: it has {known}")
+        (model,) = found
+        self.name, self.id = name, model["task"]
+        self.labels, self.resolution = model["labels"], model["resolution"]
+        self.largest_sigma = model["largest_sigma"]
+        self._artifact = model["id"]
+        self._client, self._at_once = client, at_once
+
+    def settings(self, setting: Setting, question: Question) -> Mapping[str, Any]:
+        """As in `Task`; the noise is the server's, so there is no seed."""
+        asked = asdict(question)
+        del asked["seed"]
+        return {
+            "task": self.name,
+            "id": self._artifact,
+            "classes": len(self.labels),
+            "resolution": self.resolution,
+            "sigma": setting.sigma,
+            **asked,
+        }
+
+    def records(
+        self, files: Sequence[LabeledFile], setting: Setting, question: Question
+    ) -> Iterator[Record]:
+        """As in `Task`, in the order in which the answers arrive.
+
+        Raises ProblemError and Unreachable as the client does; what is queued is then dropped.
+        """
+        with ThreadPoolExecutor(self._at_once, "evaluate") as pool:
+            asked = [pool.submit(self._answer, file, setting, question) for file in files]
+            try:
+                for answer in as_completed(asked):
+                    yield answer.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, file: LabeledFile, setting: Setting, question: Question) -> Record:
+        began = time.perf_counter()
+        try:
+            answer = self._client.predict(
+                file.read(),
+                task=self.id,
+                sigma=setting.sigma,
+                alpha=question.alpha,
+                n0=question.n0,
+                n=question.n,
+                method=question.method,
+            )
+        except ProblemError as problem:
+            problem.add_note(file.name)
+            if problem.slug == "invalid-image":
+                raise ValueError(f"{file.name}: {problem}") from problem
+            raise
+        label = answer["label_index"]
+        counts = {self.labels.index(vote["label"]): vote["count"] for vote in answer["counts"]}
+        return Record(
+            file.index, file.name, self.labels.index(file.label),
+            -1 if label is None else label, answer["radius"], counts, None,
+            time.perf_counter() - began, answer["bundle"],
+        )  # fmt: skip
+
+
+def _nonzero(counts: Any) -> dict[int, int]:
+    """Votes (K,) by label index, without zeros."""
+    return {int(label): int(counts[label]) for label in np.flatnonzero(counts)}
