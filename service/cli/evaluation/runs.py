@@ -1,0 +1,175 @@
+"""The runs of an evaluation: tasks, sigmas and baselines on the same images."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.bundle import DEFAULT_TASK, Bundle, read_bundle
+from models.certificates.rules import check_certify
+from models.evaluation.records import RecordFile
+from models.evaluation.results import Run
+from service.cli.console import errors
+from service.cli.evaluation.images import ImageSet, LabeledFile, digest, held_back, read_images
+from service.cli.evaluation.progress import Watch, watched
+from service.cli.evaluation.report import results, write
+from service.cli.evaluation.tasks import LocalTask, Question, RemoteTask, Setting, Task
+from service.client import Client, VouchsafeError
+from service.config import Settings
+from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
+
+if TYPE_CHECKING:
+    from service.tasks.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to evaluate: tasks by id or name, and all else as the command's options have it."""
+
+    names: Sequence[str]
+    sigmas: Sequence[float]
+    question: Question
+    out: Path
+    images: Path | None
+    cifar10: Path | None
+    limit: int | None
+    baselines: Sequence[str]
+    k: float | None
+    server: str | None
+    key_file: Path | None
+    at_once: int
+
+
+def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """The document of results.json, written to `plan.out` with the other files.
+
+    Raises ValueError and OSError for a field or file that cannot be used, before any work where it
+    can be seen then; BundleError for a task's networks; ProblemError and Unreachable for a server
+    that fails later.
+    """
+    for sigma in plan.sigmas:
+        _check_sigma(sigma, SMALLEST_SIGMA, LARGEST_SIGMA)
+        asked = plan.question
+        check_certify(asked.n0, asked.n, sigma, asked.alpha, asked.method)
+    found = held_back(plan.cifar10) if plan.cifar10 else read_images(plan.images)
+    if plan.server is None:
+        return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
+    if plan.baselines or plan.k is not None:
+        raise ValueError("--baseline and --k need the networks here: leave out --server")
+    key = plan.key_file.read_text().strip() if plan.key_file else None
+    with Client(plan.server, key=key) as client:
+        return _run_all(plan, _settings(plan, _remote(client, plan.names, plan.at_once)), found)
+
+
+def _check_sigma(sigma: float, least: float, largest: float) -> None:
+    if not least <= sigma <= largest:
+        raise ValueError(f"sigma = {sigma}: must be from {least} to {largest}")
+
+
+def _local(settings: Settings, names: Sequence[str], k: float | None) -> list[LocalTask]:
+    """The tasks of this machine; raises ValueError for an unknown or ambiguous name."""
+    from models.smoothing import tried_runtime
+    from service.tasks.catalog import Catalog
+
+    catalog = Catalog(
+        {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
+    )
+    asyncio.run(catalog.refresh())
+    bundles = [_named(catalog, name) for name in names]
+    if k is not None:
+        bundles = [replace(bundle, k=k) for bundle in bundles]
+    return [
+        LocalTask(name, bundle, tried_runtime(settings.runtime, bundle), settings.models_folder)
+        for name, bundle in zip(names, bundles, strict=True)
+    ]
+
+
+def _remote(client: Client, names: Sequence[str], at_once: int) -> list[RemoteTask]:
+    """The tasks of a server; raises ValueError for an unknown name and a server without answer."""
+    try:
+        return [RemoteTask(name, client, at_once) for name in names]
+    except VouchsafeError as error:
+        raise ValueError(f"the server's tasks cannot be read: {error}") from error
+
+
+def _named(catalog: Catalog, name: str) -> Bundle:
+    if name in catalog:
+        return catalog[name]
+    if name in catalog.refused:
+        raise ValueError(f"task {name}: {catalog.refused[name].reason}")
+    found = [bundle for bundle in catalog.values() if bundle.name == name]
+    if len(found) != 1:
+        known = ", ".join(bundle.name or task for task, bundle in catalog.items())
+        raise ValueError(f"there are {len(found)} tasks {name!r}; the tasks are {known}")
+    return found[0]
+
+
+def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
+    """Every run, those of the first task first; raises ValueError for a sigma that is too large."""
+    planned: list[tuple[Task, Setting]] = []
+    for name, task in zip(plan.names, tasks, strict=True):
+        for sigma in plan.sigmas:
+            _check_sigma(sigma, SMALLEST_SIGMA, task.largest_sigma)
+            planned.append((task, _setting(name, sigma, None)))
+    if "none" in plan.baselines:
+        planned += [(tasks[0], _setting("none", sigma, "none")) for sigma in plan.sigmas]
+    if "undefended" in plan.baselines:
+        planned.append((tasks[0], _setting("undefended", None, "undefended")))
+    stems = [setting.stem for _, setting in planned]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise ValueError(f"two runs would be {twice}: give each task and sigma once, tasks by id")
+    return planned
+
+
+def _setting(name: str, sigma: float | None, baseline: str | None) -> Setting:
+    stem = re.sub(r"[^\w.-]+", "_", name)
+    if sigma is None:
+        return Setting(name, stem, None, baseline)
+    return Setting(f"{name}, sigma {sigma:g}", f"{stem}-{sigma:g}", sigma, baseline)
+
+
+def _run_all(
+    plan: Plan, planned: Sequence[tuple[Task, Setting]], found: ImageSet
+) -> dict[str, Any]:
+    """Run what `plan.out` lacks, and write and return the results."""
+    question, out = plan.question, plan.out
+    files = found.chosen([task.labels for task, _ in planned], plan.limit)
+    images = {"source": found.source, "images": len(files), "sha256": digest(files)}
+    out.mkdir(parents=True, exist_ok=True)
+    kept = [
+        RecordFile(
+            out / setting.stem, {"images": images["sha256"], **task.settings(setting, question)}
+        )
+        for task, setting in planned
+    ]
+    missing = [[file for file in files if file.index not in each.records] for each in kept]
+    runs = []
+    with watched(sum(map(len, missing))) as watch:
+        for (task, setting), file, left in zip(planned, kept, missing, strict=True):
+            runs.append(_run(task, setting, question, file, left, watch))
+    document = results(runs, images)
+    for path in write(runs, document, out):
+        errors.print(f"wrote {path}")
+    return document
+
+
+def _run(
+    task: Task,
+    setting: Setting,
+    question: Question,
+    kept: RecordFile,
+    left: Sequence[LabeledFile],
+    watch: Watch,
+) -> Run:
+    with kept:
+        if left:
+            for record in task.records(left, setting, question):
+                kept.add(record)
+                watch.advance(setting.name)
+    records = [kept.records[index] for index in sorted(kept.records)]
+    settings = task.settings(setting, question)
+    return Run(setting.name, settings, records, certifies=setting.sigma is not None)
