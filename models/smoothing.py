@@ -187,13 +187,16 @@ def named_runtime(name: str) -> Runtime:
     return runtime
 
 
-def tried_runtime(name: str, bundle: Bundle) -> Runtime:
-    """As `named_runtime`; for `auto` torch where a batch of the bundle cannot be computed."""
+def tried_runtime(name: str, bundle: Bundle, models_dir: Path | None = None) -> Runtime:
+    """As `named_runtime`; for `auto` torch where a batch of the bundle cannot be computed.
+
+    `models_dir` is the folder of fetched networks.
+    """
     runtime = named_runtime(name)
     if name != AUTO or isinstance(runtime, Torch):
         return runtime
     try:
-        model = load(bundle, runtime=runtime)
+        model = load(bundle, runtime=runtime, models_dir=models_dir)
         black = np.zeros((3, bundle.resolution, bundle.resolution), np.uint8)
         model.labels([Rows(black, bytes(32), 0, model.numerics.batch_rows, 0.25)])
     except BundleError:

@@ -82,8 +82,9 @@ def _local(settings: Settings, names: Sequence[str], k: float | None) -> list[Lo
     bundles = [_named(catalog, name) for name in names]
     if k is not None:
         bundles = [replace(bundle, k=k) for bundle in bundles]
+    folder = settings.models_folder
     return [
-        LocalTask(name, bundle, tried_runtime(settings.runtime, bundle), settings.models_folder)
+        LocalTask(name, bundle, tried_runtime(settings.runtime, bundle, folder), folder)
         for name, bundle in zip(names, bundles, strict=True)
     ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from models.base_network import Base
+from models.bundle import DEFAULT_TASK, MODELS, read_bundle, write_bundle
 from models.evaluation.scores import average_certified_radius
 from service.cli.evaluation.progress import Watch
 from service.cli.main import app
@@ -52,6 +56,17 @@ def log(name: str, out: str = "evaluation") -> list[list[str]]:
 def document(out: str = "evaluation") -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Path(out, "results.json").read_text())
     return found
+
+
+def test_a_task_of_networks_that_were_fetched(tmp_path: Path) -> None:
+    """Networks in the models folder are read from there."""
+    default, head = read_bundle(DEFAULT_TASK), tmp_path / "data" / "models" / "head"
+    shutil.copytree(MODELS / default.classifier.folder, head)
+    classifier = replace(default.classifier, folder=str(head))
+    own = replace(default, id="own", denoiser=Base("none"), classifier=classifier)
+    write_bundle(tmp_path / "data" / "tasks" / "own", own, {})
+    evaluate("--task", "own", "--n0", "10", "--n", "40", "--limit", "1")
+    assert document()["runs"]["own, sigma 0.25"]["images"] == 1
 
 
 def test_the_slice_with_baselines(tmp_path: Path) -> None:
