@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 
 PROMPT_STATES = "prompt_states.safetensors"
@@ -10,37 +11,50 @@ PROMPT_STATES = "prompt_states.safetensors"
 SAFETENSORS, ONNX = ".safetensors", ".onnx"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_TOKENIZER = ("*token*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
-CLASSIFIER_FILES: Mapping[str, tuple[str, ...]] = {
-    "onnx": ("model.onnx", "model.json"),
-    "open-clip": ("open_clip_config.json", "open_clip_model*.safetensors", *_TOKENIZER),
-    "timm": ("config.json", "model.safetensors"),
-    "transformers": (
-        "config.json",
-        "model*.safetensors",
-        "model.safetensors.index.json",
-        "*processor_config.json",
-        *_TOKENIZER,
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Patterns of the files in a network's folder: those that must match, and those that may."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+_TOKENIZER = ("*token*.json", "vocab.*", "merges.txt", "*.model")
+CLASSIFIER_FILES: Mapping[str, Files] = {
+    "onnx": Files(("model.onnx", "model.json")),
+    "open-clip": Files(("open_clip_config.json", "open_clip_model.safetensors"), _TOKENIZER),
+    "timm": Files(("config.json", "model.safetensors")),
+    "transformers": Files(
+        ("config.json", "model*.safetensors", "*processor_config.json"),
+        ("model.safetensors.index.json", *_TOKENIZER),
     ),
 }
-"""Every kind of classifier that a bundle may name, with patterns of the files in its folder."""
+"""Every kind of classifier that a bundle may name, with the files in its folder."""
 
-_TEXT_TO_IMAGE = (
-    "stage1/text_encoder/*.json",
-    "stage1/text_encoder/model*.safetensors",
+_UNET = ("unet/config.json", "unet/diffusion_pytorch_model*.safetensors", "scheduler/*.json")
+_UNET_INDEX = "unet/diffusion_pytorch_model*.index*.json"
+_TEXT = ("stage1/text_encoder/config.json", "stage1/text_encoder/model*.safetensors")
+_CASCADE = (
+    *_TEXT,
     "stage1/tokenizer/*",
-    "stage1/unet/*.json",
-    "stage1/unet/diffusion_pytorch_model*.safetensors",
-    "stage1/scheduler/*.json",
+    *(f"{s}/{f}" for s in ("stage1", "stage2") for f in _UNET),
 )
-_UNET = ("unet/*.json", "unet/diffusion_pytorch_model*.safetensors", "scheduler/*.json")
-DENOISER_FILES: Mapping[str, tuple[str, ...]] = {
-    "super-resolution": (*_TEXT_TO_IMAGE, *(f"stage2/{pattern}" for pattern in _UNET)),
-    "unconditional": _UNET,
-    "ffdnet": ("model.safetensors",),
-    "none": (),
+_CASCADE_INDICES = (
+    "stage1/text_encoder/model*.index*.json",
+    f"stage1/{_UNET_INDEX}",
+    f"stage2/{_UNET_INDEX}",
+)
+DENOISER_FILES: Mapping[str, Files] = {
+    "super-resolution": Files(_CASCADE, _CASCADE_INDICES),
+    "unconditional": Files(_UNET, (_UNET_INDEX,)),
+    "ffdnet": Files(("model.safetensors",)),
+    "none": Files(),
 }
-"""Every kind of denoiser that a bundle may name, with patterns of the files in its folder."""
+"""Every kind of denoiser that a bundle may name, with the files in its folder.
+
+A super-resolution denoiser is the second stage of a cascade, whose first encodes the prompt.
+"""
 BUNDLE_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATES,)}
 """Files that a bundle itself holds for its kind of denoiser."""
 

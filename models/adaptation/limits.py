@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.zoo import own
 from models.zoo.inventory import trouble
 from models.zoo.registry import ClassifierSet, DenoiserSet
 
@@ -33,16 +34,21 @@ class PlanError(ValueError):
 
 
 def usable(field: str, known: Mapping[str, Any], name: str, models_dir: Path | None) -> Any:
-    """The set of this name, with absolute folders in place of fetched ones.
+    """The set of this name, or a registered name's; absolute folders in place of fetched ones.
 
     Raises PlanError for an unknown name, or networks that cannot be used.
     """
-    if name not in known:
+    if (found := known.get(name)) is None and models_dir is not None:
+        try:
+            found = own.SETS[field](name, models_dir)
+        except ValueError as error:
+            raise PlanError(field, f"The {field} {quoted(name)} cannot be used: {error}") from error
+    if found is None:
         detail = f"There is no {field} set {quoted(name)}; there are {', '.join(sorted(known))}"
-        raise PlanError(field, detail, name)
-    if (why := trouble(known[name].fetched, models_dir)) is not None:
+        raise PlanError(field, f"{detail}, and names that `vouchsafe models add` registers", name)
+    if (why := trouble(found.fetched, models_dir)) is not None:
         raise PlanError(field, f"The {field} set {quoted(name)} cannot be used: {why}", name)
-    return known[name].below(models_dir)
+    return found.below(models_dir)
 
 
 def quoted(text: str) -> str:

@@ -77,3 +77,8 @@ ADAPTATIONS = {
     "if-ii-l-96": _IF_II_L,
 }
 """The place to add a cascade's profile."""
+
+
+def adaptation_of(name: str) -> Adaptation:
+    """The profile of a denoiser set; a registered cascade has the paper's."""
+    return ADAPTATIONS.get(name, _IF_II_L)

@@ -26,7 +26,7 @@ from models.adaptation.plan import (
     name_of,
     write_json,
 )
-from models.adaptation.profiles import ADAPTATIONS, Adaptation
+from models.adaptation.profiles import Adaptation, adaptation_of
 from models.adaptation.progress import Progress, problem_of
 from models.adaptation.prompts import check_head
 from models.adaptation.references import References, figures_of, read_references
@@ -83,7 +83,7 @@ class Job:
             "classifier", CLASSIFIER_SETS, plan.classifier, models_dir
         )
         print(f"the networks' licenses: {self._licence()}", flush=True)
-        self._ways: Adaptation = ADAPTATIONS[plan.denoiser]
+        self._ways: Adaptation = adaptation_of(plan.denoiser)
         self._dtype = self._ways.dtype_on(device)
         hashes = KnownHashes(folder / HASHES)
         self._bases = {

@@ -31,13 +31,14 @@ Loader = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a network's folder says: the side of its input in pixels, and its labels.
+    """What a network's folder says: its input's side in pixels, and its labels if it names any.
 
-    Either may be None: a network may take any size, and a zero-shot head takes any labels.
+    A zero-shot head `takes_words`: any labels.
     """
 
-    resolution: int | None = None
+    resolution: int
     labels: tuple[str, ...] | None = None
+    takes_words: bool = False
 
 
 class Preprocess:

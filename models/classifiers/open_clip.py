@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import open_clip
 
 
+_CONTEXT = 77
+"""open_clip's own default of a text tower's length."""
+
+
 class OpenClipClassifier:
     """Zero-shot CLIP: cosine similarity to each label's prompt, times exp(logit scale).
 
@@ -62,7 +66,7 @@ def preprocess_of(model: open_clip.CLIP, dtype: torch.dtype) -> Preprocess:
 def describe_open_clip(folder: Path) -> Description:
     """The input's side; labels are words of any kind."""
     described = json.loads((folder / "open_clip_config.json").read_text())
-    return Description(_side(described["model_cfg"]["vision_cfg"]["image_size"]))
+    return Description(_side(described["model_cfg"]["vision_cfg"]["image_size"]), takes_words=True)
 
 
 def _side(size: int | Sequence[int]) -> int:
@@ -77,6 +81,13 @@ def open_clip_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return [len(tokenizer.encode(prompt)) + 2 for prompt in prompts]
     return [len(tokenizer.tokenizer(prompt).input_ids) for prompt in prompts]
+
+
+def prompt_tokens(folder: Path, prompts: Sequence[str]) -> tuple[list[int], int]:
+    """Each prompt's number of tokens, and the most that the text tower reads."""
+    described = json.loads((folder / "open_clip_config.json").read_text())
+    most = described["model_cfg"]["text_cfg"].get("context_length", _CONTEXT)
+    return open_clip_tokens(folder, prompts), int(most)
 
 
 def read_open_clip(

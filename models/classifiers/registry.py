@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models import kinds
+from models.classifiers import open_clip, transformers
 from models.classifiers.base import Description, Loader
 from models.classifiers.onnx import describe_onnx, load_onnx
 from models.classifiers.open_clip import describe_open_clip, load_open_clip
@@ -27,6 +28,12 @@ DESCRIPTIONS: dict[str, Callable[[Path], Description]] = {
     "transformers": describe_transformers,
 }
 """Readers of what a folder says of itself; a kind without one has all said by its user."""
+
+PROMPT_TOKENS: dict[str, Callable[[Path, Sequence[str]], tuple[list[int], int]]] = {
+    "open-clip": open_clip.prompt_tokens,
+    "transformers": transformers.prompt_tokens,
+}
+"""Of kinds with zero-shot heads: the tokens of each prompt, and the most that are read."""
 
 
 def classifier_loader(kind: str) -> Loader:

@@ -108,7 +108,7 @@ def describe_transformers(folder: Path) -> Description:
     """The input's side, and the labels where the configuration has more than numbers for them."""
     side, _, _, _ = _processing(folder)
     if is_zero_shot(folder):
-        return Description(side)
+        return Description(side, takes_words=True)
     named = json.loads((folder / "config.json").read_text()).get("id2label") or {}
     labels = tuple(named[key] for key in sorted(named, key=int))
     is_numbered = all(label == f"LABEL_{index}" for index, label in enumerate(labels))
@@ -153,21 +153,30 @@ def read_logits(folder: Path, tuned: Path | None = None) -> ImageLogits:
     """The folder's image classifier in float32; weights in a `tuned` file replace the folder's."""
     from transformers import AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, **_LOCAL
-    )
-    return ImageLogits(_tuned(model, tuned)).eval()
+    return ImageLogits(_read(AutoModelForImageClassification, folder, tuned)).eval()
 
 
 def read_zero_shot(folder: Path, tuned: Path | None = None) -> Any:
     """The folder's CLIP or SigLIP in float32; weights in a `tuned` file replace the folder's."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **_LOCAL)
-    return _tuned(model, tuned).eval()
+    return _read(AutoModel, folder, tuned)
 
 
-def _tuned(model: Any, tuned: Path | None) -> Any:
+def _read(factory: Any, folder: Path, tuned: Path | None) -> Any:
+    """Raises ValueError where weights are missing, which the library would draw at random."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # Of missing weights, it would only warn.
+    model, found = factory.from_pretrained(
+        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL
+    )
+    model.eval()
+    if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ValueError(
+            f"{folder}: the weights lack {len(absent)} of {type(model).__name__}'s, as {absent[0]}"
+        )
     if tuned is not None:
         model.load_state_dict(load_file(tuned))
     return model
@@ -178,21 +187,23 @@ def tokenized(folder: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
-    limit = token_limit(folder)
-    for prompt in prompts:
-        if (tokens := len(tokenizer(prompt).input_ids)) > limit:
+    counts, limit = prompt_tokens(folder, prompts)
+    for prompt, tokens in zip(prompts, counts, strict=True):
+        if tokens > limit:
             raise ValueError(f"the prompt {prompt!r} has {tokens} tokens; the limit is {limit}")
     is_siglip = json.loads((folder / "config.json").read_text())["model_type"] == "siglip"
     ways: Any = {"padding": "max_length", "max_length": limit} if is_siglip else {"padding": True}
     return dict(tokenizer(list(prompts), return_tensors="pt", **ways))
 
 
-def token_limit(folder: Path) -> int:
-    """The most tokens of a prompt that the text tower reads."""
-    from transformers import AutoConfig
+def prompt_tokens(folder: Path, prompts: Sequence[str]) -> tuple[list[int], int]:
+    """Each prompt's number of tokens, and the most that the text tower reads."""
+    from transformers import AutoConfig, AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    return int(config.text_config.max_position_embeddings)
+    counts = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    return counts, int(config.text_config.max_position_embeddings)
 
 
 def text_features(model: Any, words: dict[str, Tensor]) -> Tensor:

@@ -87,13 +87,16 @@ def load_unconditional(
 
     where = folder / "unet"
     check_room(f"{folder.name}'s UNet", bytes_of(where, UNET, dtype.itemsize), device)
-    unet: Any = UNet2DModel.from_pretrained(
+    unet, found = UNet2DModel.from_pretrained(
         where,
         torch_dtype=dtype,
         variant=hold(where, Network("", "config.json", UNET)).variant,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ValueError(f"{where}: the weights lack {len(absent)} of the UNet's, as {absent[0]}")
     config = unet.config
     if config.in_channels != 3 or config.out_channels not in (3, 6) or config.num_class_embeds:
         raise ValueError(

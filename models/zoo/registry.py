@@ -66,7 +66,8 @@ class ClassifierSet:
 
     `files` are patterns of the files read from the folder. A label's prompt has at most
     `prompt_tokens` tokens, 0 where no prompts are made. `tokens` is None where only the network's
-    own tokenizer can count them; the job then does so first.
+    own tokenizer can count them; the job then does so first. `labels` are those of a network with
+    fixed classes, or None where it takes any words.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class ClassifierSet:
     prompt_tokens: int
     tokens: Tokens | None
     files: tuple[str, ...] = ("*",)
+    labels: tuple[str, ...] | None = None
 
     @property
     def fetched(self) -> tuple[str, ...]:
@@ -94,12 +96,12 @@ def _located(folder: str, models_dir: Path | None) -> str:
     return str(models_dir.resolve() / folder)
 
 
-def _bytes_and_end(folder: Path, prompt: str) -> int:
+def bytes_and_end(folder: Path, prompt: str) -> int:
     """ByT5's number of tokens of a prompt: its UTF-8 bytes, and one for the end."""
     return len(prompt.encode()) + 1
 
 
-def _pieces_and_end(stage1: Path, prompt: str) -> int:
+def pieces_and_end(stage1: Path, prompt: str) -> int:
     """T5's number of tokens of a prompt in lower case: its pieces, and one for the end."""
     model = stage1 / "tokenizer" / "spiece.model"
     return len(_sentencepiece(model, model.stat().st_mtime_ns).encode(prompt.lower())) + 1
@@ -123,7 +125,7 @@ _IF_II_L = DenoiserSet(
     template=DEFAULT_TEMPLATE,
     licence=DEEPFLOYD_LICENCE,
     prompt_tokens=77,
-    tokens=_pieces_and_end,
+    tokens=pieces_and_end,
     classifier="clip-vit-b-32",
     shots=1,
     steps=500,
@@ -141,7 +143,7 @@ DENOISER_SETS = {
         template=DEFAULT_TEMPLATE,
         licence=_NANO_LICENCE,
         prompt_tokens=77,
-        tokens=_bytes_and_end,
+        tokens=bytes_and_end,
         classifier="nano",
         shots=64,
         steps=100,
@@ -160,7 +162,7 @@ CLASSIFIER_SETS = {
         folder="nano/weights/head",
         licence=_NANO_LICENCE,
         prompt_tokens=64,
-        tokens=_bytes_and_end,
+        tokens=bytes_and_end,
     ),
     "clip-vit-b-32": ClassifierSet(
         kind="open-clip",

@@ -63,7 +63,7 @@ def adapt(
     from service.tasks.contact_sheet import contact_sheet
 
     fields = {
-        "labels": [_label(line) for line in _lines(labels) if line.strip()],
+        "labels": [_field(each) for each in read_labels(labels)],
         "template": template,
         "shots": shots,
         "steps": steps,
@@ -112,10 +112,18 @@ def _lines(labels: Path) -> list[str]:
         raise typer.Exit(2) from error
 
 
-def _label(line: str) -> str | dict[str, str]:
-    """A line of the labels file as a field of TaskRequest; a tab separates label and prompt."""
-    label, tab, prompt = line.strip().partition("\t")
-    return {"label": label, "prompt": prompt} if tab else label
+def read_labels(path: Path) -> list[str | tuple[str, str]]:
+    """The labels of a file, one a line; a tab separates a label and its prompt.
+
+    Exits with 2 for a file that is not UTF-8.
+    """
+    parts = [line.strip().partition("\t") for line in _lines(path) if line.strip()]
+    return [(label, prompt) if tab else label for label, tab, prompt in parts]
+
+
+def _field(label: str | tuple[str, str]) -> str | dict[str, str]:
+    """A label as a field of TaskRequest."""
+    return label if isinstance(label, str) else {"label": label[0], "prompt": label[1]}
 
 
 def open_store(settings: Settings) -> Store:

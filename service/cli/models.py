@@ -1,8 +1,9 @@
-"""The command `models`: lists, shows, verifies and removes tasks; fetches and checks networks."""
+"""The command `models`: adds, lists, shows, verifies, removes tasks; fetches, checks networks."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,8 +15,10 @@ from rich.table import Column, Table
 from models.bundle import DEFAULT_TASK, BundleError, read_bundle
 from models.memory import needs
 from models.zoo.inventory import Holding, Inventory, inspect
+from models.zoo.own import folder_of
 from models.zoo.sources import FETCHABLE, SOURCES
 from service.cli.adapt import open_store
+from service.cli.add import add
 from service.cli.console import errors, read_settings
 from service.errors import Problem
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 models = typer.Typer(help="The tasks and networks on this machine.", no_args_is_help=True)
 
 TaskId = Annotated[str, typer.Argument(help="A task's id; `default` is the built-in one's.")]
+models.command()(add)
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
@@ -144,14 +149,42 @@ def _verify(folder: Path, task_id: str, models_dir: Path) -> None:
 
 @models.command()
 def remove(task_id: TaskId) -> None:
-    """Remove a task and end its job."""
+    """Remove a task, end its job, and remove the networks that `add` registered under its id."""
+    store = open_store(read_settings())
+    own = _registered(store, task_id)
+    if own is not None and (users := _built_on(store, own)):
+        reason = f"the networks of {task_id} are those of {', '.join(users)}; remove these first"
+        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
+        raise typer.Exit(1)
     try:
-        open_store(read_settings()).delete(task_id)
+        store.delete(task_id)
     except Problem as problem:
-        detail = "the default task ships with the project" if task_id == "default" else problem
-        errors.print(f"vouchsafe: {detail}", style="red")
-        raise typer.Exit(1) from problem
+        if own is None:
+            detail = "the default task ships with the project" if task_id == "default" else problem
+            errors.print(f"vouchsafe: {detail}", style="red")
+            raise typer.Exit(1) from problem
+    if own is not None:
+        shutil.rmtree(own)
     print(f"{task_id}: removed")
+
+
+def _registered(store: Store, name: str) -> Path | None:
+    """The folder of the networks registered under a name, or None."""
+    try:
+        folder = folder_of(store.models, name)
+    except ValueError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _built_on(store: Store, own: Path) -> list[str]:
+    """The ids of other tasks whose networks lie in a folder."""
+    users = []
+    for task in store.all():
+        manifest = store.tasks / task.id / "manifest.json"
+        if task.id != own.name and manifest.is_file() and f"{own}/" in manifest.read_text():
+            users.append(task.id)
+    return users
 
 
 @models.command()

@@ -120,7 +120,7 @@ class Task:
             created=created,
             labels=described["labels"],
             template=described["template"],
-            settings={name: adaptation[name] for name in _SETTINGS if name in adaptation},
+            settings=_settings(described),
             status=Status(
                 "ready",
                 progress=1.0,
@@ -130,6 +130,13 @@ class Task:
             prompts=described.get("prompts", {}),
         )
         return _checked(task)
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an adapted task; of another, the kinds of its networks."""
+    if adaptation := manifest.get("adaptation"):
+        return {name: adaptation[name] for name in _SETTINGS if name in adaptation}
+    return {name: manifest[name]["kind"] for name in ("denoiser", "classifier")}
 
 
 _STATES = ("queued", "running", "ready", "failed", "cancelled")

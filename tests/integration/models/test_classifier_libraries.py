@@ -132,7 +132,7 @@ def test_folders_say_their_size_and_labels(tmp_path: Path) -> None:
         found = DESCRIPTIONS[kind](save(tmp_path / name))
         words = name in ("clip", "siglip", "open-clip")
         side = 64 if name == "open-clip" else 48
-        assert found == Description(side, None if words else LABELS), name
+        assert found == Description(side, None if words else LABELS, words), name
 
 
 def test_numbered_labels_are_no_labels(tmp_path: Path) -> None:
