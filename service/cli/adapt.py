@@ -202,7 +202,7 @@ class ProgressLines:
         stage, now = status.stage or status.state, self._clock()
         if stage != self._stage or now - self._printed >= LINE_SECONDS:
             self._stage, self._printed = stage, now
-            errors.print(f"{status.progress:4.0%} {_described(status)}", soft_wrap=True)
+            errors.print(f"{status.progress:4.0%} {_described(status)}")
 
 
 def _described(status: Status) -> str:

@@ -154,7 +154,7 @@ def remove(task_id: TaskId) -> None:
     own = _registered(store, task_id)
     if own is not None and (users := _built_on(store, own)):
         reason = f"the networks of {task_id} are those of {', '.join(users)}; remove these first"
-        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
+        errors.print(f"vouchsafe: {reason}", style="red")
         raise typer.Exit(1)
     try:
         store.delete(task_id)
