@@ -89,6 +89,7 @@ def adapt(
     print(f"task {ended.id}: {ended.name}")
     print(json.dumps(dict(ended.status.figures), indent=2))
     print(f"use it: vouchsafe predict --task {ended.id} IMAGE")
+    print(f"measure it on your own pictures: vouchsafe evaluate --task {ended.id} --images FOLDER")
     with _disk_errors_reported(out):
         if pictures := contact_sheet(store, ended, out):
             print(f"{pictures} pictures are in {out}")

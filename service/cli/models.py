@@ -114,6 +114,8 @@ def show(task_id: TaskId, as_json: AsJson = False) -> None:
         plain = value if isinstance(value, str) else json.dumps(value)
         table.add_row(field, escape(plain))
     Console().print(table)
+    if document["state"] == "ready":
+        print(f"measure it: vouchsafe evaluate --task {task_id} --images FOLDER")
 
 
 @models.command()
