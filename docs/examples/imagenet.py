@@ -58,11 +58,12 @@ SOURCES = {
 }
 ALIKE = {
     134: "crane (bird)",
+    264: "Cardigan Welsh corgi",
     517: "crane (machine)",
     638: "maillot (tights)",
     639: "maillot (swimsuit)",
 }
-"""ImageNet's indices whose first names are not unique, with names that are."""
+"""Indices of labels whose first name another label has too, in any case, with unique names."""
 
 
 def labels() -> list[str]:

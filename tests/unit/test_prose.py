@@ -15,6 +15,7 @@ GLOBS = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/*.md",
+    "docs/how-to/*.md",
     "service/**/*.py",
     "models/**/*.py",
     "tests/**/test_prose.py",
