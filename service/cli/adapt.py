@@ -89,6 +89,7 @@ def adapt(
     print(f"task {ended.id}: {ended.name}")
     print(json.dumps(dict(ended.status.figures), indent=2))
     print(f"use it: vouchsafe predict --task {ended.id} IMAGE")
+    print(f"measure it on your own pictures: vouchsafe evaluate --task {ended.id} --images FOLDER")
     with _disk_errors_reported(out):
         if pictures := contact_sheet(store, ended, out):
             print(f"{pictures} pictures are in {out}")
@@ -202,7 +203,7 @@ class ProgressLines:
         stage, now = status.stage or status.state, self._clock()
         if stage != self._stage or now - self._printed >= LINE_SECONDS:
             self._stage, self._printed = stage, now
-            errors.print(f"{status.progress:4.0%} {_described(status)}", soft_wrap=True)
+            errors.print(f"{status.progress:4.0%} {_described(status)}")
 
 
 def _described(status: Status) -> str:

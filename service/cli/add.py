@@ -82,7 +82,7 @@ def add(
             _try(addition.bundle, runtime, store.models)
             bundle = addition.publish(store.tasks)
     except (ValueError, MemoryError, RuntimeUnavailable) as error:
-        errors.print(f"vouchsafe: {error}", style="red", soft_wrap=True)
+        errors.print(f"vouchsafe: {error}", style="red")
         raise typer.Exit(2) from error
     print(f"task {bundle.id}: {len(bundle.labels)} labels, in {bundle.folder}")
     print(f"use it: vouchsafe predict --task {bundle.id} IMAGE")

@@ -11,6 +11,9 @@ from rich.table import Table
 
 from service.predictions.schemas import PredictResponse
 
+MOST_LABELS = 10
+"""Most labels that are named beneath the table."""
+
 
 def shown(path: Path) -> str:
     """The path as text, with bytes outside UTF-8 replaced."""
@@ -18,11 +21,15 @@ def shown(path: Path) -> str:
 
 
 def table_of(answers: Sequence[tuple[Path, PredictResponse]]) -> Table:
-    """A line an image, with what the figures mean beneath."""
+    """A line an image, with what the figures and labels mean beneath; needs an answer."""
+    labels = answers[0][1].labels
+    more = len(labels) - MOST_LABELS
+    among = ", ".join(labels[:MOST_LABELS]) + (f" and {more} more" if more > 0 else "")
     table = Table("image", "label", "radius", "gray\nlevels", "p lower", "votes", caption=(
         "Certified means stable, not correct: no change of l2 norm below the radius, "
         "pixels in [0,1], changes the label. Every pixel value may change by the gray levels, of "
-        "255. The radius is of the image as resized and cropped."
+        "255. The radius is of the image as resized and cropped. Each label was chosen among "
+        f"{len(labels)}: {escape(among)}. A picture of none of them gets one of them too."
     ))  # fmt: skip
     for path, answer in answers:
         votes = ", ".join(f"{vote.label} {vote.count}" for vote in answer.counts[:3])

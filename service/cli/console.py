@@ -17,7 +17,7 @@ from service.config import PREFIX, Settings, variable
 from service.errors import cut
 from service.operations import logs
 
-errors = Console(stderr=True, markup=False, highlight=False)
+errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def tell(reason: object) -> None:
@@ -25,7 +25,7 @@ def tell(reason: object) -> None:
     if logs.in_json():
         logging.getLogger("vouchsafe").critical("%s", reason)
     else:
-        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
+        errors.print(f"vouchsafe: {reason}", style="red")
 
 
 def read_settings(*, log: bool = False) -> Settings:

@@ -114,6 +114,8 @@ def show(task_id: TaskId, as_json: AsJson = False) -> None:
         plain = value if isinstance(value, str) else json.dumps(value)
         table.add_row(field, escape(plain))
     Console().print(table)
+    if document["state"] == "ready":
+        print(f"measure it: vouchsafe evaluate --task {task_id} --images FOLDER")
 
 
 @models.command()
@@ -154,7 +156,7 @@ def remove(task_id: TaskId) -> None:
     own = _registered(store, task_id)
     if own is not None and (users := _built_on(store, own)):
         reason = f"the networks of {task_id} are those of {', '.join(users)}; remove these first"
-        errors.print(f"vouchsafe: {reason}", style="red", soft_wrap=True)
+        errors.print(f"vouchsafe: {reason}", style="red")
         raise typer.Exit(1)
     try:
         store.delete(task_id)

@@ -190,7 +190,7 @@ async def _print_all(
         if as_json:
             print(json.dumps({"image": shown(path), **document}, ensure_ascii=False), flush=True)
         elif isinstance(outcome, Problem):
-            errors.print(f"{shown(path)}: {outcome}", style="red", soft_wrap=True)
+            errors.print(f"{shown(path)}: {outcome}", style="red")
     if answers and not as_json:
         Console().print(table_of(answers))
     return len(answers)

@@ -90,6 +90,7 @@ def to_response(
         mode=job.mode,
         label=None if proven.label is None else labels[proven.label],
         label_index=proven.label,
+        labels=list(labels),
         runner_up=None if proven.runner_up is None else labels[proven.runner_up],
         abstained=proven.abstained,
         certified=job.mode is Mode.CERTIFY and not proven.abstained,

@@ -74,6 +74,10 @@ class PredictResponse(BaseModel):
     mode: AnyMode = Field(description="The requested mode.")
     label: str | None = Field(description="The label, or null on abstention.")
     label_index: int | None = Field(description="The label's index, from 0, or null.")
+    labels: list[str] = Field(
+        description="The labels it was chosen among, in the order of `label_index`. A picture that "
+        "shows none of them gets one of them too, or an abstention."
+    )
     runner_up: str | None = Field(
         description="The other label with most votes, or null where the method does not bound it."
     )

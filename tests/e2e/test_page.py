@@ -106,6 +106,7 @@ def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
     wish(browser, "frog\n\n ship \n", "wait and see")
     until(browser, lambda: "finetuning, 50 %" in shown(browser, "wait and see", "state"))
     assert "about 2 s left" in shown(browser, "wait and see", "state")
+    assert shown(browser, "wait and see", "measure") == ""
     each = min(store.all()[0].settings["shots"], REFERENCES_SHOWN // 2)
     until(browser, lambda: pictured(browser) == ["frog", "ship"] * each)
     assert offered(browser) == ["default (10 labels)"]
@@ -114,6 +115,8 @@ def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
     until(browser, lambda: "wait and see (2 labels)" in offered(browser))
     made = card(browser, "wait and see")
     assert made is not None
+    measured = f"vouchsafe evaluate --task {store.all()[0].id} --images FOLDER"
+    assert shown(browser, "wait and see", "measure").endswith(measured)
     made.find_element(By.CLASS_NAME, "use").click()
     chosen = Select(browser.find_element(By.ID, "task")).first_selected_option
     assert chosen.text == "wait and see (2 labels)"

@@ -77,6 +77,7 @@ def test_a_radius_is_shown_in_gray_levels(page: Page) -> None:
     assert text(driver, "statement").startswith("Certified: no change shorter than 0.226 in l2")
     assert "may change by up to 4.1 of 255 gray levels" in text(driver, "levels")
     assert text(driver, "runner-up") == "Runner-up: ant."
+    assert text(driver, "among").startswith("Chosen among 4 labels: ant, bee, cat, dog. A picture")
     assert text(driver, "reached") == ""
     assert fits(driver)
 

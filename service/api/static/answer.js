@@ -49,6 +49,13 @@ function runnerUp(answer) {
   return hasVotes ? `Runner-up: ${answer.runner_up}.` : "No other label has a vote.";
 }
 
+function among({ labels }) {
+  const more = labels.length - 10;
+  const named = labels.slice(0, 10).join(", ") + (more > 0 ? ` and ${whole(more)} more` : "");
+  return `Chosen among ${whole(labels.length)} labels: ${named}. ` +
+    "A picture of none of them gets one of them too.";
+}
+
 function show(answer) {
   busy(false);
   element("label").textContent = answer.abstained ? "No answer" : answer.label;
@@ -56,6 +63,7 @@ function show(answer) {
   element("levels").textContent = inGrayLevels(answer);
   element("reached").textContent = targetInWords(answer);
   element("runner-up").textContent = runnerUp(answer);
+  element("among").textContent = among(answer);
   const total = answer.counts.reduce((sum, vote) => sum + vote.count, 0);
   element("votes").replaceChildren(...answer.counts.slice(0, 10).map((vote) => {
     const row = document.createElement("tr");

@@ -49,7 +49,8 @@ function fill(card, task) {
   card.find("progress").hidden = !busy;
   card.find(".labels").textContent = task.labels.join(", ");
   card.find(".problem").textContent = task.problem ? task.problem.detail : "";
-  card.find(".use").hidden = task.state !== "ready";
+  card.find(".measure").hidden = card.find(".use").hidden = task.state !== "ready";
+  card.find(".command").textContent = `vouchsafe evaluate --task ${task.id} --images FOLDER`;
   showPictures(card);
   return busy;
 }

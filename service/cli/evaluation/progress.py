@@ -40,7 +40,7 @@ class Watch:
             self._show(text, self._done)
         elif now - self._printed >= LINE_SECONDS or self._done == self._total:
             self._printed = now
-            errors.print(f"{self._done} of {self._total} images: {text}", soft_wrap=True)
+            errors.print(f"{self._done} of {self._total} images: {text}")
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def test_adapt_makes_a_task_and_a_contact_sheet(store: Store, tmp_path: Path) ->
     assert (task.labels, task.name, task.owner) == (("cat", "dog", "ship"), "Pets", None)
     assert task.id in result.stdout
     assert '"clean": 0.5' in result.stdout
+    assert f"vouchsafe evaluate --task {task.id} --images FOLDER" in result.stdout
     assert read_bundle(store.tasks / task.id).labels == task.labels
     with Image.open(tmp_path / "sheet.png") as sheet:
         width, height = sheet.size
@@ -268,7 +269,9 @@ def test_models_are_listed_and_shown(store: Store) -> None:
     assert (pets["id"], pets["state"], pets["problem"]) == (task.id, "ready", None)
     assert pets["bytes"] > 10_000
     assert json.loads(runner.invoke(app, ["models", "show", task.id, "--json"]).stdout) == pets
-    assert "plain {}" in runner.invoke(app, ["models", "show", task.id]).stdout
+    described = runner.invoke(app, ["models", "show", task.id]).stdout
+    assert "plain {}" in described
+    assert described.endswith(f"vouchsafe evaluate --task {task.id} --images FOLDER\n")
     unknown = runner.invoke(app, ["models", "show", "nothing"])
     assert (unknown.exit_code, "nothing" in unknown.stderr) == (1, True)
 

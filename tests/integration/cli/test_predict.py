@@ -281,6 +281,15 @@ def test_the_table_has_gray_levels_within_100_columns() -> None:
     assert "1.8" in row.split()
 
 
+def test_the_table_says_what_was_chosen_among() -> None:
+    """The labels stand beneath it, ten at most, with the warning about pictures of none of them."""
+    many = [f"l{number}" for number in range(1, 13)]
+    for labels, named in ((["cat", "frog"], "2: cat, frog. A"), (many, "12: l1,")):
+        caption = table_of([(SHIP, example().model_copy(update={"labels": labels}))]).caption
+        assert f"Each label was chosen among {named}" in str(caption)
+    assert "l10 and 2 more. A picture of none of them gets one of them too." in str(caption)
+
+
 def test_names_that_are_not_utf8_are_shown() -> None:
     """Bytes of a file's name that no text has are replaced, so that every line can be written."""
     name = shown(Path(os.fsdecode(b"pics/b\xff.png")))

@@ -41,6 +41,7 @@ async def test_certify_answers_in_full(service: Service) -> None:
         "mode": "certify",
         "label": "cat",
         "label_index": 2,
+        "labels": list(LABELS),
         "runner_up": "ant",
         "abstained": False,
         "certified": True,

@@ -1,0 +1,71 @@
+"""What tasks answer about pictures that show none of their labels, with counts of each answer.
+
+`python -m benchmarks.choosing_labels --task FOLDER ... --each 20 --n 200`
+
+Each FOLDER is a published bundle, `tasks/ID` in the data directory; the built-in task comes first.
+Pictures are those of the shipped slice by class, white noise, and flat gray.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from models.bundle import DEFAULT_TASK, read_bundle
+from models.evaluation.datasets import SLICE, LabelledImages, evaluation_slice
+from models.evaluation.tables import image_votes, outcome
+from models.smoothing import SmoothedModel, load
+
+SHOWN = ("cat", "dog", "ship", "frog")
+"""Classes of the slice whose pictures are asked about."""
+
+
+def pictures(each: int) -> dict[str, np.ndarray]:
+    """Images (N,32,32,3) uint8 by what they show."""
+    data, generator = evaluation_slice(SLICE), np.random.default_rng(0)
+    found = {name: data.only((name,)).images[:each] for name in SHOWN}
+    found["white noise"] = generator.integers(0, 256, (each, 32, 32, 3), np.uint8)
+    levels = np.linspace(0, 255, each).astype(np.uint8)
+    found["one gray"] = np.broadcast_to(levels[:, None, None, None], (each, 32, 32, 3))
+    return found
+
+
+def answers(
+    model: SmoothedModel, images: np.ndarray, sigma: float, n0: int, n: int
+) -> tuple[Counter[str], float]:
+    """Certified labels and abstentions, by count, and the median radius of the certified."""
+    labels = model.classifier.labels
+    data = LabelledImages(images, np.zeros(len(images), np.int64), tuple(labels))
+    said, radii = Counter[str](), []
+    for index in range(len(data)):
+        selection, estimation = image_votes(model, data, index, sigma, n0, n, seed=0)
+        proven = outcome(data, index, selection, estimation, sigma, 0.001).two_sided
+        said["(abstains)" if proven.label is None else labels[proven.label]] += 1
+        radii += [] if proven.label is None else [proven.radius or 0.0]
+    return said, float(np.median(radii)) if radii else 0.0
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", type=Path, nargs="*", default=[])
+    parser.add_argument("--each", type=int, default=20)
+    parser.add_argument("--sigma", type=float, default=0.25)
+    parser.add_argument("--n0", type=int, default=16)
+    parser.add_argument("--n", type=int, default=200)
+    arguments = parser.parse_args()
+    print("| task | pictures | answers | median radius |\n|---|---|---|---|")
+    for folder in [DEFAULT_TASK, *arguments.task]:
+        bundle = read_bundle(folder)
+        model = load(bundle)
+        for shown, images in pictures(arguments.each).items():
+            said, radius = answers(model, images, arguments.sigma, arguments.n0, arguments.n)
+            counts = ", ".join(f"{label} {count}" for label, count in said.most_common())
+            print(f"| {bundle.name or bundle.id} | {shown} | {counts} | {radius:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
