@@ -1,12 +1,14 @@
-"""Nano's card, from the logs of training and the reports of `vouchsafe evaluate`.
+"""Nano's card, from the logs of training and one run of `vouchsafe evaluate`.
 
-`python -m models.nano.card --runs FOLDER --hardware WORDS --figures REPORT.json ...`
+`python -m models.nano.card --runs models/nano/losses --hardware WORDS --figures RESULTS.json
+--recognized 90.0%`
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +62,21 @@ The loss of every 50 steps is in [losses/](losses/).
 
 ## Figures
 
-On the shipped slice (every 20th test image), blank prompt; fractions. Each line is one run of the
-command beneath the table.
+On {images} images of the shipped slice (every 20th test image), evenly spread; blank prompt,
+`n0` {n0}, `n` {n}, `alpha` {alpha}. Shares are in percent, and ACR has its 95 % interval. Both rules
+are of the same votes: `cohen` is that of published figures, `two-sided` that of the service.
 
-| images | sigma | n0 | n | alpha | head, clean | one noisy row | certified at {radii} | ACR |
-|---|---|---|---|---|---|---|---|---|
+| sigma | one noisy row | rule | certified at {radii} | ACR |
+|---|---|---|---|---|
 {figures}
 
+The undefended head names {clean} of these images. Of 200 images made from the ten names it
+recognizes {recognized}.
+
 ```sh
-{commands}
+{command}
+python -m models.nano.recognized --count 200
 ```
-{generated}
 """
 
 
@@ -85,40 +91,48 @@ def training_of(log: Path) -> tuple[int, float, float]:
     return entries[-1]["step"], entries[-1]["loss"], total + last
 
 
-def card(runs: Path, hardware: str, reports: list[dict[str, Any]]) -> str:
-    """The card's text; needs at least one report."""
+def card(runs: Path, hardware: str, results: dict[str, Any], recognized: str) -> str:
+    """The card's text; `results` have runs of the default task and the undefended one."""
     training = []
     for part in PARTS:
         steps, loss, seconds = training_of(runs / f"{part}.loss.jsonl")
         batch = CAPTIONS if part == "head-text" else PROFILES[part].batch
         training.append(f"| {part} | {steps} | {batch} | {loss} | {seconds:.0f} |")
-    figures, commands, generated = [], [], ""
-    for report in reports:
-        certified = " / ".join(str(share) for share in report["certified at radius"].values())
-        figures.append(
-            f"| {report['images']} | {report['sigma']} | {report['n0']} | {report['n']} "
-            f"| {report['alpha']} | {report['undefended head, clean']} | {report['one noisy row']} "
-            f"| {certified} | {report['average certified radius']} |"
-        )
-        options = f"--sigma {report['sigma']} --n {report['n']} --count {report['images']}"
-        if "generated" in report:
-            options += f" --generated {report['generated']}"
-            generated = (
-                f"\nOf {report['generated']} images made from the ten names the head recognises "
-                f"{report['generated, recognised by the head']:.1%}.\n"
-            )
-        runtime = report["numerics"]["runtime"].split()[0]
-        commands.append(f"VOUCHSAFE_RUNTIME={runtime} vouchsafe evaluate {options}")
+    smoothed = [run for run in results["runs"].values() if "certified" in run]
+    settings = smoothed[0]["settings"]
+    figures = [
+        f"| {run['settings']['sigma']} | {100 * run['one noisy row']:.1f} | `{rule}` "
+        f"| {_percent(by_rule['certified'].values())} | {_interval(by_rule['ACR'])} |"
+        for run in smoothed
+        for rule, by_rule in reversed(run["by rule"].items())
+    ]
+    images = results["images"]["images"]
+    sigmas = " ".join(f"--sigma {run['settings']['sigma']}" for run in smoothed)
+    runtime = settings["numerics"]["runtime"].split()[0]
     return TEXT.format(
         k=read_bundle(DEFAULT_TASK).k,
         guidance=GUIDANCE,
         hardware=hardware,
         training="\n".join(training),
-        radii=" / ".join(reports[0]["certified at radius"]),
+        images=images,
+        n0=settings["n0"],
+        n=settings["n"],
+        alpha=settings["alpha"],
+        radii=" / ".join(smoothed[0]["certified"]),
         figures="\n".join(figures),
-        commands="\n".join(commands),
-        generated=generated,
+        clean=f"{100 * results['runs']['undefended']['clean']['value']:.1f} %",
+        recognized=recognized,
+        command=f"VOUCHSAFE_RUNTIME={runtime} vouchsafe evaluate {sigmas} --n {settings['n']} "
+        f"--limit {images} --baseline undefended",
     )
+
+
+def _percent(shares: Iterable[dict[str, float]]) -> str:
+    return " / ".join(f"{100 * share['value']:.1f}" for share in shares)
+
+
+def _interval(found: dict[str, float]) -> str:
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def main() -> None:
@@ -126,10 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--hardware", required=True)
-    parser.add_argument("--figures", type=Path, nargs="+", required=True)
+    parser.add_argument("--figures", type=Path, required=True)
+    parser.add_argument("--recognized", required=True)
     arguments = parser.parse_args()
-    reports = [json.loads(path.read_text()) for path in arguments.figures]
-    text = card(arguments.runs, arguments.hardware, reports)
+    results = json.loads(arguments.figures.read_text())
+    text = card(arguments.runs, arguments.hardware, results, arguments.recognized)
     (MODELS / "nano" / "card.md").write_text(text)
 
 
