@@ -34,11 +34,15 @@ def pictures(each: int) -> dict[str, np.ndarray]:
 
 
 def answers(
-    model: SmoothedModel, images: np.ndarray, sigma: float, n0: int, n: int
+    model: SmoothedModel,
+    labels: tuple[str, ...],
+    images: np.ndarray,
+    sigma: float,
+    n0: int,
+    n: int,
 ) -> tuple[Counter[str], float]:
     """Certified labels and abstentions, by count, and the median radius of the certified."""
-    labels = model.classifier.labels
-    data = LabelledImages(images, np.zeros(len(images), np.int64), tuple(labels))
+    data = LabelledImages(images, np.zeros(len(images), np.int64), labels)
     said, radii = Counter[str](), []
     for index in range(len(data)):
         selection, estimation = image_votes(model, data, index, sigma, n0, n, seed=0)
@@ -62,7 +66,8 @@ def main() -> None:
         bundle = read_bundle(folder)
         model = load(bundle)
         for shown, images in pictures(arguments.each).items():
-            said, radius = answers(model, images, arguments.sigma, arguments.n0, arguments.n)
+            question = (arguments.sigma, arguments.n0, arguments.n)
+            said, radius = answers(model, bundle.labels, images, *question)
             counts = ", ".join(f"{label} {count}" for label, count in said.most_common())
             print(f"| {bundle.name or bundle.id} | {shown} | {counts} | {radius:.2f} |", flush=True)
 

@@ -63,8 +63,8 @@ The loss of every 50 steps is in [losses/](losses/).
 ## Figures
 
 On {images} images of the shipped slice (every 20th test image), evenly spread; blank prompt,
-`n0` {n0}, `n` {n}, `alpha` {alpha}. Shares are in percent, and ACR has its 95 % interval. Both
-rules are of the same votes: `cohen` is that of published figures, `two-sided` that of the service.
+`n0` {n0}, `n` {n}, `alpha` {alpha}. Shares are in percent; ACR has its 95 % interval. Both rules
+are of the same votes: `cohen` is that of published figures, `two-sided` that of the service.
 
 | sigma | one noisy row | rule | certified at {radii} | ACR |
 |---|---|---|---|---|
