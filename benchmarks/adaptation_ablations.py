@@ -25,12 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.adaptation.finetune import TUNABLES, finetune
+from models.adaptation.finetune import finetune
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.references import References, read_references
 from models.adaptation.synthesize import Cascade, encode, synthesize
+from models.adaptation.tunables import TUNABLES
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.classifiers.base import Classifier
 from models.classifiers.registry import CLASSIFIERS

@@ -34,11 +34,15 @@ CLASSIFIER_FILES: Mapping[str, Files] = {
 
 _UNET = ("unet/config.json", "unet/diffusion_pytorch_model*.safetensors", "scheduler/*.json")
 _UNET_INDEX = "unet/diffusion_pytorch_model*.index*.json"
-_TEXT = ("stage1/text_encoder/config.json", "stage1/text_encoder/model*.safetensors")
+_TEXT = (
+    "stage1/text_encoder/config.json",
+    "stage1/text_encoder/model*.safetensors",
+    "stage1/tokenizer/*",
+)
 _CASCADE = (
     *_TEXT,
-    "stage1/tokenizer/*",
-    *(f"{s}/{f}" for s in ("stage1", "stage2") for f in _UNET),
+    *(f"{stage}/{pattern}" for stage in ("stage1", "stage2") for pattern in _UNET),
+    "stage2/image_noising_scheduler/*.json",
 )
 _CASCADE_INDICES = (
     "stage1/text_encoder/model*.index*.json",
@@ -57,6 +61,9 @@ A super-resolution denoiser is the second stage of a cascade, whose first encode
 """
 BUNDLE_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATES,)}
 """Files that a bundle itself holds for its kind of denoiser."""
+
+TUNABLE_KINDS = ("open-clip", "timm", "transformers")
+"""Kinds of classifiers that give gradients, as an adaptation needs."""
 
 DENOISER_GROUP, CLASSIFIER_GROUP = "vouchsafe.denoisers", "vouchsafe.classifiers"
 """Entry points by which installed packages add kinds; their values are loaders."""

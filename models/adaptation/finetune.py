@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.adaptation.references import References
+from models.adaptation.tunables import Tunable
 from models.bundle import TUNED
-from models.classifiers import open_clip, timm
 from models.denoisers.base import Denoiser
 from models.files import written_whole
 from models.training import OnStep, Profile, fit, unheard
@@ -39,57 +38,6 @@ class Finetuning:
     micro_batch: int = 64
     soft_targets: bool = False
     mixing: float = 1.0
-
-
-class Tunable(Protocol):
-    """A classifier to train: x (B,3,H,W) in [0,1] -> logits (B,K). Its `network` is stored."""
-
-    network: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits (B,K) by row, with gradients."""
-
-
-class _Clip:
-    """Both encoders of a CLIP; the scale of its logits is fixed."""
-
-    def __init__(
-        self, folder: Path, labels: Sequence[str], template: str, device: torch.device
-    ) -> None:
-        self._clip, tokenizer = open_clip.read_open_clip(folder, device)
-        self._clip.logit_scale.requires_grad_(False)
-        self._words = tokenizer([template.format(label) for label in labels]).to(device)
-        self._preprocess = open_clip.preprocess_of(self._clip, torch.float32)
-        self.network: nn.Module = self._clip
-
-    def __call__(self, x: Tensor) -> Tensor:
-        image = self._clip.encode_image(self._preprocess(x)).float()
-        text = self._clip.encode_text(self._words).float()
-        with torch.autocast(x.device.type, enabled=False):
-            cosine = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-            logits: Tensor = self._clip.logit_scale.exp() * cosine
-        return logits
-
-
-class _Timm:
-    """All weights of a timm network."""
-
-    def __init__(
-        self, folder: Path, labels: Sequence[str], template: str, device: torch.device
-    ) -> None:
-        self.network = timm.read_timm(folder).to(device)
-        self._preprocess = timm.preprocess_of(self.network)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(self._preprocess(x)).float()
-        return logits
-
-
-TUNABLES: dict[str, Callable[[Path, Sequence[str], str, torch.device], Tunable]] = {
-    "open-clip": _Clip,
-    "timm": _Timm,
-}
-"""The kinds of CLASSIFIERS that can be fine-tuned."""
 
 
 class _AtRest(nn.Module):

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.kinds import TUNABLE_KINDS
 from models.zoo import own
 from models.zoo.inventory import trouble
-from models.zoo.registry import ClassifierSet, DenoiserSet
+from models.zoo.registry import ClassifierSet
 
 LABELS = (2, 1_000)
 """Smallest and largest number of labels of a task."""
@@ -21,6 +22,7 @@ SHOTS, STEPS, EPOCHS = (1, 64), (0, 10_000), (0, 1_000)
 """Limits of reference images per class, personalization steps and fine-tuning epochs."""
 MOST_REFERENCES = 10_000
 """Largest number of reference images of a task."""
+_LABELS_SHOWN = 20
 MOST_TUNED = 1_000_000
 """Largest number of denoised references in fine-tuning: epochs times references."""
 
@@ -112,6 +114,19 @@ def checked_labels(
     return tuple(names), prompts
 
 
+def check_head_labels(name: str, head: ClassifierSet, labels: Sequence[str]) -> None:
+    """Raises PlanError for a classifier that cannot be adapted to these labels."""
+    if head.kind not in TUNABLE_KINDS:
+        detail = f"The classifier {quoted(name)} cannot be adapted: a network of kind {head.kind} "
+        raise PlanError("classifier", f"{detail}gives no gradients; the task serves it as it is")
+    if head.labels is not None and tuple(labels) != head.labels:
+        shown = ", ".join(head.labels[:_LABELS_SHOWN])
+        more = len(head.labels) - _LABELS_SHOWN
+        shown += f" and {more} more" if more > 0 else ""
+        detail = f"The classifier {quoted(name)} has fixed labels, which labels must be: "
+        raise PlanError("labels", f"{detail}{shown}", list(labels[:_LABELS_SHOWN]))
+
+
 def check_work(labels: int, shots: int, epochs: int) -> None:
     """Raises PlanError for more references, or more rows to tune on, than a job may have."""
     references = labels * shots
@@ -125,15 +140,12 @@ def check_work(labels: int, shots: int, epochs: int) -> None:
         raise PlanError("epochs", f"{detail}at most {MOST_TUNED} are tuned on", epochs, max_epochs)
 
 
-def check_prompt(
-    field: str, word: str, prompt: str, reader: str, tokens: int, part: DenoiserSet | ClassifierSet
-) -> None:
-    """Raises PlanError for a prompt of more tokens than its reader takes."""
-    if part.prompt_tokens and tokens > part.prompt_tokens:
+def check_prompt(field: str, word: str, prompt: str, reader: str, tokens: int, most: int) -> None:
+    """Raises PlanError for a prompt of more tokens than its reader takes, `most`; 0 is any."""
+    if most and tokens > most:
         raise PlanError(
             field,
-            f"the prompt {quoted(prompt)} has {tokens} tokens; the {reader} reads at most "
-            f"{part.prompt_tokens}",
+            f"the prompt {quoted(prompt)} has {tokens} tokens; the {reader} reads at most {most}",
             word,
-            part.prompt_tokens,
+            most,
         )

@@ -25,6 +25,7 @@ from models.adaptation.limits import (
     STEPS,
     PlanError,
     check_between,
+    check_head_labels,
     check_prompt,
     check_work,
     checked_labels,
@@ -96,6 +97,7 @@ class Plan:
         classifier = classifier or cascade.classifier
         head: ClassifierSet = usable("classifier", CLASSIFIER_SETS, classifier, models_dir)
         names, prompts = checked_labels(labels)
+        check_head_labels(classifier, head, names)
         if shots is None:
             shots = min(cascade.shots, MOST_REFERENCES // len(names))
         check_between("shots", shots, SHOTS)
@@ -165,10 +167,11 @@ def _check_tokens(plan: Plan, cascade: DenoiserSet, head: ClassifierSet) -> None
     filled += ((plan.field_of(i), word) for i, word in enumerate(plan.words))
     for name, word in filled:
         prompt = plan.template.format(word)
-        check_prompt(name, word, prompt, "text encoder", _count(cascade, prompt), cascade)
+        tokens = _count(cascade, prompt)
+        check_prompt(name, word, prompt, "text encoder", tokens, cascade.prompt_tokens)
         if head.tokens is not None:
             tokens = head.tokens(MODELS / head.folder, prompt)
-            check_prompt(name, word, prompt, "classifier", tokens, head)
+            check_prompt(name, word, prompt, "classifier", tokens, head.prompt_tokens)
 
 
 def _count(cascade: DenoiserSet, prompt: str) -> int:

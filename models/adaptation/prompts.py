@@ -5,15 +5,15 @@ from __future__ import annotations
 from models.adaptation.limits import check_prompt
 from models.adaptation.plan import Plan
 from models.bundle import MODELS
-from models.classifiers.open_clip import open_clip_tokens
+from models.classifiers.registry import PROMPT_TOKENS
 from models.zoo.registry import ClassifierSet
 
 
 def check_head(plan: Plan, head: ClassifierSet) -> None:
     """Raises PlanError for a prompt that the classifier would truncate, if not checked before."""
-    if head.tokens is None:
+    if head.tokens is None and head.labels is None:
         captions = plan.captions()
-        counted = open_clip_tokens(MODELS / head.folder, captions)
+        counted, most = PROMPT_TOKENS[head.kind](MODELS / head.folder, captions)
         for index, (word, caption) in enumerate(zip(plan.words, captions, strict=True)):
             field = plan.field_of(index)
-            check_prompt(field, word, caption, "classifier", counted[index], head)
+            check_prompt(field, word, caption, "classifier", counted[index], most)

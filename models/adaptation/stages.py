@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.adaptation.finetune import TUNABLES, finetune
+from models.adaptation.finetune import finetune
 from models.adaptation.limits import PlanError, usable
 from models.adaptation.personalize import personalize
 from models.adaptation.plan import (
@@ -31,6 +31,7 @@ from models.adaptation.progress import Progress, problem_of
 from models.adaptation.prompts import check_head
 from models.adaptation.references import References, figures_of, read_references
 from models.adaptation.synthesize import Cascade, encode, synthesize
+from models.adaptation.tunables import TUNABLES
 from models.bundle import (
     ADAPTER,
     MODELS,

@@ -57,12 +57,9 @@ def read_timm(folder: Path, tuned: Path | None = None) -> nn.Module:
     import models.zoo.vision  # noqa: F401 - registers its towers with timm
 
     described = json.loads((folder / "config.json").read_text())
-    model = timm.create_model(
-        described["architecture"],
-        num_classes=described["num_classes"],
-        pretrained_cfg_overlay=described["pretrained_cfg"],
-        **described.get("model_args", {}),
-    )
+    settings = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
+    overlay = described["pretrained_cfg"]
+    model = timm.create_model(described["architecture"], pretrained_cfg_overlay=overlay, **settings)
     model.load_state_dict(load_file(tuned or folder / "model.safetensors"))
     return model.eval()
 

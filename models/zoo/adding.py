@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_log
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_log
 
 from models import kinds
 from models.adaptation.limits import PlanError, checked_labels, checked_template, usable
@@ -98,6 +100,8 @@ def adding(
     Unpublished copies are removed. One process at a time adds. Raises ValueError that names the
     field, the value and the limit.
     """
+    diffusers_log.disable_progress_bar()
+    transformers_log.disable_progress_bar()
     place = folder_of(models_dir, wanted.name)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (place.parent / ".lock").open("a") as stream:

@@ -14,8 +14,6 @@ from models.zoo.registry import (
     DENOISER_SETS,
     ClassifierSet,
     DenoiserSet,
-    bytes_and_end,
-    pieces_and_end,
 )
 
 OWN = "own"
@@ -102,7 +100,6 @@ def denoiser_set(name: str, models_dir: Path) -> DenoiserSet | None:
             "(super-resolution), whose first stage makes pictures from words"
         )
     stage1 = folder / DENOISER / "stage1"
-    pieces = (stage1 / "tokenizer" / "spiece.model").is_file()
     return DenoiserSet(
         stage1=str(stage1),
         stage2=str(folder / DENOISER / "stage2"),
@@ -112,12 +109,17 @@ def denoiser_set(name: str, models_dir: Path) -> DenoiserSet | None:
         template=found.template,
         licence=f"{name}'s denoiser: as its maker licenses it",
         prompt_tokens=77,
-        tokens=pieces_and_end if pieces else bytes_and_end,
+        tokens=_left_to_the_job,
         classifier=name,
         shots=1,
         steps=500,
         epochs=10,
     )
+
+
+def _left_to_the_job(stage1: Path, prompt: str) -> int:
+    """0: tokenizers differ, and the text encoder's own counts as the job begins."""
+    return 0
 
 
 def _registered(name: str, models_dir: Path) -> Path | None:

@@ -96,12 +96,12 @@ def _located(folder: str, models_dir: Path | None) -> str:
     return str(models_dir.resolve() / folder)
 
 
-def bytes_and_end(folder: Path, prompt: str) -> int:
+def _bytes_and_end(folder: Path, prompt: str) -> int:
     """ByT5's number of tokens of a prompt: its UTF-8 bytes, and one for the end."""
     return len(prompt.encode()) + 1
 
 
-def pieces_and_end(stage1: Path, prompt: str) -> int:
+def _pieces_and_end(stage1: Path, prompt: str) -> int:
     """T5's number of tokens of a prompt in lower case: its pieces, and one for the end."""
     model = stage1 / "tokenizer" / "spiece.model"
     return len(_sentencepiece(model, model.stat().st_mtime_ns).encode(prompt.lower())) + 1
@@ -125,7 +125,7 @@ _IF_II_L = DenoiserSet(
     template=DEFAULT_TEMPLATE,
     licence=DEEPFLOYD_LICENCE,
     prompt_tokens=77,
-    tokens=pieces_and_end,
+    tokens=_pieces_and_end,
     classifier="clip-vit-b-32",
     shots=1,
     steps=500,
@@ -143,7 +143,7 @@ DENOISER_SETS = {
         template=DEFAULT_TEMPLATE,
         licence=_NANO_LICENCE,
         prompt_tokens=77,
-        tokens=bytes_and_end,
+        tokens=_bytes_and_end,
         classifier="nano",
         shots=64,
         steps=100,
@@ -162,7 +162,7 @@ CLASSIFIER_SETS = {
         folder="nano/weights/head",
         licence=_NANO_LICENCE,
         prompt_tokens=64,
-        tokens=bytes_and_end,
+        tokens=_bytes_and_end,
     ),
     "clip-vit-b-32": ClassifierSet(
         kind="open-clip",

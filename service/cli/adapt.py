@@ -48,9 +48,14 @@ def adapt(
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed is another task.")] = 0,
     name: Annotated[str | None, typer.Option(help="What people call the task.")] = None,
-    denoiser: Annotated[str, typer.Option(help="The denoiser set to adapt.")] = "nano",
+    denoiser: Annotated[
+        str, typer.Option(help="The denoiser set to adapt, or a registered name.")
+    ] = "nano",
     classifier: Annotated[
-        str | None, typer.Option(help="The classifier set; the denoiser's own unless given.")
+        str | None,
+        typer.Option(
+            help="The classifier set or a registered name; the denoiser's own by default."
+        ),
     ] = None,
     allow_unknown_labels: Annotated[
         bool, typer.Option("--allow-unknown-labels", help="Take labels the set never saw.")

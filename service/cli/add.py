@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.cli.adapt import open_store, read_labels
+from service.cli.adapt import read_labels
 from service.cli.console import errors, read_settings
 
 if TYPE_CHECKING:
@@ -55,17 +55,16 @@ def add(
     ] = None,
 ) -> None:
     """Make a task of networks of your own: check, copy and try them; a running server serves it."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    from models.runtime import RuntimeUnavailable
-    from models.smoothing import best_device, named_runtime
-    from models.zoo.adding import Wanted, adding
-
-    diffusers_log.disable_progress_bar()
-    transformers_log.disable_progress_bar()
+    try:
+        from models.runtime import RuntimeUnavailable
+        from models.smoothing import best_device, named_runtime
+        from models.zoo.adding import Wanted, adding
+    except ModuleNotFoundError as error:
+        errors.print(f"vouchsafe: add needs {error.name}: run it where a worker is installed")
+        raise typer.Exit(2) from error
     settings = read_settings()
-    store = open_store(settings)
+    tasks, models_dir = settings.tasks_folder, settings.models_folder
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     wanted = Wanted(
         name=name,
         classifier=classifier,
@@ -78,9 +77,9 @@ def add(
     )
     try:
         runtime = named_runtime(settings.runtime)
-        with adding(wanted, store.tasks, store.models, best_device()) as addition:
-            _try(addition.bundle, runtime, store.models)
-            bundle = addition.publish(store.tasks)
+        with adding(wanted, tasks, models_dir, best_device()) as addition:
+            _try(addition.bundle, runtime, models_dir)
+            bundle = addition.publish(tasks)
     except (ValueError, MemoryError, RuntimeUnavailable) as error:
         errors.print(f"vouchsafe: {error}", style="red")
         raise typer.Exit(2) from error
@@ -116,7 +115,7 @@ def _try(bundle: Bundle, runtime: Runtime, models_dir: Path) -> None:
         if isinstance(error, ValueError) or ran_out(error):
             raise
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"the networks cannot be computed here: {reason}") from error
+        raise ValueError(f"{runtime.name} cannot compute the networks: {reason}") from error
     if bundle.largest_sigma > model.denoiser.largest_sigma:
         raise ValueError(
             f"--largest-sigma is {bundle.largest_sigma}; the denoiser's is "

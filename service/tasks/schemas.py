@@ -94,10 +94,16 @@ class TaskRequest(BaseModel):
     )
     seed: int = Field(0, description="Another seed is another task.")
     denoiser: str = Field(
-        "nano", max_length=_SET_NAME_LENGTH, description="The denoiser set to adapt."
+        "nano",
+        max_length=_SET_NAME_LENGTH,
+        description="The denoiser set to adapt, or a name that "
+        "`vouchsafe models add` registered with a cascade.",
     )
     classifier: str | None = Field(
-        None, max_length=_SET_NAME_LENGTH, description="The classifier set to adapt."
+        None,
+        max_length=_SET_NAME_LENGTH,
+        description="The classifier set to adapt, or a name that "
+        "`vouchsafe models add` registered.",
     )
     allow_unknown_labels: bool = Field(
         False, description="Accept labels that the set was not trained on, at any quality."

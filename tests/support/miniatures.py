@@ -93,6 +93,7 @@ def save_timm(folder: Path) -> Path:
     described = {
         "architecture": "test_resnet",
         "num_classes": len(LABELS),
+        "model_args": {"num_classes": len(LABELS), "global_pool": "avg"},
         "label_names": list(LABELS),
         "pretrained_cfg": {
             "input_size": [3, 48, 48],

@@ -113,6 +113,8 @@ def test_networks_become_a_task(
     assert f"{resolution} x {resolution} pixels" in result.stdout
     assert "rows a second" in result.stdout
     assert "GiB of this process" in result.stdout
+    assert data.stat().st_mode & 0o777 == 0o700
+    assert not (data / "noise.secret").exists()  # A worker's container has none.
     bundle = read_bundle(data / "tasks" / "mine")
     assert (bundle.id, bundle.labels, bundle.adaptation) == ("mine", LABELS, {})
     assert (bundle.resolution, bundle.largest_sigma, bundle.k) == (resolution, largest, k)

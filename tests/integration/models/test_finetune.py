@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.adaptation.finetune import TUNABLES, Finetuning, finetune
+from models.adaptation.finetune import Finetuning, finetune
 from models.adaptation.references import References
+from models.adaptation.tunables import TUNABLES
 from models.classifiers.base import Classifier
 from models.classifiers.registry import CLASSIFIERS
 from models.denoisers.base import NoDenoiser
 from models.runtime import Torch
 from models.training import Profile
-from tests.support import miniatures
+from tests.support import miniatures, own_networks
 
 CPU = torch.device("cpu")
 TEMPLATE = "a {}."
@@ -42,9 +43,18 @@ def references() -> References:
     return References(images, torch.tensor([0, 0, 1, 1, 2, 2]))
 
 
-@pytest.fixture(params=["open-clip", "timm"])
+HEADS = {
+    "open-clip": ("open-clip", miniatures.save_open_clip),
+    "timm": ("timm", miniatures.save_timm),
+    "vit": ("transformers", own_networks.save_vit),
+    "siglip": ("transformers", own_networks.save_siglip),
+}
+
+
+@pytest.fixture(params=HEADS)
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    return request.param, miniatures.CLASSIFIER_FOLDERS[request.param](tmp_path / "head")
+    kind, save = HEADS[request.param]
+    return kind, save(tmp_path / "head")
 
 
 @pytest.fixture

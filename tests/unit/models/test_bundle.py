@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.adaptation.tunables import TUNABLES
 from models.bundle import (
     Base,
     Bundle,
@@ -22,7 +23,7 @@ from models.bundle import (
 from models.classifiers.registry import CLASSIFIERS
 from models.denoisers.registry import DENOISERS
 from models.files import sha256_of
-from models.kinds import CLASSIFIER_FILES, DENOISER_FILES
+from models.kinds import CLASSIFIER_FILES, DENOISER_FILES, TUNABLE_KINDS
 
 
 @pytest.fixture
@@ -252,3 +253,4 @@ def test_every_kind_of_network_may_be_named() -> None:
     """Manifests may name exactly the adapters that there are."""
     assert DENOISER_FILES.keys() == DENOISERS.keys()
     assert CLASSIFIER_FILES.keys() == CLASSIFIERS.keys()
+    assert set(TUNABLE_KINDS) == TUNABLES.keys()
