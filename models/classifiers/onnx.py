@@ -70,6 +70,9 @@ def _described(folder: Path) -> dict[str, Any]:
         numbers = [each for each in given if isinstance(each, int | float)]
         if len(numbers) != 3 or len(given) != 3 or (name == "std" and min(numbers) <= 0):
             raise ValueError(f"{path}: {name} is {value!r}; it must be 3 numbers, in [0,1] units")
+    labels = described.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: labels is {str(labels)[:80]!r}; it must be a list of strings")
     mode = described.setdefault("interpolation", "bicubic")
     if mode not in ("bicubic", "bilinear"):
         raise ValueError(f"{path}: interpolation is {mode!r}; it must be bicubic or bilinear")

@@ -41,7 +41,7 @@ def describe_timm(folder: Path) -> Description:
     """The input's side and the labels of a folder in timm's layout, where they are stated."""
     described = json.loads((folder / "config.json").read_text())
     names = described.get("label_names") or described["pretrained_cfg"].get("label_names")
-    height, width = read_timm(folder).pretrained_cfg["input_size"][1:]  # type: ignore[index]
+    height, width = described["pretrained_cfg"]["input_size"][1:]
     if height != width:
         raise ValueError(f"{folder}: the network takes {height}x{width} pixels, not a square")
     return Description(int(width), tuple(map(str, names)) if names else None)

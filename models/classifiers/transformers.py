@@ -24,8 +24,8 @@ from models.classifiers.base import (
 )
 from models.runtime import Runtime
 
-ZERO_SHOT = ("clip", "siglip")
-"""The `model_type` of networks whose labels are words."""
+ZERO_SHOT = ("CLIPModel", "SiglipModel")
+"""The architectures whose labels are words."""
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _BILINEAR = 2
 _PROBE_SIDE = 640
@@ -101,7 +101,8 @@ class ZeroShotClassifier:
 
 def is_zero_shot(folder: Path) -> bool:
     """Whether the folder holds a CLIP or SigLIP, whose labels are words."""
-    return json.loads((folder / "config.json").read_text()).get("model_type") in ZERO_SHOT
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    return any(name in ZERO_SHOT for name in architectures)
 
 
 def describe_transformers(folder: Path) -> Description:

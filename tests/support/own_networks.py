@@ -19,6 +19,7 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     SiglipConfig,
+    SiglipForImageClassification,
     SiglipImageProcessor,
     SiglipModel,
     SiglipTokenizer,
@@ -94,6 +95,17 @@ def save_siglip(folder: Path) -> Path:
     SiglipModel(SiglipConfig(text_config=text, vision_config=_VISION)).save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
     SiglipImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
+def save_siglip_tower(folder: Path) -> Path:
+    """A SigLIP's image tower with a head of fixed labels."""
+    torch.manual_seed(12)
+    config = SiglipConfig(vision_config=_VISION, id2label=dict(enumerate(NAMES)))
+    model = SiglipForImageClassification(config)
+    nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
 
 

@@ -96,6 +96,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Path], Callable[[Path, Image.Image]
     "vit": ("transformers", own_networks.save_vit, by_image_pipeline),
     "clip": ("transformers", own_networks.save_clip, by_zero_shot_pipeline),
     "siglip": ("transformers", own_networks.save_siglip, by_zero_shot_pipeline),
+    "siglip's image tower": ("transformers", own_networks.save_siglip_tower, by_image_pipeline),
     "onnx": ("onnx", own_networks.save_onnx, by_onnxruntime),
     "open-clip": ("open-clip", miniatures.save_open_clip, by_open_clip),
 }
@@ -181,6 +182,7 @@ def test_an_onnx_file_for_single_images_is_run_row_by_row(tmp_path: Path) -> Non
             {"interpolation": "nearest"},
             "interpolation is 'nearest'; it must be bicubic or bilinear",
         ),
+        ({"labels": "cat"}, "labels is 'cat'; it must be a list of strings"),
         ({"scale": 255}, r"unknown fields \['scale'\]"),
         ({"size": 32}, r"must take float32 images \(B,3,32,32\)"),
     ],

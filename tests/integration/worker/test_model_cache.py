@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle, BundleError
+from models.bundle import Base, Bundle, BundleError
 from models.memory import (
     TooLittleMemory,
 )
@@ -36,6 +37,18 @@ def test_everything_but_the_votes_is_known_without_loading() -> None:
     ask(model)
     assert shelf.loads == ["pets"]
     assert shelf.cache["pets"] is model
+
+
+def test_a_tasks_own_libraries_are_announced_before_it_loads() -> None:
+    """A task on ONNX has onnxruntime's version in its numerics and digest; others have not."""
+    tasks = bundles("default", "own")
+    tasks["own"] = replace(tasks["own"], classifier=Base("onnx"))
+    shelf = Shelf(tasks)
+    own = shelf.cache["own"]
+    assert own.numerics.runtime == f"torch, onnxruntime {version('onnxruntime')}"
+    assert own.digest == tasks["own"].served_digest(own.numerics.described())
+    assert shelf.cache["default"].numerics == NUMERICS
+    assert shelf.loads == []
 
 
 def test_the_tasks_used_last_stay_loaded() -> None:
