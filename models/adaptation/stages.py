@@ -46,7 +46,7 @@ from models.classifiers.base import Classifier
 from models.classifiers.registry import classifier_loader
 from models.denoisers.base import Denoiser
 from models.denoisers.prompts import clean_prompts
-from models.denoisers.super_resolution import load_super_resolution
+from models.denoisers.registry import DENOISERS
 from models.files import KnownHashes, written_whole
 from models.nano.captions import BLANK
 from models.runtime import Torch, name_of_dtype
@@ -192,7 +192,7 @@ class Job:
         )
 
     def _denoiser(self, states: dict[str, Tensor], adapter: Path | None) -> Denoiser:
-        return load_super_resolution(
+        return DENOISERS["super-resolution"](
             self._set.folders[1],
             states["personalized" if adapter else "blank"],
             self._set.k,
