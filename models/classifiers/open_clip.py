@@ -58,7 +58,7 @@ def preprocess_of(model: open_clip.CLIP, dtype: torch.dtype) -> Preprocess:
     """The preprocessing of a CLIP's configuration, into `dtype`."""
     described: dict[str, Any] = model.visual.preprocess_cfg
     like = torch.empty(0, dtype=dtype, device=model.logit_scale.device)
-    mode = "bilinear" if described["interpolation"] == "bilinear" else "bicubic"
+    mode = "bilinear" if described.get("interpolation") == "bilinear" else "bicubic"
     side = _side(described["size"])
     return Preprocess(side, described["mean"], described["std"], like, mode)
 

@@ -36,7 +36,7 @@ def listening(service: Service) -> Iterator[Listening]:
     """The service on a free port, until the end of the block."""
     listener = socket.create_server(("127.0.0.1", 0))
     found = Listening(service, listener.getsockname()[1])
-    server = uvicorn.Server(uvicorn.Config(service.app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(service.app, log_level="warning", log_config=None))
     thread = Thread(target=lambda: asyncio.run(found.serve(server, listener)))
     thread.start()
     try:
