@@ -181,7 +181,7 @@ def anytime(k: int, n: int, level: float) -> float:
 
 
 def dense(name: str, counts: dict[str, int], classes: int, rows: int) -> list[int]:
-    """The votes by label index, which must be those of so many rows."""
+    """The votes by label index; `rows` is the number that voted."""
     need(counts.keys() <= {*map(str, range(classes))}, f"{name}_counts has no index below K")
     need(min(counts.values(), default=1) >= 1, f"{name}_counts holds a number below 1")
     need(sum(counts.values()) == rows, f"{name}_counts do not sum to {rows}")

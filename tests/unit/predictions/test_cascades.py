@@ -28,7 +28,7 @@ def close(rows: int) -> list[int]:
 
 
 def staged(rows: int, *stages: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
-    """Votes by the stage, each of which has so many `rows`."""
+    """Votes by the stage; `rows` is the number of rows of each."""
     drawn = 0
 
     def votes(shard_rows: int) -> list[int]:
