@@ -24,7 +24,7 @@ from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.classifiers.open_clip import load_open_clip
 from models.denoisers.prompts import clean_prompts
-from models.evaluation.datasets import CIFAR10_LABELS
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.architectures import (
     DEEPFLOYD_UNET,
     LARGE,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, cifar10, evaluation_slice
 from service.cli.files import pictures
 
 

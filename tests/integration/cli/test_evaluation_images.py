@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 from service.cli.evaluation.images import digest, read_images
 from service.predictions.images.reader import decode
 from tests.support.serving import PNG
