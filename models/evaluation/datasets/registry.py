@@ -114,6 +114,13 @@ DATASETS = {
 }  # fmt: skip
 
 
+def known(name: str) -> Dataset:
+    """The data set of this name; raises ValueError where there is none."""
+    if (dataset := DATASETS.get(name)) is None:
+        raise ValueError(f"dataset = {name!r}: must be one of {', '.join(DATASETS)}")
+    return dataset
+
+
 def class_names(name: str) -> dict[str, str]:
     """The labels of a data set, in the order of its classes, by their names in its layout."""
     names: dict[str, str] = json.loads(CLASS_NAMES.read_text("utf-8"))[name]["names"]
@@ -188,8 +195,7 @@ def select(name: str, root: Path) -> Selection:
     Raises ValueError for an unknown name and for files in another layout, FileNotFoundError for a
     missing file.
     """
-    if (dataset := DATASETS.get(name)) is None:
-        raise ValueError(f"dataset = {name!r}: must be one of {', '.join(DATASETS)}")
+    dataset = known(name)
     for file in dataset.files:
         path = root / dataset.folder / file
         if not path.exists():

@@ -25,7 +25,7 @@ from models.evaluation.datasets.registry import (
     select,
 )
 from tests.support.datasets import WRITERS, color, twin
-from tests.support.paths import SHARED
+from tests.support.paths import ROOT, SHARED
 
 COUNT = 1004
 """Images of a twin; floor(1004 / 500) is 2, so every second is selected."""
@@ -64,6 +64,22 @@ def test_the_shape_of_the_registry() -> None:
         for template in (prompt_template(name), *clip_templates(name)):
             assert checked_template(template) == template
         assert DATASETS[name].source.startswith("https://")
+
+
+def test_the_page_has_every_data_set() -> None:
+    """docs/datasets.md has the labels, resolution, template, files and source of each."""
+    lines = (ROOT / "docs" / "datasets.md").read_text().splitlines()
+    for name, dataset in DATASETS.items():
+        measured, files = (line for line in lines if line.startswith(f"| `{name}` |"))
+        cells = [cell.strip() for cell in measured.split("|")]
+        assert dataset.title in measured
+        assert cells[5] == str(dataset.resolution)
+        assert cells[6] == f"{PUBLISHED[name]:,}"
+        assert cells[7] == prompt_template(name)
+        whole, selected = (int(cell.replace(",", "")) for cell in cells[3:5])
+        assert selected == len(range(0, whole, whole // 500))
+        assert f"({dataset.source})" in files
+        assert all(f"`{part}`" in files for part in (dataset.folder, *dataset.files) if part)
 
 
 def test_names_are_those_of_the_libraries() -> None:
