@@ -49,8 +49,13 @@ def class_folders(below: str) -> Layout:
     """A folder of images for each class in the folder `below`, or in the root without it."""
 
     def read(root: Path) -> Samples:
-        folder = root / below
-        return torchvision("ImageFolder")(folder if folder.is_dir() else root)
+        folder = root / below if (root / below).is_dir() else root
+        try:
+            return torchvision("ImageFolder")(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} needs a folder of images for each class ({error})"
+            ) from error
 
     return read
 

@@ -200,13 +200,13 @@ def select(name: str, root: Path) -> Selection:
         path = root / dataset.folder / file
         if not path.exists():
             raise FileNotFoundError(
-                f"{path}: there is no such file; {dataset.title}, as unpacked from "
-                f"{dataset.source}, has it"
+                f"{path}: there is no such file; {dataset.title} has it, see {dataset.source}"
             )
     try:
         samples = dataset.layout(root)
     except _MALFORMED as error:
         raise ValueError(
-            f"{root}: holds no {dataset.title} as published at {dataset.source}: {error}"
+            f"{root}: holds no {dataset.title} as published at {dataset.source}: {error}; "
+            "docs/datasets.md has the layout"
         ) from error
     return Selection(dataset, samples, class_names(name))
