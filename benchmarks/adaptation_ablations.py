@@ -37,7 +37,7 @@ from models.classifiers.base import Classifier
 from models.classifiers.registry import CLASSIFIERS
 from models.denoisers.base import Denoiser
 from models.denoisers.registry import DENOISERS
-from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS, LabelledImages, cifar10
 from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole
 from models.runtime import RUNTIMES, Runtime, Torch

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.denoisers.prompts import encode_prompts
-from models.evaluation.datasets import cifar10
+from models.evaluation.datasets.cifar10 import cifar10
 from models.nano.architectures import LARGE
 from models.training import Profile
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.denoisers.prompts import clean_prompts
-from models.evaluation.datasets import CIFAR10_LABELS
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.architectures import (
     DEEPFLOYD_UNET,
     SMALL,

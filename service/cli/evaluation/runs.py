@@ -14,7 +14,14 @@ from models.certificates.rules import check_certify
 from models.evaluation.records import RecordFile
 from models.evaluation.results import Run
 from service.cli.console import errors
-from service.cli.evaluation.images import ImageSet, LabeledFile, digest, held_back, read_images
+from service.cli.evaluation.images import (
+    ImageSet,
+    LabeledFile,
+    dataset_images,
+    digest,
+    held_back,
+    read_images,
+)
 from service.cli.evaluation.progress import Watch, watched
 from service.cli.evaluation.report import results, write
 from service.cli.evaluation.tasks import LocalTask, Question, RemoteTask, Setting, Task
@@ -35,6 +42,8 @@ class Plan:
     question: Question
     out: Path
     images: Path | None
+    dataset: str | None
+    root: Path | None
     cifar10: Path | None
     limit: int | None
     baselines: Sequence[str]
@@ -55,7 +64,7 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
         _check_sigma(sigma, SMALLEST_SIGMA, LARGEST_SIGMA)
         asked = plan.question
         check_certify(asked.n0, asked.n, sigma, asked.alpha, asked.method)
-    found = held_back(plan.cifar10) if plan.cifar10 else read_images(plan.images)
+    found = _image_set(plan)
     if plan.server is None:
         return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
     if plan.baselines or plan.k is not None:
@@ -63,6 +72,19 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
     key = plan.key_file.read_text().strip() if plan.key_file else None
     with Client(plan.server, key=key) as client:
         return _run_all(plan, _settings(plan, _remote(client, plan.names, plan.at_once)), found)
+
+
+def _image_set(plan: Plan) -> ImageSet:
+    options = {"--images": plan.images, "--dataset": plan.dataset, "--cifar10": plan.cifar10}
+    if len(given := [option for option, value in options.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(given)} are two sets of images: give one of them")
+    if (plan.dataset is None) != (plan.root is None):
+        raise ValueError(
+            "--dataset and --root need each other: a name, and the folder of its files"
+        )
+    if plan.dataset is not None and plan.root is not None:
+        return dataset_images(plan.dataset, plan.root)
+    return held_back(plan.cifar10) if plan.cifar10 else read_images(plan.images)
 
 
 def _check_sigma(sigma: float, least: float, largest: float) -> None:
@@ -139,7 +161,12 @@ def _run_all(
     """Run what `plan.out` lacks, and write and return the results."""
     question, out = plan.question, plan.out
     files = found.chosen([task.labels for task, _ in planned], plan.limit)
-    images = {"source": found.source, "images": len(files), "sha256": digest(files)}
+    images = {
+        "source": found.source,
+        "images": len(files),
+        "of": found.total,
+        "sha256": digest(files),
+    }
     out.mkdir(parents=True, exist_ok=True)
     kept = [
         RecordFile(
