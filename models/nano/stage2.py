@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from models.classifiers.base import Classifier
 from models.classifiers.open_clip import load_open_clip
 from models.denoisers.schedule import noise_ratios, timesteps
-from models.evaluation.datasets import CIFAR10_LABELS
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.architectures import (
     DEEPFLOYD_UNET,
     LARGE,
