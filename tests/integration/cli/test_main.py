@@ -26,7 +26,7 @@ def test_help_lists_what_works_and_nothing_else() -> None:
     text = runner.invoke(app, ["--help"]).output
     commands = "serve predict evaluate audit bench adapt models worker verify"
     assert all(command in text for command in commands.split())
-    assert " jobs " not in text
+    assert "│ jobs" not in text
 
 
 def test_version_is_the_installed_one() -> None:
