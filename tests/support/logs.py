@@ -10,7 +10,7 @@ import pytest
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius
-from models.evaluation.records import LOG_HEADER
+from models.evaluation.logs import HEADER
 from tests.support.paths import SHARED
 
 CIFAR = "cifar10_cohen_resnet110_certified_sigma_"
@@ -38,5 +38,5 @@ def write_log(path: Path, missed: Iterable[int], n: int, sigma: float) -> Path:
         radius = radius_of(n - each, n, sigma)
         predict = 3 if radius > 0 else -1
         lines.append(f"{index}\t3\t{predict}\t{radius:.3}\t{int(radius > 0)}\t0:00:01\n")
-    path.write_text(LOG_HEADER + "".join(lines))
+    path.write_text(HEADER + "".join(lines))
     return path
