@@ -37,9 +37,9 @@ MOST_INCONSISTENT = 0.1
 class FactorTest(NamedTuple):
     """The test of one factor.
 
-    Of the `tallies` that miss 1 to `window` votes, `multiples` miss a multiple of the factor.
-    Independent rows make a tally do so with probability at most `chance`. `p_value` is without
-    regard to other factors, and `log_p` its natural logarithm.
+    Of the `tallies` that miss 1 to `window` votes, as far as radii show it, `multiples` miss a
+    multiple of the factor. Independent rows make a tally do so with probability at most `chance`.
+    `p_value` is without regard to other factors, and `log_p` its natural logarithm.
     """
 
     factor: int
@@ -136,49 +136,64 @@ def audit(lines: Sequence[Line], n: int, sigma: float, alpha: float) -> Audit:
     )
 
 
-def factor_tests(missed: NDArray[np.int64], n: int, readable: int) -> list[FactorTest]:
-    """The tests of all factors that have a tally to test, by the votes (N,) that tallies miss.
+def factor_tests(
+    missed: NDArray[np.int64], n: int, readable: NDArray[np.int64]
+) -> list[FactorTest]:
+    """The tests of all factors that have a tally to test.
 
-    `readable` is the largest number of missing votes that can be read from any radius. A test's
-    window ends just before a multiple of the factor: what lies beyond it is then no reason for its
-    last value to be a multiple.
+    `missed` (N,) are the votes that tallies miss, where their radius shows it; `readable` (M,) all
+    numbers, ascending, that a radius can show.
     """
     tests = []
     for factor in FACTORS:
-        window = factor * min(MULTIPLES + 1, (readable + 1) // factor) - 1
-        near_full = missed[(missed >= 1) & (missed <= window)]
-        if window < 2 * factor - 1 or not len(near_full):
+        values = _window(readable, factor)
+        near_full = missed[np.isin(missed, values)]
+        if not len(near_full):
             continue
         tallies, multiples = len(near_full), int((near_full % factor == 0).sum())
-        chance = largest_chance(factor, window, n)
+        chance = largest_chance(factor, tuple(values.tolist()), n)
+        p_value, log_p = (
+            float(tail(multiples - 1, tallies, chance)) for tail in (binom.sf, binom.logsf)
+        )
         tests.append(
-            FactorTest(
-                factor,
-                window,
-                tallies,
-                multiples,
-                chance,
-                float(binom.sf(multiples - 1, tallies, chance)),
-                float(binom.logsf(multiples - 1, tallies, chance)),
-            )
+            FactorTest(factor, int(values[-1]), tallies, multiples, chance, p_value, log_p)
         )
     return tests
 
 
+def _window(readable: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
+    """The numbers of missing votes that the factor's test reads; none where none is a multiple.
+
+    They end below a multiple: the last value is the most probable of tallies that mostly miss
+    more, so it must be none.
+    """
+    values = readable[readable < factor * (MULTIPLES + 1)]
+    others = np.flatnonzero(values % factor)
+    values = values[: others[-1] + 1] if len(others) else values[:0]
+    return values if (values % factor == 0).any() else values[:0]
+
+
 @cache
-def largest_chance(factor: int, window: int, n: int) -> float:
+def largest_chance(factor: int, values: tuple[int, ...], n: int) -> float:
     """Largest probability, over all p, that Binomial(n, p) is a multiple of the factor.
 
-    Given that it is from 1 to `window`. It is not 1/factor: near the p of a factor's mean, the
-    factor itself is the most probable value. Tallies of independent rows with any p of their own
-    are multiples no more often than this, so Binomial(tallies, chance) bounds their number.
+    Given that it is one of the `values`. It is not 1/factor: near the p of a factor's mean, the
+    factor itself is the most probable value. Whatever the p of each tally of
+    independent rows is, it is a multiple no more often, so Binomial(tallies, chance) bounds their
+    number.
     """
-    missed = np.arange(1, window + 1)
+    missed = np.array(values)
     weights = -gammaln(missed + 1) - gammaln(n - missed + 1)
-    means = np.geomspace(1e-2, 1e2 * window, 4001)
-    logs = weights + missed * np.log(means / n)[:, None]
-    mass = np.exp(logs - logs.max(1, keepdims=True))
-    return float((mass[:, missed % factor == 0].sum(1) / mass.sum(1)).max())
+    low, high, largest = 1e-2, 1e2 * values[-1], 0.0
+    for _ in range(2):  # All means of missing votes, then those around the best.
+        means = np.geomspace(low, high, 2001)
+        logs = weights + missed * np.log(means / n)[:, None]
+        mass = np.exp(logs - logs.max(1, keepdims=True))
+        chances = mass[:, missed % factor == 0].sum(1) / mass.sum(1)
+        best = int(chances.argmax())
+        low, high = means[max(0, best - 1)], means[min(2000, best + 1)]
+        largest = float(chances[best])
+    return largest
 
 
 def _check(certified: Sequence[Line], inversion: Inversion, settings: str) -> None:

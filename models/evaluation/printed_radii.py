@@ -21,13 +21,14 @@ class Inversion:
     """The counts behind radii.
 
     `least` and `most` (N,) int64 are the fewest and the most votes that print as each radius, 0
-    where none does. Tallies that miss at most `readable` votes print differently from every other.
-    `largest` is the radius, as printed, of a full tally, which misses none; `full` are such radii.
+    where none does. `readable` (M,) int64 are the numbers of missing votes, ascending from 1, whose
+    radius prints differently from every other. `largest` is the radius, as printed, of a full
+    tally, which misses none; `full` are such radii.
     """
 
     least: NDArray[np.int64]
     most: NDArray[np.int64]
-    readable: int
+    readable: NDArray[np.int64]
     largest: float
     full: int
 
@@ -78,6 +79,6 @@ def _matched(shown: NDArray[np.float64], printed: NDArray[np.float64], n: int) -
     first = n + 1 - len(printed)
     least = np.where(right > left, first + left, 0)
     most = np.where(right > left, first + right - 1, 0)
-    repeats = np.flatnonzero(np.diff(printed[::-1]) > -_EQUAL * printed[-1])
-    readable = (int(repeats[0]) if len(repeats) else len(printed) - 1) - 1
-    return Inversion(least, most, max(0, readable), float(printed[-1]), int((most == n).sum()))
+    differs = np.diff(printed[::-1]) < -_EQUAL * printed[-1]
+    readable = np.flatnonzero(differs[:-1] & differs[1:]) + 1
+    return Inversion(least, most, readable, float(printed[-1]), int((most == n).sum()))

@@ -89,13 +89,15 @@ def _sentences(audit: Audit, n: int) -> list[str]:
             f"Nothing found: p = {audit.p_value:.2g} over {len(audit.tests)} factors; a finding "
             f"needs {LEVEL}."
         )
+        if read.full == 0:
+            sentences.append(f"No image has all {n} votes, so check n and sigma.")
         if not audit.conclusive:
             sentences.append("The log has too few near-full tallies to show reused noise.")
         return sentences
     test = next(test for test in audit.tests if test.factor == audit.factor)
     sentences += [
-        f"Reused noise found: of {test.tallies} tallies that miss 1 to {test.window} votes, "
-        f"{test.multiples} miss a multiple of {test.factor}.",
+        f"Reused noise found: of {test.tallies} readable tallies that miss 1 to {test.window} "
+        f"votes, {test.multiples} miss a multiple of {test.factor}.",
         f"Independent rows do so with probability at most {test.chance:.3f} each: "
         f"p = {audit.p_value:.2g} over {len(audit.tests)} factors.",
         f"Effective n: {audit.effective_n} of {n}.",

@@ -27,7 +27,7 @@ def audit(log: Path, *arguments: str, code: int) -> Result:
 def test_reused_noise_ends_with_one(tmp_path: Path) -> None:
     """The finding, its p-value, the effective n and both lines of the table are printed."""
     text = audit(write_log(tmp_path / "log.tsv", REUSED, 10_000, 0.25), code=1).output
-    assert "of 24 tallies that miss 1 to 23 votes, 24 miss a multiple of 4" in text
+    assert "of 24 readable tallies that miss 1 to 23 votes, 24 miss a multiple of 4" in text
     assert "No image has 9997, 9998, 9999 votes." in text
     assert "Effective n: 2500 of 10000." in text
     assert "as printed, n = 10000" in text
@@ -40,6 +40,8 @@ def test_an_honest_log_ends_with_zero(tmp_path: Path) -> None:
     assert "18 images: 18 certified, 2 with all 10000 votes." in text
     assert "Nothing found: p = 1 over" in text
     assert "Effective" not in text
+    none = audit(write_log(tmp_path / "none.tsv", [1, 2, 800], 10_000, 0.25), code=0).output
+    assert "No image has all 10000 votes, so check n and sigma." in none
     few = audit(write_log(tmp_path / "few.tsv", [0, 4], 10_000, 0.25), code=0).output
     assert "too few near-full tallies" in few
 

@@ -32,13 +32,8 @@ def test_each_count_is_among_those_of_its_print(print_radius: Callable[[float], 
     assert found.inconsistent == 0
     assert found.full == printed.count(printed[-1])
     assert found.largest == pytest.approx(float(printed[-1]))
-    repeated = [k for k in votes if printed.count(printed[k - 560]) > 1]
-    assert found.readable == (N - repeated[-1] - 1 if repeated else N // 2 - 2 - abstaining())
-
-
-def abstaining() -> int:
-    """Counts above n/2 that Cohen's rule does not certify."""
-    return sum(radius_of(k, N, SIGMA) == 0 for k in range(N // 2 + 1, N))
+    once = [k for k in votes if printed.count(printed[k - 560]) == 1 and 560 < k < N]
+    assert found.readable[found.readable < N - 560].tolist() == [N - k for k in reversed(once)]
 
 
 def test_a_radius_between_two_counts_has_none() -> None:
@@ -54,4 +49,4 @@ def test_a_coarse_print_is_ambiguous() -> None:
     """One digit fits many counts, and no missing vote can be read."""
     found = invert([Decimal("0.3"), Decimal("0.4")], N, SIGMA, ALPHA)
     assert found.ambiguous == 2
-    assert found.readable < 3
+    assert not len(found.readable[found.readable < 100])
