@@ -18,7 +18,7 @@ COHEN, TWO_SIDED = "cohen", "two-sided"
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The answers of one log, and by rule its certified images; none for attacked images.
+    """The answers of one log, and by rule its certified images; none of attacks or without noise.
 
     A log without vote counts beside it has the radii of its file alone, and they count as Cohen's.
     """
@@ -66,12 +66,8 @@ def _read(name: str, path: Path) -> Log:
         return Log(read_answers(path), {})
     lines = read_log(path)
     counts = path.with_name(path.stem + COUNTS_SUFFIX)
-    if counts.exists() and (run := _counted(name, counts)).certifies:
-        side = run.settings["resolution"]
-        blur = total_variation((3, side, side), run.settings["sigma"])
-        ruled = {rule: by_rule(run, rule, blur) for rule in RULES}
-        certified = {rule: other for rule, other in ruled.items() if other is not None}
-        return Log(lines, certified or {run.settings["method"]: run})
+    if counts.exists():
+        return Log(lines, _counted(name, counts))
     records = [
         Record(
             line.index, "", line.truth, line.predict, float(line.radius), {}, None,
@@ -82,14 +78,20 @@ def _read(name: str, path: Path) -> Log:
     return Log(lines, {COHEN: Run(name, {}, records)})
 
 
-def _counted(name: str, path: Path) -> Run:
-    """The run of a file of counts; raises ValueError for a line that is no record."""
+def _counted(name: str, path: Path) -> dict[str, Run]:
+    """The run of a file of counts by rule; raises ValueError for a file that is none."""
     try:
         settings, *documents = map(json.loads, path.read_text().splitlines())
-        records = [_record(document) for document in documents]
+        run = Run(name, settings, [_record(document) for document in documents])
+        if settings.get("sigma") is None:
+            return {}
+        side = settings["resolution"]
+        blur = total_variation((3, side, side), settings["sigma"])
+        ruled = {rule: by_rule(run, rule, blur) for rule in RULES}
+        certified = {rule: other for rule, other in ruled.items() if other is not None}
+        return certified or {settings["method"]: run}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is no file of counts: {error}") from error
-    return Run(name, settings, records, certifies=settings.get("sigma") is not None)
 
 
 def _record(document: dict[str, Any]) -> Record:

@@ -65,6 +65,15 @@ def test_without_selection_votes_the_rule_is_the_run_s(tmp_path: Path) -> None:
     assert log.certified["two-sided"].records[0].radius == 0.4
 
 
+def test_a_run_without_noise_certifies_nothing(tmp_path: Path) -> None:
+    """The undefended baseline has answers, and no radius at which they hold."""
+    with RecordFile(tmp_path / "undefended", {"task": "default"}) as kept:
+        kept.add(Record(0, "a", 1, 1, 0.0, {1: 1}, None, 1.0, "b"))
+    (log,) = read_logs([f"a/undefended={tmp_path / 'undefended.tsv'}"]).values()
+    assert log.certified == {}
+    assert log.answers[0].correct
+
+
 def test_a_log_alone_counts_as_cohen_s(tmp_path: Path) -> None:
     """Its printed radii are taken as they are; an attack's log has none."""
     log = write_log(tmp_path / "log.tsv", [0, 600], 1000, 0.25)
