@@ -112,7 +112,7 @@ def audit(lines: Sequence[Line], n: int, sigma: float, alpha: float) -> Audit:
     missed = n - inversion.least[known]
     tests = tuple(factor_tests(missed, n, inversion.readable))
     best = min(tests, key=lambda test: test.log_p, default=None)
-    p_value = min(1.0, len(tests) * best.p_value) if best else 1.0
+    p_value = joint_p_value(tests)
     least = min((len(tests) * test.chance**test.tallies for test in tests), default=1.0)
     factor = best.factor if best and p_value <= LEVEL else 1
     if factor > 1 and inversion.full == 0:
@@ -139,7 +139,7 @@ def audit(lines: Sequence[Line], n: int, sigma: float, alpha: float) -> Audit:
 def factor_tests(
     missed: NDArray[np.int64], n: int, readable: NDArray[np.int64]
 ) -> list[FactorTest]:
-    """The tests of all factors that have a tally to test.
+    """The tests of all factors that the print allows, whatever the tallies are.
 
     `missed` (N,) are the votes that tallies miss, where their radius shows it; `readable` (M,) all
     numbers, ascending, that a radius can show.
@@ -147,9 +147,9 @@ def factor_tests(
     tests = []
     for factor in FACTORS:
         values = _window(readable, factor)
-        near_full = missed[np.isin(missed, values)]
-        if not len(near_full):
+        if not len(values):
             continue
+        near_full = missed[np.isin(missed, values)]
         tallies, multiples = len(near_full), int((near_full % factor == 0).sum())
         chance = largest_chance(factor, tuple(values.tolist()), n)
         p_value, log_p = (
@@ -159,6 +159,14 @@ def factor_tests(
             FactorTest(factor, int(values[-1]), tallies, multiples, chance, p_value, log_p)
         )
     return tests
+
+
+def joint_p_value(tests: Sequence[FactorTest]) -> float:
+    """The p-value of the best test, given that it is the best of several (Bonferroni); 1 of none.
+
+    With probability at most p, independent rows give a value of at most p.
+    """
+    return min((1.0, *(len(tests) * test.p_value for test in tests)))
 
 
 def _window(readable: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
@@ -177,10 +185,9 @@ def _window(readable: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
 def largest_chance(factor: int, values: tuple[int, ...], n: int) -> float:
     """Largest probability, over all p, that Binomial(n, p) is a multiple of the factor.
 
-    Given that it is one of the `values`. It is not 1/factor: near the p of a factor's mean, the
-    factor itself is the most probable value. Whatever the p of each tally of
-    independent rows is, it is a multiple no more often, so Binomial(tallies, chance) bounds their
-    number.
+    Given that it is one of the `values`. It is not 1/factor: where the mean is the factor, that is
+    the most probable value. A tally of independent rows is a multiple no more often, whatever its p
+    is, so Binomial(tallies, chance) bounds the number of multiples.
     """
     missed = np.array(values)
     weights = -gammaln(missed + 1) - gammaln(n - missed + 1)

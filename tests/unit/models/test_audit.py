@@ -10,7 +10,15 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from models.evaluation.audit import FACTORS, LEVEL, Audit, audit, factor_tests, largest_chance
+from models.evaluation.audit import (
+    FACTORS,
+    LEVEL,
+    Audit,
+    audit,
+    factor_tests,
+    joint_p_value,
+    largest_chance,
+)
 from models.evaluation.logs import read_log
 from tests.support.logs import CIFAR, IMAGENET, published, radius_of, write_log
 
@@ -52,7 +60,7 @@ def test_false_alarms_keep_to_the_level(name: str, readable: str) -> None:
     for _ in range(1000):
         missed = rng.binomial(N, HONEST[name](rng))
         tests = factor_tests(missed, N, READABLE[readable])
-        alarms += len(tests) * min((test.p_value for test in tests), default=1.0) <= 0.05
+        alarms += joint_p_value(tests) <= 0.05
     assert alarms / 1000 <= 0.05 + 4 * 0.0069
 
 
@@ -65,6 +73,15 @@ def test_simulated_honest_logs_show_nothing(tmp_path: Path) -> None:
         assert not found.found
         assert found.remaining is None
         assert found.inversion.inconsistent == 0
+
+
+def test_without_a_near_full_tally_there_is_no_evidence() -> None:
+    """The p-value is 1, and it is multiplied by a number of factors that no tally changes."""
+    tests = factor_tests(np.array([0, 0, 300]), N, READABLE["all"])
+    assert [test.factor for test in tests] == [*FACTORS]
+    assert joint_p_value(tests) == 1.0
+    assert factor_tests(np.array([0, 1]), N, np.array([1, 3])) == []
+    assert joint_p_value([]) == 1.0
 
 
 @pytest.mark.parametrize("factor", FACTORS)
