@@ -1,8 +1,8 @@
 """Selection of k on held-back images: `python -m benchmarks.timestep_factor --data FOLDER`.
 
 For every sigma and k: certified accuracy, single noisy rows and PSNR of denoised rows, under the
-same images and the same noise. Writes docs/nano-k.json (all figures), docs/nano-k.png (the curves)
-and docs/nano-k-rows.png (denoised rows), and prints the table of docs/nano.md.
+same images and the same noise. Writes docs/nano-k.json (all figures), docs/nano-k.png and .svg (the
+curves) and docs/nano-k-rows.png (denoised rows), and prints the table of docs/nano.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from models.bundle import DEFAULT_TASK, read_bundle
+from models.evaluation.curves import draw_panels
 from models.evaluation.datasets.cifar10 import LabelledImages, cifar10
-from models.evaluation.plots import curves, noisy_and_denoised, picture_grid
+from models.evaluation.plots import noisy_and_denoised, picture_grid
 from models.evaluation.tables import certify_images, summarise
 from models.rows import Rows
 from models.runtime import RUNTIMES
@@ -94,7 +95,7 @@ def main() -> None:
         }
         for quantity in ("one noisy row", "average certified radius", "psnr")
     }
-    curves(FACTORS, series, "k", arguments.out / "nano-k.png")
+    draw_panels(FACTORS, series, "k", arguments.out / "nano-k")
     picture_grid(
         pictures,
         [f"sigma {sigma:g}" for sigma in SIGMAS],

@@ -1,11 +1,15 @@
-"""The certified-accuracy curve of an evaluation, drawn with matplotlib."""
+"""Certified-accuracy curves of evaluations, and their figures over a setting, with matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from models.evaluation.results import Run, curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
 _LINES = ("-", "--", ":", "-.")
@@ -16,7 +20,6 @@ def draw(runs: Sequence[Run], path: Path) -> list[Path]:
 
     A run without noise is one point, at radius 0. Raises ImportError without matplotlib.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -40,6 +43,45 @@ def draw(runs: Sequence[Run], path: Path) -> list[Path]:
     axes.set_ylim(0.0, 1.0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return _saved(figure, path)
+
+
+def draw_panels(
+    x: Sequence[float],
+    series: Mapping[str, Mapping[str, Sequence[float | None]]],
+    label: str,
+    path: Path,
+    scale: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Draw a panel for every quantity of `series` over x, with a line for every name.
+
+    None is a missing point. `scale` are the arguments of matplotlib's `set_xscale`. Files and
+    errors as in `draw`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(series), 3.2), layout="constrained")
+    panels: Any = figure.subplots(1, len(series), squeeze=False)[0]
+    for axes, (quantity, named) in zip(panels, series.items(), strict=True):
+        for place, (name, values) in enumerate(named.items()):
+            points = [point for point in zip(x, values, strict=True) if point[1] is not None]
+            if points:
+                style = _LINES[place % len(_LINES)]
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+        axes.set_xscale(**(scale or {"value": "linear"}))
+        axes.set_xlabel(label)
+        axes.set_title(quantity, fontsize=10)
+        axes.grid(alpha=0.3)
+    handles, names = panels[0].get_legend_handles_labels()
+    if handles:
+        panels[0].legend(handles, names, fontsize=8)
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: Path) -> list[Path]:
+    """The files of a figure, the same bytes each time."""
+    from matplotlib import rc_context
+
     files = [path.with_suffix(suffix) for suffix in SUFFIXES]
     with rc_context({"svg.hashsalt": "vouchsafe"}):
         for file in files:

@@ -105,19 +105,3 @@ def picture_grid(
             if x == 0:
                 axes.set_ylabel(line, fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def curves(
-    x: Sequence[float], series: dict[str, dict[str, Sequence[float]]], x_label: str, path: Path
-) -> None:
-    """Draw one panel for every quantity in `series`, with a curve for every name."""
-    figure = Figure(figsize=(4.2 * len(series), 3.2), layout="constrained")
-    panels: Any = figure.subplots(1, len(series), squeeze=False)[0]
-    for axes, (quantity, named) in zip(panels, series.items(), strict=True):
-        for name, values in named.items():
-            axes.plot(x, values, marker="o", markersize=3, label=name)
-        axes.set_xlabel(x_label)
-        axes.set_title(quantity, fontsize=10)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)

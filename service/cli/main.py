@@ -13,6 +13,7 @@ from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
+from service.cli.evaluation import audit, plots, tables
 from service.cli.evaluation import command as evaluation
 from service.config import SecretError, Settings
 
@@ -31,6 +32,9 @@ app = typer.Typer(
 app.command()(predict.predict)
 app.command()(adapt.adapt)
 app.command()(evaluation.evaluate)
+app.command()(tables.tables)
+app.command()(plots.plots)
+app.command()(audit.audit)
 app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.certificates.rules import certify
-from models.evaluation.curves import draw
+from models.evaluation.curves import draw, draw_panels
 from models.evaluation.records import Record
 from models.evaluation.results import Run, by_rule, compared, curve, figures
 
@@ -94,3 +94,14 @@ def test_the_curve_is_drawn_twice(tmp_path: Path) -> None:
     assert first[0].startswith(b"\x89PNG")
     assert b"<svg" in first[1]
     assert [file.read_bytes() for file in draw([RUN, bare], tmp_path / "curve")] == first
+
+
+def test_panels_leave_out_what_is_missing(tmp_path: Path) -> None:
+    """A missing point changes the picture, a missing line draws nothing, and bytes repeat."""
+    series = {"ACR": {"a": [0.1, 0.2, 0.3], "b": [None] * 3}}
+    whole = draw_panels([0, 1, 2], series, "k", tmp_path / "whole")
+    gap = draw_panels([0, 1, 2], {"ACR": {"a": [0.1, None, 0.3]}}, "k", tmp_path / "gap")
+    alone = draw_panels([0, 1, 2], {"ACR": {"a": [0.1, 0.2, 0.3]}}, "k", tmp_path / "alone")
+    assert [file.name for file in gap] == ["gap.png", "gap.svg"]
+    assert whole[1].read_bytes() == alone[1].read_bytes() != gap[1].read_bytes()
+    assert b">b<" not in whole[1].read_bytes()
