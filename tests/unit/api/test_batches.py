@@ -319,10 +319,9 @@ async def test_what_passes_is_waited_out(
     monkeypatch.setattr(predictions, "submit", refusing)
     monkeypatch.setattr(runner, "LONGEST_PAUSE", 0.01)
     monkeypatch.setattr(runner, "_UNREACHABLE_SECONDS", 0.01)
-    location = await accepted(service, [PNG])
-    (line,) = await results(service, location)
+    (line,) = await results(service, await accepted(service, [PNG]))
     assert line["state"] == "succeeded"
-    assert keys == [f"batch:{location.removeprefix('/batches/')}:0"] * 3
+    assert keys == [keys[0]] * 3
 
 
 async def test_a_stopping_process_ends_its_streams(service: Service) -> None:
@@ -403,3 +402,29 @@ async def test_two_retries_at_once_are_one_batch(service: Service) -> None:
     sent = await asyncio.gather(*(send(service, [PNG] * 20, headers=headers) for _ in range(4)))
     assert [each.status_code for each in sent] == [202] * 4
     assert len({each.headers["location"] for each in sent}) == 1
+
+
+async def test_a_batch_sent_again_shares_nothing_with_the_deleted_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for the deleted one's images answers none of the new ones, at another alpha."""
+    monkeypatch.setattr(runner, "_UNREACHABLE_SECONDS", 0.1)
+    predictions = service.app.state.services.predictions
+    submit, refused, is_full = predictions.submit, asyncio.Event(), True
+
+    async def refusing(*arguments: Any) -> str:
+        if is_full:
+            refused.set()
+            raise Backlog("full")
+        return str(await submit(*arguments))
+
+    monkeypatch.setattr(predictions, "submit", refusing)
+    headers = {"Idempotency-Key": "once"}
+    first = await accepted(service, [PNG, OTHER], headers=headers, alpha="0.1")
+    await refused.wait()
+    assert (await service.client.delete(first)).status_code == 204
+    again = await accepted(service, [OTHER, PNG, PNG], headers=headers, alpha="0.01")
+    is_full = False
+    lines = await results(service, again)
+    assert again == first
+    assert [line["result"]["alpha"] for line in lines] == [family_share(0.01, 3)] * 3
