@@ -11,13 +11,14 @@ from typing import Any, Self, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service.engine.protocol import RETRY_SECONDS
-from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia
+from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia, as_json
 from service.predictions.question import PredictRequest
 from service.validation import invalid_field, invalid_fields
 
@@ -155,7 +156,15 @@ def _bounded(request: Request, max_bytes: int) -> Request:
 async def _form(
     request: Request, max_files: int, read: Callable[[FormData], Awaitable[T]]
 ) -> AsyncIterator[T]:
-    """The result of `read` on the request's form, whose files are open within the context."""
+    """The result of `read` on the request's form, whose files are open within the context.
+
+    Raises UnsupportedMedia for another charset than UTF-8: Python has codecs that fail on any text,
+    and some that decode to text which UTF-8 cannot encode.
+    """
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMedia(f"The charset of the form is {as_json(charset)}: it must be utf-8")
     form = FormData()
     try:
         try:
