@@ -171,10 +171,13 @@ class BatchStore:
         _write(self._folder(batch), ended)
 
     def discard(self, batch_id: str) -> None:
-        """Take the batch away; its folder is in `discarded` until it is erased."""
+        """Remove the batch's images and lines; its jobs are in `discarded` until it is erased."""
         trash = self._root / f"{_TRASH}{batch_id}-{time.time_ns()}"
         (self._root / batch_id).rename(trash)
         flush(self._root)
+        for name in (_IMAGES, _LINES):
+            for folder in trash.glob(f"*/{name}"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def discard_old(self) -> None:
         """Discard batches past their time, and half-made folders of killed processes."""

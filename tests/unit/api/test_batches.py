@@ -225,6 +225,28 @@ async def test_deleted_batches_leave_nothing(tmp_path: Path) -> None:
     assert [*(tmp_path / "batches").iterdir()] == []
 
 
+async def test_images_go_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the jobs of a deleted batch wait for an engine that is unreachable."""
+    monkeypatch.setattr(runner, "SWEEP_SECONDS", 0.01)
+    async with serving(data_dir=tmp_path) as service:
+        service.voter.open.clear()
+        location = await accepted(service, [PNG, b"no image"])
+        await service.until(location, lambda found: found.json()["done"] == 1)
+        await service.voter.busy.wait()
+
+        async def unreachable(_: str) -> bool:
+            raise ConnectionError("Redis is away")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service.engine, "delete", unreachable)
+            assert (await service.client.delete(location)).status_code == 204
+            left = [path for path in (tmp_path / "batches").rglob("*") if path.is_file()]
+            assert sorted(path.name for path in left) == ["batch.json", "jobs"]
+        async with asyncio.timeout(30):
+            while [*(tmp_path / "batches").iterdir()]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 async def test_batches_belong_to_their_key() -> None:
     """Another key's batch does not exist."""
     async with serving(api_keys="ann:key-of-ann,bob:key-of-bob") as service:
