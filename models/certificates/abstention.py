@@ -35,7 +35,7 @@ def rows_needed(
 
     def scaled(n: int) -> tuple[int, ...]:
         more = [-(-n * count // rows) for count in votes]  # Others are rounded up.
-        more[label] = n - (sum(more) - more[label])
+        more[label] = max(0, n - (sum(more) - more[label]))
         return tuple(more)
 
     found = bisect_left(range(rows, MOST_ROWS + 1), True, key=lambda n: proves(scaled(n)))
