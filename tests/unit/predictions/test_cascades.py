@@ -27,6 +27,11 @@ def close(rows: int) -> list[int]:
     return [rows // 4, rows // 4, rows // 2, rows - rows // 4 * 2 - rows // 2]
 
 
+def nearly_spread(rows: int) -> list[int]:
+    """Votes: two fifths for the cat."""
+    return [rows // 5, rows // 5, rows - rows // 5 * 3, rows // 5]
+
+
 def staged(rows: int, *stages: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
     """Votes by the stage; `rows` is the number of rows of each."""
     drawn = 0
@@ -90,6 +95,19 @@ async def test_between_the_bounds_the_cascade_abstains() -> None:
     assert [stage["outcome"] for stage in answer["stages"]] == ["abstained"]
     assert answer["abstention"] == {"reason": "too_close", "rows_needed": None}
     assert "certificate" not in answer
+
+
+async def test_an_abstention_names_the_rows_that_would_settle_its_stage() -> None:
+    """A stage whose votes nearly prove that no label is probable is passed with more rows."""
+    async with serving(votes=nearly_spread) as service:
+        answer = (await service.ask(**ASKED)).json()
+        reason, needed = answer["abstention"].values()
+        more = -(-needed // 50) * 50  # Whole shards have the same shares of votes.
+        again = (await service.ask(**{**ASKED, "n": str(more)})).json()
+    assert (reason, answer["stages"][-1]["outcome"]) == ("too_few_rows", "abstained")
+    assert 200 < needed < 1000
+    assert [stage["outcome"] for stage in again["stages"]] == ["passed", "abstained"]
+    assert again["abstention"] == {"reason": "too_close", "rows_needed": None}
 
 
 async def test_json_and_forms_ask_the_same(service: Service) -> None:
