@@ -31,6 +31,7 @@ LONGEST_WAIT = 600
 _JSON, _FORM = "application/json", "multipart/form-data"
 _MAX_FIELDS = 20
 _MAX_FIELD_BYTES = 4 * 2**10
+_MAX_NAME = 255
 _TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
 
 
@@ -202,6 +203,9 @@ async def _read_batch(form: FormData) -> tuple[PredictRequest, list[UploadFile]]
     for image in form.getlist("images"):
         if not isinstance(image, UploadFile):
             raise invalid_field("images", "images must be sent as files, with file names")
+        if (length := len(image.filename or "")) > _MAX_NAME:
+            detail = f"images: a file's name has {length} characters; at most {_MAX_NAME} are kept"
+            raise invalid_field("images", detail, length, _MAX_NAME)
         images.append(image)
     if not images:
         raise invalid_field("images", "images: send at least one file", 0, 1)

@@ -199,6 +199,16 @@ async def test_too_much_is_refused(service: Service, monkeypatch: pytest.MonkeyP
     problem(response, 415, "unsupported-media-type")
 
 
+async def test_names_are_bounded(service: Service) -> None:
+    """The names of open batches are read again and again; none may be longer than a file's."""
+    for length, status in ((255, 202), (256, 422)):
+        files = [("images", ("n" * length, PNG))]
+        response = await service.client.post("/batches", files=files)
+        assert response.status_code == status
+    (error,) = problem(response, 422, "invalid-field")["errors"]
+    assert (error["field"], error["value"], error["limit"]) == ("images", 256, 255)
+
+
 def test_the_limits_are_those_of_the_reference() -> None:
     """1,000 images and 100 MB."""
     assert (endpoints.MOST_IMAGES, endpoints.MOST_BYTES) == (1000, 100_000_000)
