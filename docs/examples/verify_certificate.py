@@ -219,7 +219,8 @@ def check_question(question: dict[str, Any]) -> None:
     same = spent.keys() == shares.keys() and sum(shares.values()) <= alpha * (1 + 1e-15)
     same = same and all(abs(shares[name] - spent[name]) <= 1e-12 * alpha for name in spent)
     need(same, "alpha is divided otherwise")
-    need(method == "anytime" or not (target or question["looks"]), "the method has no looks")
+    has_looks = target or question["looks"] is not None
+    need(method == "anytime" or not has_looks, "the method has no looks")
 
 
 def check_looks(looks: list[list[int]], label: int, votes: list[int]) -> None:
@@ -285,7 +286,7 @@ def prove_cascade(document: dict[str, Any], tv: float) -> dict[str, Any]:
     """The result of a cascade: the last stage's label, within the least of the stages' radii."""
     question, evidence = document["question"], document["evidence"]
     sigmas, n, level = question["sigma"], question["n"], question["alpha_shares"]["stage_1_label"]
-    need(question["looks"] is None and not evidence["looks"], "the method has no looks")
+    need(not evidence["looks"], "the method has no looks")
     passed, labels = evidence["passed_counts"], document["model"]["labels"]
     number = len(passed) + 1
     need(number <= len(sigmas), "more stages were read than there are")
@@ -327,7 +328,8 @@ def check_same(name: str, claimed: Any, proven: Any) -> None:
     else:
         close = is_a("number", claimed) and isinstance(proven, float)
         close = close and abs(claimed - proven) <= TOLERANCE * max(1, abs(proven))
-        need(close or claimed == proven, f"{name} = {claimed}: proven is {proven}")
+        same = type(claimed) is type(proven) and claimed == proven  # True == 1.0 in Python.
+        need(close or same, f"{name} = {claimed}: proven is {proven}")
 
 
 def check(document: dict[str, Any]) -> None:

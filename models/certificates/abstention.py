@@ -12,8 +12,9 @@ from models.certificates.limits import MOST_ROWS
 class Reason(StrEnum):
     """The reason for an abstention.
 
-    TOO_FEW_ROWS: more rows with the same shares of votes would prove a label. TOO_CLOSE: not even
-    MOST_ROWS would. HOPELESS: a target radius was given up before any radius was proven.
+    TOO_FEW_ROWS: more rows with the same shares of votes would prove a label, or let a cascade pass
+    the stage. TOO_CLOSE: not even MOST_ROWS would. HOPELESS: a target radius was given up before
+    any radius was proven.
     """
 
     TOO_CLOSE = "too_close"
@@ -24,10 +25,11 @@ class Reason(StrEnum):
 def rows_needed(
     votes: Sequence[int], label: int, proves: Callable[[tuple[int, ...]], bool]
 ) -> int | None:
-    """About the fewest rows that would prove `label`, with these shares of votes (K,).
+    """About the fewest rows that would prove what `proves` says, with these shares of votes (K,).
 
-    `proves` says whether votes (K,) of more rows would. None where MOST_ROWS would not do, or
-    another class has at least as many votes. It is an estimate: another question has other rows.
+    `proves` gets votes (K,) of more rows, rounded up but for those of `label`. None where MOST_ROWS
+    would not do, or another class has at least as many votes. It is an estimate: another question
+    has other rows.
     """
     rows = sum(votes)
     if votes[label] <= max(count for index, count in enumerate(votes) if index != label):
@@ -35,7 +37,7 @@ def rows_needed(
 
     def scaled(n: int) -> tuple[int, ...]:
         more = [-(-n * count // rows) for count in votes]  # Others are rounded up.
-        more[label] = n - (sum(more) - more[label])
+        more[label] = max(0, n - (sum(more) - more[label]))
         return tuple(more)
 
     found = bisect_left(range(rows, MOST_ROWS + 1), True, key=lambda n: proves(scaled(n)))

@@ -90,7 +90,7 @@ def is_passed(question: Cascade, estimation_counts: Counts) -> bool:
 def check_cascade(n0: int, n: int, sigmas: Sequence[float], alpha: float) -> None:
     """Raises ValueError with field, value and limit for a cascade that could only abstain."""
     if not MIN_STAGES <= len(sigmas) <= MAX_STAGES:
-        raise ValueError(f"sigma = {[*sigmas]}: must be {MIN_STAGES} to {MAX_STAGES} values")
+        raise ValueError(f"sigma has {len(sigmas)} values: must be {MIN_STAGES} to {MAX_STAGES}")
     if any(this <= following for this, following in pairwise(sigmas)):
         raise ValueError(f"sigma = {[*sigmas]}: must descend")
     share = min(stage_shares(alpha, len(sigmas)).values())

@@ -54,7 +54,8 @@ def recompute(
         return _recompute_anytime(question, evidence, classes)
     for name, value in (
         ("target_radius", target),
-        ("looks", question["looks"] or evidence["looks"] or None),
+        ("looks", question["looks"]),
+        ("looks", evidence["looks"] or None),
     ):
         if value is not None:
             raise ValueError(f"{name} = {value}: {method} has none")

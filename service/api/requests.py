@@ -11,13 +11,14 @@ from typing import Any, Self, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service.engine.protocol import RETRY_SECONDS
-from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia
+from service.errors import MalformedRequest, Overloaded, TooLarge, UnsupportedMedia, as_json
 from service.predictions.question import PredictRequest
 from service.validation import invalid_field, invalid_fields
 
@@ -30,6 +31,7 @@ LONGEST_WAIT = 600
 _JSON, _FORM = "application/json", "multipart/form-data"
 _MAX_FIELDS = 20
 _MAX_FIELD_BYTES = 4 * 2**10
+_MAX_NAME = 255
 _TEXT_FIELDS = PredictRequest.model_fields.keys() - {"image"}
 
 
@@ -155,7 +157,15 @@ def _bounded(request: Request, max_bytes: int) -> Request:
 async def _form(
     request: Request, max_files: int, read: Callable[[FormData], Awaitable[T]]
 ) -> AsyncIterator[T]:
-    """The result of `read` on the request's form, whose files are open within the context."""
+    """The result of `read` on the request's form, whose files are open within the context.
+
+    Raises UnsupportedMedia for another charset than UTF-8: Python has codecs that fail on any text,
+    and some that decode to text which UTF-8 cannot encode.
+    """
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMedia(f"The charset of the form is {as_json(charset)}: it must be utf-8")
     form = FormData()
     try:
         try:
@@ -193,6 +203,9 @@ async def _read_batch(form: FormData) -> tuple[PredictRequest, list[UploadFile]]
     for image in form.getlist("images"):
         if not isinstance(image, UploadFile):
             raise invalid_field("images", "images must be sent as files, with file names")
+        if (length := len(image.filename or "")) > _MAX_NAME:
+            detail = f"images: a file's name has {length} characters; at most {_MAX_NAME} are kept"
+            raise invalid_field("images", detail, length, _MAX_NAME)
         images.append(image)
     if not images:
         raise invalid_field("images", "images: send at least one file", 0, 1)

@@ -54,8 +54,6 @@ def verify(
 
     if replay and image is None:
         _fail("--replay needs --image")
-    if results is not None and (image is not None or task is not None):
-        _fail("--results is for a manifest, --image and --task are for a certificate")
     try:
         with certificate.open("rb") as file:
             text = file.read(MOST_BYTES + 1)
@@ -64,6 +62,8 @@ def verify(
     except ValueError as error:
         _fail(f"{jwks}: {error}")
     if results is not None or _is_manifest(text):
+        if image is not None or task is not None:
+            _fail("--image and --task are for a certificate, and this is checked as a manifest")
         checks = _manifest_checks(text, keys, results)
     else:
         bundle = None if task is None else _bundle(task, read_settings())

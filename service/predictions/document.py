@@ -151,7 +151,7 @@ class Issuer(Section):
 
     version: str = Field(description="The service's release.")
     issued_at: str = Field(
-        pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$",
+        pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$",
         description="When the last row was counted (RFC 3339, UTC).",
     )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from models.bundle import Base, Bundle
 from models.certificates.abstention import Reason, rows_needed
 from models.certificates.anytime import Anytime, certify_anytime
-from models.certificates.cascade import Cascade, certify_cascade
+from models.certificates.cascade import Cascade, certify_cascade, is_passed
 from models.certificates.evidence import total_variation
 from models.certificates.norms import attack_norms
 from models.certificates.rules import Certificate, bound_votes, certify, predict
@@ -166,6 +166,13 @@ def _abstention(status: JobStatus, proven: Certificate) -> Abstention | None:
     selection = votes if job.mode is Mode.PREDICT else status.selection
     label = selection.index(max(selection))
     needed = rows_needed(votes, label, proves)
+    if needed is None and len(proven.stages) < len(job.stages):
+        question, most = cascade(job), max(votes)  # The largest count alone decides.
+        needed = rows_needed(
+            (sum(votes) - most, most),
+            0,
+            lambda more: is_passed(replace(question, n=sum(more)), (more[1], 0)),
+        )
     reason = Reason.TOO_CLOSE if needed is None else Reason.TOO_FEW_ROWS
     return Abstention(reason=reason, rows_needed=needed)
 

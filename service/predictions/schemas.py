@@ -48,13 +48,12 @@ class Abstention(BaseModel):
     reason: Annotated[Reason, WithJsonSchema({"enum": [reason.value for reason in Reason]})] = (
         Field(
             description="`too_few_rows`: more rows would probably do. `too_close`: not even "
-            "100,000 with these shares of votes would settle the selected label. `hopeless`: the "
-            "target radius was given up."
+            "100,000 with these shares of votes would. `hopeless`: the target radius was given up."
         )
     )
     rows_needed: int | None = Field(
-        description="About the fewest rows n that would do, or null. Asking with them is a new "
-        "trial, with its own alpha."
+        description="About the fewest rows n that would do, or null; in a cascade, settle the "
+        "stage that abstained. Asking with them is a new trial, with its own alpha."
     )
 
 

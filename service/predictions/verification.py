@@ -278,6 +278,9 @@ def _check_equal(name: str, claimed: Any, found: Any) -> None:
             raise Refused(f"{name} has {', '.join(claimed)}: must have {', '.join(found)}")
         for key in found:
             _check_equal(key, claimed[key], found[key])
+    elif isinstance(claimed, list) and isinstance(found, list) and len(claimed) == len(found):
+        for each, proven in zip(claimed, found, strict=True):
+            _check_equal(name, each, proven)
     elif isinstance(claimed, float) and isinstance(found, float):
         if not abs(claimed - found) <= TOLERANCE * max(1.0, abs(found)):
             raise Refused(f"{name} = {claimed}: the evidence proves {found}")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from models.bundle import DEFAULT_TASK, read_bundle
 from service.predictions.verification import Verifier
 from service.signing import canonical, read_jwks
-from tests.support.certificates import answered, issued, resigned
+from tests.support.certificates import answered, asked, issued, resigned
 from tests.support.paths import ROOT
 from tests.support.serving import KEYS
 
@@ -98,6 +99,8 @@ LAST = [200, 175, 20]
         ("anytime", "evidence", {"looks": [[32, 24, 2], [96, 84, 9], LAST]}, "are too few"),
         ("early", "evidence", {"looks": []}, "evidence.looks are not the schedule's"),
         ("cohen", "question", {"looks": [200]}, "the method has no looks"),
+        ("cohen", "question", {"looks": []}, "the method has no looks"),
+        ("cascade", "question", {"looks": [200, 400]}, "the method has no looks"),
         ("cohen", "evidence", {"looks": [[200, 175, 20]]}, "the method has no looks"),
         ("cohen", "question", {"sigma": 1e5}, "sigma is not 0.02 to 4"),
         ("cohen", "question", {"n": 100_001}, "n0 or n is not 1 to 100,000"),
@@ -141,6 +144,15 @@ def test_the_script_refuses_a_signed_lie(
     ran = ran_on(tmp_path, document)
     assert ran.returncode == 1
     assert reason in ran.stdout, ran.stdout
+
+
+def test_the_script_takes_true_for_no_number(tmp_path: Path) -> None:
+    """In Python True equals 1.0, the sigma of a stage."""
+    job = asked(method="cascade", sigma=1.0, stages=(1.0, 0.25), looks=(200, 400))
+    document = issued(replace(answered("cascade"), job=job))["document"]
+    assert ran_on(tmp_path, document).returncode == 0
+    document["result"]["stages"][0]["sigma"] = True
+    assert "sigma = True: proven is 1" in ran_on(tmp_path, document).stdout
 
 
 @pytest.mark.parametrize(

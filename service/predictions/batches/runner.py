@@ -64,11 +64,11 @@ class BatchRunner:
             while not stop.is_set():
                 try:
                     for batch in await asyncio.to_thread(self._store.open):
-                        if batch.id not in taken or taken[batch.id].done():
-                            taken[batch.id] = asyncio.create_task(self._take(batch.id))
+                        if batch.run not in taken or taken[batch.run].done():
+                            taken[batch.run] = asyncio.create_task(self._take(batch))
                     if time.monotonic() > next_sweep:
                         next_sweep = time.monotonic() + SWEEP_SECONDS
-                        taken = {name: task for name, task in taken.items() if not task.done()}
+                        taken = {run: task for run, task in taken.items() if not task.done()}
                         await asyncio.to_thread(self._store.discard_old)
                         await self.erase_discarded()
                 except Exception:
@@ -87,15 +87,15 @@ class BatchRunner:
                     await self._predictions.engine.delete(job_id)
                 await asyncio.to_thread(self._store.erase, trash)
 
-    async def _take(self, batch_id: str) -> None:
+    async def _take(self, batch: Batch) -> None:
         """Work on the batch while its lock is held, if a worker is alive and the lock is free."""
         try:
             if not (await self._predictions.engine.capacity()).digests:
                 return
-            async with self._acquire(batch_id) as lock:
+            async with self._acquire(batch.run) as lock:
                 if lock is None:
                     return
-                working = asyncio.create_task(self._work(batch_id))
+                working = asyncio.create_task(self._work(batch))
                 try:
                     while lock.is_held and not working.done():
                         await asyncio.wait({working}, timeout=_UNREACHABLE_SECONDS)
@@ -103,15 +103,14 @@ class BatchRunner:
                     working.cancel()
                     await asyncio.gather(working, return_exceptions=True)
         except (EngineUnreachable, *UNREACHABLE) as error:
-            logger.debug("batch %s waits: %s", batch_id, error)
+            logger.debug("batch %s waits: %s", batch.id, error)
 
-    async def _work(self, batch_id: str) -> None:
+    async def _work(self, batch: Batch) -> None:
         """Store a line for each image that has none, then the batch's end."""
         try:
-            batch = await asyncio.to_thread(self._store.get, batch_id)
-            if batch.state.ended:
-                return
-            done = await asyncio.to_thread(self._store.done, batch_id)
+            if await asyncio.to_thread(self._store.get, batch.id) != batch:
+                return  # It has ended before its lock was held, or was deleted.
+            done = await asyncio.to_thread(self._store.done, batch)
             waiting = iter([index for index in range(len(batch.names)) if index not in done])
 
             async def answer_some() -> None:
@@ -121,18 +120,18 @@ class BatchRunner:
             async with asyncio.TaskGroup() as group:
                 for _ in range(OPEN_JOBS):
                     group.create_task(answer_some())
-            await asyncio.to_thread(self._store.finish, batch_id)
+            await asyncio.to_thread(self._store.finish, batch)
         except (FileNotFoundError, NotFound):
             pass  # The batch was deleted.
         except Exception:
-            logger.exception("batch %s cannot be worked on; trying again", batch_id)
+            logger.exception("batch %s cannot be worked on; trying again", batch.id)
 
     async def _answer(self, batch: Batch, index: int) -> None:
         """Store the image's line once its question is answered."""
         while True:
             try:
                 line = await self._line(batch, index)
-                await asyncio.to_thread(self._store.add_line, batch.id, index, line)
+                await asyncio.to_thread(self._store.add_line, batch, index, line)
                 return
             except FileNotFoundError:
                 return  # The batch was deleted, or another process has stored the line.
@@ -165,12 +164,12 @@ class BatchRunner:
 
     async def _last_status(self, batch: Batch, index: int) -> JobStatus:
         """The last status of the image's job, which is queued unless it was before."""
-        image = await asyncio.to_thread(self._store.image, batch.id, index)
-        key = f"batch:{batch.id}:{index}"
+        image = await asyncio.to_thread(self._store.image, batch, index)
+        key = f"batch:{batch.run}:{index}"
         job_id = await self._predictions.submit(batch.question(image), batch.owner, key)
         del image
         try:
-            await asyncio.to_thread(self._store.add_job, batch.id, job_id)
+            await asyncio.to_thread(self._store.add_job, batch, job_id)
         except FileNotFoundError:
             await self._predictions.engine.delete(job_id)
             raise

@@ -53,7 +53,7 @@ class ManifestDocument(Section):
     statement: str = Field(description="What holds of all certificates, in one sentence.")
     family_alpha: float = Field(description="Probability that any certificate is wrong.")
     alpha: float = Field(description="The alpha of each certificate.")
-    m: int = Field(description="The batch's images, fixed before any row was drawn.")
+    m: int = Field(description="The batch's images, fixed as the batch was accepted.")
     certificates: list[ListedCertificate] = Field(description="All certificates of the batch.")
     service: Issuer
 

@@ -120,10 +120,10 @@ class Batches:
         """The batch; raises NotFound for an unknown one and for another owner's."""
         batch = await self._owned(batch_id, owner)
         try:
-            done = await asyncio.to_thread(self._store.done, batch_id)
+            done = await asyncio.to_thread(self._store.done, batch)
         except FileNotFoundError as error:
             raise _gone() from error
-        return _to_response(batch, len(done), has_begun=self._store.has_begun(batch_id))
+        return _to_response(batch, len(done), has_begun=self._store.has_begun(batch))
 
     async def delete(self, batch_id: str, owner: str | None) -> None:
         """Erase the batch, and its jobs as soon as the engine is reachable; raises NotFound."""
@@ -140,18 +140,18 @@ class Batches:
         Ends early where the batch is deleted or the process stops.
         """
         sent: set[int] = set()
-        while True:
-            try:
+        try:
+            first = batch = await asyncio.to_thread(self._store.get, batch_id)
+            while batch.run == first.run:
+                for index in sorted(await asyncio.to_thread(self._store.done, batch) - sent):
+                    yield await asyncio.to_thread(self._store.line, batch, index)
+                    sent.add(index)
+                if batch.state.ended or self._predictions.draining.is_set():
+                    return
+                await sleep_or_stop(self._predictions.draining, FOLLOW_SECONDS)
                 batch = await asyncio.to_thread(self._store.get, batch_id)
-                lines = await asyncio.to_thread(self._store.lines, batch_id, sent)
-            except (FileNotFoundError, NotFound):
-                return
-            for line in lines.values():
-                yield line
-            sent.update(lines)
-            if batch.state.ended or self._predictions.draining.is_set():
-                return
-            await sleep_or_stop(self._predictions.draining, FOLLOW_SECONDS)
+        except (FileNotFoundError, NotFound):
+            return
 
     async def manifest(self, batch_id: str, owner: str | None) -> SignedManifest:
         """The signed list of an ended batch's certificates; raises NotFound for an open one."""
@@ -159,16 +159,16 @@ class Batches:
         if batch.finished is None:
             raise NotFound("The batch has not ended; its manifest is made at its end")
         try:
-            certificates = await asyncio.to_thread(self._certificates, batch_id)
+            certificates = await asyncio.to_thread(self._certificates, batch)
         except FileNotFoundError as error:
             raise _gone() from error
         document = _manifest(batch, certificates)
         jws = self._keys.sign(canonical(document.model_dump()))
         return SignedManifest(document=document, jws=jws)
 
-    def _certificates(self, batch_id: str) -> list[ListedCertificate]:
+    def _certificates(self, batch: Batch) -> list[ListedCertificate]:
         """The entries of all certificates; takes about a second for 1,000."""
-        found = [_listed(line) for line in self._store.lines(batch_id).values()]
+        found = map(_listed, self._store.lines(batch))
         return [each for each in found if each is not None]
 
     async def _owned(self, batch_id: str, owner: str | None) -> Batch:

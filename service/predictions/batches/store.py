@@ -1,8 +1,9 @@
 """Batches as folders on disk: the questions, the images that wait, and a line an answered image.
 
-A batch's folder holds `batch.json` (replaced at its end), `images/` and `lines/` (a file an image,
-by index), and `jobs` (an id a line). Each folder appears and vanishes by one rename, so a process
-may be killed at any point. The line of an image replaces its file.
+The folder `ID/RUN` of a batch holds `batch.json` (replaced at its end), `images/` and `lines/` (a
+file an image, by index), and `jobs` (an id a line). `ID` appears and vanishes by one rename, so a
+process may be killed at any point. The line of an image replaces its file. `RUN` is random: a
+process that still works on a deleted batch finds nothing of a later one with the same id.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import errno
 import json
 import re
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +48,7 @@ class Batch:
     - `state`: the state as stored. A batch is `queued` there until its end.
     - `problem`: the first image's problem document where no image has an answer.
     - `fingerprint`: SHA-256 (hex) of the request, where it had an Idempotency-Key.
+    - `run`: the name of the batch's own folder; a later batch of the same id has another.
     """
 
     id: str
@@ -58,6 +61,7 @@ class Batch:
     finished: float | None = None
     problem: Mapping[str, Any] | None = None
     fingerprint: str = ""
+    run: str = field(default_factory=lambda: secrets.token_urlsafe(16))
 
     def question(self, image: bytes) -> PredictRequest:
         """The batch's question about one of its images."""
@@ -73,7 +77,7 @@ class BatchStore:
     def __init__(self, settings: Settings) -> None:
         self._root = settings.data_dir.resolve() / "batches"
         self._retention_seconds = settings.retention_seconds
-        self._ended: set[tuple[str, int]] = set()  # Spares `open` reading them again.
+        self._ended: set[Path] = set()  # Spares `open` reading them again.
 
     def create(self, batch: Batch, images: Sequence[IO[bytes]]) -> None:
         """Store a new batch with its images, one a name.
@@ -88,15 +92,16 @@ class BatchStore:
         self._check_room(batch.owner)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._root))
         try:
-            for name in (_IMAGES, _LINES):
-                (partial / name).mkdir(mode=0o700)
+            folder = partial / batch.run
+            for each in (folder, folder / _IMAGES, folder / _LINES):
+                each.mkdir(mode=0o700)
             for index, image in enumerate(images):
-                with (partial / _IMAGES / str(index)).open("wb") as stream:
+                with (folder / _IMAGES / str(index)).open("wb") as stream:
                     shutil.copyfileobj(image, stream)
-                flush(partial / _IMAGES / str(index))
-            _write(partial, batch)
-            for folder in (partial / _IMAGES, partial):
-                flush(folder)
+                flush(folder / _IMAGES / str(index))
+            _write(folder, batch)
+            for each in (folder / _IMAGES, folder, partial):
+                flush(each)
             partial.rename(self._root / batch.id)
             flush(self._root)
         except BaseException as error:
@@ -107,86 +112,77 @@ class BatchStore:
 
     def get(self, batch_id: str) -> Batch:
         """The batch of this id; raises NotFound, also for one that another release has written."""
-        try:
-            if not _ID.fullmatch(batch_id):
-                raise FileNotFoundError(batch_id)
-            fields = json.loads((self._root / batch_id / _BATCH).read_text("utf-8"))
-            return Batch(**{**fields, "state": State(fields["state"])})
-        except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-            raise NotFound("There is no such batch, or no longer") from error
+        folders = self._folders_of(batch_id) if _ID.fullmatch(batch_id) else []
+        for batch in _read(folders):
+            return batch
+        raise NotFound("There is no such batch, or no longer")
 
     def open(self) -> list[Batch]:
         """The batches that have not ended, the oldest first."""
-        # By time too, since a deleted batch may be sent again under its Idempotency-Key.
-        folders = {(name, self._changed(name)) for name in self._ids()}
+        folders = set(self._folders())
         self._ended &= folders
-        found = []
-        for name, changed in folders - self._ended:
-            for batch in self._read([name]):
-                found.append(batch)
-                if batch.state.ended:
-                    self._ended.add((name, changed))
+        found = _read(folders - self._ended)
+        self._ended |= {self._folder(batch) for batch in found if batch.state.ended}
         return sorted((each for each in found if not each.state.ended), key=_created)
 
-    def _changed(self, batch_id: str) -> int:
-        """The last change of the batch's folder (ns), in which nothing changes after its end."""
-        with suppress(FileNotFoundError):
-            return (self._root / batch_id).stat().st_mtime_ns
-        return 0
-
-    def has_begun(self, batch_id: str) -> bool:
+    def has_begun(self, batch: Batch) -> bool:
         """Whether any of the batch's jobs was queued."""
-        return (self._root / batch_id / _JOBS).exists()
+        return (self._folder(batch) / _JOBS).exists()
 
-    def image(self, batch_id: str, index: int) -> bytes:
+    def image(self, batch: Batch, index: int) -> bytes:
         """The file of an image without a line; raises FileNotFoundError for another."""
-        return (self._root / batch_id / _IMAGES / str(index)).read_bytes()
+        return (self._folder(batch) / _IMAGES / str(index)).read_bytes()
 
-    def add_job(self, batch_id: str, job_id: str) -> None:
+    def add_job(self, batch: Batch, job_id: str) -> None:
         """Note a job of the batch, so that it is deleted with the batch."""
-        with (self._root / batch_id / _JOBS).open("a", encoding="ascii") as stream:
+        with (self._folder(batch) / _JOBS).open("a", encoding="ascii") as stream:
             stream.write(f"{job_id}\n")
 
-    def add_line(self, batch_id: str, index: int, line: bytes) -> None:
+    def add_line(self, batch: Batch, index: int, line: bytes) -> None:
         """Store an image's line, and remove the image."""
-        folder = self._root / batch_id
+        folder = self._folder(batch)
         with written_whole(folder / _LINES / str(index)) as partial:
             partial.write_bytes(line)
         (folder / _IMAGES / str(index)).unlink(missing_ok=True)
 
-    def done(self, batch_id: str) -> set[int]:
+    def done(self, batch: Batch) -> set[int]:
         """The indices of the images that have a line."""
-        names = [path.name for path in (self._root / batch_id / _LINES).iterdir()]
+        names = [path.name for path in (self._folder(batch) / _LINES).iterdir()]
         return {int(name) for name in names if name.isdecimal()}
 
-    def lines(self, batch_id: str, known: Collection[int] = ()) -> dict[int, bytes]:
-        """The lines, by index in ascending order, but those of `known` indices."""
-        folder = self._root / batch_id / _LINES
-        indices = sorted(self.done(batch_id).difference(known))
-        return {index: (folder / str(index)).read_bytes() for index in indices}
+    def line(self, batch: Batch, index: int) -> bytes:
+        """The line of an image; up to 4 MB, for a task of 1,000 long labels."""
+        return (self._folder(batch) / _LINES / str(index)).read_bytes()
 
-    def finish(self, batch_id: str) -> None:
+    def lines(self, batch: Batch) -> Iterator[bytes]:
+        """The lines so far, in the order of the images, one in memory at a time."""
+        return (self.line(batch, index) for index in sorted(self.done(batch)))
+
+    def finish(self, batch: Batch) -> None:
         """Store the batch's end, once every image has a line."""
-        batch = self.get(batch_id)
-        lines = [json.loads(line) for line in self.lines(batch_id).values()]
-        if len(lines) < len(batch.names):
+        if len(self.done(batch)) < len(batch.names):
             return
-        is_answered = any("result" in line for line in lines)
+        lines = map(json.loads, self.lines(batch))
+        first = next(lines)
+        is_answered = "result" in first or any("result" in line for line in lines)
         state = State.SUCCEEDED if is_answered else State.FAILED
-        problem = None if is_answered else lines[0]["problem"]
+        problem = None if is_answered else first["problem"]
         ended = replace(batch, state=state, finished=time.time(), problem=problem)
-        _write(self._root / batch_id, ended)
+        _write(self._folder(batch), ended)
 
     def discard(self, batch_id: str) -> None:
-        """Take the batch away; its folder is in `discarded` until it is erased."""
+        """Remove the batch's images and lines; its jobs are in `discarded` until it is erased."""
         trash = self._root / f"{_TRASH}{batch_id}-{time.time_ns()}"
         (self._root / batch_id).rename(trash)
         flush(self._root)
+        for name in (_IMAGES, _LINES):
+            for folder in trash.glob(f"*/{name}"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def discard_old(self) -> None:
         """Discard batches past their time, and half-made folders of killed processes."""
         now = time.time()
-        for batch in self._read(self._ids()):
+        for batch in _read(self._folders()):
             if (batch.finished or batch.created) + self._retention_seconds < now:
                 with suppress(FileNotFoundError):  # Another process does the same.
                     self.discard(batch.id)
@@ -200,8 +196,9 @@ class BatchStore:
         found: dict[Path, list[str]] = {}
         for trash in self._root.glob(f"{_TRASH}*"):
             found[trash] = []
-            with suppress(FileNotFoundError):  # None of its jobs was queued.
-                found[trash] = (trash / _JOBS).read_text("ascii").split()
+            with suppress(FileNotFoundError):  # Another process erases it.
+                for jobs in trash.glob(f"*/{_JOBS}"):
+                    found[trash] += jobs.read_text("ascii").split()
         return found
 
     def erase(self, trash: Path) -> None:
@@ -223,16 +220,30 @@ class BatchStore:
                 limit=MOST_OPEN,
             )
 
-    def _ids(self) -> list[str]:
-        entries = self._root.iterdir() if self._root.is_dir() else ()
-        return [path.name for path in entries if _ID.fullmatch(path.name)]
+    def _folder(self, batch: Batch) -> Path:
+        return self._root / batch.id / batch.run
 
-    def _read(self, ids: Iterable[str]) -> list[Batch]:
-        found = []
-        for batch_id in ids:
-            with suppress(NotFound):  # Discarded meanwhile.
-                found.append(self.get(batch_id))
-        return found
+    def _folders(self) -> list[Path]:
+        """The folders of all batches."""
+        entries = self._root.iterdir() if self._root.is_dir() else ()
+        ids = [path.name for path in entries if _ID.fullmatch(path.name)]
+        return [folder for batch_id in ids for folder in self._folders_of(batch_id)]
+
+    def _folders_of(self, batch_id: str) -> list[Path]:
+        """The one folder of a batch, or none."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return [*(self._root / batch_id).iterdir()]
+        return []
+
+
+def _read(folders: Iterable[Path]) -> list[Batch]:
+    """The batches in these folders, but those discarded meanwhile, or of another release."""
+    found = []
+    for folder in folders:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+            fields = json.loads((folder / _BATCH).read_text("utf-8"))
+            found.append(Batch(**{**fields, "state": State(fields["state"])}))
+    return found
 
 
 def _created(batch: Batch) -> tuple[float, str]:

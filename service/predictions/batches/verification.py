@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,8 @@ from service.signing import canonical, read_json, read_signed
 class ManifestVerifier:
     """The checks of one manifest, given as the text of its JSON.
 
-    `jwks` adds the check of the signatures. `results` are the lines of the batch's results, whose
-    certificates are checked too.
+    `jwks` adds the check of the signatures. `results` are the lines of the batch's results: one an
+    image, and each answer that is certified has its certificate, which is checked too.
     """
 
     text: bytes
@@ -53,23 +52,29 @@ class ManifestVerifier:
             done.append(check("results", lambda: self._check_results(manifest, results)))
         return done
 
-    def _check_results(self, manifest: ManifestDocument, results: Iterable[bytes]) -> str:
+    def _check_results(self, manifest: ManifestDocument, lines: Iterable[bytes]) -> str:
         listed = {each.index: each for each in manifest.certificates}
-        for line in results:
-            read = read_json(line)
-            index, certificate = _certificate(read)
-            if certificate is not None:
+        indexes = []
+        for line in lines:
+            index, result = _indexed(read_json(line))
+            indexes.append(index)
+            if result.get("certificate") is not None:
                 if index not in listed:
                     raise Refused(f"index {index}: the manifest lists no certificate of it")
-                self._check_certificate(manifest, listed.pop(index), certificate)
+                self._check_certificate(manifest, listed.pop(index), result)
+            elif result.get("certified"):
+                raise Refused(f"index {index}: its answer is certified without a certificate")
         if listed:
             raise Refused(f"index {min(listed)}: the results have no certificate of it")
+        if len(indexes) != manifest.m or sorted(indexes) != [*range(len(indexes))]:
+            raise Refused(f"the results have {len(indexes)} lines: must be one of each of m images")
         return f"have exactly its {len(manifest.certificates)} certificates, each with its alpha"
 
     def _check_certificate(
-        self, manifest: ManifestDocument, listed: ListedCertificate, certificate: Any
+        self, manifest: ManifestDocument, listed: ListedCertificate, result: Mapping[str, Any]
     ) -> None:
-        document, checks = Verifier(json.dumps(certificate).encode(), self.jwks).checks()
+        certificate = result["certificate"]
+        document, checks = Verifier(canonical(certificate), self.jwks).checks()
         for failed in (each for each in checks if each.passed is False):
             raise Refused(f"index {listed.index}: {failed.name}: {failed.detail}")
         found = hashlib.sha256(canonical(certificate["document"])).hexdigest()
@@ -80,14 +85,18 @@ class ManifestVerifier:
             manifest.alpha,
         ):
             raise Refused(f"index {listed.index}: its certificate has another id or alpha")
+        for name in ("label", "label_index", "radius"):
+            stated, proven = result.get(name), getattr(document.result, name)
+            if canonical(stated) != canonical(proven):
+                raise Refused(f"index {listed.index}: {name} = {stated}: certified is {proven}")
 
 
-def _certificate(line: Any) -> tuple[int, Any]:
-    """Index and certificate of a line, None where it has none; raises Refused for another line."""
-    if not isinstance(line, dict) or not isinstance(line.get("index"), int):
+def _indexed(line: Any) -> tuple[int, Mapping[str, Any]]:
+    """Index and result of a line, {} where it has none; raises Refused for another line."""
+    if not isinstance(line, dict) or type(line.get("index")) is not int:
         raise Refused("a line of the results has no index")
     result = line.get("result")
-    return line["index"], result.get("certificate") if isinstance(result, dict) else None
+    return line["index"], result if isinstance(result, dict) else {}
 
 
 def _check_alpha(manifest: ManifestDocument) -> str:

@@ -199,6 +199,16 @@ async def test_too_much_is_refused(service: Service, monkeypatch: pytest.MonkeyP
     problem(response, 415, "unsupported-media-type")
 
 
+async def test_names_are_bounded(service: Service) -> None:
+    """The names of open batches are read again and again; none may be longer than a file's."""
+    for length, status in ((255, 202), (256, 422)):
+        files = [("images", ("n" * length, PNG))]
+        response = await service.client.post("/batches", files=files)
+        assert response.status_code == status
+    (error,) = problem(response, 422, "invalid-field")["errors"]
+    assert (error["field"], error["value"], error["limit"]) == ("images", 256, 255)
+
+
 def test_the_limits_are_those_of_the_reference() -> None:
     """1,000 images and 100 MB."""
     assert (endpoints.MOST_IMAGES, endpoints.MOST_BYTES) == (1000, 100_000_000)
@@ -223,6 +233,28 @@ async def test_deleted_batches_leave_nothing(tmp_path: Path) -> None:
             while (await service.engine.capacity()).backlog_rows:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     assert [*(tmp_path / "batches").iterdir()] == []
+
+
+async def test_images_go_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the jobs of a deleted batch wait for an engine that is unreachable."""
+    monkeypatch.setattr(runner, "SWEEP_SECONDS", 0.01)
+    async with serving(data_dir=tmp_path) as service:
+        service.voter.open.clear()
+        location = await accepted(service, [PNG, b"no image"])
+        await service.until(location, lambda found: found.json()["done"] == 1)
+        await service.voter.busy.wait()
+
+        async def unreachable(_: str) -> bool:
+            raise ConnectionError("Redis is away")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service.engine, "delete", unreachable)
+            assert (await service.client.delete(location)).status_code == 204
+            left = [path for path in (tmp_path / "batches").rglob("*") if path.is_file()]
+            assert sorted(path.name for path in left) == ["batch.json", "jobs"]
+        async with asyncio.timeout(30):
+            while [*(tmp_path / "batches").iterdir()]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_batches_belong_to_their_key() -> None:
@@ -319,10 +351,9 @@ async def test_what_passes_is_waited_out(
     monkeypatch.setattr(predictions, "submit", refusing)
     monkeypatch.setattr(runner, "LONGEST_PAUSE", 0.01)
     monkeypatch.setattr(runner, "_UNREACHABLE_SECONDS", 0.01)
-    location = await accepted(service, [PNG])
-    (line,) = await results(service, location)
+    (line,) = await results(service, await accepted(service, [PNG]))
     assert line["state"] == "succeeded"
-    assert keys == [f"batch:{location.removeprefix('/batches/')}:0"] * 3
+    assert keys == [keys[0]] * 3
 
 
 async def test_a_stopping_process_ends_its_streams(service: Service) -> None:
@@ -403,3 +434,29 @@ async def test_two_retries_at_once_are_one_batch(service: Service) -> None:
     sent = await asyncio.gather(*(send(service, [PNG] * 20, headers=headers) for _ in range(4)))
     assert [each.status_code for each in sent] == [202] * 4
     assert len({each.headers["location"] for each in sent}) == 1
+
+
+async def test_a_batch_sent_again_shares_nothing_with_the_deleted_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for the deleted one's images answers none of the new ones, at another alpha."""
+    monkeypatch.setattr(runner, "_UNREACHABLE_SECONDS", 0.1)
+    predictions = service.app.state.services.predictions
+    submit, refused, is_full = predictions.submit, asyncio.Event(), True
+
+    async def refusing(*arguments: Any) -> str:
+        if is_full:
+            refused.set()
+            raise Backlog("full")
+        return str(await submit(*arguments))
+
+    monkeypatch.setattr(predictions, "submit", refusing)
+    headers = {"Idempotency-Key": "once"}
+    first = await accepted(service, [PNG, OTHER], headers=headers, alpha="0.1")
+    await refused.wait()
+    assert (await service.client.delete(first)).status_code == 204
+    again = await accepted(service, [OTHER, PNG, PNG], headers=headers, alpha="0.01")
+    is_full = False
+    lines = await results(service, again)
+    assert again == first
+    assert [line["result"]["alpha"] for line in lines] == [family_share(0.01, 3)] * 3

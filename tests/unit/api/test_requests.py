@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 
 from service.api import requests as intake
@@ -84,6 +85,24 @@ async def test_bad_bodies_are_problems(
     """A body of another kind, or one that breaks its own format, is a problem document."""
     headers = {"Content-Type": kind}
     problem(await service.client.post("/predict", content=body, headers=headers), status, slug)
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "idna", "utf-7", "unicode_escape"])
+@pytest.mark.parametrize(("path", "field"), [("/predict", "image"), ("/batches", "images")])
+async def test_forms_are_in_utf_8(service: Service, path: str, field: str, charset: str) -> None:
+    """Another charset is refused: its file names may not decode, or not be stored as UTF-8."""
+
+    async def sent(name: str, charset: str) -> httpx.Response:
+        part = f'Content-Disposition: form-data; name="{field}"; filename="{name}"'
+        body = b"\r\n".join((b"--b", part.encode(), b"", PNG, b"--b--", b""))
+        kind = f"multipart/form-data; boundary=b; charset={charset}"
+        headers = {"Content-Type": kind, "Idempotency-Key": charset}
+        return await service.client.post(path, content=body, headers=headers)
+
+    for name in ("+2AA-", "\\ud800", "xn--a-\x80"):
+        document = problem(await sent(name, charset), 415, "unsupported-media-type")
+        assert charset in document["detail"]
+    assert (await sent("a", '"UTF-8"')).is_success
 
 
 @pytest.mark.parametrize("name", ["file", "picture.png"])

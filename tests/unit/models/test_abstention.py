@@ -38,6 +38,13 @@ def test_the_rows_would_do_and_half_of_them_would_not(method: str, votes: tuple[
     assert not certifies(method, half)
 
 
+def test_many_labels_with_a_vote_each_leave_an_estimate() -> None:
+    """Others' votes are rounded up, at few rows beyond the rows that there are."""
+    needed = rows_needed((22, *[1] * 78), 0, lambda more: certifies("two-sided", more))
+    assert needed is not None
+    assert 100 < needed < 300
+
+
 def test_predict_needs_rows_too() -> None:
     """56 votes to 44 are too few at alpha .001; eight times as many are about enough."""
     needed = rows_needed((56, 44), 0, lambda more: not predict(more, 0.001).abstained)

@@ -55,6 +55,7 @@ def test_recomputing_is_certifying(
         ({"method": "binomial"}, {}, "method = binomial"),
         ({"target_radius": 0.5}, {}, "target_radius = 0.5: cohen has none"),
         ({"looks": [32]}, {}, "looks = .* cohen has none"),
+        ({"looks": []}, {}, "looks = .* cohen has none"),
         ({}, {"looks": [[32, 32, 0]]}, "looks = .* cohen has none"),
         ({"n": 1001}, {}, "estimation_counts sum to 1000: must be 1001"),
         ({"n0": 9}, {}, "selection_counts sum to 10: must be 9"),

@@ -27,6 +27,11 @@ def close(rows: int) -> list[int]:
     return [rows // 4, rows // 4, rows // 2, rows - rows // 4 * 2 - rows // 2]
 
 
+def nearly_spread(rows: int) -> list[int]:
+    """Votes: two fifths for the cat."""
+    return [rows // 5, rows // 5, rows - rows // 5 * 3, rows // 5]
+
+
 def staged(rows: int, *stages: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
     """Votes by the stage; `rows` is the number of rows of each."""
     drawn = 0
@@ -92,6 +97,19 @@ async def test_between_the_bounds_the_cascade_abstains() -> None:
     assert "certificate" not in answer
 
 
+async def test_an_abstention_names_the_rows_that_would_settle_its_stage() -> None:
+    """A stage whose votes nearly prove that no label is probable is passed with more rows."""
+    async with serving(votes=nearly_spread) as service:
+        answer = (await service.ask(**ASKED)).json()
+        reason, needed = answer["abstention"].values()
+        more = -(-needed // 50) * 50  # Whole shards have the same shares of votes.
+        again = (await service.ask(**{**ASKED, "n": str(more)})).json()
+    assert (reason, answer["stages"][-1]["outcome"]) == ("too_few_rows", "abstained")
+    assert 200 < needed < 1000
+    assert [stage["outcome"] for stage in again["stages"]] == ["passed", "abstained"]
+    assert again["abstention"] == {"reason": "too_close", "rows_needed": None}
+
+
 async def test_json_and_forms_ask_the_same(service: Service) -> None:
     """A list in JSON is the repeated field of a form."""
     headers = {"Idempotency-Key": "once"}
@@ -137,9 +155,10 @@ async def test_cascades_that_cannot_be_are_refused(
 
 
 async def test_json_cascades_that_cannot_be_are_refused(service: Service) -> None:
-    """An empty list and a single sigma in a list are no cascade."""
-    for sigmas in ([], [0.5]):
+    """Another number than 2 to 4 is named, however many they are."""
+    for sigmas in ([], [0.5], [0.5, 0.25] * 10_000):
         refused = problem(await service.ask_json(sigma=sigmas), 422, "invalid-field")
         (error,) = refused["errors"]
         assert error["field"] == "sigma"
-        assert error["detail"] == f"sigma = {sigmas}: must be 2 to 4 values"
+        assert error["detail"] == f"sigma has {len(sigmas)} values: must be 2 to 4"
+        assert len(json.dumps(refused)) < 1000

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,14 @@ from typer.testing import CliRunner
 
 from service.cli.main import app
 from service.predictions.batches import runner
+from service.predictions.batches.schemas import TYPE
+from service.predictions.batches.service import manifest_statement
 from service.predictions.batches.verification import ManifestVerifier
-from service.signing import SigningKeys
-from tests.support.certificates import resigned
-from tests.support.serving import KEYS, PNG, SECRET, png, serving
+from service.predictions.certificate import Issuing
+from service.predictions.results import to_response
+from service.signing import SigningKeys, canonical
+from tests.support.certificates import BUNDLE, asked, ended, resigned
+from tests.support.serving import KEYS, NUMERICS, PNG, SECRET, png, serving
 
 OTHER_KEYS = SigningKeys(b"o" * 32, SECRET)
 
@@ -96,13 +102,23 @@ async def test_other_results_are_refused_by_index(batch: Any) -> None:
     changed[0]["result"]["certificate"]["document"]["result"]["radius"] = 9.0
     exchanged = copy.deepcopy(lines)
     exchanged[0]["result"], exchanged[2]["result"] = lines[2]["result"], lines[0]["result"]
+    larger = copy.deepcopy(lines)
+    larger[2]["result"]["radius"] = 9.0
+    claimed = copy.deepcopy(lines)
+    claimed[1]["result"] = {"label": "dog", "radius": 9.0, "certified": True}
     for odd, why in (
-        (without, "index 2: the results have no certificate of it"),
+        (without, "index 2: its answer is certified without a certificate"),
         (lines[:2], "index 2: the results have no certificate of it"),
         (added, "index 1: the manifest lists no certificate of it"),
         (changed, "index 0: document: document differs"),
         (exchanged, "index 0: its document has the SHA-256"),
+        (larger, "index 2: radius = 9.0: certified is 0."),
+        (claimed, "index 1: its answer is certified without a certificate"),
+        ([lines[0], lines[2]], "the results have 2 lines: must be one of each of m images"),
+        ([*lines, lines[1]], "the results have 4 lines"),
+        ([lines[0], lines[2], {"index": 3}], "the results have 3 lines"),
         ([{"no": "index"}], "a line of the results has no index"),
+        ([{"index": True}], "a line of the results has no index"),
     ):
         assert failures(text, odd)["results"].startswith(why)
 
@@ -125,5 +141,38 @@ async def test_the_command_reads_manifests(batch: Any, tmp_path: Any) -> None:
     (tmp_path / "results.ndjson").write_text("")
     ran = CliRunner().invoke(app, [*given, "--results", str(tmp_path / "results.ndjson")])
     assert (ran.exit_code, "FAIL results" in ran.stdout) == (1, True)
-    ran = CliRunner().invoke(app, [*given, "--results", "x", "--task", "default"])
-    assert ran.exit_code == 2
+    for of_a_certificate in (["--task", "default"], ["--image", str(tmp_path / "jwks.json")]):
+        ran = CliRunner().invoke(app, [*given, *of_a_certificate])
+        assert (ran.exit_code, "as a manifest" in ran.output) == (2, True)
+
+
+async def test_labels_of_any_length_fit() -> None:
+    """A certificate is read in UTF-8, as it was sent: 1,000 labels of 128 emoji are 1.2 MB."""
+    labels = tuple(f"{index:04}".ljust(128, "\N{GRINNING FACE}") for index in range(1000))
+    bundle = replace(BUNDLE, labels=labels)
+    votes = (0, 0, 9, 1, *[0] * 996)
+    job = asked(
+        classes=1000, n0=10, n=100, task_digest=bundle.digest, bundle=bundle.served_digest(NUMERICS)
+    )
+    status = ended(job, selection=votes, estimation=tuple(10 * count for count in votes))
+    signed = Issuing(SECRET, KEYS).issue(status, bundle)
+    answer = to_response(status, labels, signed).model_dump(mode="json")
+    document = answer["certificate"]["document"]
+    listed = {
+        "index": 0,
+        "id": document["id"],
+        "sha256": hashlib.sha256(canonical(document)).hexdigest(),
+    }
+    manifest = resigned(
+        {
+            "type": TYPE,
+            "batch": "a",
+            "statement": manifest_statement(job.alpha, job.alpha, 1, 1),
+            "family_alpha": job.alpha,
+            "alpha": job.alpha,
+            "m": 1,
+            "certificates": [listed],
+            "service": document["service"],
+        }
+    )
+    assert not failures(manifest, [{"index": 0, "result": answer}])
