@@ -30,7 +30,9 @@ class Source:
         kind, colon, path = text.partition(":")
         known = kinds.denoiser_kinds() if field == "denoiser" else kinds.classifier_kinds()
         if kind not in known:
-            raise ValueError(f"--{field} is {text!r}; it must be KIND:PATH with a kind of {known}")
+            raise ValueError(
+                f"--{field} is {text!r}; it must be KIND:PATH with a kind of {', '.join(known)}"
+            )
         if kinds.is_own(kind) and bool(path) == (kind == "none"):
             wanted = "none alone" if kind == "none" else f"{kind}:PATH"
             raise ValueError(f"--{field} is {text!r}; it must be {wanted}")
@@ -61,7 +63,11 @@ def _chosen(source: Source, files: kinds.Files | None) -> dict[str, Path]:
     suffix = _SINGLE.get(source.kind)
     if path.is_file():
         if suffix is None or path.suffix != suffix:
-            raise ValueError(f"--{source.field}: {path} is a file; {source.kind} takes a folder")
+            pickled = " of pickled weights, which are never read" * (path.suffix in kinds.PICKLES)
+            wanted = "a folder" if suffix is None else f"a folder or a {suffix} file"
+            raise ValueError(
+                f"--{source.field}: {path} is a file{pickled}; {source.kind} takes {wanted}"
+            )
         found = {f"model{suffix}": path}
         if source.kind == "onnx":
             found["model.json"] = path.with_suffix(".json")
