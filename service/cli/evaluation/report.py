@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from models.certificates.evidence import total_variation
 from models.evaluation.results import RULES, Run, by_rule, compared, figures
@@ -117,10 +117,10 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         "Percent, and radii in l2 of pixels in [0,1], with 95 % intervals: Wilson's of shares, "
         "bootstrapped of ACR. Certified means stable, and counted here only where right."
     )
-    shown = [_table("", list(document["runs"]), rows(document), caption)]
+    shown = [_table(list(document["runs"]), rows(document), caption)]
     if document["compared"]:
         caption = "Differences on the same images, with paired bootstrap intervals."
-        shown.append(_table("", _pairs(document), differences(document), caption))
+        shown.append(_table(_pairs(document), differences(document), caption))
     return shown
 
 
@@ -136,10 +136,8 @@ def _pairs(document: Mapping[str, Any]) -> list[str]:
     return [f"{pair['after']} - {pair['before']}" for pair in document["compared"]]
 
 
-def _table(
-    title: str, heads: Sequence[str], lines: Sequence[tuple[str, list[str]]], caption: str
-) -> Table:
-    table = Table(title, *heads, caption=caption)
+def _table(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]], caption: str) -> Table:
+    table = Table(Column(min_width=len("abstentions")), *heads, caption=caption)
     for name, cells in lines:
         table.add_row(name, *cells)
     return table
