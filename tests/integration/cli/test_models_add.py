@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from models.adaptation.plan import Plan
 from models.bundle import read_bundle
 from models.classifiers.timm import read_timm
 from models.denoisers import registry
 from models.runtime import Torch
 from models.smoothing import load, numerics
 from models.zoo.own import Registration
+from service.cli.adapt import open_store
 from service.cli.main import app
 from service.config import Settings
 from tests.support import miniatures, own_networks
@@ -158,6 +160,18 @@ def test_networks_of_another_task_stay(data: Path) -> None:
     assert removed.exit_code == 1
     assert "the networks of mine are those of other" in removed.stderr
     assert (data / "tasks" / "mine").exists()
+
+
+def test_networks_of_a_task_in_the_making_stay(data: Path) -> None:
+    """A job would run to its end, and its task would then lack its classifier."""
+    add("mine", "transformers:vit")
+    settings = Settings()
+    plan = Plan.checked(LABELS, classifier="mine", models_dir=settings.models_folder)
+    task = open_store(settings).create(plan, "pets", None)
+    removed = runner.invoke(app, ["models", "remove", "mine"])
+    assert f"the networks of mine are those of {task.id}" in removed.stderr
+    assert runner.invoke(app, ["models", "remove", task.id]).exit_code == 0
+    assert runner.invoke(app, ["models", "remove", "mine"]).exit_code == 0
 
 
 def test_networks_without_their_task_are_removed(data: Path) -> None:
