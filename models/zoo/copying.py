@@ -36,9 +36,10 @@ class Source:
         if kinds.is_own(kind) and bool(path) == (kind == "none"):
             wanted = "none alone" if kind == "none" else f"{kind}:PATH"
             raise ValueError(f"--{field} is {text!r}; it must be {wanted}")
-        if path and not Path(path).exists():
+        place = Path(path).expanduser()  # Shells leave a ~ after a colon.
+        if path and not place.exists():
             raise ValueError(f"--{field}: there is no {path}")
-        return cls(field, kind, Path(path) if colon else None)
+        return cls(field, kind, place if colon else None)
 
 
 def copied(source: Source, files: kinds.Files | None, target: Path) -> Base:

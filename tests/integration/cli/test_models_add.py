@@ -267,6 +267,32 @@ def test_cut_weights_are_refused(networks: Path, tmp_path: Path, data: Path) -> 
     refused(add("mine", f"timm:{tmp_path / 'timm'}"), "its header states", data)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("hf-hub:timm/resnet18", "timm has no architecture 'hf-hub:timm/resnet18'"),
+        ("resnet18", "RuntimeError: Error(s) in loading state_dict for ResNet"),
+    ],
+)
+def test_another_architecture_is_refused(
+    architecture: str, reason: str, networks: Path, tmp_path: Path, data: Path
+) -> None:
+    """In one line, and without a look at the hub."""
+    shutil.copytree(networks / "timm", tmp_path / "timm")
+    described = json.loads((tmp_path / "timm" / "config.json").read_text())
+    changed = json.dumps(described | {"architecture": architecture})
+    (tmp_path / "timm" / "config.json").write_text(changed)
+    result = add("mine", f"timm:{tmp_path / 'timm'}")
+    refused(result, reason, data)
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_folder(networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it after a colon."""
+    monkeypatch.setenv("HOME", str(networks))
+    assert add("mine", "timm:~/timm").exit_code == 0
+
+
 def test_missing_weights_are_refused(networks: Path, tmp_path: Path, data: Path) -> None:
     """A head without its last layer is refused; the library would draw it at random."""
     shutil.copytree(networks / "vit", tmp_path / "vit")
