@@ -205,7 +205,10 @@ def _check_kinds(manifest: Path, bundle: Bundle) -> None:
     for network, kinds in zip(("denoiser", "classifier"), known, strict=True):
         kind = getattr(bundle, network).kind
         if kind not in kinds:
-            raise BundleError(f"{manifest}: the {network} is {kind!r}, not of {', '.join(kinds)}")
+            raise BundleError(
+                f"{manifest}: the {network} is {kind!r}, not of {', '.join(kinds)}; a package that "
+                "adds it must be installed here"
+            )
     for name in BUNDLE_FILES.get(bundle.denoiser.kind, ()):
         if name not in bundle.files:
             raise BundleError(f"{manifest}: the denoiser needs {name}, which is not listed")

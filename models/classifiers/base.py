@@ -77,4 +77,6 @@ def similarities(features: Tensor, prototypes: Tensor) -> Tensor:
 def check_count(folder: Path, classes: int, labels: Sequence[str]) -> None:
     """Raises ValueError where a network has other than one class a label."""
     if classes != len(labels):
-        raise ValueError(f"{folder}: the network has {classes} classes, the task {len(labels)}")
+        raise ValueError(
+            f"{folder}: the network has {classes} classes, and there are {len(labels)} labels"
+        )

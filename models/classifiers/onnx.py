@@ -59,7 +59,9 @@ def _described(folder: Path) -> dict[str, Any]:
     """
     path = folder / DESCRIPTION
     described: dict[str, Any] = json.loads(path.read_text())
-    if not isinstance(described, dict) or (odd := sorted(described.keys() - _FIELDS)):
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: holds no JSON object with the fields {sorted(_FIELDS)}")
+    if odd := sorted(described.keys() - _FIELDS):
         raise ValueError(f"{path}: unknown fields {odd}; known are {sorted(_FIELDS)}")
     size = described.get("size")
     if not isinstance(size, int) or not 1 <= size <= 4096:
@@ -137,7 +139,8 @@ def _session(path: Path, device: torch.device) -> Any:
     try:
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=[wanted])
     except Exception as error:  # onnxruntime raises its own classes, with no common one.
-        raise ValueError(f"{path}: onnxruntime cannot load it: {error}") from error
+        advice = "; its weights must be in the file itself" if "xternal data" in str(error) else ""
+        raise ValueError(f"{path}: onnxruntime cannot load it: {error}{advice}") from error
     if session.get_providers()[0] != wanted:
         raise RuntimeUnavailable(f"onnxruntime cannot use {wanted} on this machine")
     return session

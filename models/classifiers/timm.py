@@ -50,7 +50,8 @@ def describe_timm(folder: Path) -> Description:
 def read_timm(folder: Path, tuned: Path | None = None) -> nn.Module:
     """A timm network in float32, from a folder with timm's `config.json` and `model.safetensors`.
 
-    Weights in a `tuned` file replace the folder's.
+    Weights in a `tuned` file replace the folder's. Raises ValueError for an architecture that timm
+    does not have itself: it would look for others at the hub.
     """
     import timm
 
@@ -59,6 +60,8 @@ def read_timm(folder: Path, tuned: Path | None = None) -> nn.Module:
     described = json.loads((folder / "config.json").read_text())
     settings = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
     overlay = described["pretrained_cfg"]
+    if not timm.is_model(described["architecture"]):
+        raise ValueError(f"{folder}: timm has no architecture {described['architecture']!r}")
     model = timm.create_model(described["architecture"], pretrained_cfg_overlay=overlay, **settings)
     model.load_state_dict(load_file(tuned or folder / "model.safetensors"))
     return model.eval()

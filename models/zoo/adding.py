@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ RESOLUTIONS = (8, 2_048)
 FFDNET_SIGMA = 75 / 255
 """Strongest noise of FFDNet's training."""
 LARGEST_SIGMA, K = 1.0, 1.8
-_PARTIAL = ".partial-"
+_PARTIAL, _SCRATCH = ".partial-", "vouchsafe-"
+_COPIES = re.compile(rf"/\S*/(?:{re.escape(_PARTIAL)}|{_SCRATCH})[^/\s]+/")
+"""Paths of copies, which are gone before a message about them is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,10 @@ def adding(
             )
         copies = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=place.parent))
         try:
-            with tempfile.TemporaryDirectory(prefix="vouchsafe-") as scratch:
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch:
                 yield _addition(wanted, copies, place, Path(scratch), models_dir, device)
+        except ValueError as error:
+            raise ValueError(_COPIES.sub("", str(error))) from error
         finally:
             shutil.rmtree(copies, ignore_errors=True)
 
@@ -243,6 +248,10 @@ def _resolution(
         own = config.get("sample_size")
     found = wanted.resolution or own or (said.resolution if said else None)
     lowest, highest = RESOLUTIONS
+    if found is None:
+        raise ValueError(
+            f"--resolution is missing: the networks name none; {lowest} to {highest} pixels"
+        )
     if not isinstance(found, int) or not lowest <= found <= highest:
         raise ValueError(f"--resolution is {found}; it must be {lowest} to {highest} pixels")
     return found

@@ -30,13 +30,16 @@ class Source:
         kind, colon, path = text.partition(":")
         known = kinds.denoiser_kinds() if field == "denoiser" else kinds.classifier_kinds()
         if kind not in known:
-            raise ValueError(f"--{field} is {text!r}; it must be KIND:PATH with a kind of {known}")
+            raise ValueError(
+                f"--{field} is {text!r}; it must be KIND:PATH with a kind of {', '.join(known)}"
+            )
         if kinds.is_own(kind) and bool(path) == (kind == "none"):
             wanted = "none alone" if kind == "none" else f"{kind}:PATH"
             raise ValueError(f"--{field} is {text!r}; it must be {wanted}")
-        if path and not Path(path).exists():
+        place = Path(path).expanduser()  # Shells leave a ~ after a colon.
+        if path and not place.exists():
             raise ValueError(f"--{field}: there is no {path}")
-        return cls(field, kind, Path(path) if colon else None)
+        return cls(field, kind, place if colon else None)
 
 
 def copied(source: Source, files: kinds.Files | None, target: Path) -> Base:
@@ -61,7 +64,11 @@ def _chosen(source: Source, files: kinds.Files | None) -> dict[str, Path]:
     suffix = _SINGLE.get(source.kind)
     if path.is_file():
         if suffix is None or path.suffix != suffix:
-            raise ValueError(f"--{source.field}: {path} is a file; {source.kind} takes a folder")
+            pickled = " of pickled weights, which are never read" * (path.suffix in kinds.PICKLES)
+            wanted = "a folder" if suffix is None else f"a folder or a {suffix} file"
+            raise ValueError(
+                f"--{source.field}: {path} is a file{pickled}; {source.kind} takes {wanted}"
+            )
         found = {f"model{suffix}": path}
         if source.kind == "onnx":
             found["model.json"] = path.with_suffix(".json")

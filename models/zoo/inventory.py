@@ -16,6 +16,8 @@ from models.zoo.sources import SOURCES, Network, fetch_command, origin
 
 MOST_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file in the format's definition."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of batch normalization's buffers."""
 
 
 class Unreadable(ValueError):
@@ -139,7 +141,7 @@ def _shard_troubles(folder: Path, indices: Sequence[str], shards: Sequence[str])
 
 
 def parameters_of(path: Path) -> Mapping[str, int]:
-    """Numbers of parameters of a safetensors file, by dtype.
+    """Parameters in a safetensors file by dtype, without batch normalization's statistics.
 
     Raises Unreadable for an invalid header, and for a file size that differs from the header's.
     """
@@ -150,11 +152,13 @@ def parameters_of(path: Path) -> Mapping[str, int]:
             if length > MOST_HEADER_BYTES:
                 raise ValueError("its header is too long")
             described: dict[str, Any] = json.loads(stream.read(length))
-        tensors = [each for name, each in described.items() if name != "__metadata__"]
-        stated = 8 + length + max((int(each["data_offsets"][1]) for each in tensors), default=0)
+        described.pop("__metadata__", None)
+        ends = [int(each["data_offsets"][1]) for each in described.values()]
+        stated = 8 + length + max(ends, default=0)
         counted: Counter[str] = Counter()
-        for each in tensors:
-            counted[str(each["dtype"])] += prod(each["shape"])
+        for name, each in described.items():
+            if name.rpartition(".")[2] not in _STATISTICS:
+                counted[str(each["dtype"])] += prod(each["shape"])
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Unreadable(f"{path}: is not a complete safetensors file ({error})") from error
     if size != stated:

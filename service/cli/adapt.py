@@ -119,7 +119,7 @@ def _lines(labels: Path) -> list[str]:
     try:
         return labels.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        errors.print(f"{labels}: is not UTF-8 text: {error}", style="red")
+        errors.print(f"vouchsafe: {labels}: is not UTF-8 text: {error}", style="red")
         raise typer.Exit(2) from error
 
 

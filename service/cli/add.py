@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _SIGMA = 0.25
 """Noise of the batch that is tried, where the task supports it."""
+LONGEST_REASON = 300
+"""Most characters of a library's own error."""
 
 
 def add(
@@ -114,8 +117,10 @@ def _try(bundle: Bundle, runtime: Runtime, models_dir: Path) -> None:
     except Exception as error:
         if isinstance(error, ValueError) or ran_out(error):
             raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{runtime.name} cannot compute the networks: {reason}") from error
+        reason = shorten(f"{type(error).__name__}: {error}", LONGEST_REASON, placeholder=" ...")
+        raise ValueError(
+            f"the networks cannot be loaded and computed by {runtime.name}: {reason}"
+        ) from error
     if bundle.largest_sigma > model.denoiser.largest_sigma:
         raise ValueError(
             f"--largest-sigma is {bundle.largest_sigma}; the denoiser's is "

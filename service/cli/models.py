@@ -180,11 +180,14 @@ def _registered(store: Store, name: str) -> Path | None:
 
 
 def _built_on(store: Store, own: Path) -> list[str]:
-    """The ids of other tasks whose networks lie in a folder."""
+    """The ids of other tasks whose networks lie in a folder, those being adapted included."""
     users = []
     for task in store.all():
         manifest = store.tasks / task.id / "manifest.json"
-        if task.id != own.name and manifest.is_file() and f"{own}/" in manifest.read_text():
+        chosen = task.settings.get("denoiser"), task.settings.get("classifier")
+        is_planned = task.status.state in ("queued", "running") and own.name in chosen
+        is_built = manifest.is_file() and f"{own}/" in manifest.read_text()
+        if task.id != own.name and (is_planned or is_built):
             users.append(task.id)
     return users
 

@@ -185,6 +185,8 @@ class TaskService:
         advice = "Post the same task to make it again"
         if not refusal.replaceable:
             advice = "Another release of the service made it; delete it, or go back to that one"
+        elif "steps" not in task.settings:  # Of networks that were added, not adapted.
+            advice = "`vouchsafe models remove` and `add` make it again"
         reason = f"Its bundle is not served: {refusal.reason}. {advice}"
         return task_status(task.status, is_published=True, refusal=reason)
 

@@ -20,8 +20,13 @@ def network(classes: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, classes)).eval()
 
 
-def save(path: Path, built: nn.Sequential, side: int, batch: int | None = None) -> None:
-    """Write the network as ONNX, for batches of any size or of `batch` images."""
+def save(
+    path: Path, built: nn.Sequential, side: int, batch: int | None = None, beside: str = ""
+) -> None:
+    """Write the network as ONNX, for batches of any size or of `batch` images.
+
+    With `beside` it states that its weights lie in the file of that name, which is not written.
+    """
     convolution, linear = built[0], built[4]
     nodes = [
         _node("Conv", ["x", "w", "b"], "c", _ints("strides", [2, 2]), _ints("pads", [1] * 4)),
@@ -31,7 +36,7 @@ def save(path: Path, built: nn.Sequential, side: int, batch: int | None = None) 
         _node("Gemm", ["f", "v", "d"], "logits", _int("transB", 1)),
     ]
     weights = [
-        _tensor(name, tensor)
+        _tensor(name, tensor, beside)
         for name, tensor in (
             ("w", convolution.weight),
             ("b", convolution.bias),
@@ -59,8 +64,11 @@ def _int(name: str, value: int) -> bytes:
     return _text(1, name) + _number(3, value) + _number(20, INT)
 
 
-def _tensor(name: str, tensor: Tensor) -> bytes:
+def _tensor(name: str, tensor: Tensor, beside: str) -> bytes:
     dims = b"".join(_number(1, size) for size in tensor.shape)
+    if beside:
+        place = _bytes(13, _text(1, "location") + _text(2, beside)) + _number(14, 1)
+        return dims + _number(2, FLOAT) + _text(8, name) + place
     raw = tensor.detach().numpy().astype("<f4").tobytes()
     return dims + _number(2, FLOAT) + _text(8, name) + _bytes(9, raw)
 

@@ -118,6 +118,16 @@ def save_onnx(folder: Path, batch: int | None = None) -> Path:
     return folder
 
 
+def save_onnx_parts(folder: Path) -> None:
+    """Two ONNX files that cannot be used: `split` has its weights elsewhere, `listed` a list."""
+    for name, beside in (("split", "net.onnx.data"), ("listed", "")):
+        save_onnx(folder / name)
+        network = onnx_files.network(len(NAMES))
+        onnx_files.save(folder / name / "net.onnx", network, SIDE, beside=beside)
+        (folder / name / "model.json").rename(folder / name / "net.json")
+    (folder / "listed" / "net.json").write_text("[]")
+
+
 def unconditional_unet(**changes: Any) -> UNet2DModel:
     """A narrow `UNet2DModel` of 32x32 pixels; half of its output channels are a variance."""
     torch.manual_seed(10)

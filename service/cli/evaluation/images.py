@@ -11,11 +11,19 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, cifar10, evaluation_slice
 from models.evaluation.datasets.registry import Selection, select
 from service.cli.files import pictures
+from service.errors import Problem
+from service.predictions.images.reader import ImageLimits, decode
+from service.predictions.verification import MOST_PIXELS
+
+MOST_NAMED = 10
+"""Most labels or files that one message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,17 @@ class LabeledFile:
     name: str
     label: str
     read: Callable[[], bytes]
+
+    def pixels(self, resolution: int) -> NDArray[np.uint8]:
+        """The image as tasks of this resolution see it, (3,R,R), whatever its size.
+
+        Raises ValueError, naming the file, for one that is no usable image.
+        """
+        content = self.read()
+        try:
+            return decode(content, resolution, ImageLimits(len(content), MOST_PIXELS))
+        except Problem as problem:
+            raise ValueError(f"{self.name}: {problem}") from problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +142,20 @@ def digest(files: Sequence[LabeledFile]) -> str:
     return whole.hexdigest()
 
 
+def check(files: Sequence[LabeledFile], resolution: int) -> None:
+    """Raises ValueError that names the files, ten at most, which are no usable images."""
+    reasons = []
+    for file in files:
+        try:
+            file.pixels(resolution)
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons:
+        more = len(reasons) - MOST_NAMED
+        reasons[MOST_NAMED:] = [f"{more} more"] if more > 0 else []
+        raise ValueError("; ".join(reasons))
+
+
 def _folders(folder: Path) -> ImageSet:
     classes = sorted(
         each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
@@ -140,7 +173,10 @@ def _folders(folder: Path) -> ImageSet:
 def _listed_files(table: Path) -> ImageSet:
     """A CSV's images: the columns `path` and `label`, or the first two where it has no header."""
     with table.open(newline="", encoding="utf-8-sig") as stream:
-        lines = [line for line in csv.reader(stream) if line]
+        try:
+            lines = [line for line in csv.reader(stream) if line]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{table}: is no CSV in UTF-8: {error}") from error
     heads = [word.strip().lower() for word in lines[0]] if lines else []
     columns = (0, 1)
     if "path" in heads and "label" in heads:
@@ -194,5 +230,5 @@ def _unknown(label: str, labels: Sequence[str]) -> str:
 
 
 def _listed(labels: Sequence[str]) -> str:
-    more = len(labels) - 10
-    return ", ".join(labels[:10]) + (f" and {more} more" if more > 0 else "")
+    more = len(labels) - MOST_NAMED
+    return ", ".join(labels[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from models.certificates.evidence import total_variation
 from models.evaluation.results import RULES, Run, by_rule, compared, figures
@@ -144,7 +144,8 @@ def _pairs(document: Mapping[str, Any]) -> list[str]:
 def _table(
     title: str, heads: Sequence[str], lines: Sequence[tuple[str, list[str]]], caption: str
 ) -> Table:
-    table = Table("", *heads, title=title, caption=caption)
+    first = Column(min_width=len("abstentions"))
+    table = Table(first, *heads, title=title, caption=caption)
     for name, cells in lines:
         table.add_row(name, *cells)
     return table

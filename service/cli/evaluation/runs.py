@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from service.cli.console import errors
 from service.cli.evaluation.images import (
     ImageSet,
     LabeledFile,
+    check,
     dataset_images,
     digest,
     held_back,
@@ -158,31 +161,51 @@ def _setting(name: str, sigma: float | None, baseline: str | None) -> Setting:
 def _run_all(
     plan: Plan, planned: Sequence[tuple[Task, Setting]], found: ImageSet
 ) -> dict[str, Any]:
-    """Run what `plan.out` lacks, and write and return the results."""
+    """Run what `plan.out` lacks, and write and return the results.
+
+    A picture that cannot be used is refused first: without it the set would be another one.
+    """
     question, out = plan.question, plan.out
     files = found.chosen([task.labels for task, _ in planned], plan.limit)
+    check(files, planned[0][0].resolution)
     images = {
         "source": found.source,
         "images": len(files),
         "of": found.total,
         "sha256": digest(files),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    kept = [
-        RecordFile(
-            out / setting.stem, {"images": images["sha256"], **task.settings(setting, question)}
-        )
-        for task, setting in planned
-    ]
-    missing = [[file for file in files if file.index not in each.records] for each in kept]
-    runs = []
-    with watched(sum(map(len, missing))) as watch:
-        for (task, setting), file, left in zip(planned, kept, missing, strict=True):
-            runs.append(_run(task, setting, question, file, left, watch))
-    document = results(runs, images)
-    for path in write(runs, document, out):
-        errors.print(f"wrote {path}")
+    with _alone_in(out):
+        kept = [
+            RecordFile(
+                out / setting.stem, {"images": images["sha256"], **task.settings(setting, question)}
+            )
+            for task, setting in planned
+        ]
+        missing = [[file for file in files if file.index not in each.records] for each in kept]
+        runs = []
+        with watched(sum(map(len, missing))) as watch:
+            for (task, setting), file, left in zip(planned, kept, missing, strict=True):
+                runs.append(_run(task, setting, question, file, left, watch))
+        document = results(runs, images)
+        for path in write(runs, document, out):
+            errors.print(f"wrote {path}")
     return document
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other evaluations out of it: they would replace its files.
+
+    Raises ValueError where another one is in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            reason = "another evaluation writes to it: choose another --out"
+            raise ValueError(f"{out}: {reason}") from error
+        yield
 
 
 def _run(

@@ -15,9 +15,7 @@ from models.bundle import Base, Bundle
 from models.evaluation.records import Record
 from models.evaluation.results import certified
 from service.cli.evaluation.images import LabeledFile
-from service.client import Client, ProblemError
-from service.errors import Problem
-from service.predictions.images.reader import decode
+from service.client import Client, InvalidRequest
 
 if TYPE_CHECKING:
     from models.runtime import Runtime
@@ -54,6 +52,10 @@ class Task(Protocol):
     @property
     def labels(self) -> Sequence[str]:
         """The labels, in the order of their indices."""
+
+    @property
+    def resolution(self) -> int:
+        """The side of its images, in pixels."""
 
     @property
     def largest_sigma(self) -> float:
@@ -121,10 +123,7 @@ class LocalTask:
     ) -> Iterator[Record]:
         """As in `Task`, one after another."""
         for file in files:
-            try:
-                pixels = decode(file.read(), self.resolution)
-            except Problem as problem:
-                raise ValueError(f"{file.name}: {problem}") from problem
+            pixels = file.pixels(self.resolution)
             if setting.sigma is None:
                 yield self._undefended(file, pixels, setting)
             else:
@@ -238,11 +237,8 @@ class RemoteTask:
                 n=question.n,
                 method=question.method,
             )
-        except ProblemError as problem:
-            problem.add_note(file.name)
-            if problem.slug == "invalid-image":
-                raise ValueError(f"{file.name}: {problem}") from problem
-            raise
+        except InvalidRequest as problem:
+            raise ValueError(f"{file.name}: {problem}") from problem
         label = answer["label_index"]
         counts = {self.labels.index(vote["label"]): vote["count"] for vote in answer["counts"]}
         return Record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tests.support.listening import Listening, listening
 from tests.support.serving import DIGEST, PNG, Service, nine_of_ten
 
 runner = CliRunner()
+LIMIT_BYTES = 2**12
 QUICK = ("--n0", "10", "--n", "40", "--limit", "3")
 
 
@@ -172,8 +174,10 @@ def _refusal(running: Listening, *options: str) -> str:
 
 
 def test_a_run_that_a_server_cannot_do_is_refused(pictures: Path, tmp_path: Path) -> None:
-    """An unknown task, a sigma beyond the task's, a baseline, a broken picture, a wrong key."""
-    service = Service(data_dir=tmp_path / "served", api_keys=("k" * 32,))
+    """An unknown task, a sigma beyond the task's, a baseline, a large picture, a wrong key."""
+    service = Service(
+        data_dir=tmp_path / "served", api_keys=("k" * 32,), max_image_bytes=LIMIT_BYTES
+    )
     (tmp_path / "key").write_text("k" * 32 + "\n")
     key = ("--key-file", str(tmp_path / "key"), "--images", str(pictures))
     with listening(service) as running:
@@ -181,8 +185,8 @@ def test_a_run_that_a_server_cannot_do_is_refused(pictures: Path, tmp_path: Path
         assert "sigma = 2.0: must be from 0.02 to 1.0" in _refusal(running, *key, "--sigma", "2")
         assert "leave out --server" in _refusal(running, *key, "--baseline", "none")
         assert "401: " in _refusal(running)
-        (pictures / "dog" / "6.png").write_bytes(b"\x89PNG broken")
-        assert "dog/6.png: 422: " in _refusal(running, *key)
+        (pictures / "dog" / "6.png").write_bytes(PNG + bytes(LIMIT_BYTES))
+        assert "dog/6.png: 413: " in _refusal(running, *key)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,28 @@ def test_a_bad_option_is_refused_before_any_work(options: tuple[str, ...], reaso
     """One line with the field, its value and its limit; nothing is written."""
     assert reason in evaluate(*options, code=2).stderr
     assert not Path("evaluation").exists()
+
+
+@pytest.mark.parametrize("baseline", [(), ("--baseline", "undefended")])
+def test_broken_pictures_are_named_before_any_work(
+    pictures: Path, baseline: tuple[str, ...]
+) -> None:
+    """All of them at once: without them the images are others, and the figures begin again."""
+    for name in ("cat/5.png", "dog/6.png"):
+        (pictures / name).write_bytes(PNG[:60])
+    refused = evaluate("--images", str(pictures), *baseline, code=2).stderr
+    assert "cat/5.png: The PNG is truncated" in refused
+    assert "dog/6.png: The PNG is truncated" in refused
+    assert not Path("evaluation").exists()
+
+
+def test_two_evaluations_in_one_folder_are_refused() -> None:
+    """The second would replace the files that the first one writes its records to."""
+    Path("evaluation").mkdir()
+    with Path("evaluation", ".lock").open("a") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert "evaluation: another evaluation writes to it" in evaluate(*QUICK, code=2).stderr
+    assert [path.name for path in Path("evaluation").iterdir()] == [".lock"]
 
 
 def test_a_line_of_progress_comes_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,9 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         table.write_text(text)
         with pytest.raises(ValueError, match=reason):
             read_images(table)
+    table.write_text("path,label\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"images\.csv: is no CSV in UTF-8"):
+        read_images(table)
     table.write_text("gone.png,cat\n")
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         read_images(table)

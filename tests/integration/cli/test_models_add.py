@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from models.adaptation.plan import Plan
 from models.bundle import read_bundle
+from models.classifiers.timm import read_timm
 from models.denoisers import registry
 from models.runtime import Torch
 from models.smoothing import load, numerics
 from models.zoo.own import Registration
+from service.cli.adapt import open_store
 from service.cli.main import app
 from service.config import Settings
 from tests.support import miniatures, own_networks
@@ -38,6 +41,8 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     miniatures.save_timm(root / "timm")
     miniatures.save_open_clip(root / "open-clip")
     miniatures.save_cascade(root / "cascade")
+    own_networks.save_onnx_parts(root)
+    (root / "ffdnet.pth").write_bytes(b"pickled")
     (root / "labels.txt").write_text("\n".join(LABELS))
     return root
 
@@ -59,6 +64,8 @@ def refused(result: Result, reason: str, data: Path) -> None:
     """The command has ended with 2 and this reason, and has left nothing."""
     assert result.exit_code == 2, result.output
     assert reason in result.stderr
+    assert "/vouchsafe-" not in result.stderr  # Copies are gone when a user reads of them.
+    assert ".partial-" not in result.stderr
     left = [path for path in data.rglob("*") if path.is_file() and not path.name.startswith(".")]
     assert [path.name for path in left] in ([], ["noise.secret"])
 
@@ -155,6 +162,18 @@ def test_networks_of_another_task_stay(data: Path) -> None:
     assert (data / "tasks" / "mine").exists()
 
 
+def test_networks_of_a_task_in_the_making_stay(data: Path) -> None:
+    """A job would run to its end, and its task would then lack its classifier."""
+    add("mine", "transformers:vit")
+    settings = Settings()
+    plan = Plan.checked(LABELS, classifier="mine", models_dir=settings.models_folder)
+    task = open_store(settings).create(plan, "pets", None)
+    removed = runner.invoke(app, ["models", "remove", "mine"])
+    assert f"the networks of mine are those of {task.id}" in removed.stderr
+    assert runner.invoke(app, ["models", "remove", task.id]).exit_code == 0
+    assert runner.invoke(app, ["models", "remove", "mine"]).exit_code == 0
+
+
 def test_networks_without_their_task_are_removed(data: Path) -> None:
     """Networks whose task is gone, as by a DELETE over HTTP, can still be removed."""
     add("mine", "onnx:onnx")
@@ -183,6 +202,10 @@ def test_what_was_added_is_registered(data: Path) -> None:
         ("timm:nowhere", (), "--classifier: there is no nowhere"),
         ("timm:vit", (), "its configuration is not one of timm (KeyError: 'pretrained_cfg')"),
         ("timm:vit/model.safetensors", (), "is a file; timm takes a folder"),
+        ("onnx:listed/net.onnx", (), "classifier/model.json: holds no JSON object"),
+        ("onnx:split/net.onnx", (), "its weights must be in the file itself"),
+        ("onnx:onnx", ("--denoiser", "ffdnet:ffdnet.pth"), "of pickled weights, which are never"),
+        ("onnx:onnx", ("--denoiser", "ffdnet:timm"), "denoiser/model.safetensors: is not a color"),
         ("onnx:vit", (), "vit has no model.onnx, which onnx needs"),
         ("transformers:clip", (), "--labels is missing: transformers:clip names no labels"),
         ("onnx:onnx", ("--denoiser", "none:onnx"), "it must be none alone"),
@@ -206,11 +229,21 @@ def test_names_that_may_not_be_registered(name: str, data: Path) -> None:
     refused(add(name, "onnx:onnx"), f"the name {name!r} cannot be registered", data)
 
 
+def test_what_is_printed_of_the_networks_is_their_own(networks: Path) -> None:
+    """Parameters are those that training changes, without batch normalization's statistics."""
+    network = read_timm(networks / "timm")
+    assert any("running_mean" in name for name in network.state_dict())
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert f"timm, {count:,} parameters" in add("mine", "timm:timm").stdout
+
+
 def test_labels_must_be_as_many_as_classes(tmp_path: Path, data: Path) -> None:
     """A labels file of another length is refused with both numbers."""
     (tmp_path / "two").write_text("cat\ndog\n")
     result = add("mine", "timm:timm", "--labels", str(tmp_path / "two"))
-    refused(result, "the network has 3 classes, the task 2", data)
+    refused(
+        result, "vouchsafe: classifier: the network has 3 classes, and there are 2 labels", data
+    )
 
 
 def test_pickles_are_never_read(networks: Path, tmp_path: Path, data: Path) -> None:
@@ -232,6 +265,32 @@ def test_cut_weights_are_refused(networks: Path, tmp_path: Path, data: Path) -> 
     weights = tmp_path / "timm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     refused(add("mine", f"timm:{tmp_path / 'timm'}"), "its header states", data)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("hf-hub:timm/resnet18", "timm has no architecture 'hf-hub:timm/resnet18'"),
+        ("resnet18", "RuntimeError: Error(s) in loading state_dict for ResNet"),
+    ],
+)
+def test_another_architecture_is_refused(
+    architecture: str, reason: str, networks: Path, tmp_path: Path, data: Path
+) -> None:
+    """In one line, and without a look at the hub."""
+    shutil.copytree(networks / "timm", tmp_path / "timm")
+    described = json.loads((tmp_path / "timm" / "config.json").read_text())
+    changed = json.dumps(described | {"architecture": architecture})
+    (tmp_path / "timm" / "config.json").write_text(changed)
+    result = add("mine", f"timm:{tmp_path / 'timm'}")
+    refused(result, reason, data)
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_folder(networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it after a colon."""
+    monkeypatch.setenv("HOME", str(networks))
+    assert add("mine", "timm:~/timm").exit_code == 0
 
 
 def test_missing_weights_are_refused(networks: Path, tmp_path: Path, data: Path) -> None:

@@ -43,7 +43,7 @@ def test_open_clip_equals_zero_shot_by_hand(tmp_path: Path) -> None:
 def test_labels_must_be_as_many_as_classes(kind: str, tmp_path: Path) -> None:
     """A head with classes of its own is not served with fewer labels."""
     folder = miniatures.CLASSIFIER_FOLDERS[kind](tmp_path)
-    with pytest.raises(ValueError, match="the network has 3 classes, the task 2"):
+    with pytest.raises(ValueError, match="the network has 3 classes, and there are 2 labels"):
         CLASSIFIERS[kind](folder, ("cat", "dog"), TEMPLATE, CPU, torch.float32, Torch())
 
 

@@ -170,6 +170,21 @@ async def test_a_task_whose_base_has_changed_is_made_anew(tmp_path: Path) -> Non
     assert {path.name for path in tasks.iterdir()} == {task_id, ".lock"}
 
 
+async def test_an_added_task_of_a_missing_package_says_what_to_do(tmp_path: Path) -> None:
+    """A kind that no installed package has; a POST could not make the task again."""
+    async with adapting(tmp_path) as service:
+        task_id = (await made(service)).rpartition("/")[2]
+        described = json.loads((tmp_path / "tasks" / task_id / "manifest.json").read_text())
+        blur = described["denoiser"] | {"kind": "blur"}
+        added = described | {"id": "added", "adaptation": {}, "denoiser": blur}
+        shutil.copytree(tmp_path / "tasks" / task_id, tmp_path / "added")
+        (tmp_path / "added" / "manifest.json").write_text(json.dumps(added))
+        (tmp_path / "added").rename(tmp_path / "tasks" / "added")
+        detail = (await service.client.get("/tasks/added")).json()["problem"]["detail"]
+        assert "a package that adds it must be installed here" in detail
+        assert "`vouchsafe models remove` and `add` make it again" in detail
+
+
 async def test_a_later_releases_bundle_is_let_be(tmp_path: Path) -> None:
     """A schema that this release does not know is the task's problem; a POST changes nothing."""
     async with adapting(tmp_path) as service:
