@@ -115,10 +115,10 @@ def smoothed(
     batch_rows: int,
     fresh: bool = False,
 ) -> Pipeline:
-    """The smoothed classifier, with `rows` noise rows under a key (32 bytes) of the attack's own.
+    """The smoothed classifier under `rows` noise rows of a key (32 bytes) that only attacks use.
 
-    With `fresh`, every step has rows of its own (expectation over transformation, Athalye et al.
-    2018); else all have the same.
+    With `fresh`, every step has other rows (expectation over transformation, Athalye et al. 2018).
+    Otherwise every step has the same.
     """
 
     def drawn(step: int) -> Tensor:

@@ -112,6 +112,12 @@ pgd has the same rows in every step, eot fresh ones. transfer attacks the classi
 the target is; random takes the worst of as many random changes as there are steps.
 """
 
+WITHOUT_GRADIENTS = frozenset({"random"})
+"""Attacks that networks of every kind allow."""
+
+HEAD_ALONE: frozenset[str] = frozenset()
+"""Attacks of undefended classifiers only."""
+
 
 def attacked(name: str, target: Target, strength: Strength) -> NDArray[np.uint8]:
     """The image (3,H,W) that the attack of this name finds, at most eps from the target's.
