@@ -260,10 +260,18 @@ def test_rounding_keeps_to_the_ball(
     change = change * min(1.0, eps / max(1e-9, float(np.linalg.norm(change))))
     wanted = np.clip(pixels / 255 + change, 0, 1)
     found = rounded(pixels, wanted, eps)
-    assert distance(pixels, found) <= eps
+    assert distance(pixels, found) <= eps * (1 + 1e-9)
     moved = found.astype(float) - pixels
     assert np.all(moved * (wanted * 255 - pixels) >= 0)
     assert np.abs(moved - (wanted * 255 - pixels)).max() < 1 + 1e-6
+
+
+@given(pictures, pictures)
+def test_an_image_of_the_grid_stays_as_it_is(
+    pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]
+) -> None:
+    """Rounding in float32 units takes no level away, and adds none where eps would allow more."""
+    assert np.array_equal(rounded(pixels, np.float32(wanted) / np.float32(255), 9.0), wanted)
 
 
 def test_rounding_spends_what_cutting_would_lose() -> None:
