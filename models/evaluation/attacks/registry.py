@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.evaluation.attacks.grid import rounded
+from models.evaluation.attacks.libraries import autoattack, foolbox_pgd
 from models.evaluation.attacks.pgd import pgd, random_noise
 from models.evaluation.attacks.pipeline import Pipeline, smoothed, undefended
 from models.evaluation.tables import noise_key
@@ -53,6 +54,10 @@ class Target:
     def key(self, strength: Strength, domain: str) -> bytes:
         """A key of attacks alone: no certificate's domain has such a name."""
         return noise_key(strength.seed, self.index, f"attack {domain}")
+
+    def seed(self, strength: Strength) -> int:
+        """A seed of 32 bits for a package's generator."""
+        return int.from_bytes(self.key(strength, "start")[:4], "big")
 
     def head(self) -> Pipeline:
         """The classifier alone."""
@@ -100,23 +105,36 @@ def _random(target: Target, strength: Strength) -> Tensor:
     return random_noise(pipeline, target.x, target.label, strength.eps, strength.steps, key)
 
 
+def _autoattack(target: Target, strength: Strength) -> Tensor:
+    x, classifier = target.x, target.model.classifier
+    return autoattack(classifier, x, target.label, strength.eps, target.seed(strength))
+
+
+def _foolbox_pgd(target: Target, strength: Strength) -> Tensor:
+    x, classifier, seed = target.x, target.model.classifier, target.seed(strength)
+    return foolbox_pgd(classifier, x, target.label, strength.eps, seed, strength.steps)
+
+
 ATTACKS: dict[str, Attack] = {
     "pgd": _pgd,
     "eot": _eot,
     "transfer": _transfer,
     "random": _random,
+    "autoattack": _autoattack,
+    "foolbox-pgd": _foolbox_pgd,
 }
 """The place to add an attack.
 
 pgd has the same rows in every step, eot fresh ones. transfer attacks the classifier alone, whatever
-the target is; random takes the worst of as many random changes as there are steps.
+the target is; random takes the worst of as many random changes as there are steps. The rest are
+those of packages.
 """
 
 WITHOUT_GRADIENTS = frozenset({"random"})
 """Attacks that networks of every kind allow."""
 
-HEAD_ALONE: frozenset[str] = frozenset()
-"""Attacks of undefended classifiers only."""
+PACKAGES = {"autoattack": "pyautoattack", "foolbox-pgd": "foolbox"}
+"""Attacks of undefended classifiers only, with the packages that they need."""
 
 
 def attacked(name: str, target: Target, strength: Strength) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,17 @@ class AttackPlan:
 
     def check(self, planned: Sequence[tuple[LocalTask, Setting]], alpha: float) -> None:
         """Raises ValueError, with field, value and limit, for what cannot be attacked so."""
-        from models.evaluation.attacks.registry import HEAD_ALONE, WITHOUT_GRADIENTS
+        from models.evaluation.attacks.registry import PACKAGES, WITHOUT_GRADIENTS
 
         for eps in self.epsilons:
             if not 0 < eps < math.inf:
                 raise ValueError(f"eps = {eps}: must be finite and greater than 0")
-        alone = sorted(HEAD_ALONE.intersection(self.names))
+        alone = [name for name in self.names if name in PACKAGES]
+        for name in alone:
+            if find_spec(PACKAGES[name]) is None:
+                raise ValueError(
+                    f"attack = {name}: needs {PACKAGES[name]}: install the extra bench"
+                )
         if alone and all(setting.sigma is not None for _, setting in planned):
             raise ValueError(
                 f"attack = {alone[0]}: is for undefended classifiers, and no run has one: add "
@@ -79,12 +85,12 @@ class AttackedTask:
     def __init__(
         self, task: LocalTask, setting: Setting, question: Question, plan: AttackPlan
     ) -> None:
-        from models.evaluation.attacks.registry import HEAD_ALONE
+        from models.evaluation.attacks.registry import PACKAGES
 
         self.name = setting.name
         self.attacks: list[Attack] = [CLEAN]
         for name in plan.names:
-            if setting.sigma is None or name not in HEAD_ALONE:
+            if setting.sigma is None or name not in PACKAGES:
                 self.attacks += [(name, eps) for eps in plan.epsilons]
         self._task, self._setting, self._question, self._plan = task, setting, question, plan
 

@@ -39,6 +39,8 @@ class AttackName(StrEnum):
     EOT = "eot"
     TRANSFER = "transfer"
     RANDOM = "random"
+    AUTOATTACK = "autoattack"
+    FOOLBOX_PGD = "foolbox-pgd"
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from models.base_network import Base
 from models.bundle import DEFAULT_TASK, read_bundle, write_bundle
 from models.evaluation.attacks.registry import ATTACKS
 from models.kinds import CLASSIFIER_FILES
+from service.cli.evaluation import attacks
 from service.cli.evaluation.command import AttackName
 from service.cli.main import app
 from tests.support import onnx_files
@@ -130,6 +131,16 @@ def test_a_bad_option_is_refused_before_any_work(
     monkeypatch.setenv("VOUCHSAFE_RUNTIME", "torch")
     put_onnx(tmp_path / "data")
     assert reason in evaluate(*options, code=2).stderr
+    assert not Path("evaluation").exists()
+
+
+def test_packages_attack_undefended_classifiers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their attacks are refused without such a run, and without the package."""
+    monkeypatch.setattr(attacks, "find_spec", lambda name: None if name == "foolbox" else name)
+    refused = evaluate("--attack", "autoattack", code=2).stderr
+    assert "attack = autoattack: is for undefended classifiers, and no run has one" in refused
+    refused = evaluate("--attack", "foolbox-pgd", "--baseline", "undefended", code=2).stderr
+    assert "attack = foolbox-pgd: needs foolbox: install the extra bench" in refused
     assert not Path("evaluation").exists()
 
 
