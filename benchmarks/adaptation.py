@@ -35,7 +35,7 @@ from models.adaptation.profiles import ADAPTATIONS
 from models.adaptation.stages import run
 from models.bundle import ADAPTER, DEFAULT_TASK, PROMPT_STATES, TUNED, Bundle, read_bundle
 from models.classifiers.base import Classifier
-from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, cifar10, evaluation_slice
 from models.evaluation.scores import EPSILONS, paired_bootstrap
 from models.evaluation.tables import (
     Certified,

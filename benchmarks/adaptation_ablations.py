@@ -37,7 +37,7 @@ from models.classifiers.base import Classifier
 from models.classifiers.registry import CLASSIFIERS
 from models.denoisers.base import Denoiser
 from models.denoisers.registry import DENOISERS
-from models.evaluation.datasets import CIFAR10_LABELS, LabelledImages, cifar10
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS, LabelledImages, cifar10
 from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole
 from models.runtime import RUNTIMES, Runtime, Torch
@@ -188,10 +188,10 @@ class Bench:
             CPU,
         )
 
-    def denoiser(self) -> Denoiser:
-        """The unadapted denoiser."""
+    def denoiser(self, folder: Path = SET.folders[1]) -> Denoiser:
+        """The unadapted denoiser, of a stage II in a folder."""
         (states,) = self._states([SET.template.format(SET.identifier)])
-        return self._denoiser(self._runtime, states, None, SET.k)
+        return self._denoiser(self._runtime, states, None, SET.k, folder)
 
     def classifier(self, tuned: Path | None) -> Classifier:
         """The classifier with the tuned weights, or unadapted."""
@@ -213,10 +213,15 @@ class Bench:
         return read_references(plan, folder, SET.resolution)
 
     def _denoiser(
-        self, runtime: Runtime, states: Tensor, adapter: Path | None, k: float
+        self,
+        runtime: Runtime,
+        states: Tensor,
+        adapter: Path | None,
+        k: float,
+        folder: Path = SET.folders[1],
     ) -> Denoiser:
         load = DENOISERS["super-resolution"]
-        return load(SET.folders[1], states, k, CPU, torch.float32, runtime, adapter)
+        return load(folder, states, k, CPU, torch.float32, runtime, adapter)
 
     def _classifier(self, runtime: Runtime, tuned: Path | None) -> Classifier:
         load = CLASSIFIERS[HEAD.kind]

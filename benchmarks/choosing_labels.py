@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.evaluation.datasets import SLICE, LabelledImages, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, evaluation_slice
 from models.evaluation.tables import image_votes, outcome
 from models.smoothing import SmoothedModel, load
 

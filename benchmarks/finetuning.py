@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.adaptation_ablations import Bench, Way
 from models.classifiers.base import Classifier
 from models.denoisers.base import Denoiser
-from models.evaluation.datasets import LabelledImages
+from models.evaluation.datasets.cifar10 import LabelledImages
 from models.evaluation.scores import paired_bootstrap
 from models.files import written_whole
 from models.runtime import RUNTIMES

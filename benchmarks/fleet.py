@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.redis_server import GROUP, RedisServer, written
 from benchmarks.server import free_port
 from models.bundle import DEFAULT_TASK, Bundle, read_bundle
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 from models.rows import Rows
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, load, numerics, votes

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.evaluation.datasets import LabelledImages, cifar10
+from models.evaluation.datasets.cifar10 import LabelledImages, cifar10
 from models.evaluation.plots import curves, noisy_and_denoised, picture_grid
 from models.evaluation.tables import certify_images, summarise
 from models.rows import Rows

@@ -11,6 +11,7 @@ from math import cos, pi
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,6 +121,17 @@ def fit(
             if average:
                 parameter.copy_(average[name])
     return model.eval()
+
+
+def disagreement(logits: Tensor) -> Tensor:
+    """How far the draws of each row name it differently (B,): the mean divergence from their
+    average softmax to each one's (Jeong & Shin, arXiv 2006.04062).
+
+    `logits` (D,B,K) are those of D draws of noise.
+    """
+    named = logits.log_softmax(-1)
+    average = named.exp().mean(0)
+    return F.kl_div(named, average.expand_as(named), reduction="none").sum(-1).mean(0)
 
 
 def _backward(parts: Iterable[Tensor], device: torch.device) -> float:

@@ -16,7 +16,7 @@ from models.adaptation.tunables import Tunable
 from models.bundle import TUNED
 from models.denoisers.base import Denoiser
 from models.files import written_whole
-from models.training import OnStep, Profile, fit, unheard
+from models.training import OnStep, Profile, disagreement, fit, unheard
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Finetuning:
     softmax on the clean reference (Hinton et al., arXiv 1503.02531; its label alone is STAB of
     Salman et al., arXiv 2003.01908). The stored weights are the mean of unadapted and tuned ones,
     in which the tuned have the share `mixing`, in (0,1] (WiSE-FT, Wortsman et al., arXiv
-    2109.01903).
+    2109.01903). With a `consistency` (eta) above 0, a reference has two rows at its sigma, and the
+    classifier's disagreement about them is added, eta times (Jeong & Shin, arXiv 2006.04062).
     """
 
     profile: Profile
@@ -38,6 +39,7 @@ class Finetuning:
     micro_batch: int = 64
     soft_targets: bool = False
     mixing: float = 1.0
+    consistency: float = 0.0
 
 
 class _AtRest(nn.Module):
@@ -82,10 +84,12 @@ def finetune(
         chosen = order[place * batch : (place + 1) * batch]
         generator = _generator(seed, step, 1)
         for rows in chosen.split(settings.micro_batch):
-            logits = classifier(
-                _denoised(denoiser, references.images[rows], settings, generator, device)
-            )
-            yield F.cross_entropy(logits, targets[rows], reduction="sum") / len(chosen)
+            x_0 = _denoised(denoiser, references.images[rows], settings, generator, device)
+            logits = classifier(x_0.flatten(0, 1)).unflatten(0, x_0.shape[:2])
+            named = [F.cross_entropy(draw, targets[rows], reduction="sum") for draw in logits]
+            differing = disagreement(logits).sum()
+            loss = torch.stack(named).mean() + settings.consistency * differing
+            yield loss / len(chosen)
 
     fit("finetune", network, losses, out, profile, device, on_step=on_step)
     weights = {
@@ -122,9 +126,12 @@ def _denoised(
     generator: torch.Generator,
     device: torch.device,
 ) -> Tensor:
+    """Draws of noise on each image at its sigma, denoised (D,B,3,H,W)."""
     low, high = settings.sigmas
     sigma = low + (high - low) * torch.rand(len(images), generator=generator, dtype=torch.float64)
-    noise = torch.randn(images.shape, generator=generator)
+    draws = 2 if settings.consistency else 1
+    noise = torch.randn(draws, *images.shape, generator=generator)
     x_hat = images.float() / 255 + sigma.float()[:, None, None, None] * noise
     with torch.autocast(device.type, enabled=False):
-        return denoiser(x_hat.to(device), sigma)
+        x_0: Tensor = denoiser(x_hat.flatten(0, 1).to(device), sigma.repeat(draws))
+    return x_0.reshape(x_hat.shape)

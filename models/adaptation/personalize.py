@@ -17,7 +17,7 @@ from models.adaptation.references import References
 from models.bundle import ADAPTER
 from models.denoisers.super_resolution import NOISE_LEVELS, read_unet
 from models.files import written_whole
-from models.training import OnStep, Profile, fit, forget_after, unheard
+from models.training import OnStep, Profile, disagreement, fit, forget_after, unheard
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 _HELD_BACK_STEP = -1
@@ -29,16 +29,24 @@ class Personalization:
     """Settings of the denoiser's adaptation; the plan's steps override `profile.steps`.
 
     `weight` is lambda, of the classifier's cross-entropy. Timesteps are drawn from `timesteps`, and
-    rows below `guided_below` go to the classifier. `micro_batch` rows are in memory at once.
+    rows below `guided_below` go to the classifier. `micro_batch` rows are in memory at once. With a
+    `consistency` (eta) above 0, a reference's rows come in pairs, and the classifier's disagreement
+    about a pair is added to its cross-entropy, eta times (Jeong & Shin, arXiv 2006.04062).
     """
 
     profile: Profile
     weight: float = 0.01
+    consistency: float = 0.0
     rank: int = 4
     timesteps: tuple[int, int] = (0, 1000)
     guided_below: int = 1000
     micro_batch: int = 24
     validation_rows: int = 48
+
+    @property
+    def draws(self) -> int:
+        """Noisy rows of a reference in a step."""
+        return 2 if self.consistency else 1
 
 
 def personalize(
@@ -58,7 +66,8 @@ def personalize(
 
     `states` (77,D) are the personalized prompt's. The loss is the noise's mean square error plus
     lambda times the cross-entropy of the frozen `classifier`, (B,3,H,W) in [0,1] -> logits (B,K),
-    on the one-step estimate of x0 (Choi et al. 2024, Eq. 12). The base's weights are frozen in
+    on the one-step estimate of x0 (Choi et al. 2024, Eq. 12), and the settings' disagreement. The
+    base's weights are frozen in
     `dtype`; the adapter is trained in float32. Checkpoints, losses and validations lie in `out`;
     another call resumes from there, with the same losses.
     """
@@ -128,8 +137,11 @@ class _Losses:
     def __call__(self, step: int) -> Iterator[Tensor]:
         batch = self._settings.profile.batch
         for error, logits, labels, shown in self._seen(step, batch):
-            named = F.cross_entropy(logits, labels, reduction="none") * shown
-            yield (error + self._settings.weight * named).sum() / batch
+            named = F.cross_entropy(logits, labels, reduction="none")
+            if self._settings.consistency:
+                differing = disagreement(logits.unflatten(0, (-1, 2)).transpose(0, 1))
+                named = named + self._settings.consistency * differing.repeat_interleave(2)
+            yield (error + self._settings.weight * named * shown).sum() / batch
 
     @torch.no_grad()
     def validated(self) -> dict[str, float]:
@@ -146,12 +158,13 @@ class _Losses:
         """Micro-batches: each row's error (B,), logits (B,K), label (B,), and whether it counts."""
         settings, size = self._settings, self._references.images.shape[1:]
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step + 1)
-        chosen = torch.randint(len(self._references.labels), (batch,), generator=generator)
-        t = torch.randint(*settings.timesteps, (batch,), generator=generator)
-        noise = torch.randn(batch, *size, generator=generator)
-        for start in range(0, batch, settings.micro_batch):
-            part = slice(start, start + settings.micro_batch)
-            yield self._row_by_row(chosen[part], t[part], noise[part])
+        seen = batch // settings.draws
+        chosen = torch.randint(len(self._references.labels), (seen,), generator=generator)
+        t = torch.randint(*settings.timesteps, (seen,), generator=generator)
+        noise = torch.randn(seen, settings.draws, *size, generator=generator)
+        for part in torch.arange(seen).split(max(1, settings.micro_batch // settings.draws)):
+            rows = part.repeat_interleave(settings.draws)
+            yield self._row_by_row(chosen[rows], t[rows], noise[part].flatten(0, 1))
 
     def _row_by_row(
         self, chosen: Tensor, t: Tensor, noise: Tensor

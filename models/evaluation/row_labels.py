@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.evaluation.datasets import LabelledImages
+from models.evaluation.datasets.cifar10 import LabelledImages
 from models.evaluation.tables import noise_key
 from models.rows import Rows
 from models.smoothing import SmoothedModel

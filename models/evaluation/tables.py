@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.certificates.rules import Certificate, certify
 from models.classifiers.base import Classifier
-from models.evaluation.datasets import LabelledImages
+from models.evaluation.datasets.cifar10 import LabelledImages
 from models.evaluation.scores import EPSILONS, average_certified_radius, certified_accuracy
 from models.noise import total_variation
 from models.rows import Rows

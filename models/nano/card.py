@@ -15,7 +15,7 @@ from typing import Any
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.nano.data import PROFILES
 from models.nano.head import CAPTIONS
-from models.nano.train import GUIDANCE
+from models.nano.stage2 import GUIDANCE
 
 PARTS = ("text", "head", "head-text", "stage1", "stage2", "guided")
 TEXT = """# nano

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.denoisers.prompts import encode_prompts
-from models.evaluation.datasets import cifar10
+from models.evaluation.datasets.cifar10 import cifar10
 from models.nano.architectures import LARGE
 from models.training import Profile
 
@@ -26,6 +26,7 @@ PROFILES = {
     "guided": Profile(
         steps=5_600, batch=64, learning_rate=2e-4, ema=0.998, restart=1_600, restart_rate=1.0
     ),
+    "consistent": Profile(steps=6_000, batch=80, learning_rate=1e-4, ema=0.998),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from transformers import ByT5Tokenizer
 
 import models.zoo.vision  # noqa: F401 - registers its towers with timm
-from models.evaluation.datasets import CIFAR10_LABELS
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.architectures import HEAD_CONFIG, LARGE
 from models.nano.captions import caption
 from models.nano.data import PROFILES, Images, generator_of

@@ -31,7 +31,7 @@ from models.bundle import (
     write_bundle,
 )
 from models.denoisers.prompts import clean_prompts, encode_prompts
-from models.evaluation.datasets import CIFAR10_LABELS
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE
 
 WEIGHTS = "nano/weights"

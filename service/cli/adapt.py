@@ -1,4 +1,4 @@
-"""The command `adapt`: makes a task from labels."""
+"""The command `adapt`: makes a task from labels, of a file or a data set."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ INTERRUPTED = 130
 
 def adapt(
     labels: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="A text file, one label a line; after a tab its prompt, if another."),
-    ],
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A data set whose labels and template are taken: docs/datasets.md."),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="A sentence with {} where a label goes.")
     ] = None,
@@ -67,9 +71,10 @@ def adapt(
     """Make a task from labels alone; the same labels and settings resume a stopped run."""
     from service.tasks.contact_sheet import contact_sheet
 
+    given, usual = _words(labels, dataset)
     fields = {
-        "labels": [_field(each) for each in read_labels(labels)],
-        "template": template,
+        "labels": [_field(each) for each in given],
+        "template": usual if template is None else template,
         "shots": shots,
         "steps": steps,
         "epochs": epochs,
@@ -125,6 +130,37 @@ def read_labels(path: Path) -> list[str | tuple[str, str]]:
     """
     parts = [line.strip().partition("\t") for line in _lines(path) if line.strip()]
     return [(label, prompt) if tab else label for label, tab, prompt in parts]
+
+
+def _words(
+    path: Path | None, dataset: str | None
+) -> tuple[list[str | tuple[str, str]], str | None]:
+    """The labels of a file, or those of a data set and its template.
+
+    Exits with 2 unless it is one of the two, and for an unknown data set.
+    """
+    if path is not None and dataset is None:
+        return read_labels(path), None
+    if path is not None or dataset is None:
+        errors.print("vouchsafe: give --labels or --dataset, one of the two", style="red")
+        raise typer.Exit(2)
+    from models.evaluation.datasets.registry import known, prompt_template
+
+    try:
+        known(dataset)
+    except ValueError as error:
+        errors.print(f"vouchsafe: {error}", style="red")
+        raise typer.Exit(2) from error
+    return dataset_labels(dataset), prompt_template(dataset)
+
+
+def dataset_labels(name: str) -> list[str | tuple[str, str]]:
+    """A data set's labels; with a prompt those that the text encoder would read as other words."""
+    from models.evaluation.datasets.registry import class_names
+    from models.zoo.captions import clean_caption
+
+    read = {label: clean_caption(label) for label in class_names(name).values()}
+    return [label if label.lower() == word else (label, word) for label, word in read.items()]
 
 
 def _field(label: str | tuple[str, str]) -> str | dict[str, str]:

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 
 
 def png(index: int) -> bytes:

@@ -21,6 +21,7 @@ TORCH_FREE = (
     "models.zoo.registry",
     "models.adaptation.limits",
     "models.adaptation.plan",
+    "models.evaluation.datasets.registry",
     "service.predictions.images.reader",
     "service.jobs",
     "service.predictions.schemas",

@@ -17,7 +17,7 @@ from art.estimators.certification.randomized_smoothing import PyTorchRandomizedS
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.evaluation.datasets import evaluation_slice
+from models.evaluation.datasets.cifar10 import evaluation_slice
 from models.evaluation.row_labels import SELECTION_ROWS
 from models.smoothing import SmoothedModel, load
 

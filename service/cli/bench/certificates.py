@@ -23,7 +23,7 @@ from rich.progress import track
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.certificates.anytime import largest_target
 from models.certificates.evidence import total_variation
-from models.evaluation.datasets import SLICE, LabelledImages, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, evaluation_slice
 from models.evaluation.row_labels import SELECTION_ROWS, RowLabels, label_rows
 from models.evaluation.rules import RULES, Answer, Labels, Question, anytime, two_sided
 from models.smoothing import load, tried_runtime

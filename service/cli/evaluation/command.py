@@ -56,6 +56,13 @@ def evaluate(
             show_default="500 test images of CIFAR-10",
         ),
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A data set of the paper's evaluation, by its name in docs/datasets.md."),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="The folder with the data set's files, with --dataset.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the results; the same command resumes in it.")
     ] = Path("evaluation"),
@@ -139,6 +146,8 @@ def evaluate(
         Question(n0, n, alpha, method.value, seed),
         out,
         images=images,
+        dataset=dataset,
+        root=root,
         cifar10=cifar10,
         limit=limit,
         baselines=[each.value for each in baseline or []],

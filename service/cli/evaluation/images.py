@@ -1,4 +1,4 @@
-"""Labeled images of an evaluation: class folders, a CSV, a sheet of small images."""
+"""Labeled images of an evaluation: class folders, a CSV, a data set, a sheet of small images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets.registry import Selection, select
 from service.cli.files import pictures
 
 
@@ -29,22 +30,28 @@ class LabeledFile:
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Images from `source`; of a `shared` set, those of labels that a task lacks are left out.
+    """Images from `source`, which has `total`; those of a data set have no label but `labels`.
 
-    Only sheets are shared: they serve every task of some of their labels.
+    Of a `shared` set, images of labels that a task lacks are left out. Only sheets are shared: they
+    serve every task of some of their labels.
     """
 
     source: str
     files: Sequence[LabeledFile]
+    total: int
+    labels: Sequence[str] = ()
     shared: bool = False
 
     def chosen(self, labels: Sequence[Sequence[str]], limit: int | None) -> list[LabeledFile]:
         """The images to evaluate tasks with these labels on, `limit` of them evenly spread.
 
-        Raises ValueError for an image of another label, and where no image is left.
+        Raises ValueError for an image of another label, a data set's label that a task lacks, and
+        where no image is left.
         """
         common = [label for label in labels[0] if all(label in own for own in labels[1:])]
         named = {_plain(label): label for label in reversed(common)}
+        if lacking := next((each for each in self.labels if _plain(each) not in named), None):
+            raise ValueError(f"{self.source}: {_unknown(lacking, common)}")
         found = []
         for file in self.files:
             label = file.label if file.label in common else named.get(_plain(file.label))
@@ -81,6 +88,27 @@ def read_images(path: Path | None) -> ImageSet:
     )
 
 
+def dataset_images(name: str, root: Path) -> ImageSet:
+    """The test images of a data set that the paper's evaluation takes, preprocessed as there.
+
+    Raises as `select` does, and ValueError for an image that cannot be read.
+    """
+    try:
+        found = select(name, root)
+        files = [
+            LabeledFile(
+                index, f"image {index}", found.label(index), partial(_preprocessed, found, index)
+            )
+            for index in found.indices
+        ]
+    except ImportError as error:
+        raise ValueError(
+            f"dataset = {name!r} cannot be read ({error}): pip install 'vouchsafe[torch]'"
+        ) from error
+    labels = list(found.names.values())
+    return ImageSet(found.dataset.title, files, found.samples.count, labels)
+
+
 def held_back(folder: Path) -> ImageSet:
     """The training images that were held back from nano; `folder` as for `cifar10`."""
     return _sheet(cifar10(folder, "held-back"), "CIFAR-10, held back")
@@ -102,13 +130,11 @@ def _folders(folder: Path) -> ImageSet:
     if not classes:
         raise ValueError(f"{folder}: has no sub-folder; each label needs one with its pictures")
     found = [(each.name, path) for each in classes for path in pictures([str(each)])]
-    return ImageSet(
-        str(folder),
-        [
-            LabeledFile(index, path.relative_to(folder).as_posix(), label, path.read_bytes)
-            for index, (label, path) in enumerate(found)
-        ],
-    )
+    files = [
+        LabeledFile(index, path.relative_to(folder).as_posix(), label, path.read_bytes)
+        for index, (label, path) in enumerate(found)
+    ]
+    return ImageSet(str(folder), files, len(files))
 
 
 def _listed_files(table: Path) -> ImageSet:
@@ -130,23 +156,28 @@ def _listed_files(table: Path) -> ImageSet:
         path = table.parent / name
         path.open("rb").close()
         files.append(LabeledFile(index, name, label, path.read_bytes))
-    return ImageSet(str(table), files)
+    return ImageSet(str(table), files, len(files))
 
 
 def _sheet(data: LabelledImages, source: str) -> ImageSet:
-    return ImageSet(
-        source,
-        [
-            LabeledFile(index, f"image {index}", data.names[label], partial(_png, data, index))
-            for index, label in enumerate(data.labels.tolist())
-        ],
-        shared=True,
-    )
+    files = [
+        LabeledFile(index, f"image {index}", data.names[label], partial(_small, data, index))
+        for index, label in enumerate(data.labels.tolist())
+    ]
+    return ImageSet(source, files, len(files), shared=True)
 
 
-def _png(data: LabelledImages, index: int) -> bytes:
+def _small(data: LabelledImages, index: int) -> bytes:
+    return _png(Image.fromarray(data.images[index]))
+
+
+def _preprocessed(found: Selection, index: int) -> bytes:
+    return _png(found.image(index))
+
+
+def _png(image: Image.Image) -> bytes:
     stream = BytesIO()
-    Image.fromarray(data.images[index]).save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -139,7 +139,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         "Percent, and radii in l2 of pixels in [0,1], with 95 % intervals: Wilson's of shares, "
         "bootstrapped of ACR. Certified means stable, and counted here only where right."
     )
-    shown = [_table("", list(document["runs"]), rows(document), caption)]
+    shown = [_table(_source(document), list(document["runs"]), rows(document), caption)]
     if document["compared"]:
         caption = "Differences on the same images, with paired bootstrap intervals."
         shown.append(_table("", _pairs(document), differences(document), caption))
@@ -148,10 +148,15 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The results and the comparisons as Markdown."""
-    parts = [_markdown(list(document["runs"]), rows(document))]
+    parts = [_source(document) + "\n", _markdown(list(document["runs"]), rows(document))]
     if document["compared"]:
         parts.append(_markdown(_pairs(document), differences(document)))
     return "\n".join(parts)
+
+
+def _source(document: Mapping[str, Any]) -> str:
+    images = document["images"]
+    return f"{images['source']}: {images['images']} of {images['of']} images"
 
 
 def _pairs(document: Mapping[str, Any]) -> list[str]:
@@ -161,7 +166,7 @@ def _pairs(document: Mapping[str, Any]) -> list[str]:
 def _table(
     title: str, heads: Sequence[str], lines: Sequence[tuple[str, list[str]]], caption: str
 ) -> Table:
-    table = Table(title, *heads, caption=caption)
+    table = Table("", *heads, title=title, caption=caption)
     for name, cells in lines:
         table.add_row(name, *cells)
     return table

@@ -15,7 +15,14 @@ from models.evaluation.records import RecordFile
 from models.evaluation.results import Run
 from service.cli.console import errors
 from service.cli.evaluation.attacks import AttackedTask, AttackPlan, run_attacks
-from service.cli.evaluation.images import ImageSet, LabeledFile, digest, held_back, read_images
+from service.cli.evaluation.images import (
+    ImageSet,
+    LabeledFile,
+    dataset_images,
+    digest,
+    held_back,
+    read_images,
+)
 from service.cli.evaluation.progress import Watch, watched
 from service.cli.evaluation.report import results, write
 from service.cli.evaluation.tasks import LocalTask, Question, RemoteTask, Setting, Task
@@ -36,6 +43,8 @@ class Plan:
     question: Question
     out: Path
     images: Path | None
+    dataset: str | None
+    root: Path | None
     cifar10: Path | None
     limit: int | None
     baselines: Sequence[str]
@@ -43,7 +52,7 @@ class Plan:
     server: str | None
     key_file: Path | None
     at_once: int
-    attacks: AttackPlan | None = None
+    attacks: AttackPlan | None
 
 
 def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
         _check_sigma(sigma, SMALLEST_SIGMA, LARGEST_SIGMA)
         asked = plan.question
         check_certify(asked.n0, asked.n, sigma, asked.alpha, asked.method)
-    found = held_back(plan.cifar10) if plan.cifar10 else read_images(plan.images)
+    found = _image_set(plan)
     if plan.server is None:
         return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
     if plan.baselines or plan.attacks or plan.k is not None:
@@ -65,6 +74,19 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
     key = plan.key_file.read_text().strip() if plan.key_file else None
     with Client(plan.server, key=key) as client:
         return _run_all(plan, _settings(plan, _remote(client, plan.names, plan.at_once)), found)
+
+
+def _image_set(plan: Plan) -> ImageSet:
+    options = {"--images": plan.images, "--dataset": plan.dataset, "--cifar10": plan.cifar10}
+    if len(given := [option for option, value in options.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(given)} are two sets of images: give one of them")
+    if (plan.dataset is None) != (plan.root is None):
+        raise ValueError(
+            "--dataset and --root need each other: a name, and the folder of its files"
+        )
+    if plan.dataset is not None and plan.root is not None:
+        return dataset_images(plan.dataset, plan.root)
+    return held_back(plan.cifar10) if plan.cifar10 else read_images(plan.images)
 
 
 def _check_sigma(sigma: float, least: float, largest: float) -> None:
@@ -143,7 +165,7 @@ def _run_all(
     files = found.chosen([task.labels for task, _ in planned], plan.limit)
     to_attack = _to_attack(plan, planned)
     sha256 = digest(files)
-    images = {"source": found.source, "images": len(files), "sha256": sha256}
+    images = {"source": found.source, "images": len(files), "of": found.total, "sha256": sha256}
     out.mkdir(parents=True, exist_ok=True)
     kept = [
         RecordFile(out / setting.stem, {"images": sha256, **task.settings(setting, question)})

@@ -18,7 +18,7 @@ from models.adaptation import references
 from models.adaptation.plan import Plan
 from models.adaptation.profiles import ADAPTATIONS
 from models.denoisers.base import NoDenoiser
-from models.evaluation.datasets import LabelledImages
+from models.evaluation.datasets.cifar10 import LabelledImages
 from models.evaluation.tables import certify_images
 from models.runtime import computes_bfloat16, numerics_of
 from models.smoothing import SmoothedModel

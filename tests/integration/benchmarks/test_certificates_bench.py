@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius
-from models.evaluation.datasets import CIFAR10_LABELS, SLICE, LabelledImages, evaluation_slice
+from models.evaluation.datasets.cifar10 import (
+    CIFAR10_LABELS,
+    SLICE,
+    LabelledImages,
+    evaluation_slice,
+)
 from models.evaluation.row_labels import RowLabels
 from models.evaluation.rules import RULES, Question
 from service.cli.bench import certificates as bench_certificates

@@ -19,7 +19,9 @@ from typer.testing import CliRunner, Result
 
 from models.adaptation.plan import Status
 from models.bundle import read_bundle
-from service.cli.adapt import ProgressLines
+from models.evaluation.datasets.registry import DATASETS, class_names, prompt_template
+from models.zoo.captions import clean_caption
+from service.cli.adapt import ProgressLines, dataset_labels
 from service.cli.main import app
 from service.config import Settings
 from service.secrets import load_secret
@@ -36,6 +38,8 @@ ADAPT = (
     "from tests.support.adapting import FAKE;"
     "process.JOB = FAKE; main.main()"
 )
+PROMPTS = {"imagenet": 11, "cars": 3, "caltech101": 1, "cropdiseases": 2}
+"""How many labels of a data set caption cleaning would change: brackets, slashes, model codes."""
 runner = CliRunner()
 
 
@@ -80,6 +84,33 @@ def test_adapt_makes_a_task_and_a_contact_sheet(store: Store, tmp_path: Path) ->
     again = adapt("plain", "--shots", "2")
     assert again.exit_code == 0
     assert len(store.all()) == len(starts(store, task)) == 1
+
+
+def test_a_data_set_gives_labels_and_template(store: Store) -> None:
+    """The labels in the order of its classes; another template may be given."""
+    made = runner.invoke(app, ["adapt", "--dataset", "cifar10", "--shots", "1"])
+    assert made.exit_code == 0, made.output
+    (task,) = store.all()
+    assert list(task.labels) == list(class_names("cifar10").values())
+    assert task.template == "This is a photo of a {}."
+    for options, reason in (
+        (["--dataset", "mnist"], "dataset = 'mnist': must be one of imagenet, stl10, sun397"),
+        (["--dataset", "cifar10", "--labels", "labels.txt"], "give --labels or --dataset"),
+        ([], "give --labels or --dataset"),
+    ):
+        refused = runner.invoke(app, ["adapt", *options])
+        assert refused.exit_code == 2
+        assert reason in refused.stderr
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_data_sets_words_are_read_as_they_stand(name: str) -> None:
+    """Caption cleaning changes no word in its template; a few labels have a prompt for that."""
+    labels, template = dataset_labels(name), prompt_template(name)
+    for label in labels:
+        caption = template.format(label if isinstance(label, str) else label[1])
+        assert clean_caption(caption).split() == caption.lower().split()
+    assert sum(isinstance(label, tuple) for label in labels) == PROMPTS.get(name, 0)
 
 
 @pytest.mark.parametrize(

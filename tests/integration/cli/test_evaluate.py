@@ -17,6 +17,7 @@ from models.bundle import DEFAULT_TASK, MODELS, read_bundle, write_bundle
 from models.evaluation.scores import average_certified_radius
 from service.cli.evaluation.progress import Watch
 from service.cli.main import app
+from tests.support.datasets import twin
 from tests.support.fakes import FakeClock
 from tests.support.listening import Listening, listening
 from tests.support.serving import DIGEST, PNG, Service, nine_of_ten
@@ -93,6 +94,19 @@ def test_the_slice_with_baselines(tmp_path: Path) -> None:
     found = {file.name for file in (tmp_path / "evaluation").iterdir()}
     assert {"table.md", "curve.png", "curve.svg", "none-0.25.counts.jsonl"} <= found
     assert "| ACR, cohen |" in (tmp_path / "evaluation" / "table.md").read_text()
+
+
+def test_a_data_set_of_the_paper(tmp_path: Path) -> None:
+    """Some of its selected images; the table names the set, and how many images of how many."""
+    twin("cifar10", tmp_path, 1004)
+    result = evaluate("--dataset", "cifar10", "--root", str(tmp_path), *QUICK)
+    assert "CIFAR-10: 3 of 1004 images" in result.stdout
+    assert [line[0] for line in log("default-0.25")] == ["0", "334", "668"]
+    assert document()["images"]["of"] == 1004
+    assert Path("evaluation", "table.md").read_text().startswith("CIFAR-10: 3 of 1004 images\n\n|")
+    twin("stl10", tmp_path, 8)
+    refused = evaluate("--dataset", "stl10", "--root", str(tmp_path), code=2)
+    assert "STL-10: 'car' is no label of the task; did you mean 'cat'?" in refused.stderr
 
 
 def test_a_resumed_run_computes_only_the_rest() -> None:
@@ -176,6 +190,16 @@ def test_a_run_that_a_server_cannot_do_is_refused(pictures: Path, tmp_path: Path
     [
         (("--task", "pets"), "there are 0 tasks 'pets'; the tasks are default"),
         (("--sigma", "9"), "sigma = 9.0: must be from 0.02 to 4"),
+        (
+            ("--dataset", "mnist", "--root", "."),
+            "dataset = 'mnist': must be one of imagenet, stl10",
+        ),
+        (("--dataset", "cifar10"), "--dataset and --root need each other"),
+        (("--root", "."), "--dataset and --root need each other"),
+        (
+            ("--dataset", "cifar10", "--images", "x", "--root", "."),
+            "--images and --dataset are two sets of images",
+        ),
         (("--n", "3"), "n = 3 at alpha = 0.001 can only ever abstain"),
         (("--sigma", ".25", "--sigma", ".250"), "two runs would be default-0.25"),
         (("--server", "localhost"), "url = 'localhost': must begin with http"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from models.evaluation.datasets import SLICE, evaluation_slice
-from service.cli.evaluation.images import digest, read_images
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
+from service.cli.evaluation.images import dataset_images, digest, read_images
 from service.predictions.images.reader import decode
+from tests.support.datasets import twin
 from tests.support.serving import PNG
 
 LABELS = ("cat", "dog", "garden spider")
@@ -106,6 +108,34 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         read_images(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="the shipped slice: no image shows one of lion, tiger"):
         read_images(None).chosen([("lion", "tiger")], None)
+
+
+def test_a_data_sets_labels_must_all_be_the_tasks(tmp_path: Path) -> None:
+    """The selected images at the paper's resolution; a task may have more labels, none less."""
+    twin("eurosat", tmp_path, 1004)
+    found = dataset_images("eurosat", tmp_path)
+    assert (found.source, found.total, len(found.files)) == ("EuroSAT", 1004, 502)
+    assert len(found.labels) == 10
+    files = found.chosen([[*found.labels, "desert"]], 2)
+    assert [(file.index, file.label) for file in files] == [
+        (0, "annual crop land"),
+        (502, "industrial buildings or commercial buildings"),
+    ]
+    assert decode(files[0].read(), 224).shape == (3, 224, 224)
+    with pytest.raises(ValueError, match="EuroSAT: 'lake or sea' is no label of the task; the lab"):
+        found.chosen([found.labels[:-1]], None)
+
+
+def test_a_data_set_without_torchvision_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client without it reads the data sets that need no torchvision, and names the package."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    twin("eurosat", tmp_path, 8)
+    with pytest.raises(ValueError, match=r"'eurosat' cannot be read .*: pip install 'vouchsafe\["):
+        dataset_images("eurosat", tmp_path)
+    twin("cifar10", tmp_path, 8)
+    assert len(dataset_images("cifar10", tmp_path).files) == 8
 
 
 def test_the_digest_follows_contents_and_labels(folder: Path) -> None:

@@ -196,6 +196,26 @@ def test_a_personalization_that_was_cut_short_goes_on_exactly(
     assert whole.read_bytes() == broken.read_bytes()
 
 
+def test_consistency_pairs_the_rows_of_a_reference(
+    cascade: tuple[Path, Path], clip: Path, references: References, tmp_path: Path
+) -> None:
+    """A pair has one reference and one timestep, micro-batches do not split it, and the loss grows
+    by lambda eta times what the classifier disagrees about."""
+    found = {}
+    profile = replace(PERSONALIZATION.profile, steps=1)
+    for micro_batch, eta in ((4, 1e-9), (4, 1e4), (4, 2e4), (3, 2e4)):
+        out = tmp_path / f"{micro_batch}-{eta}"
+        settings = replace(
+            PERSONALIZATION, profile=profile, micro_batch=micro_batch, consistency=eta, weight=1.0
+        )
+        personalized(cascade, clip, references, out, None, settings)
+        found[micro_batch, eta] = losses(out, "personalize")[0][1]
+    once, twice = (found[4, eta] - found[4, 1e-9] for eta in (1e4, 2e4))
+    assert once > 1e-3
+    assert twice == pytest.approx(2 * once, rel=0.02)
+    assert found[3, 2e4] == pytest.approx(found[4, 2e4], rel=1e-2)
+
+
 def test_only_the_adapter_learns_and_it_lowers_the_error(
     cascade: tuple[Path, Path], clip: Path, references: References, tmp_path: Path
 ) -> None:

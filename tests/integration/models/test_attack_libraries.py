@@ -16,7 +16,7 @@ from models.evaluation.attacks.libraries import autoattack, foolbox_pgd
 from models.evaluation.attacks.pgd import pgd
 from models.evaluation.attacks.pipeline import undefended
 from models.evaluation.attacks.registry import PACKAGES, Strength, Target, attacked
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 from models.runtime import Torch
 from models.smoothing import SmoothedModel, load
 

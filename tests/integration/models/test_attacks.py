@@ -20,7 +20,7 @@ from models.evaluation.attacks.grid import distance, rounded
 from models.evaluation.attacks.pgd import pgd, random_noise
 from models.evaluation.attacks.pipeline import Pipeline, smoothed, undefended
 from models.evaluation.attacks.registry import Strength, Target, attacked
-from models.evaluation.datasets import SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 from models.noise import discrete_gaussian
 from models.rows import Rows
 from models.runtime import Torch, numerics_of

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.certificates.rules import certify
 from models.denoisers.base import NoDenoiser
-from models.evaluation.datasets import SLICE, LabelledImages, cifar10, evaluation_slice
+from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, cifar10, evaluation_slice
 from models.evaluation.scores import paired_bootstrap
 from models.evaluation.tables import (
     accuracy,

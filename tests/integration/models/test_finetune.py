@@ -30,6 +30,7 @@ PAPERS = Finetuning(
     micro_batch=3,
 )
 DISTILLED = replace(PAPERS, soft_targets=True, mixing=0.5)
+CONSISTENT = replace(PAPERS, consistency=10.0)
 
 
 class Stopped(Exception):
@@ -102,7 +103,9 @@ def served(head: tuple[str, Path], tuned: Path | None) -> Classifier:
     return load(folder, miniatures.LABELS, TEMPLATE, CPU, torch.float32, Torch(), tuned)
 
 
-@pytest.mark.parametrize("settings", [PAPERS, DISTILLED], ids=["labels", "soft targets"])
+@pytest.mark.parametrize(
+    "settings", [PAPERS, DISTILLED, CONSISTENT], ids=["labels", "soft targets", "consistent"]
+)
 def test_a_fine_tuning_goes_on_exactly_and_is_served_as_it_was_made(
     head: tuple[str, Path], references: References, tmp_path: Path, settings: Finetuning
 ) -> None:
@@ -182,3 +185,23 @@ def test_stored_is_the_mean_of_resting_and_tuned_weights(
         expected = 0.75 * tensor + 0.25 * tuned[name]
         assert torch.allclose(mixed[name].float(), expected, atol=1e-6), name
     assert losses(tmp_path / "mixed") == losses(tmp_path / "tuned")
+
+
+def test_consistency_adds_the_disagreement_of_two_draws(
+    clip: Path, references: References, tmp_path: Path
+) -> None:
+    """Without noise two draws are alike and the loss is the paper's; with noise it is larger by
+    eta times what the draws disagree about."""
+    head = ("open-clip", clip)
+    calm = replace(PAPERS, sigmas=(0.0, 0.0), largest_batch=6)
+    noisy = replace(PAPERS, sigmas=(0.5, 0.5), largest_batch=6)
+    found = {}
+    for name, settings in (("calm", calm), ("noisy", noisy)):
+        for eta in (0.0, 1e-9, 1e4, 2e4):
+            out = tmp_path / f"{name}-{eta}"
+            finetuned(head, references, out, replace(settings, consistency=eta), epochs=1)
+            found[name, eta] = losses(out)[0][1]
+    assert found["calm", 2e4] == pytest.approx(found["calm", 0.0], rel=1e-3)
+    once, twice = (found["noisy", eta] - found["noisy", 1e-9] for eta in (1e4, 2e4))
+    assert once > 1e-3
+    assert twice == pytest.approx(2 * once, rel=0.02)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.adaptation.synthesize import Cascade, Sampling, encode
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.denoisers.prompts import encode_prompts
-from models.evaluation.datasets import CIFAR10_LABELS, SLICE, evaluation_slice
+from models.evaluation.datasets.cifar10 import CIFAR10_LABELS, SLICE, evaluation_slice
 from models.nano.captions import vocabulary
 from models.nano.card import card
 from models.smoothing import load

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.denoisers.base import NoDenoiser
-from models.evaluation.datasets import LabelledImages
+from models.evaluation.datasets.cifar10 import LabelledImages
 from models.evaluation.row_labels import label_rows
 from models.evaluation.tables import image_votes
 from models.runtime import numerics_of

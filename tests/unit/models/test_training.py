@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.training import Diverged, Profile, fit
+from models.training import Diverged, Profile, disagreement, fit
 
 CPU = torch.device("cpu")
 PROFILE = Profile(steps=8, batch=4, learning_rate=0.1, ema=0.9, log_every=2, checkpoint_every=1)
@@ -130,3 +130,12 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="part: the loss of step 2 is nan"):
         fit("part", model, losses, tmp_path, replace(PROFILE, ema=0.0), CPU)
     assert torch.equal(model.weight, before)
+
+
+def test_disagreement_is_the_divergence_from_the_average() -> None:
+    """Shares .9 and .3 of the first of two labels: their average is .6. Equal draws agree."""
+    shares = torch.tensor([[[0.9, 0.1], [0.5, 0.5]], [[0.3, 0.7], [0.5, 0.5]]])
+    first = 0.6 * math.log(0.6 / 0.9) + 0.4 * math.log(0.4 / 0.1)
+    second = 0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.7)
+    found = disagreement(shares.log() + 7.0)
+    assert found.tolist() == pytest.approx([(first + second) / 2, 0.0], abs=1e-6)
