@@ -60,7 +60,7 @@ class SmoothedModel:
         self.cpu_threads = cpu_threads
         self.batch_rows = numerics.device_rows(cpu_threads)
         self.classes = len(classifier.labels)
-        self._device = device
+        self.device = device
         self._pool = (
             ThreadPoolExecutor(cpu_threads, "rows", torch.set_num_threads, (1,))
             if cpu_threads
@@ -117,15 +117,15 @@ class SmoothedModel:
         shape = parts[0].pixels.shape
         total = sum(part.stop - part.start for part in parts)
         total += self.padding(total)
-        x_hat = torch.zeros(total, *shape, device=self._device)
+        x_hat = torch.zeros(total, *shape, device=self.device)
         sigma = torch.full((total,), parts[0].sigma, dtype=torch.float64)
         row = 0
         for part in parts:
             rows = slice(row, row := row + part.stop - part.start)
             noise = discrete_gaussian(
-                part.key, part.start, part.stop, shape, part.sigma, self._device
+                part.key, part.start, part.stop, shape, part.sigma, self.device
             )
-            x_hat[rows] = (noise + torch.tensor(part.pixels, device=self._device)) / 255
+            x_hat[rows] = (noise + torch.tensor(part.pixels, device=self.device)) / 255
             sigma[rows] = part.sigma
         return x_hat, sigma
 

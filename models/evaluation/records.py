@@ -8,13 +8,32 @@ from dataclasses import asdict, dataclass
 from math import floor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, ClassVar, Generic, Protocol, Self, TextIO, TypeVar
 
 from models.files import written_whole
 
 COUNTS_SUFFIX = ".counts.jsonl"
-LOG_HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
-"""The columns of Cohen et al.'s logs; `predict` is -1 for an abstention."""
+
+
+class Line(Protocol):
+    """A dataclass with one image's outcome, which a log keeps as a line of `HEADER`'s columns."""
+
+    HEADER: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def index(self) -> int:
+        """The image's place in the data set."""
+
+    def line(self) -> str:
+        """The image's line in the log."""
+
+    @classmethod
+    def read(cls, document: dict[str, Any]) -> Self:
+        """The outcome from its stored fields; raises TypeError or KeyError for others."""
+
+
+Outcome = TypeVar("Outcome", bound=Line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +56,9 @@ class Record:
     seconds: float
     bundle: str
 
+    HEADER: ClassVar[str] = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    """The columns of Cohen et al.'s logs; `predict` is -1 for an abstention."""
+
     @property
     def correct(self) -> bool:
         """Whether the certified label is the true one; an abstention is not."""
@@ -55,9 +77,22 @@ class Record:
             f"\t{self.seconds:.3f}\n"
         )
 
+    @classmethod
+    def read(cls, document: dict[str, Any]) -> Self:
+        """See `Line`."""
+        for name in ("estimation", "selection"):
+            if document[name] is not None:
+                document[name] = by_label(document[name])
+        return cls(**document)
 
-class RecordFile:
-    """The records of one setting: `PATH.tsv` in Cohen et al.'s columns, and the counts beside it.
+
+def by_label(votes: Mapping[str, int]) -> dict[int, int]:
+    """Stored votes by label index, whose keys JSON has turned into strings."""
+    return {int(label): count for label, count in votes.items()}
+
+
+class OutcomeFile(Generic[Outcome]):
+    """The outcomes of one setting, of one `kind`: the log `PATH.tsv`, and the counts beside it.
 
     The file of counts is the truth. Its first line has the `settings`; a last line that a kill cut
     short is dropped. Leaving the block without an error sorts the log by index.
@@ -66,19 +101,20 @@ class RecordFile:
     is no record.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, kind: type[Outcome], path: Path, settings: Mapping[str, Any]) -> None:
+        self._kind = kind
         self.log = path.with_name(f"{path.name}.tsv")
         self.counts = path.with_name(f"{path.name}{COUNTS_SUFFIX}")
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, Outcome] = {}
         self._settings = json.loads(json.dumps(settings))
         if self.counts.exists():
             self._read()
-        stored = map(_stored, self._sorted())
+        stored = map(_stored, self.sorted())
         _write(self.counts, "".join([_json(self._settings), *stored]))
         self._write_log()
         self._streams: list[TextIO] = []
 
-    def __enter__(self) -> RecordFile:
+    def __enter__(self) -> Self:
         self._streams = [self.counts.open("a"), self.log.open("a")]
         return self
 
@@ -93,7 +129,7 @@ class RecordFile:
         if error is None:
             self._write_log()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Outcome) -> None:
         """Keep a record: its counts first, so that a log's line always has its counts."""
         self.records[record.index] = record
         for stream, line in zip(self._streams, (_stored(record), record.line()), strict=True):
@@ -108,7 +144,7 @@ class RecordFile:
         try:
             settings, *documents = map(json.loads, whole)
             for document in documents:
-                record = _record(document)
+                record = self._kind.read(document)
                 self.records[record.index] = record
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.counts}: is no file of counts: {error}") from error
@@ -119,11 +155,19 @@ class RecordFile:
                     "choose another --out"
                 )
 
-    def _sorted(self) -> list[Record]:
+    def sorted(self) -> list[Outcome]:
+        """The records by index."""
         return [self.records[index] for index in sorted(self.records)]
 
     def _write_log(self) -> None:
-        _write(self.log, "".join([LOG_HEADER, *(record.line() for record in self._sorted())]))
+        _write(self.log, "".join([self._kind.HEADER, *(record.line() for record in self.sorted())]))
+
+
+class RecordFile(OutcomeFile[Record]):
+    """The certified records of one setting; see `OutcomeFile`."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(Record, path, settings)
 
 
 def _write(path: Path, text: str) -> None:
@@ -136,12 +180,5 @@ def _json(document: object) -> str:
     return json.dumps(document, ensure_ascii=False) + "\n"
 
 
-def _stored(record: Record) -> str:
+def _stored(record: Line) -> str:
     return _json(asdict(record))
-
-
-def _record(document: dict[str, Any]) -> Record:
-    for name in ("estimation", "selection"):
-        if document[name] is not None:
-            document[name] = {int(label): count for label, count in document[name].items()}
-    return Record(**document)

@@ -41,7 +41,7 @@ def figures(run: Run) -> dict[str, Any]:
         "settings": dict(run.settings),
         "bundles": sorted({record.bundle for record in records}),
         "images": len(records),
-        "clean": _share(_clean(records)),
+        "clean": share(_clean(records)),
     }
     if not run.certifies:
         return found
@@ -50,9 +50,9 @@ def figures(run: Run) -> dict[str, Any]:
     top = np.array([max(each.values()) for each in votes]) / sizes
     true = [each.get(record.truth, 0) for each, record in zip(votes, records, strict=True)]
     return found | {
-        "certified": {f"{e:g}": _share(_certified(records, e)) for e in EPSILONS},
+        "certified": {f"{e:g}": share(certified_at(records, e)) for e in EPSILONS},
         "ACR": _interval(bootstrap(_scores(records))),
-        "abstentions": _share(np.array([record.predict < 0 for record in records])),
+        "abstentions": share(np.array([record.predict < 0 for record in records])),
         "p_A": {f"{q:.0%}": round(float(np.quantile(top, q)), DIGITS) for q in QUANTILES},
         "one noisy row": round(float(np.mean(np.array(true) / sizes)), DIGITS),
         "rows": int(sizes.sum()),
@@ -122,19 +122,21 @@ def _clean(records: Sequence[Record]) -> NDArray[np.bool_]:
     return np.array([record.majority == record.truth for record in records])
 
 
-def _certified(records: Sequence[Record], epsilon: float) -> NDArray[np.bool_]:
+def certified_at(records: Sequence[Record], epsilon: float) -> NDArray[np.bool_]:
+    """Whether each image's label is right, with a radius of at least epsilon (N,)."""
     return np.array([record.correct and record.radius >= epsilon for record in records])
 
 
 def _at(epsilon: float) -> Any:
-    return lambda records: _certified(records, epsilon)
+    return lambda records: certified_at(records, epsilon)
 
 
 def _scores(records: Sequence[Record]) -> NDArray[np.float64]:
     return np.array([record.radius if record.correct else 0.0 for record in records])
 
 
-def _share(right: NDArray[np.bool_]) -> dict[str, float]:
+def share(right: NDArray[np.bool_]) -> dict[str, float]:
+    """The count and share of true values (N,), with the share's 95 % Wilson interval."""
     low, high = wilson_interval(int(right.sum()), len(right))
     return {"count": int(right.sum()), **_interval((float(right.mean()), low, high))}
 

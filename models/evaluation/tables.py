@@ -114,7 +114,7 @@ def image_votes(
 
 
 def noise_key(seed: int, index: int, domain: str) -> bytes:
-    """The key of an image's noise; `domain` is "selection" or "estimation"."""
+    """The key of an image's noise; no two uses of it share a `domain`, as "selection" has one."""
     return hashlib.sha256(f"evaluation/{seed}/{index}/{domain}".encode()).digest()
 
 

@@ -32,6 +32,17 @@ class Baseline(StrEnum):
     NONE = "none"
 
 
+class AttackName(StrEnum):
+    """The attacks of `models.evaluation.attacks.registry`."""
+
+    PGD = "pgd"
+    EOT = "eot"
+    TRANSFER = "transfer"
+    RANDOM = "random"
+    AUTOATTACK = "autoattack"
+    FOOLBOX_PGD = "foolbox-pgd"
+
+
 def evaluate(
     task: Annotated[
         list[str] | None,
@@ -85,17 +96,50 @@ def evaluate(
     cifar10: Annotated[
         Path | None, typer.Option(help="Take the held-back training images of this folder.")
     ] = None,
+    attack: Annotated[
+        list[AttackName] | None,
+        typer.Option(help="Also attack every run; repeatable. See docs/attacks.md."),
+    ] = None,
+    eps: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Largest l2 change of an attack, pixels in [0,1]; repeatable.",
+            show_default="0.25, 0.5, 1",
+        ),
+    ] = None,
+    attack_steps: Annotated[int, typer.Option(min=1, help="Steps of an attack.")] = 100,
+    attack_rows: Annotated[
+        int, typer.Option(min=1, help="Noise rows behind an attack's gradient.")
+    ] = 32,
+    attack_batch: Annotated[
+        int, typer.Option(min=1, help="Of these, rows that are in memory together.")
+    ] = 8,
+    attack_n: Annotated[
+        int, typer.Option(help="Noise rows of the answers at clean and attacked images.")
+    ] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, no table.")] = False,
 ) -> None:
-    """Measure tasks on labeled images: clean and certified accuracy, ACR, a curve.
+    """Measure tasks on labeled images: clean, certified and robust accuracy, ACR, a curve.
 
     Exits with 2 for a field or file that cannot be used, and with 1 if the server fails.
     """
+    from service.cli.evaluation.attacks import EPSILONS, AttackPlan
     from service.cli.evaluation.report import tables
     from service.cli.evaluation.runs import Plan, evaluated
     from service.cli.evaluation.tasks import Question
     from service.client import VouchsafeError
 
+    if eps and not attack:
+        tell(f"eps = {eps[0]}: is an attack's; add --attack {AttackName.PGD}")
+        raise typer.Exit(2)
+    attacks = AttackPlan(
+        [each.value for each in dict.fromkeys(attack or [])],
+        sorted({*(eps or EPSILONS)}),
+        attack_steps,
+        attack_rows,
+        attack_batch,
+        attack_n,
+    )
     plan = Plan(
         task or ["default"],
         sigma or [0.25],
@@ -111,6 +155,7 @@ def evaluate(
         server=server,
         key_file=key_file,
         at_once=at_once,
+        attacks=attacks if attack else None,
     )
     try:
         document = evaluated(plan, read_settings())

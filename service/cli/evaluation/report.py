@@ -97,8 +97,30 @@ def rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                               for run in runs])
             for rule in RULES
         ),
+        *_attack_rows(runs),
     ]  # fmt: skip
     return [(name, cells) for name, cells in lines if any(cells)]
+
+
+def _attack_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The lines of attacks: what each leaves at each eps, and what is certified at other eps."""
+    attacks = [run.get("attacks", {}) for run in runs]
+    named = [own.get("by attack", {}) for own in attacks]
+    lines = [("empirical clean", [_percent(own.get("empirical clean")) for own in attacks])]
+    for name, eps in dict.fromkeys((a, e) for own in named for a in own for e in own[a]):
+        found = [own.get(name, {}).get(eps, {}) for own in named]
+        robust = [_percent(each.get("robust")) for each in found]
+        lines.append((f"robust to {name} at {eps}", robust))
+        if float(eps) not in EPSILONS:
+            certified = [_percent(each.get("certified")) for each in found]
+            lines.append((f"certified at {eps}, beside {name}", certified))
+    contradictions = [
+        [len(each["contradicted"]) for by_eps in own.values() for each in by_eps.values()
+         if "contradicted" in each]
+        for own in named
+    ]  # fmt: skip
+    totals = [str(sum(own)) if own else "" for own in contradictions]
+    return [*lines, ("certificates contradicted", totals)]
 
 
 def differences(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

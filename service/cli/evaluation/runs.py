@@ -16,6 +16,7 @@ from models.certificates.rules import check_certify
 from models.evaluation.records import RecordFile
 from models.evaluation.results import Run
 from service.cli.console import errors
+from service.cli.evaluation.attacks import AttackedTask, AttackPlan, run_attacks
 from service.cli.evaluation.images import (
     ImageSet,
     LabeledFile,
@@ -54,6 +55,7 @@ class Plan:
     server: str | None
     key_file: Path | None
     at_once: int
+    attacks: AttackPlan | None
 
 
 def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -70,8 +72,8 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
     found = _image_set(plan)
     if plan.server is None:
         return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
-    if plan.baselines or plan.k is not None:
-        raise ValueError("--baseline and --k need the networks here: leave out --server")
+    if plan.baselines or plan.attacks or plan.k is not None:
+        raise ValueError("--baseline, --attack and --k need the networks here: leave out --server")
     key = plan.key_file.read_text().strip() if plan.key_file else None
     with Client(plan.server, key=key) as client:
         return _run_all(plan, _settings(plan, _remote(client, plan.names, plan.at_once)), found)
@@ -168,17 +170,12 @@ def _run_all(
     question, out = plan.question, plan.out
     files = found.chosen([task.labels for task, _ in planned], plan.limit)
     check(files, planned[0][0].resolution)
-    images = {
-        "source": found.source,
-        "images": len(files),
-        "of": found.total,
-        "sha256": digest(files),
-    }
+    to_attack = _to_attack(plan, planned)
+    sha256 = digest(files)
+    images = {"source": found.source, "images": len(files), "of": found.total, "sha256": sha256}
     with _alone_in(out):
         kept = [
-            RecordFile(
-                out / setting.stem, {"images": images["sha256"], **task.settings(setting, question)}
-            )
+            RecordFile(out / setting.stem, {"images": sha256, **task.settings(setting, question)})
             for task, setting in planned
         ]
         missing = [[file for file in files if file.index not in each.records] for each in kept]
@@ -187,6 +184,9 @@ def _run_all(
             for (task, setting), file, left in zip(planned, kept, missing, strict=True):
                 runs.append(_run(task, setting, question, file, left, watch))
         document = results(runs, images)
+        if to_attack:
+            for name, own in run_attacks(to_attack, runs, files, sha256, out).items():
+                document["runs"][name]["attacks"] = own
         for path in write(runs, document, out):
             errors.print(f"wrote {path}")
     return document
@@ -208,6 +208,15 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
+def _to_attack(plan: Plan, planned: Sequence[tuple[Task, Setting]]) -> list[AttackedTask]:
+    """Every run that is to be attacked; raises ValueError as `AttackPlan.check` does."""
+    if plan.attacks is None:
+        return []
+    local = [(task, setting) for task, setting in planned if isinstance(task, LocalTask)]
+    plan.attacks.check(local, plan.question.alpha)
+    return [AttackedTask(*each, plan.question, plan.attacks) for each in local]
+
+
 def _run(
     task: Task,
     setting: Setting,
@@ -221,6 +230,6 @@ def _run(
             for record in task.records(left, setting, question):
                 kept.add(record)
                 watch.advance(setting.name)
-    records = [kept.records[index] for index in sorted(kept.records)]
+    records = kept.sorted()
     settings = task.settings(setting, question)
     return Run(setting.name, settings, records, certifies=setting.sigma is not None)

@@ -18,6 +18,8 @@ from service.cli.evaluation.images import LabeledFile
 from service.client import Client, InvalidRequest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from models.runtime import Runtime
     from models.smoothing import SmoothedModel
 
@@ -93,17 +95,29 @@ class LocalTask:
     @cached_property
     def plain(self) -> SmoothedModel:
         """The classifier under noise, without the denoiser."""
-        from models.denoisers.base import NoDenoiser
-        from models.smoothing import SmoothedModel, best_device
+        return without_denoiser(self.model)
 
-        whole = self.model
-        return SmoothedModel(
-            NoDenoiser(),
-            whole.classifier,
-            whole.numerics,
-            best_device(),
-            cpu_threads=whole.cpu_threads,
-        )
+    @cached_property
+    def with_gradients(self) -> SmoothedModel:
+        """The networks in float32 and eager torch, for attacks; raises BundleError as `load`."""
+        import torch
+
+        from models.runtime import Torch
+
+        return self._load(runtime=Torch(), dtype=torch.float32, cpu_threads=0)
+
+    def networks(self, setting: Setting) -> SmoothedModel:
+        """The networks as they are served in this setting."""
+        return self.plain if setting.baseline == "none" else self.model
+
+    def plain_label(self, pixels: NDArray[np.uint8]) -> int:
+        """The classifier's label index of the image alone, without noise and denoiser."""
+        import torch
+
+        x = torch.zeros(self.model.numerics.batch_rows, *pixels.shape, device=self.model.device)
+        x[0] = torch.tensor(pixels) / 255
+        with torch.inference_mode():
+            return int(self.model.classifier(x)[0].argmax())
 
     def settings(self, setting: Setting, question: Question) -> Mapping[str, Any]:
         """As in `Task`."""
@@ -143,10 +157,10 @@ class LocalTask:
         from models.rows import Rows
         from models.smoothing import votes
 
-        model = self.model if setting.baseline is None else self.plain
+        model = self.networks(setting)
         began = time.perf_counter()
         selection, estimation = (
-            _nonzero(
+            nonzero(
                 votes(
                     model,
                     Rows(pixels, noise_key(question.seed, file.index, domain), 0, rows, sigma),
@@ -163,15 +177,8 @@ class LocalTask:
         return certified(bare, len(self.labels), sigma, question.alpha, question.method, blur)
 
     def _undefended(self, file: LabeledFile, pixels: Any, setting: Setting) -> Record:
-        import torch
-
-        from models.smoothing import best_device
-
         began = time.perf_counter()
-        x = torch.zeros(self.model.numerics.batch_rows, *pixels.shape)
-        x[0] = torch.tensor(pixels) / 255
-        with torch.inference_mode():
-            label = int(self.model.classifier(x.to(best_device()))[0].argmax())
+        label = self.plain_label(pixels)
         return Record(
             file.index, file.name, self.labels.index(file.label), label, 0.0, {label: 1}, None,
             time.perf_counter() - began, self._digest(setting),
@@ -248,6 +255,20 @@ class RemoteTask:
         )  # fmt: skip
 
 
-def _nonzero(counts: Any) -> dict[int, int]:
+def without_denoiser(model: SmoothedModel) -> SmoothedModel:
+    """The model's classifier under noise alone (plain smoothing)."""
+    from models.denoisers.base import NoDenoiser
+    from models.smoothing import SmoothedModel
+
+    return SmoothedModel(
+        NoDenoiser(),
+        model.classifier,
+        model.numerics,
+        model.device,
+        cpu_threads=model.cpu_threads,
+    )
+
+
+def nonzero(counts: Any) -> dict[int, int]:
     """Votes (K,) by label index, without zeros."""
     return {int(label): int(counts[label]) for label in np.flatnonzero(counts)}
