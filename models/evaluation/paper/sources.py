@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from models.certificates.evidence import total_variation
 from models.evaluation.logs import Answer, has_radii, read_answers, read_log
@@ -82,7 +81,7 @@ def _counted(name: str, path: Path) -> dict[str, Run]:
     """The run of a file of counts by rule; raises ValueError for a file that is none."""
     try:
         settings, *documents = map(json.loads, path.read_text().splitlines())
-        run = Run(name, settings, [_record(document) for document in documents])
+        run = Run(name, settings, [Record.read(document) for document in documents])
         if settings.get("sigma") is None:
             return {}
         side = settings["resolution"]
@@ -92,11 +91,3 @@ def _counted(name: str, path: Path) -> dict[str, Run]:
         return certified or {settings["method"]: run}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is no file of counts: {error}") from error
-
-
-def _record(document: dict[str, Any]) -> Record:
-    votes = {
-        name: document[name] and {int(label): count for label, count in document[name].items()}
-        for name in ("estimation", "selection")
-    }
-    return Record(**document | votes)
