@@ -53,7 +53,7 @@ def assemble(runs: Path) -> None:
         "watermarker": None,
         "requires_safety_checker": False,
     }
-    one, two = runs / "stage1", runs / "guided"
+    one, two = runs / "stage1", runs / "consistent"
     stage1: Any = IFPipeline(
         tokenizer=ByT5Tokenizer.from_pretrained(one / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(one / "text_encoder"),

@@ -16,7 +16,6 @@ from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.denoisers.prompts import encode_prompts
 from models.evaluation.datasets.cifar10 import CIFAR10_LABELS, SLICE, evaluation_slice
 from models.nano.captions import vocabulary
-from models.nano.card import card
 from models.smoothing import load
 from models.zoo.registry import DENOISER_SETS
 
@@ -119,27 +118,3 @@ def test_what_loading_computes_does_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*prototypes)
-
-
-def test_the_card_shows_both_rules_of_one_run() -> None:
-    """Each sigma has a line by the published rule and one by the service's, of the same votes."""
-    rules = {
-        rule: {
-            "certified": {"0": {"value": 0.7 + more}, "0.25": {"value": 0.5 + more}},
-            "ACR": {"value": 0.3 + more, "low": 0.25, "high": 0.4},
-        }
-        for rule, more in (("two-sided", 0.1), ("cohen", 0.0))
-    }
-    settings = {"sigma": 0.25, "n0": 100, "n": 1000, "alpha": 0.001}
-    numerics = {"numerics": {"runtime": "openvino 2026.4"}}
-    smoothed = {"certified": {"0": {}, "0.25": {}}, "one noisy row": 0.7782, "by rule": rules}
-    runs = {
-        "default, sigma 0.25": {**smoothed, "settings": settings | numerics},
-        "undefended": {"clean": {"value": 0.92}, "settings": {}},
-    }
-    document = {"images": {"images": 250}, "runs": runs}
-    text = card(MODELS / "nano" / "losses", "a laptop", document, "90.0 %")
-    assert "| 0.25 | 77.8 | `cohen` | 70.0 / 50.0 | 0.300 [0.250, 0.400] |" in text
-    assert "| 0.25 | 77.8 | `two-sided` | 80.0 / 60.0 | 0.400 [0.250, 0.400] |" in text
-    assert "names 92.0 % of these images" in text
-    assert "evaluate --sigma 0.25 --n 1000 --limit 250 --baseline undefended" in text
