@@ -1,6 +1,8 @@
 # Every target the README names. `make setup` alone prepares .venv; the others do it first.
 PYTHON ?= python3.11
 PORT ?= 8000
+DATA ?= package
+ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # One process more than cores, since many tests wait; four at most, for each takes a GB or two.

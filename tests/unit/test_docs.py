@@ -39,6 +39,16 @@ def test_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 200
 
 
+def test_every_table_that_figures_renews_has_its_place() -> None:
+    """The pages have the blocks that benchmarks/figures.sh fills, each once."""
+    script = (ROOT / "benchmarks" / "figures.sh").read_text()
+    filled = re.findall(r"into (\S+) (\S+)", script)
+    assert filled
+    for page, block in filled:
+        text = (ROOT / page).read_text()
+        assert len(re.findall(rf"<!-- {block} -->\n\|.*?<!-- end -->", text, re.DOTALL)) == 1, page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_make_has_the_targets(page: Path) -> None:
     """Every `make` command names targets and variables of the Makefile."""
