@@ -1,6 +1,6 @@
 """One table of several evaluations: `python -m benchmarks.results FOLDER/results.json ...`.
 
-Prints, as Markdown, a line for each run of `vouchsafe evaluate`: clean accuracy, accuracy under PGD,
+Prints, as Markdown, a line for each run of `vouchsafe evaluate`: clean accuracy, that under PGD,
 certified accuracy by radius, and ACR. All evaluations must be of the same images.
 """
 
