@@ -13,7 +13,7 @@ from models.evaluation.scores import average_certified_radius, wilson_interval
 
 
 class Figure(NamedTuple):
-    """A value, the ends of its interval if it has one, and the images that it is of.
+    """A value, the ends of its interval if it has one, and the images that it is of, if known.
 
     Its `kind` is "share" in [0, 1], with a Wilson interval; "radius", without an interval; or
     "seconds" an image, with one standard deviation on both sides.
@@ -22,7 +22,7 @@ class Figure(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    images: int
+    images: int | None
     kind: str
 
     def text(self) -> str:
@@ -69,7 +69,7 @@ def average(figures: Sequence[Figure | None]) -> Figure | None:
     if not known or len(known) < len(figures):
         return None
     value = float(np.mean([figure.value for figure in known]))
-    return Figure(value, None, None, sum(figure.images for figure in known), "share")
+    return Figure(value, None, None, sum(figure.images or 0 for figure in known), "share")
 
 
 def _certified(log: Log, epsilon: float, rule: str) -> Figure | None:

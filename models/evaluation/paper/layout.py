@@ -5,6 +5,9 @@ and `figure`, one of MEASURES; `beside_log` and `beside_figure` alike for a seco
 parentheses. Fields may name others in braces. Those of a column go before those of its row, and
 both before those of the table. `heads` are the fields that a row begins with, and their titles.
 `parts` repeat a table with other fields. A column with `average` has the mean of its row.
+
+Rows of methods that no command here makes carry the paper's own figures in percent, a value a
+column, in the field that the table's `printed` names. They stand in where logs are missing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from models.evaluation.paper.sources import COHEN, TWO_SIDED, Log
 
 TABLES = (*(f"table-{number:02d}" for number in range(1, 11)), "cifar10")
 """The paper's ten, and one for CIFAR-10."""
+PRINTED = "printed"
 Fields = Mapping[str, Any]
 
 
@@ -40,7 +44,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table by one `rule` for radii: its heads, then a cell a column."""
+    """A line of a table: its heads, then a cell a column.
+
+    `rule` is that of its radii, or PRINTED where the figures are the paper's own.
+    """
 
     heads: tuple[str, ...]
     cells: tuple[Cell, ...]
@@ -67,8 +74,8 @@ class Table:
 
     @property
     def filled(self) -> bool:
-        """Whether any cell has a figure."""
-        rows = (row for part in self.parts for row in part.rows)
+        """Whether any cell has the figure of a log."""
+        rows = (row for part in self.parts for row in part.rows if row.rule != PRINTED)
         return any(cell.text() for row in rows for cell in row.cells)
 
 
@@ -158,7 +165,13 @@ def _part(table: Fields, logs: Mapping[str, Log]) -> Part:
     rows = []
     for row in table["rows"]:
         named = tuple(row[head] for head in heads)
-        rows.append(Row(named, _cells(table, row, logs, COHEN), COHEN))
+        cells = _cells(table, row, logs, COHEN)
+        printed = row.get(table.get("printed"))
+        if printed and not any(cell.text() for cell in cells):
+            cells = tuple(Cell(Figure(share / 100, None, None, None, "share")) for share in printed)
+            rows.append(Row((*named[:-1], f"{named[-1]}, as printed"), cells, PRINTED))
+            continue
+        rows.append(Row(named, cells, COHEN))
         cells = _cells(table, row, logs, TWO_SIDED)
         if any(cell.text() for cell in cells):
             rows.append(Row((*named[:-1], f"{named[-1]}, {TWO_SIDED}"), cells, TWO_SIDED))
