@@ -27,8 +27,15 @@ from service.cli.evaluation.images import (
     read_images,
 )
 from service.cli.evaluation.progress import Watch, watched
+from service.cli.evaluation.remote import RemoteTask
 from service.cli.evaluation.report import results, write
-from service.cli.evaluation.tasks import LocalTask, Question, RemoteTask, Setting, Task
+from service.cli.evaluation.tasks import (
+    LocalTask,
+    Purification,
+    Question,
+    Setting,
+    Task,
+)
 from service.client import Client, VouchsafeError
 from service.config import Settings
 from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
@@ -56,6 +63,7 @@ class Plan:
     key_file: Path | None
     at_once: int
     attacks: AttackPlan | None
+    purification: Purification
 
 
 def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
         check_certify(asked.n0, asked.n, sigma, asked.alpha, asked.method)
     found = _image_set(plan)
     if plan.server is None:
-        return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
+        return _run_all(plan, _settings(plan, _local(settings, plan)), found)
     if plan.baselines or plan.attacks or plan.k is not None:
         raise ValueError("--baseline, --attack and --k need the networks here: leave out --server")
     key = plan.key_file.read_text().strip() if plan.key_file else None
@@ -97,7 +105,7 @@ def _check_sigma(sigma: float, least: float, largest: float) -> None:
         raise ValueError(f"sigma = {sigma}: must be from {least} to {largest}")
 
 
-def _local(settings: Settings, names: Sequence[str], k: float | None) -> list[LocalTask]:
+def _local(settings: Settings, plan: Plan) -> list[LocalTask]:
     """The tasks of this machine; raises ValueError for an unknown or ambiguous name."""
     from models.smoothing import tried_runtime
     from service.tasks.catalog import Catalog
@@ -106,13 +114,19 @@ def _local(settings: Settings, names: Sequence[str], k: float | None) -> list[Lo
         {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
     )
     asyncio.run(catalog.refresh())
-    bundles = [_named(catalog, name) for name in names]
-    if k is not None:
-        bundles = [replace(bundle, k=k) for bundle in bundles]
+    bundles = [_named(catalog, name) for name in plan.names]
+    if plan.k is not None:
+        bundles = [replace(bundle, k=plan.k) for bundle in bundles]
     folder = settings.models_folder
     return [
-        LocalTask(name, bundle, tried_runtime(settings.runtime, bundle, folder), folder)
-        for name, bundle in zip(names, bundles, strict=True)
+        LocalTask(
+            name,
+            bundle,
+            tried_runtime(settings.runtime, bundle, folder),
+            folder,
+            plan.purification,
+        )
+        for name, bundle in zip(plan.names, bundles, strict=True)
     ]
 
 
@@ -147,6 +161,8 @@ def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
         planned += [(tasks[0], _setting("none", sigma, "none")) for sigma in plan.sigmas]
     if "undefended" in plan.baselines:
         planned.append((tasks[0], _setting("undefended", None, "undefended")))
+    if "purified" in plan.baselines:
+        planned.append((tasks[0], _setting("purified", None, "purified")))
     stems = [setting.stem for _, setting in planned]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise ValueError(f"two runs would be {twice}: give each task and sigma once, tasks by id")
