@@ -118,7 +118,7 @@ def _local(settings: Settings, plan: Plan) -> list[LocalTask]:
     if plan.k is not None:
         bundles = [replace(bundle, k=plan.k) for bundle in bundles]
     folder = settings.models_folder
-    return [
+    tasks = [
         LocalTask(
             name,
             bundle,
@@ -128,6 +128,9 @@ def _local(settings: Settings, plan: Plan) -> list[LocalTask]:
         )
         for name, bundle in zip(plan.names, bundles, strict=True)
     ]
+    if "purified" in plan.baselines:
+        tasks[0].purifier  # noqa: B018 - refuses networks that cannot purify before any work
+    return tasks
 
 
 def _remote(client: Client, names: Sequence[str], at_once: int) -> list[RemoteTask]:

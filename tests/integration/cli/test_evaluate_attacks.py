@@ -94,6 +94,24 @@ def test_a_run_is_resumed_and_can_be_repeated() -> None:
     assert set(figures("default, sigma 0.25")["by attack"]) == {"random"}
 
 
+def test_purified_images_are_attacked_without_a_certificate() -> None:
+    """The run has clean and robust accuracy, in both norms, and nothing that is certified."""
+    evaluate(
+        *("--baseline", "purified", "--only-baselines", "--limit", "2"),
+        *("--t-star", "2", "--draws", "2", *ATTACK, "--attack", "eot-linf", "--eps", "0.03"),
+    )
+    document = json.loads(Path("evaluation", "results.json").read_text())
+    assert list(document["runs"]) == ["purified"]
+    run = document["runs"]["purified"]
+    assert "certified" not in run
+    assert run["settings"]["purification"]["t_star"] == 2
+    found = run["attacks"]["by attack"]
+    assert set(found) == {"pgd", "eot-linf"}
+    assert all("certified" not in by_eps for own in found.values() for by_eps in own.values())
+    for line in log("purified-eot-linf-0.03"):
+        assert float(line[4]) <= 7 / 255 * 3072**0.5 + 1e-6
+
+
 def put_onnx(data: Path) -> None:
     """A task `own` of the default's labels, whose classifier is an ONNX file."""
     default, head = read_bundle(DEFAULT_TASK), data / "models" / "head"
@@ -121,6 +139,9 @@ def test_random_noise_needs_no_gradients(tmp_path: Path) -> None:
         (("--attack", "pgd", "--eps", "inf"), "eps = inf: must be finite"),
         (("--attack", "pgd", "--attack-n", "5"), "n = 5 at alpha = 0.001 can only ever abstain"),
         (("--attack", "pgd", "--server", "http://127.0.0.1:1"), "leave out --server"),
+        (("--baseline", "purified", "--task", "own"), "only a diffusion model can purify"),
+        (("--baseline", "purified", "--t-star", "1000"), "t_star is 1000; this schedule has 1"),
+        (("--baseline", "purified", "--auxiliary", "."), "has no auxiliary network"),
         (("--attack", "pgd", "--task", "own"), "kind onnx, which gives no gradients"),
     ],
 )

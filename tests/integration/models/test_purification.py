@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_TASK, read_bundle
+from models.evaluation.attacks.pipeline import purified
 from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
 from models.purification.auxiliary import Auxiliary, read_auxiliary
 from models.purification.guidance import Guidance
@@ -173,6 +174,21 @@ def test_the_gradient_passes_through_every_step() -> None:
     with torch.no_grad():
         change = (bright(x + 1e-5 * direction) - bright(x - 1e-5 * direction)) / 2e-5
     assert float((gradient * direction).sum()) == pytest.approx(float(change), rel=1e-4)
+
+
+def test_an_attack_sees_purification_as_it_is() -> None:
+    """The loss is that of the draws' mean probability; fresh draws change with the step."""
+    process, x = purifier(Settings(t_star=3)), torch.rand(3, 8, 8)
+    noise = keyed_noise(KEY, [Row(0, draw) for draw in range(4)], (3, 8, 8))
+    mean = process.logits(x.expand(4, 3, 8, 8), noise).softmax(1)[:, 1].mean()
+    fixed = purified(process, key=KEY, rows=4, batch_rows=3)
+    fresh = purified(process, key=KEY, rows=4, batch_rows=4, fresh=True)
+    assert fixed.loss(x, 1) == pytest.approx(float(-mean.log()), rel=1e-5)
+    assert fixed.loss(x, 1, 0) == fixed.loss(x, 1, 1)
+    assert fresh.loss(x, 1, 0) == pytest.approx(fixed.loss(x, 1), rel=1e-5)
+    assert fresh.loss(x, 1, 1) != fresh.loss(x, 1, 0)
+    loss, gradient = fixed.gradient(x, 1)
+    assert fixed.loss(x + 0.1 * gradient / gradient.norm(), 1) > loss
 
 
 # --- The auxiliary network -----------------------------------------------------------------------
