@@ -91,6 +91,9 @@ def evaluate(
             "behind purification; repeatable."
         ),
     ] = None,
+    only_baselines: Annotated[
+        bool, typer.Option("--only-baselines", help="Leave the tasks themselves out.")
+    ] = False,
     server: Annotated[
         str | None, typer.Option(help="URL of a running service, whose workers compute.")
     ] = None,
@@ -175,6 +178,7 @@ def evaluate(
         cifar10=cifar10,
         limit=limit,
         baselines=[each.value for each in baseline or []],
+        only_baselines=only_baselines,
         k=k,
         server=server,
         key_file=key_file,

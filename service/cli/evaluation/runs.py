@@ -58,6 +58,7 @@ class Plan:
     cifar10: Path | None
     limit: int | None
     baselines: Sequence[str]
+    only_baselines: bool
     k: float | None
     server: str | None
     key_file: Path | None
@@ -155,8 +156,12 @@ def _named(catalog: Catalog, name: str) -> Bundle:
 
 def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
     """Every run, those of the first task first; raises ValueError for a sigma that is too large."""
+    if plan.only_baselines and not plan.baselines:
+        raise ValueError("--only-baselines leaves no run: add --baseline")
     planned: list[tuple[Task, Setting]] = []
     for name, task in zip(plan.names, tasks, strict=True):
+        if plan.only_baselines:
+            break
         for sigma in plan.sigmas:
             _check_sigma(sigma, SMALLEST_SIGMA, task.largest_sigma)
             planned.append((task, _setting(name, sigma, None)))

@@ -98,6 +98,12 @@ def test_the_slice_with_baselines(tmp_path: Path) -> None:
     assert "| ACR, cohen |" in (tmp_path / "evaluation" / "table.md").read_text()
 
 
+def test_baselines_alone() -> None:
+    """The task itself is left out."""
+    evaluate(*QUICK, "--baseline", "undefended", "--only-baselines")
+    assert list(document()["runs"]) == ["undefended"]
+
+
 def test_a_data_set_of_the_paper(tmp_path: Path) -> None:
     """Some of its selected images; the table names the set, and how many images of how many."""
     twin("cifar10", tmp_path, 1004)
@@ -206,6 +212,7 @@ def test_a_run_that_a_server_cannot_do_is_refused(pictures: Path, tmp_path: Path
         ),
         (("--n", "3"), "n = 3 at alpha = 0.001 can only ever abstain"),
         (("--sigma", ".25", "--sigma", ".250"), "two runs would be default-0.25"),
+        (("--only-baselines",), "--only-baselines leaves no run: add --baseline"),
         (("--server", "localhost"), "url = 'localhost': must begin with http"),
         (("--server", "http://127.0.0.1:1"), "the server's tasks cannot be read"),
     ],
