@@ -30,6 +30,7 @@ VOUCHSAFE = re.compile(
 MADE = (
     *("references.png", "status.json", "source.json", "docker/secrets"),
     *("results.json", "table.md", "curve.png", "vouchsafe_example.py", "meta/test.json"),
+    *("concepts.json", "concepts.svg"),
 )
 """Files and folders that programs or readers make, so that no checkout has them."""
 

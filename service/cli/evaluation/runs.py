@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.certificates.rules import check_certify
 from models.evaluation.records import RecordFile
 from models.evaluation.results import Run
 from service.cli.console import errors
 from service.cli.evaluation.attacks import AttackedTask, AttackPlan, run_attacks
+from service.cli.evaluation.bundles import local_bundles
 from service.cli.evaluation.images import (
     ImageSet,
     LabeledFile,
@@ -39,9 +38,6 @@ from service.cli.evaluation.tasks import (
 from service.client import Client, VouchsafeError
 from service.config import Settings
 from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
-
-if TYPE_CHECKING:
-    from service.tasks.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +105,8 @@ def _check_sigma(sigma: float, least: float, largest: float) -> None:
 def _local(settings: Settings, plan: Plan) -> list[LocalTask]:
     """The tasks of this machine; raises ValueError for an unknown or ambiguous name."""
     from models.smoothing import tried_runtime
-    from service.tasks.catalog import Catalog
 
-    catalog = Catalog(
-        {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
-    )
-    asyncio.run(catalog.refresh())
-    bundles = [_named(catalog, name) for name in plan.names]
+    bundles = local_bundles(settings, plan.names)
     if plan.k is not None:
         bundles = [replace(bundle, k=plan.k) for bundle in bundles]
     folder = settings.models_folder
@@ -140,18 +131,6 @@ def _remote(client: Client, names: Sequence[str], at_once: int) -> list[RemoteTa
         return [RemoteTask(name, client, at_once) for name in names]
     except VouchsafeError as error:
         raise ValueError(f"the server's tasks cannot be read: {error}") from error
-
-
-def _named(catalog: Catalog, name: str) -> Bundle:
-    if name in catalog:
-        return catalog[name]
-    if name in catalog.refused:
-        raise ValueError(f"task {name}: {catalog.refused[name].reason}")
-    found = [bundle for bundle in catalog.values() if bundle.name == name]
-    if len(found) != 1:
-        known = ", ".join(bundle.name or task for task, bundle in catalog.items())
-        raise ValueError(f"there are {len(found)} tasks {name!r}; the tasks are {known}")
-    return found[0]
 
 
 def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
