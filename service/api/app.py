@@ -11,6 +11,8 @@ from service.api.auth import caller
 from service.api.batches import batches
 from service.api.certificates import certificates
 from service.api.middleware import add_bounds, admitted
+from service.api.open_inference.routes import health_routes as v2_health_routes
+from service.api.open_inference.routes import routes as v2_routes
 from service.api.pages import docs_assets, pages
 from service.api.predictions import routes as predictions_routes
 from service.api.problems import KEYED, PROBLEM_HANDLERS
@@ -55,6 +57,8 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(batches)
     app.include_router(certificates)
     app.include_router(tasks)
+    app.include_router(v2_health_routes)
+    app.include_router(v2_routes)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
     return app

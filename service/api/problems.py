@@ -26,6 +26,7 @@ from service.operations.metrics import REJECTIONS
 from service.validation import invalid_fields
 
 MEDIA_TYPE = "application/problem+json"
+V2 = "/v2/"
 _EXPECTED = (Problem, HTTPException, RequestValidationError)
 
 
@@ -41,7 +42,10 @@ class ProblemResponse(BaseModel):
 
 
 async def render_problem(request: Request, error: Exception) -> Response:
-    """Any error as a problem document; an unexpected error is reported without details."""
+    """Any error as a problem document; an unexpected error is reported without details.
+
+    Below V2 an error has the Open Inference Protocol's form.
+    """
     problem = _as_problem(error)
     document = problem.document()
     REJECTIONS.labels(document["type"].rpartition(":")[2]).inc()
@@ -54,6 +58,8 @@ async def render_problem(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(problem.retry_after)
     if isinstance(problem, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if request.scope["path"].startswith(V2):
+        return JSONResponse({"error": document["detail"]}, document["status"], headers)
     return JSONResponse(document, document["status"], headers, media_type=MEDIA_TYPE)
 
 
