@@ -116,8 +116,10 @@ class Client:
 
 
 def _text(value: Any) -> str | list[str]:
-    """A field's text; a list is a repeated field."""
-    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
+    """A field's text; a list is a repeated field, and an empty one is left to the server."""
+    if isinstance(value, list | tuple):
+        return [str(each) for each in value] or ""
+    return str(value)
 
 
 def _problem(response: httpx.Response) -> ProblemError:
