@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.bundle import Bundle
 from models.classifiers.base import Classifier
 from models.denoisers.base import Denoiser
-from models.purification.auxiliary import Auxiliary, read_auxiliary
+from models.purification.auxiliary import Auxiliary
 from models.purification.guidance import Guidance
-from models.purification.keyed import MAX_STEPS, Noise, Row, keyed_noise
-from models.purification.reverse import Schedule, diffused, read_schedule
-from models.smoothing import best_device, load
+from models.purification.keyed import Noise, Row, keyed_noise
+from models.purification.reverse import Schedule, diffused
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +26,18 @@ class Settings:
 
     `t_star` None is the schedule's own (`Schedule.t_star`). `guidance` is s; 0 is the plain process
     of DiffPure (Nie et al. 2022, arXiv 2205.07460). The norm of g_t is at most `constraint` times
-    that of the diffusion model's score. An image has `draws` independent purifications.
-    Raises ValueError for values out of range.
+    that of the diffusion model's score. Raises ValueError for values out of range.
     """
 
     t_star: int | None = None
     guidance: float = 0.0
     constraint: float = 1.0
-    draws: int = 4
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance is {self.guidance}; it must be finite and at least 0")
         if not 0 < self.constraint < math.inf:
             raise ValueError(f"constraint is {self.constraint}; it must be finite and above 0")
-        if not 1 <= self.draws <= MAX_STEPS:
-            raise ValueError(f"draws is {self.draws}; it must be 1 to {MAX_STEPS}")
 
 
 class Purifier:
@@ -100,20 +96,27 @@ class Purifier:
         return self._classifier(self.purified(x, noise))
 
     @torch.no_grad()
-    def probabilities(self, images: Tensor, key: bytes, first: int = 0) -> Tensor:
-        """The mean softmax (B,K) of each image's draws; the answer is its argmax.
+    def labels(
+        self, pixels: Tensor, key: bytes, start: int, stop: int, batch_rows: int | None = None
+    ) -> NDArray[np.int64]:
+        """The label index of each of an image's purifications (stop - start,).
 
-        `images` (B,3,H,W) uint8 are numbers `first` and on under `key` (32 bytes). All draws of all
-        images are one batch. Raises FloatingPointError for logits that are not finite.
+        `pixels` (3,H,W) is uint8, and the key has 32 bytes. The networks compute `batch_rows` rows,
+        those that are not wanted from black images without noise; by default none. Raises
+        FloatingPointError for logits that are not finite.
         """
-        draws = self._settings.draws
-        rows = [Row(first + image, draw) for image in range(len(images)) for draw in range(draws)]
-        noise = keyed_noise(key, rows, tuple(images.shape[1:]), images.device)
-        logits = self.logits((images / 255).repeat_interleave(draws, 0), noise)
+        count = stop - start
+        padding = 0 if batch_rows is None else batch_rows - count
+        drawn = keyed_noise(
+            key, [Row(0, draw) for draw in range(start, stop)], tuple(pixels.shape), pixels.device
+        )
+        x = torch.cat([(pixels / 255).expand(count, *pixels.shape),
+                       torch.zeros(padding, *pixels.shape, device=pixels.device)])  # fmt: skip
+        logits = self.logits(x, lambda step: F.pad(drawn(step), (0, 0, 0, 0, 0, 0, 0, padding)))
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError("the logits of purified images are not finite")
-        mean: Tensor = logits.softmax(1).unflatten(0, (len(images), draws)).mean(1)
-        return mean
+        found: NDArray[np.int64] = logits.argmax(1)[:count].cpu().numpy()
+        return found
 
     def _step(self, x_t: Tensor, t: int, guidance: Guidance | None, noise: Tensor) -> Tensor:
         """x_{t-1} ~ N(mu(x_t, t) + s Sigma_t g_t, Sigma_t) (method.md 7)."""
@@ -128,26 +131,3 @@ class Purifier:
             gradient = guidance.gradient(x_t, longest)
             mean = mean + self._settings.guidance * posterior.variance * gradient
         return mean + math.sqrt(posterior.variance) * noise
-
-
-def load_purifier(
-    bundle: Bundle,
-    settings: Settings,
-    auxiliary: Path | None = None,
-    *,
-    device: torch.device | None = None,
-    models_dir: Path | None = None,
-) -> Purifier:
-    """A task's denoiser and classifier as a purifier, in float32, as gradients want.
-
-    `auxiliary` is the folder of a trained auxiliary network. Raises ValueError for a denoiser
-    without a schedule and as `Purifier`, BundleError for networks as `models.smoothing.load`.
-    """
-    device = device or best_device()
-    with bundle.denoiser.opened(models_dir) as folder:
-        schedule = read_schedule(folder)
-    model = load(bundle, device=device, dtype=torch.float32, cpu_threads=0, models_dir=models_dir)
-    network = None
-    if auxiliary is not None:
-        network = read_auxiliary(auxiliary, len(bundle.labels), device)
-    return Purifier(model.denoiser, model.classifier, schedule, settings, network)

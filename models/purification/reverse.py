@@ -7,7 +7,6 @@ Images x_t are in [-1,1] units, scaled by sqrt(alpha_bar_t) as in DDPM (Ho et al
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,11 +54,14 @@ class Schedule:
         Raises ValueError for a t* that the schedule does not have.
         """
         if given is None:
-            within = self._ratios[1:] <= cifar_ratio()
-            return max(1, int(within.sum()))
+            return self.reached_by(cifar_ratio())
         if not 1 <= given <= self.largest_t:
             raise ValueError(f"t_star is {given}; this schedule has 1 to {self.largest_t}")
         return given
+
+    def reached_by(self, ratio: float) -> int:
+        """The last t whose noise ratio is at most `ratio`, 1 at least."""
+        return max(1, int((self._ratios[1:] <= ratio).sum()))
 
     def posterior(self, t: int) -> Posterior:
         """The posterior of step t to t - 1, t from 1."""
@@ -83,13 +85,12 @@ def cifar_ratio() -> float:
     return cifar_schedule().ratio(CIFAR_T_STAR)
 
 
-def read_schedule(folder: Path) -> Schedule:
-    """The schedule of a denoiser's folder; raises ValueError where it has no diffusion schedule."""
-    where = folder / "scheduler"
-    if not where.is_dir():
-        raise ValueError(f"{folder}: has no scheduler/; only a diffusion model can purify")
-    settings: Any = DDPMScheduler.load_config(where, local_files_only=True)
-    alphas_cumprod: Tensor = DDPMScheduler.from_config(settings).alphas_cumprod
+def schedule_of(denoiser: object) -> Schedule:
+    """The schedule of a denoiser; raises ValueError for one that is no diffusion model."""
+    alphas_cumprod = getattr(denoiser, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise ValueError(f"{type(denoiser).__name__} has no schedule; only a diffusion model can "
+                         "purify")  # fmt: skip
     return Schedule(alphas_cumprod)
 
 

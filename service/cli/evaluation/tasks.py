@@ -132,11 +132,12 @@ class LocalTask:
     @cached_property
     def purifier(self) -> Purifier:
         """The networks in float32 as a purifier; raises ValueError and BundleError for them."""
-        from models.purification.purifier import Settings, load_purifier
+        from models.purification.loading import load_purifier
+        from models.purification.purifier import Settings
 
         given = self._purification
         assert given is not None  # noqa: S101 - a plan with the baseline has it
-        settings = Settings(given.t_star, given.guidance, given.constraint, given.draws)
+        settings = Settings(given.t_star, given.guidance, given.constraint)
         return load_purifier(self.bundle, settings, given.auxiliary, models_dir=self._models_dir)
 
     def networks(self, setting: Setting) -> SmoothedModel:
@@ -211,14 +212,16 @@ class LocalTask:
         return certified(bare, len(self.labels), sigma, question.alpha, question.method, blur)
 
     def purified_label(self, pixels: NDArray[np.uint8], seed: int, index: int, rows: str) -> int:
-        """The label index of an image after purification, under a key of these `rows` alone."""
+        """The label index of most purifications of an image, under a key of these `rows` alone."""
         import torch
 
         from models.evaluation.tables import noise_key
 
-        images = torch.tensor(pixels, device=self.model.device)[None]
+        assert self._purification is not None  # noqa: S101 - a plan with the baseline has it
         key = noise_key(seed, index, f"purify {rows}")
-        return int(self.purifier.probabilities(images, key)[0].argmax())
+        image = torch.tensor(pixels, device=self.model.device)
+        labels = self.purifier.labels(image, key, 0, self._purification.draws)
+        return int(np.bincount(labels, minlength=len(self.labels)).argmax())
 
     def _described_purification(self, question: Question) -> dict[str, Any]:
         assert self._purification is not None  # noqa: S101 - a plan with the baseline has it

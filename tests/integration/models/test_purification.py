@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.evaluation.attacks.pipeline import purified
 from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
+from models.nano.architectures import if_scheduler
 from models.purification.auxiliary import Auxiliary, read_auxiliary
 from models.purification.guidance import Guidance
 from models.purification.keyed import Row, keyed_noise
-from models.purification.purifier import Purifier, Settings, load_purifier
-from models.purification.reverse import Schedule, cifar_schedule, diffused, read_schedule
+from models.purification.loading import load_purifier
+from models.purification.purifier import Purifier, Settings
+from models.purification.reverse import Schedule, cifar_schedule, diffused, schedule_of
 from models.purification.train import BETA, BUDGET, adversary, trades
-from tests.support.paths import ROOT
+from models.rows import Rows
+from models.smoothing import load
 
-STAGE2 = ROOT / "models" / "nano" / "weights" / "stage2"
 KEY, SMALL = b"k" * 32, (8, 8, 16, 16)
 
 
@@ -77,7 +79,7 @@ def test_the_last_step_is_the_estimate_itself() -> None:
 def test_t_star_is_as_noisy_as_on_cifar() -> None:
     """70 of DDPM's schedule, and on nano's the last one that is no noisier."""
     assert cifar_schedule().t_star(None) == 70
-    nano = read_schedule(STAGE2)
+    nano = Schedule(if_scheduler(sample_max_value=1.0).alphas_cumprod)
     t = nano.t_star(None)
     assert nano.ratio(t) <= cifar_schedule().ratio(70) < nano.ratio(t + 1)
     assert nano.t_star(1) == 1
@@ -86,15 +88,15 @@ def test_t_star_is_as_noisy_as_on_cifar() -> None:
             nano.t_star(bad)
 
 
-def test_a_folder_without_a_schedule_is_refused(tmp_path: Path) -> None:
+def test_a_denoiser_without_a_schedule_is_refused() -> None:
     """A regression denoiser has none."""
-    with pytest.raises(ValueError, match="only a diffusion model can purify"):
-        read_schedule(tmp_path)
+    with pytest.raises(ValueError, match="Blurring has no schedule; only a diffusion model can"):
+        schedule_of(Blurring())
 
 
 def test_settings_are_checked() -> None:
     """The message has the field, the value and the limit."""
-    for field, value in (("guidance", -1.0), ("constraint", 0.0), ("draws", 0)):
+    for field, value in (("guidance", -1.0), ("constraint", 0.0)):
         with pytest.raises(ValueError, match=f"{field} is {value}; it must be"):
             Settings(**{field: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"guidance is 1\.0 without an auxiliary network"):
@@ -243,12 +245,29 @@ def test_an_auxiliary_network_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_nano_keeps_labels_of_purified_images() -> None:
     """A few steps of noise leave most images their labels; the same key, the same answer."""
     data = evaluation_slice(SLICE)[:6]
-    images = torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2)))
-    process = load_purifier(read_bundle(DEFAULT_TASK), Settings(t_star=6, draws=1))
-    found = process.probabilities(images, KEY)
-    assert torch.equal(found, process.probabilities(images, KEY))
-    torch.testing.assert_close(found.sum(1), torch.ones(6))
-    assert int((found.argmax(1).numpy() == data.labels).sum()) >= 4
+    process = load_purifier(read_bundle(DEFAULT_TASK), Settings(t_star=6))
+    labels = [
+        process.labels(torch.from_numpy(image.transpose(2, 0, 1).copy()), KEY, 0, 2)
+        for image in data.images
+    ]
+    assert (
+        sum(bool((own == truth).all()) for own, truth in zip(labels, data.labels, strict=True)) >= 4
+    )
+    first = torch.from_numpy(data.images[0].transpose(2, 0, 1).copy())
+    assert np.array_equal(process.labels(first, KEY, 0, 2), labels[0])
+    assert np.array_equal(process.labels(first, KEY, 1, 2, batch_rows=4), labels[0][1:])
+
+
+def test_a_served_model_purifies_rows() -> None:
+    """Its purified rows are the purifier's draws, padded to its batch, whatever threads it has."""
+    image = np.ascontiguousarray(evaluation_slice(SLICE).images[3].transpose(2, 0, 1))
+    rows = Rows(image, KEY, 0, 3, 0.02, purified=True)
+    found = [
+        load(read_bundle(DEFAULT_TASK), batch_rows=4, cpu_threads=threads).labels([rows])
+        for threads in (0, 2)
+    ]
+    assert found[0].shape == (3,)
+    assert np.array_equal(*found)
 
 
 def test_diffused_images_have_the_schedules_noise() -> None:
