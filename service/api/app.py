@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from service.api.auth import caller
 from service.api.batches import batches
 from service.api.certificates import certificates
+from service.api.description import operation_id
 from service.api.middleware import add_bounds, admitted
 from service.api.open_inference.routes import health_routes as v2_health_routes
 from service.api.open_inference.routes import routes as v2_routes
@@ -45,6 +46,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=lifespan,
         dependencies=[Depends(admitted)],
         openapi_url=None,
+        generate_unique_id_function=operation_id,
         exception_handlers=dict(PROBLEM_HANDLERS),
     )
     app.state.services, app.state.health = services, services.health
