@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from models.classifiers.base import Classifier
 from models.denoisers.base import Denoiser
-from models.purification.auxiliary import Auxiliary
 from models.purification.guidance import Guidance
 from models.purification.keyed import Noise, Row, keyed_noise
 from models.purification.reverse import Schedule, diffused
+
+if TYPE_CHECKING:
+    from models.purification.auxiliary import Auxiliary
 
 
 @dataclass(frozen=True, slots=True)

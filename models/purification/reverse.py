@@ -10,7 +10,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from models.denoisers.schedule import noise_ratios
@@ -76,6 +75,8 @@ class Schedule:
 
 def cifar_schedule() -> Schedule:
     """DDPM's linear schedule, on which CIFAR-10's t* is stated."""
+    from diffusers import DDPMScheduler
+
     scheduler: Any = DDPMScheduler()
     return Schedule(scheduler.alphas_cumprod)
 
