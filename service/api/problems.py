@@ -40,6 +40,11 @@ class ProblemResponse(BaseModel):
     title: str = Field(description="The kind of error, for people.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="This error, and what to change.")
+    limit: float | None = Field(None, description="The limit that was exceeded, if it is one.")
+    errors: list[dict[str, Any]] | None = Field(
+        None,
+        description="Each invalid field: `field`, `detail`; `value` and `limit` where they apply.",
+    )
 
 
 async def render_problem(request: Request, error: Exception) -> Response:
