@@ -10,6 +10,8 @@ from fastapi.routing import APIRoute
 from pydantic_core import to_json
 
 from service import errors
+from service.api.open_inference.schemas import InferRequest, InputTensor
+from service.api.open_inference.tensors import IMAGE
 from service.api.problems import V2, problem_responses
 from service.predictions.results import example
 
@@ -67,6 +69,7 @@ def described(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].setdefault(status, response)
             for status, response in operation["responses"].items():
                 response["headers"] = _headers(status)
+    _describe_infer(document)
     answer = example().model_dump(mode="json")
     for path, method, value in (
         ("/predict", "post", answer),
@@ -76,6 +79,25 @@ def described(app: FastAPI) -> dict[str, Any]:
         content["application/json"]["example"] = value
     _remove_unused(document)
     return document
+
+
+def _describe_infer(document: dict[str, Any]) -> None:
+    """Add the bodies of infer, which its route reads by itself: JSON, or JSON and bytes."""
+    schema = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= schema.pop("$defs") | {InferRequest.__name__: schema}
+    image = InputTensor(name=IMAGE, datatype="BYTES", shape=[1], data=["iVBORw0KGgo="])
+    question = InferRequest(inputs=[image], parameters={"sigma": 0.25, "n": 1000})
+    content = {
+        "application/json": {
+            "schema": {"$ref": f"#/components/schemas/{InferRequest.__name__}"},
+            "example": question.model_dump(mode="json", exclude_unset=True),
+        },
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    }
+    for path in document["paths"]:
+        if path.endswith("/infer"):
+            operation = document["paths"][path]["post"]
+            operation["requestBody"] = {"required": True, "content": content}
 
 
 def _shared(path: str, is_invalid: bool) -> dict[str, Any]:

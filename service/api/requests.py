@@ -99,7 +99,13 @@ async def read_batch(
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, bounded while it is read; raises TooLarge and MalformedRequest."""
+    """The body, bounded while it is read.
+
+    Raises TooLarge, MalformedRequest, and UnsupportedMedia for a compressed body.
+    """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnsupportedMedia(f"Content-Encoding is {as_json(coding)}: send the body uncompressed")
     try:
         return await _whole_body(request, max_bytes)
     except ClientDisconnect as error:

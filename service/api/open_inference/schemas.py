@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+MOST_PARAMETERS = 20
+"""Of a request: every unknown one is named in the error."""
+
 
 class ServerMetadata(BaseModel):
     """This server."""
@@ -33,13 +36,29 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
+class InputParameters(BaseModel):
+    """Where an input's data is."""
+
+    binary_data_size: int | None = Field(
+        None, ge=0, strict=True, description="Bytes after the JSON; without it `data` has them."
+    )
+
+
+class OutputParameters(BaseModel):
+    """Where an output's data goes."""
+
+    binary_data: bool | None = Field(
+        None, strict=True, description="After the JSON, not in it; else as the whole request."
+    )
+
+
 class InputTensor(BaseModel):
     """One input."""
 
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: InputParameters = InputParameters()
     data: Any = None
 
 
@@ -47,16 +66,16 @@ class RequestedOutput(BaseModel):
     """One output that the caller wants."""
 
     name: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: OutputParameters = OutputParameters()
 
 
 class InferRequest(BaseModel):
     """A question about one image; `parameters` are fields of POST /predict."""
 
     id: str = ""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    inputs: list[InputTensor]
-    outputs: list[RequestedOutput] | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict, max_length=MOST_PARAMETERS)
+    inputs: list[InputTensor] = Field(max_length=MOST_PARAMETERS)
+    outputs: list[RequestedOutput] | None = Field(None, max_length=MOST_PARAMETERS)
 
 
 class Live(BaseModel):

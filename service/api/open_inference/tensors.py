@@ -19,14 +19,17 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from service import errors
-from service.api.open_inference.schemas import InferRequest, InputTensor, RequestedOutput
+from service.api.open_inference.schemas import InferRequest, InputTensor
 from service.api.requests import validated
+from service.errors import as_json
 from service.predictions.schemas import PredictResponse
 from service.validation import invalid_field
 
 HEADER = "Inference-Header-Content-Length"
 """Bytes of the JSON at the body's begin, where binary tensors follow."""
 IMAGE = "image"
+BINARY_OUTPUT = "binary_data_output"
+"""The parameter of a request that makes all its outputs binary."""
 OUTPUTS: dict[str, str] = {
     "label": "BYTES",
     "label_index": "INT32",
@@ -50,25 +53,29 @@ def parse(body: bytes, header_length: int | None) -> tuple[InferRequest, bytes]:
     asked = validated(lambda: InferRequest.model_validate_json(body[:length]), InferRequest)
     if [each.name for each in asked.inputs] != [IMAGE]:
         names = ", ".join(each.name for each in asked.inputs)
-        raise invalid_field("inputs", f"The inputs are {names or 'none'}: send one, {IMAGE}")
+        raise invalid_field("inputs", f"inputs: they are {names or 'none'}; send one, {IMAGE}")
     (tensor,) = asked.inputs
     return asked, _image(tensor, body[length:])
 
 
+def _invalid_image(detail: str, value: object = None) -> errors.InvalidField:
+    return invalid_field(IMAGE, f"{IMAGE}: {detail}", value)
+
+
 def _image(tensor: InputTensor, binary: bytes) -> bytes:
-    size = tensor.parameters.get("binary_data_size")
+    size = tensor.parameters.binary_data_size
     if (size or 0) != len(binary):
         detail = f"binary_data_size is {size}, and {len(binary)} bytes follow the JSON"
-        raise invalid_field(IMAGE, detail)
+        raise _invalid_image(detail)
     if tensor.datatype == "BYTES":
         if prod(tensor.shape) != 1:
             detail = f"shape is {tensor.shape}: send one image a request; POST /batches has more"
-            raise invalid_field(IMAGE, detail)
+            raise _invalid_image(detail)
         return _unpacked(binary) if size else _decoded(tensor.data)
     if tensor.datatype == "UINT8":
         return _png(_pixels(tensor, binary if size else None))
     detail = f"datatype is {tensor.datatype}: send BYTES, an image's file, or UINT8, its pixels"
-    raise invalid_field(IMAGE, detail)
+    raise _invalid_image(detail)
 
 
 def _unpacked(binary: bytes) -> bytes:
@@ -77,7 +84,7 @@ def _unpacked(binary: bytes) -> bytes:
     content = binary[_PREFIX_BYTES:]
     if length != len(content):
         detail = f"the element's length is {length}, and {len(content)} bytes follow it"
-        raise invalid_field(IMAGE, detail)
+        raise _invalid_image(detail)
     return content
 
 
@@ -89,7 +96,7 @@ def _decoded(data: Any) -> bytes:
         return b64decode(data, validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         detail = "data must be one image's file in base64, or binary"
-        raise invalid_field(IMAGE, detail) from error
+        raise _invalid_image(detail) from error
 
 
 def _pixels(tensor: InputTensor, binary: bytes | None) -> NDArray[np.uint8]:
@@ -97,11 +104,11 @@ def _pixels(tensor: InputTensor, binary: bytes | None) -> NDArray[np.uint8]:
     shape = tensor.shape[1:] if len(tensor.shape) == 4 and tensor.shape[0] == 1 else tensor.shape
     if len(shape) != 3 or 3 not in (shape[0], shape[-1]) or min(shape) < 1:
         detail = f"shape is {tensor.shape}: it must be [H, W, 3] or [3, H, W] of one image"
-        raise invalid_field(IMAGE, detail)
+        raise _invalid_image(detail)
     if binary is not None:
         if len(binary) != prod(shape):
             detail = f"shape is {tensor.shape}, of {prod(shape)} bytes, and {len(binary)} came"
-            raise invalid_field(IMAGE, detail)
+            raise _invalid_image(detail)
         values: NDArray[Any] = np.frombuffer(binary, np.uint8)
     else:
         values = _listed(tensor.data, prod(shape))
@@ -113,13 +120,13 @@ def _listed(data: Any, count: int) -> NDArray[Any]:
     try:
         values = np.asarray(data)
     except ValueError as error:  # Lists of unequal lengths.
-        raise invalid_field(IMAGE, "data must be whole numbers from 0 to 255") from error
+        raise _invalid_image("data must be whole numbers from 0 to 255") from error
     if values.dtype.kind not in "iu" or values.size != count:
         detail = f"data must be {count} whole numbers from 0 to 255"
-        raise invalid_field(IMAGE, detail)
+        raise _invalid_image(detail)
     if values.min() < 0 or values.max() > 255:
         found = int(values.min() if values.min() < 0 else values.max())
-        raise invalid_field(IMAGE, f"data has {found}; the values must be from 0 to 255", found)
+        raise _invalid_image(f"data has {found}; the values must be from 0 to 255", found)
     return values.astype(np.uint8)
 
 
@@ -130,14 +137,19 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
         return file.getvalue()
 
 
-def wanted_outputs(outputs: list[RequestedOutput] | None, binary: bool) -> dict[str, bool]:
-    """The outputs to return, all by default, and whether each is binary."""
+def wanted_outputs(asked: InferRequest) -> dict[str, bool]:
+    """The outputs to return, all by default, and whether each is binary; raises InvalidField."""
+    outputs, binary = asked.outputs, asked.parameters.get(BINARY_OUTPUT, False)
+    if not isinstance(binary, bool):
+        detail = f"parameters.{BINARY_OUTPUT}: it is {as_json(binary)}, and must be true or false"
+        raise invalid_field(BINARY_OUTPUT, detail, binary)
     if not outputs:
         return dict.fromkeys(OUTPUTS, binary)
     if unknown := [each.name for each in outputs if each.name not in OUTPUTS]:
-        detail = f"There is no output {unknown[0]}; there are {', '.join(OUTPUTS)}"
+        detail = f"outputs: there is no {unknown[0]}; there are {', '.join(OUTPUTS)}"
         raise invalid_field("outputs", detail)
-    return {each.name: bool(each.parameters.get("binary_data", binary)) for each in outputs}
+    chosen = {each.name: each.parameters.binary_data for each in outputs}
+    return {name: binary if own is None else own for name, own in chosen.items()}
 
 
 def response(id: str, answer: PredictResponse, wanted: Mapping[str, bool]) -> Response:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.api.description import TAGS
+from service.api.open_inference.schemas import InferRequest
 from tests.support.serving import serving
 
 
@@ -71,3 +72,16 @@ async def test_responses_have_the_request_id() -> None:
         for path in ("/models", "/jobs/x", "/v2/models/pets", "/livez", "/v2/health/live"):
             response = await service.client.get(path, headers={"X-Request-Id": "mine"})
             assert response.headers["x-request-id"] == "mine", path
+
+
+async def test_infer_and_problems_are_described(document: Any) -> None:
+    """Infer has both bodies, with an example that its model reads; a problem has its fields."""
+    schemas = document["components"]["schemas"]
+    for path in ("/v2/models/{task}/infer", "/v2/models/{task}/versions/{version}/infer"):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "application/octet-stream"}
+        assert content["application/json"]["schema"]["$ref"].rpartition("/")[2] in schemas
+        assert InferRequest.model_validate(content["application/json"]["example"]).inputs
+    refused = document["paths"]["/predict"]["post"]["responses"]["422"]["content"]
+    properties = refused["application/problem+json"]["schema"]["properties"]
+    assert {"type", "title", "status", "detail", "limit", "errors"} == set(properties)

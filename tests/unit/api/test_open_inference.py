@@ -167,11 +167,19 @@ async def test_a_label_without_a_certificate_says_so() -> None:
 @pytest.mark.parametrize(
     ("tensor", "more", "reason"),
     [
-        (bytes_input(data=["*"]), {}, "data must be one image's file in base64"),
-        (bytes_input(data=["", ""]), {}, "data must be one image's file in base64"),
-        (bytes_input(shape=[2], data=[]), {}, "shape is [2]: send one image a request"),
-        ({"name": "image", "datatype": "FP32", "shape": [1]}, {}, "datatype is FP32: send BYTES"),
-        ({"name": "x", "datatype": "BYTES", "shape": [1]}, {}, "The inputs are x: send one, image"),
+        (bytes_input(data=["*"]), {}, "image: data must be one image's file in base64"),
+        (bytes_input(data=["", ""]), {}, "image: data must be one image's file in base64"),
+        (bytes_input(shape=[2], data=[]), {}, "image: shape is [2]: send one image a request"),
+        (
+            {"name": "image", "datatype": "FP32", "shape": [1]},
+            {},
+            "image: datatype is FP32: send BYTES",
+        ),
+        (
+            {"name": "x", "datatype": "BYTES", "shape": [1]},
+            {},
+            "inputs: they are x; send one, image",
+        ),
         (uint8_input([2, 2], data=[0] * 4), {}, "shape is [2, 2]: it must be [H, W, 3]"),
         (uint8_input([1, 1, 3], data=[0, 0]), {}, "data must be 3 whole numbers from 0 to 255"),
         (uint8_input([1, 1, 3], data=[0, 0, 256]), {}, "data has 256; the values must be from 0"),
@@ -184,7 +192,7 @@ async def test_a_label_without_a_certificate_says_so() -> None:
         (
             bytes_input(data=[b64encode(PNG).decode()]),
             {"outputs": [{"name": "logits"}]},
-            "There is no output logits; there are label, label_index",
+            "outputs: there is no logits; there are label, label_index",
         ),
         (
             bytes_input(data=[b64encode(PNG).decode()]),
@@ -195,6 +203,31 @@ async def test_a_label_without_a_certificate_says_so() -> None:
             bytes_input(data=[b64encode(PNG).decode()]),
             {"parameters": {"sigmas": 1}},
             "there is no field 'sigmas'; did you mean sigma?",
+        ),
+        (
+            bytes_input(data=[b64encode(PNG).decode()]),
+            {"parameters": {"task": "pets"}},
+            "parameters.task: the address names the task",
+        ),
+        (
+            bytes_input(data=[b64encode(PNG).decode()]),
+            {"parameters": {"binary_data_output": "false"}},
+            'parameters.binary_data_output: it is "false", and must be true or false',
+        ),
+        (
+            bytes_input(data=[b64encode(PNG).decode()]),
+            {"outputs": [{"name": "label", "parameters": {"binary_data": "false"}}]},
+            "outputs.0.parameters.binary_data: Input should be a valid boolean",
+        ),
+        (
+            bytes_input(data=[b64encode(PNG).decode()]),
+            {"parameters": {f"p{index}": 1 for index in range(21)}},
+            "parameters: Dictionary should have at most 20 items",
+        ),
+        (
+            bytes_input(parameters={"binary_data_size": -1}),
+            {},
+            "inputs.0.parameters.binary_data_size: Input should be greater than or equal to 0",
         ),
     ],
 )
@@ -218,9 +251,21 @@ async def test_broken_bodies_are_refused() -> None:
         tensor = bytes_input(parameters={"binary_data_size": 6})
         short = await infer_binary(service, {"inputs": [tensor]}, b"\x09\x00\x00\x00ab")
         assert "the element's length is 9, and 2 bytes follow it" in error(short, 422)
+        packed = {"Content-Encoding": "gzip"}
+        zipped = await service.client.post(INFER, content=b"\x1f\x8b", headers=packed)
+        expected = 'Content-Encoding is "gzip": send the body uncompressed'
+        assert error(zipped, 415) == expected
         flat = uint8_input([1, 2, 3], parameters={"binary_data_size": 3})
         few = await infer_binary(service, {"inputs": [flat]}, b"abc")
         assert "of 6 bytes, and 3 came" in error(few, 422)
+
+
+async def test_every_address_has_the_errors_of_the_protocol() -> None:
+    """Also /v2 itself, and addresses that do not exist; /v2x is none of the protocol's."""
+    async with serving() as service:
+        assert error(await service.client.delete("/v2"), 405)
+        assert error(await service.client.get("/v2/nothing"), 404) == "Not Found"
+        assert "type" in (await service.client.get("/v2x")).json()
 
 
 async def test_keys_are_needed_but_for_health() -> None:
