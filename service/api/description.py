@@ -45,8 +45,7 @@ _REFERENCE = re.compile(r'"#/components/schemas/([^"]+)"')
 
 def operation_id(route: APIRoute) -> str:
     """The name of a call for generated clients: the function's, told apart by protocol."""
-    name = route.name if not route.path.startswith("/v2") else f"v2_{route.name}"
-    return f"{name}_version" if "{version}" in route.path else name
+    return f"v2_{route.name}" if route.path.startswith("/v2") else route.name
 
 
 def described(app: FastAPI) -> dict[str, Any]:

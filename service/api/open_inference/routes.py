@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from service.predictions.service import Predictions
 from service.validation import invalid_field
 
 PREFIX = "/v2"
+HeaderLength = Annotated[int | None, Header(ge=2)]
 
 health_routes = APIRouter(prefix=PREFIX, tags=["open inference"])
 routes = APIRouter(prefix=PREFIX, tags=["open inference"], dependencies=[Depends(caller)])
@@ -61,10 +62,59 @@ async def server() -> ServerMetadata:
 
 
 @routes.get("/models/{task}")
-@routes.get("/models/{task}/versions/{version}")
-async def model(task: str, predictions: Service, version: str | None = None) -> ModelMetadata:
+async def model(task: str, predictions: Service) -> ModelMetadata:
     """A task's inputs, outputs and versions."""
-    task, served = await _served(predictions, task, version)
+    return _described(*await _served(predictions, task, None))
+
+
+@routes.get("/models/{task}/versions/{version}")
+async def model_version(task: str, version: str, predictions: Service) -> ModelMetadata:
+    """A task's inputs, outputs and versions, where a live worker serves this one."""
+    return _described(*await _served(predictions, task, version))
+
+
+@routes.get("/models/{task}/ready")
+async def model_ready(task: str, predictions: Service) -> Response:
+    """Whether a live worker serves the task: 200, else 503."""
+    _, served = await _served(predictions, task, None)
+    return JSONResponse({"ready": bool(served)}, 200 if served else 503)
+
+
+@routes.get("/models/{task}/versions/{version}/ready")
+async def model_version_ready(task: str, version: str, predictions: Service) -> Response:
+    """200 where a live worker serves this version of the task, else 404."""
+    await _served(predictions, task, version)
+    return JSONResponse({"ready": True})
+
+
+@routes.post("/models/{task}/infer")
+async def infer(
+    task: str,
+    request: Request,
+    predictions: Service,
+    owner: Caller,
+    inference_header_content_length: HeaderLength = None,
+) -> Response:
+    """Classify an image; the answer is that of POST /predict."""
+    task, _ = await _served(predictions, task, None)
+    return await _inferred(task, request, predictions, owner, inference_header_content_length)
+
+
+@routes.post("/models/{task}/versions/{version}/infer")
+async def infer_version(
+    task: str,
+    version: str,
+    request: Request,
+    predictions: Service,
+    owner: Caller,
+    inference_header_content_length: HeaderLength = None,
+) -> Response:
+    """The same, where a live worker serves this version; it need not be the one that answers."""
+    task, _ = await _served(predictions, task, version)
+    return await _inferred(task, request, predictions, owner, inference_header_content_length)
+
+
+def _described(task: str, served: Sequence[str]) -> ModelMetadata:
     return ModelMetadata(
         name=task,
         versions=list(served),
@@ -80,30 +130,13 @@ async def model(task: str, predictions: Service, version: str | None = None) -> 
     )
 
 
-@routes.get("/models/{task}/ready")
-@routes.get("/models/{task}/versions/{version}/ready")
-async def model_ready(task: str, predictions: Service, version: str | None = None) -> Response:
-    """Whether a live worker serves the task: 200, else 503."""
-    _, served = await _served(predictions, task, version)
-    return JSONResponse({"ready": bool(served)}, 200 if served else 503)
-
-
-@routes.post("/models/{task}/infer")
-@routes.post("/models/{task}/versions/{version}/infer")
-async def infer(
-    task: str,
-    request: Request,
-    predictions: Service,
-    owner: Caller,
-    version: str | None = None,
-    inference_header_content_length: Annotated[int | None, Header(ge=2)] = None,
+async def _inferred(
+    task: str, request: Request, predictions: Predictions, owner: str | None, header: int | None
 ) -> Response:
-    """Classify an image; the answer is that of POST /predict."""
-    task, _ = await _served(predictions, task, version)
     settings = request.app.state.services.settings
     body = await read_body(request, settings.max_body_bytes)
     # In a thread: millions of pixels become a PNG in half a second.
-    asked, image = await asyncio.to_thread(parse, body, inference_header_content_length)
+    asked, image = await asyncio.to_thread(parse, body, header)
     asked_id, wanted = asked.id, wanted_outputs(asked)
     question = _question(asked.parameters, image, task)
     job_id = await submitted(request, predictions, question, owner)
