@@ -55,7 +55,7 @@ bench: setup
 	$(BIN)/vouchsafe bench
 
 demo: setup
-	$(BIN)/python -m models.evaluation.demo --out demo.png
+	$(BIN)/python -m models.evaluation.pictures.demo --out demo.png
 
 # Pins every dependency, direct or not, for CPython 3.11 to 3.13 on Linux x86-64. Run it with 3.11.
 lock:

@@ -13,8 +13,8 @@ from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
-from service.cli.evaluation import audit, concepts, plots, tables
 from service.cli.evaluation import command as evaluation
+from service.cli.laboratory import audit, concepts, plots, tables
 from service.config import SecretError, Settings
 
 if TYPE_CHECKING:
