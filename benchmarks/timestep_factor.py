@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from models.bundle import DEFAULT_TASK, read_bundle
-from models.evaluation.curves import draw_panels
 from models.evaluation.datasets.cifar10 import LabelledImages, cifar10
-from models.evaluation.plots import noisy_and_denoised, picture_grid
+from models.evaluation.pictures.curves import draw_panels
+from models.evaluation.pictures.sheets import noisy_and_denoised, picture_grid
 from models.evaluation.tables import certify_images, summarise
 from models.rows import Rows
 from models.runtime import RUNTIMES

@@ -20,7 +20,8 @@ Noise is drawn for all of them at once, and a slow thread delays the others less
 class Rows:
     """Noise rows [start, stop) under `key` (32 bytes) around one image.
 
-    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units.
+    `pixels` (3,H,W) uint8; `sigma` in [0,1] pixel units. Rows that are `purified` are purifications
+    instead: diffused as far as sigma, and reversed step by step (docs/purification.md).
     """
 
     pixels: NDArray[np.uint8]
@@ -28,6 +29,7 @@ class Rows:
     start: int
     stop: int
     sigma: float
+    purified: bool = False
 
 
 @dataclass(frozen=True, slots=True)

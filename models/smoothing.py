@@ -21,6 +21,8 @@ from models.classifiers.registry import classifier_loader
 from models.denoisers.base import Denoiser
 from models.denoisers.registry import denoiser_loader
 from models.noise import discrete_gaussian
+from models.purification.purifier import Purifier, Settings
+from models.purification.reverse import schedule_of
 from models.rows import Numerics, Rows
 from models.runtime import (
     AUTO,
@@ -84,17 +86,36 @@ class SmoothedModel:
         return np.stack(counted).astype(np.int64)
 
     def labels(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
-        """The label index of each row (rows,), parts in order; errors as `votes`."""
+        """The label index of each row (rows,), parts in order; errors as `votes`.
+
+        Purified parts do not share a batch with others.
+        """
         total = sum(part.stop - part.start for part in parts)
         if not 0 < total <= self.batch_rows:
             raise ValueError(f"{total} rows requested; a device batch holds 1 to {self.batch_rows}")
         shapes = {part.pixels.shape for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"images of different shapes in one batch: {sorted(shapes)}")
+        if parts[0].purified:
+            return self._purified(parts)
         batches = -(-total // self.numerics.batch_rows)
         share = -(-batches // max(1, self.cpu_threads)) * self.numerics.batch_rows
         run = self._pool.map if self._pool else map
         return np.concatenate(list(run(self._share, _cut(parts, share))))
+
+    def _purified(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
+        """One batch of the networks after another, each of one part."""
+        schedule, rows = schedule_of(self.denoiser), self.numerics.batch_rows
+        t_star = schedule.reached_by(2 * parts[0].sigma)
+        purifier = Purifier(self.denoiser, self.classifier, schedule, Settings(t_star))
+
+        def labels(part: Rows) -> NDArray[np.int64]:
+            pixels = torch.tensor(part.pixels, device=self.device)
+            return purifier.labels(pixels, part.key, part.start, part.stop, rows)
+
+        run = self._pool.map if self._pool else map
+        cut = [batch for part in parts for (batch,) in _cut([part], rows)]
+        return np.concatenate(list(run(labels, cut)))
 
     def _share(self, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """One thread's share of a device batch: noise for all of it, then batch after batch."""

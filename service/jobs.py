@@ -19,14 +19,15 @@ NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 
 
 class Mode(StrEnum):
-    """The kind of a job; workers take PREDICT rows first."""
+    """The kind of a job; workers take PREDICT rows first. PURIFY certifies nothing."""
 
     CERTIFY = "certify"
     PREDICT = "predict"
+    PURIFY = "purify"
 
     @property
     def priority(self) -> str:
-        """`hi` for PREDICT, `lo` for CERTIFY."""
+        """`hi` for PREDICT, `lo` for the others."""
         return "hi" if self is Mode.PREDICT else "lo"
 
 
@@ -79,10 +80,12 @@ class Job:
     - `created`: Unix seconds.
     - `owner`: name of the caller's API key.
     - `traceparent`: W3C trace context of the request, for logs; no row or key depends on it.
-    - `setup_rows`: a worker's cost to prepare the job, in rows.
+    - `setup_rows`: a worker's cost beside the rows, in rows: to prepare them, or the steps of
+      purifications.
     - `array_sha256`, `file_sha256`: SHA-256 (hex) of `pixels`, and of the file that was sent.
     - `numerics`: the worker's numerics that `bundle` includes.
     - `method`: the statistical procedure; unless given, `binomial` in predict mode, else `cohen`.
+      In purify mode it is `majority`, of the n purifications that are then the job's rows.
     - `target_radius`: the radius that suffices the caller, in l2 on [0,1] pixels.
     - `looks`: the look schedule, in estimation rows drawn so far, ascending, the last equal to n.
       Each look ends a round. Empty where all rows are drawn before the only look.
@@ -137,7 +140,9 @@ class Job:
 
     @property
     def alpha_shares(self) -> dict[str, float]:
-        """The parts of alpha by what they are spent on; one part in predict mode."""
+        """The parts of alpha by what they are spent on; one in predict mode, none in purify."""
+        if self.mode is Mode.PURIFY:
+            return {}
         if self.stages:
             return stage_shares(self.alpha, len(self.stages))
         if self.mode is Mode.PREDICT:

@@ -59,7 +59,7 @@ class SuperResolutionDenoiser:
         self._epsilon = (runtime or Torch()).prepare(conditioned)
         self._k = k
         self._ratios = noise_ratios(alphas_cumprod)
-        self._alpha_bar = alphas_cumprod.double().cpu()
+        self.alphas_cumprod = self._alpha_bar = alphas_cumprod.double().cpu()
         self.largest_sigma = float(self._ratios[-1]) / 2
 
     def __call__(self, x_hat: Tensor, sigma: Tensor) -> Tensor:

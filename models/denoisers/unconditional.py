@@ -47,6 +47,7 @@ class UnconditionalDenoiser:
         self._dtype = next(unet.parameters()).dtype
         self._output = (runtime or Torch()).prepare(_Output(unet).eval())
         self._prediction = prediction
+        self.alphas_cumprod = alphas_cumprod.double().cpu()
         ratios = noise_ratios(alphas_cumprod)
         self._ratios = ratios[ratios.isfinite()]  # A zero terminal SNR has no ratio.
         self.largest_sigma = float(self._ratios[-1]) / 2

@@ -10,7 +10,10 @@ from fastapi import Depends, FastAPI
 from service.api.auth import caller
 from service.api.batches import batches
 from service.api.certificates import certificates
+from service.api.description import operation_id
 from service.api.middleware import add_bounds, admitted
+from service.api.open_inference.routes import health_routes as v2_health_routes
+from service.api.open_inference.routes import routes as v2_routes
 from service.api.pages import docs_assets, pages
 from service.api.predictions import routes as predictions_routes
 from service.api.problems import KEYED, PROBLEM_HANDLERS
@@ -43,6 +46,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=lifespan,
         dependencies=[Depends(admitted)],
         openapi_url=None,
+        generate_unique_id_function=operation_id,
         exception_handlers=dict(PROBLEM_HANDLERS),
     )
     app.state.services, app.state.health = services, services.health
@@ -55,6 +59,8 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(batches)
     app.include_router(certificates)
     app.include_router(tasks)
+    app.include_router(v2_health_routes)
+    app.include_router(v2_routes)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
     return app

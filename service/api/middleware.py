@@ -33,7 +33,9 @@ from service.errors import (
     as_json,
 )
 
-_WATCHED = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
+_WATCHED = frozenset(
+    {"/livez", "/readyz", "/startupz", "/metrics", "/v2/health/live", "/v2/health/ready"}
+)
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
 _CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from service.predictions.results import example
+from service.api.description import described
 
 _STATIC = Path(__file__).parent / "static"
 _SCRIPTS = ("answer.js", "question.js", "tasks.js", "page.js")
@@ -39,7 +38,7 @@ async def get_page() -> HTMLResponse:
 @pages.get("/openapi.json")
 async def get_openapi(request: Request) -> Response:
     """The interface's description, for programs."""
-    return JSONResponse(_with_examples(request.app.openapi()))
+    return JSONResponse(described(request.app))
 
 
 @pages.get("/docs")
@@ -52,18 +51,6 @@ async def get_docs() -> HTMLResponse:
         swagger_css_url="docs/assets/swagger-ui.css",
         swagger_favicon_url="docs/assets/favicon.png",
     )
-
-
-def _with_examples(described: dict[str, Any]) -> dict[str, Any]:
-    """The description with its examples, set here because FastAPI leaves their nulls out."""
-    answer = example().model_dump(mode="json")
-    for path, method, value in (
-        ("/predict", "post", answer),
-        ("/certificates/{id}", "get", answer["certificate"]),
-    ):
-        content = described["paths"][path][method]["responses"]["200"]["content"]
-        content["application/json"]["example"] = value
-    return described
 
 
 def _read(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from service import errors
 from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
-from service.jobs import State
+from service.jobs import JobStatus, State
 from service.predictions.question import PredictRequest
 from service.predictions.rounds import proven
 from service.predictions.schemas import (
@@ -34,6 +34,8 @@ def _predictions(request: Request) -> Predictions:
 
 Caller = Annotated[str | None, Depends(caller)]
 Service = Annotated[Predictions, Depends(_predictions)]
+Leaving = Coroutine[Any, Any, None]
+"""Returns when the caller disconnects."""
 
 routes = APIRouter(dependencies=[Depends(caller)], responses=KEYED)
 
@@ -106,24 +108,45 @@ async def predict(
     """
     settings, preferences = request.app.state.services.settings, Preferences.of(prefer or [])
     question = await predictions.resolved(await read_question(request, settings.max_body_bytes))
+    job_id = await submitted(request, predictions, question, owner, idempotency_key)
+    del question  # Frees the image's memory while the caller waits.
+    wait = preferences.seconds(settings.default_wait_seconds)
+    leaving = None if idempotency_key else partial(disconnected, request)
+    if not preferences.respond_async:
+        return await predictions.to_response(await answered(predictions, job_id, wait, leaving))
+    if (status := await predictions.ended(job_id, wait, leaving)) is not None:
+        return await predictions.to_response(status)
+    return _accepted(await predictions.to_job_response(await predictions.status(job_id, owner)))
+
+
+async def submitted(
+    request: Request,
+    predictions: Predictions,
+    question: PredictRequest,
+    owner: str | None,
+    idempotency_key: str | None = None,
+) -> str:
+    """The id of the question's job; the body's bytes are free from then on."""
     job_id = await predictions.submit(question, owner, idempotency_key, request.state.traceparent)
     request.state.job, request.state.task = job_id, question.task
-    del question  # Frees the image's memory while the caller waits.
     request.state.body.release()
-    wait = preferences.seconds(settings.default_wait_seconds)
-    leaving = None if idempotency_key else partial(_disconnected, request)
+    return job_id
+
+
+async def answered(
+    predictions: Predictions, job_id: str, wait: int, leaving: Callable[[], Leaving] | None
+) -> JobStatus:
+    """The job's last status; raises DeadlinePassed after `wait` seconds, and as `ended`."""
     status = await predictions.ended(job_id, wait, leaving)
-    if status is None and not preferences.respond_async:
+    if status is None:
         status = await predictions.finished_early(job_id)
-    if status is not None:
-        return await predictions.to_response(status)
-    if preferences.respond_async:
-        return _accepted(await predictions.to_job_response(await predictions.status(job_id, owner)))
-    detail = f"Not ready after {wait} s; the job goes on: request /jobs/{job_id}"
-    raise errors.DeadlinePassed(detail, job=job_id)
+    if status is None:
+        detail = f"Not ready after {wait} s; the job goes on: request /jobs/{job_id}"
+        raise errors.DeadlinePassed(detail, job=job_id)
+    return status
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Return when the caller has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

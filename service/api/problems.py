@@ -26,6 +26,8 @@ from service.operations.metrics import REJECTIONS
 from service.validation import invalid_fields
 
 MEDIA_TYPE = "application/problem+json"
+V2 = "/v2/"
+"""With "/" added, the begin of every address of the Open Inference Protocol."""
 _EXPECTED = (Problem, HTTPException, RequestValidationError)
 
 
@@ -38,10 +40,18 @@ class ProblemResponse(BaseModel):
     title: str = Field(description="The kind of error, for people.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="This error, and what to change.")
+    limit: float | None = Field(None, description="The limit that was exceeded, if it is one.")
+    errors: list[dict[str, Any]] | None = Field(
+        None,
+        description="Each invalid field: `field`, `detail`; `value` and `limit` where they apply.",
+    )
 
 
 async def render_problem(request: Request, error: Exception) -> Response:
-    """Any error as a problem document; an unexpected error is reported without details."""
+    """Any error as a problem document; an unexpected error is reported without details.
+
+    Below V2 an error has the Open Inference Protocol's form.
+    """
     problem = _as_problem(error)
     document = problem.document()
     REJECTIONS.labels(document["type"].rpartition(":")[2]).inc()
@@ -54,6 +64,8 @@ async def render_problem(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(problem.retry_after)
     if isinstance(problem, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if f"{request.scope['path']}/".startswith(V2):
+        return JSONResponse({"error": document["detail"]}, document["status"], headers)
     return JSONResponse(document, document["status"], headers, media_type=MEDIA_TYPE)
 
 

@@ -69,7 +69,7 @@ async def read_question(request: Request, max_body_bytes: int) -> PredictRequest
             return _read_json(await _whole_body(request, max_body_bytes), PredictRequest)
         if kind == _FORM:
             async with _form(_bounded(request, max_body_bytes), _MAX_FIELDS, _read_form) as fields:
-                return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
+                return validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
     raise UnsupportedMedia(f"Send {_FORM} or {_JSON}")
@@ -98,19 +98,30 @@ async def read_batch(
         raise MalformedRequest("The connection ended before the body did") from error
 
 
-async def read_document(request: Request, kind: type[Document], max_bytes: int) -> Document:
-    """The JSON body as a `kind`, bounded while it is read; raises as `read_question` does."""
-    if _media_type(request) != _JSON:
-        raise UnsupportedMedia(f"Send {_JSON}")
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, bounded while it is read.
+
+    Raises TooLarge, MalformedRequest, and UnsupportedMedia for a compressed body.
+    """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnsupportedMedia(f"Content-Encoding is {as_json(coding)}: send the body uncompressed")
     try:
-        return _read_json(await _whole_body(request, max_bytes), kind)
+        return await _whole_body(request, max_bytes)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
 
 
+async def read_document(request: Request, kind: type[Document], max_bytes: int) -> Document:
+    """The JSON body as a `kind`, bounded while it is read; raises as `read_question` does."""
+    if _media_type(request) != _JSON:
+        raise UnsupportedMedia(f"Send {_JSON}")
+    return _read_json(await read_body(request, max_bytes), kind)
+
+
 def _read_json(body: bytes, kind: type[Document]) -> Document:
     _check_fields(body)
-    return _validated(lambda: kind.model_validate_json(body, strict=True), kind)
+    return validated(lambda: kind.model_validate_json(body, strict=True), kind)
 
 
 def _check_fields(body: bytes) -> None:
@@ -212,14 +223,15 @@ async def _read_batch(form: FormData) -> tuple[PredictRequest, list[UploadFile]]
     if "image" in others:
         raise invalid_field("image", "there is no field 'image'; did you mean images?")
     fields = await _read_form(others) | {"image": b""}
-    return _validated(lambda: PredictRequest.model_validate(fields), PredictRequest), images
+    return validated(lambda: PredictRequest.model_validate(fields), PredictRequest), images
 
 
 def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _validated(validate: Callable[[], Document], kind: type[Document]) -> Document:
+def validated(validate: Callable[[], Document], kind: type[Document]) -> Document:
+    """The validated document; raises MalformedRequest, and InvalidField with every field."""
     try:
         return validate()
     except ValidationError as error:

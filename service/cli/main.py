@@ -13,8 +13,8 @@ from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
 from service.cli.console import read_settings, tell
-from service.cli.evaluation import audit, plots, tables
 from service.cli.evaluation import command as evaluation
+from service.cli.laboratory import audit, concepts, plots, tables
 from service.config import SecretError, Settings
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ app.command()(evaluation.evaluate)
 app.command()(tables.tables)
 app.command()(plots.plots)
 app.command()(audit.audit)
+app.command()(concepts.concepts)
 app.command()(worker.worker)
 app.command()(verify.verify)
 app.command()(verify.jwks)

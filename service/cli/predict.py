@@ -46,7 +46,9 @@ def predict(
         list[str], typer.Argument(help="JPEG, PNG or WebP files, folders of them, or patterns.")
     ],
     task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
-    mode: Annotated[Mode, typer.Option(help="With a radius, or the label alone.")] = Mode.CERTIFY,
+    mode: Annotated[
+        Mode, typer.Option(help="With a radius, the label alone, or of the purified image.")
+    ] = Mode.CERTIFY,
     sigma: Annotated[
         list[float] | None,
         typer.Option(

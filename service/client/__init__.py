@@ -2,6 +2,7 @@
 
 # Relative imports: an installation has this folder as the package `vouchsafe`.
 from .arrays import certify
+from .async_client import AsyncClient
 from .client import Client
 from .errors import (
     Busy,
@@ -15,12 +16,17 @@ from .errors import (
     Unreachable,
     VouchsafeError,
 )
+from .events import Event
+from .many import Answer
 
 __all__ = [
+    "Answer",
+    "AsyncClient",
     "Busy",
     "Client",
     "Conflict",
     "DeadlinePassed",
+    "Event",
     "InvalidRequest",
     "NotFound",
     "ProblemError",

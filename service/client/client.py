@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from .errors import Busy, DeadlinePassed, ProblemError, Unreachable, problem_of
+from . import flows
+from .connection import EVENTS_TIMEOUT, GRACE_SECONDS, checked, options
+from .errors import Unreachable, VouchsafeError
+from .events import Event, EventParser
+from .flows import Call, Document, Flow
+from .many import Answer, Questions, saving
 
-LONGEST_WAIT = 600
-"""Most seconds that the service lets one request wait for its answer."""
-_GRACE_SECONDS = 30.0
-"""Seconds beyond the wait in which the response must arrive."""
+T = TypeVar("T")
 
 
 class Client:
@@ -23,20 +26,17 @@ class Client:
 
     `key` is sent as the bearer key. `timeout` is the patience in seconds for one answer: waiting in
     the service and retries together. Raises ValueError for a malformed `url` or `timeout`.
+
+    Methods raise ProblemError for a refusal, by its kind, and Unreachable where no response
+    arrives.
     """
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, key: str | None = None, timeout: float = 3600.0
     ) -> None:
-        if not timeout > 0.0:
-            raise ValueError(f"timeout = {timeout}: must be greater than 0 seconds")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url = {url!r}: must begin with http:// or https://")
-        self._timeout = timeout
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        unlimited = httpx.Limits(max_connections=None)
+        self._timeout = checked(url, timeout)
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, limits=unlimited)
+            self._http = httpx.Client(**options(url, key))
         except httpx.InvalidURL as error:
             raise ValueError(f"url = {url!r}: {error}") from error
 
@@ -57,7 +57,7 @@ class Client:
 
     def predict(
         self, image: bytes | str | Path, *, idempotency_key: str | None = None, **question: Any
-    ) -> dict[str, Any]:
+    ) -> Document:
         """The answer about an image: the JSON document of `POST /predict`.
 
         `image` is the content of a JPEG, PNG or WebP file, or the path of one. `question` has the
@@ -67,67 +67,148 @@ class Client:
         Waits until the answer is ready. A 429 or 503 is retried after the seconds of its
         Retry-After. All tries share one Idempotency-Key, so they are one job.
 
-        Raises Busy or DeadlinePassed once the patience has ended, Unreachable where no response
-        arrives, another ProblemError for any other refusal, and OSError for an unreadable file.
+        Raises Busy or DeadlinePassed once the patience has ended, and OSError for an unreadable
+        file.
         """
-        content = image if isinstance(image, bytes) else Path(image).read_bytes()
-        fields = {name: _text(value) for name, value in question.items() if value is not None}
-        key = idempotency_key or str(uuid.uuid4())
-        end = time.monotonic() + self._timeout
-        while True:
-            wait = max(1, min(LONGEST_WAIT, int(end - time.monotonic())))
-            headers = {"Idempotency-Key": key, "Prefer": f"wait={wait}"}
+        content = flows.read(image)
+        return self._run(flows.predict(content, self._timeout, idempotency_key, question))
+
+    def predict_many(
+        self,
+        images: str | Path | Iterable[str | Path],
+        *,
+        at_once: int = 8,
+        family_alpha: float | None = None,
+        out: str | Path | None = None,
+        on_answer: Callable[[Answer], None] | None = None,
+        **question: Any,
+    ) -> Iterator[Answer]:
+        """The answers about a folder's pictures or about files, each as it comes.
+
+        `at_once` questions are in the service at a time. With `family_alpha` each image has its
+        share of it as alpha, so that all answers hold together. `out` is a file to write, JSON
+        lines or CSV by its suffix. A picture without an answer has an `error` in its place.
+
+        Raises ValueError for no pictures, an unknown suffix, and alpha beside family_alpha.
+        """
+        asked = Questions.of(images, family_alpha, question)
+        with saving(out) as save, ThreadPoolExecutor(at_once, "vouchsafe") as pool:
+            waiting = [pool.submit(self._answer, path, asked.question) for path in asked.paths]
             try:
-                return self._send(
-                    "POST",
-                    "/predict",
-                    wait,
-                    files={"image": ("image", content)},
-                    data=fields,
-                    headers=headers,
-                )
-            except DeadlinePassed:
-                if time.monotonic() >= end:
-                    raise
-            except Busy as busy:
-                if busy.retry_after is None or time.monotonic() + busy.retry_after >= end:
-                    raise
-                time.sleep(busy.retry_after)
+                for each in as_completed(waiting):
+                    save(answer := each.result())
+                    if on_answer is not None:
+                        on_answer(answer)
+                    yield answer
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def models(self) -> list[dict[str, Any]]:
-        """The tasks that the service answers about, each with its labels: `GET /models`.
+    def models(self) -> list[Document]:
+        """The tasks that the service answers about, each with its labels: `GET /models`."""
+        return self._run(flows.models())
 
-        Raises ProblemError and Unreachable as `predict` does; nothing is retried.
+    def tasks(self) -> list[Document]:
+        """The tasks that were made from labels, the newest first: `GET /tasks`."""
+        return self._run(flows.tasks())
+
+    def task(self, id: str) -> Document:
+        """A task by its id, or by a name that no other task has: `GET /tasks/{id}`."""
+        return self._run(flows.get(flows.address("tasks", id)))
+
+    def make_task(self, labels: Sequence[Any], **settings: Any) -> Document:
+        """A task from labels, words or `{"label", "prompt"}`: `POST /tasks`.
+
+        `settings` are its other fields, such as name, template and shots. The task may not be ready
+        yet: see `wait_for_task`.
         """
-        found: list[dict[str, Any]] = self._send("GET", "/models", 0)["models"]
-        return found
+        return self._run(flows.make_task(labels, settings))
 
-    def _send(self, method: str, path: str, wait: float, **request: Any) -> dict[str, Any]:
-        """The JSON document of a successful response; raises ProblemError and Unreachable."""
+    def wait_for_task(
+        self, id: str, on_progress: Callable[[Document], None] | None = None
+    ) -> Document:
+        """The task once it is ready; raises ProblemError where it fails, Conflict once removed."""
+        for event in self.task_events(id):
+            if (task := flows.ended_task(event)) is not None:
+                return task
+            if on_progress is not None:
+                on_progress(event.data)
+        raise Unreachable(f"the events of task {id} ended before it was ready")
+
+    def delete_task(self, id: str) -> None:
+        """Remove a task of this key: `DELETE /tasks/{id}`."""
+        self._run(flows.delete(flows.address("tasks", id)))
+
+    def job(self, id: str) -> Document:
+        """A job's state, progress, and result or problem: `GET /jobs/{id}`."""
+        return self._run(flows.get(flows.address("jobs", id)))
+
+    def delete_job(self, id: str) -> None:
+        """Cancel and erase a job: `DELETE /jobs/{id}`."""
+        self._run(flows.delete(flows.address("jobs", id)))
+
+    def certificate(self, id: str) -> Document:
+        """The certificate of an answer, document and signature: `GET /certificates/{id}`."""
+        return self._run(flows.get(flows.address("certificates", id)))
+
+    def public_keys(self) -> Document:
+        """The JWKS that verifies certificates: `GET /.well-known/jwks.json`."""
+        return self._run(flows.get("/.well-known/jwks.json"))
+
+    def job_events(self, id: str) -> Iterator[Event]:
+        """A job's events as they come; the last is its `result` or `problem`."""
+        return self._events(flows.address("jobs", id, "/events"))
+
+    def task_events(self, id: str) -> Iterator[Event]:
+        """A task's events as they come; the last is `ready`, `problem` or `cancelled`."""
+        return self._events(flows.address("tasks", id, "/events"))
+
+    def _answer(self, path: Path, question: Document) -> Answer:
         try:
-            response = self._http.request(method, path, timeout=wait + _GRACE_SECONDS, **request)
+            return Answer(str(path), self.predict(path, **question), None)
+        except (VouchsafeError, OSError) as error:
+            return Answer(str(path), None, error)
+
+    def _events(self, path: str) -> Iterator[Event]:
+        parser = EventParser()
+        try:
+            with self._http.stream("GET", path, timeout=EVENTS_TIMEOUT) as response:
+                if not response.is_success:
+                    response.read()
+                    raise flows.failure(response)
+                for line in response.iter_lines():
+                    if (event := parser.feed(line)) is not None:
+                        yield event
         except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise Unreachable(f"{self._http.base_url}: {reason}") from error
-        if response.is_success:
-            answer: dict[str, Any] = response.json()
-            return answer
-        raise _problem(response)
+            raise self._unreachable(error) from error
 
+    def _run(self, flow: Flow[T]) -> T:
+        """The flow's result; its calls are sent, and their errors thrown into it."""
+        response: httpx.Response | None = None
+        error: VouchsafeError | None = None
+        while True:
+            try:
+                step = flow.send(response) if error is None else flow.throw(error)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            response, error = None, None
+            if isinstance(step, Call):
+                try:
+                    response = self._send(step)
+                except VouchsafeError as refused:
+                    error = refused
+            else:
+                time.sleep(step.seconds)
 
-def _text(value: Any) -> str | list[str]:
-    """A field's text; a list is a repeated field."""
-    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
+    def _send(self, call: Call) -> httpx.Response:
+        timeout = call.wait + GRACE_SECONDS
+        try:
+            response = self._http.request(call.method, call.path, timeout=timeout, **call.request)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if not response.is_success:
+            raise flows.failure(response)
+        return response
 
-
-def _problem(response: httpx.Response) -> ProblemError:
-    try:
-        document = response.json()
-    except ValueError:
-        document = None
-    after = response.headers.get("Retry-After", "")
-    return problem_of(
-        response.status_code,
-        document if isinstance(document, dict) else {},
-        float(after) if after.isdecimal() else None,
-    )
+    def _unreachable(self, error: httpx.TransportError) -> Unreachable:
+        return Unreachable(f"{self._http.base_url}: {str(error) or type(error).__name__}")

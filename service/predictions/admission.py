@@ -35,8 +35,8 @@ def check_rows(question: PredictRequest, owner: str | None, settings: Settings) 
     Raises InvalidField for a question with more.
     """
     limit = most_rows(owner, settings.max_queue_rows, settings.max_queue_rows_per_key)
-    if question.rows > limit:
-        detail = f"n = {question.n} makes {question.rows} rows: at most {limit} may wait"
+    if question.charge > limit:
+        detail = f"n = {question.n} makes {question.charge} rows: at most {limit} may wait"
         raise invalid_field("n", detail, question.n, limit)
     return limit
 
@@ -45,7 +45,7 @@ def check_rows(question: PredictRequest, owner: str | None, settings: Settings) 
 class Admission:
     """An admitted question: the digest and the numerics that serve its bundle.
 
-    `setup_rows` are charged for preparing its sigma.
+    `setup_rows` are charged beside its rows: for preparing its sigma, and for purifications' steps.
     """
 
     digest: str
@@ -79,7 +79,8 @@ class AdmissionControl:
         bound, quota = self._settings.max_queue_rows, self._settings.max_queue_rows_per_key
         limit = check_rows(question, owner, self._settings)
         waiting, owned, speed = capacity.backlog_rows, capacity.owner_rows, capacity.rows_per_second
-        setup_rows = min(self._setup_rows(question.sigmas, speed), limit - question.rows)
+        setup_rows = min(self._setup_rows(question.sigmas, speed), limit - question.charge)
+        setup_rows += question.charge - question.rows
         charge = question.rows + setup_rows
         if not may_be_known and owner is not None and owned + charge > quota:
             raise over_quota(charge, owned, quota, speed)

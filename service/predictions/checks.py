@@ -14,8 +14,16 @@ from models.certificates.rules import (
 )
 from service.errors import as_json
 from service.jobs import Mode
-from service.predictions.question import Method, PredictRequest
+from service.predictions.question import (
+    MOST_PURIFICATIONS,
+    ONLY_METHOD,
+    Method,
+    PredictRequest,
+)
 from service.validation import invalid_field
+
+DIFFUSION_KINDS = ("super-resolution", "unconditional")
+"""Kinds of denoisers with the steps of a diffusion model."""
 
 
 def check_question(question: PredictRequest, bundle: Bundle) -> None:
@@ -27,6 +35,9 @@ def check_question(question: PredictRequest, bundle: Bundle) -> None:
         detail = f"sigma = {sigma:g}: the task {name} supports at most {strongest:g}"
         raise invalid_field("sigma", detail, sigma, strongest)
     _check_method(question)
+    if question.mode is Mode.PURIFY:
+        _check_purification(question, bundle)
+        return
     method, target = question.method, question.target_radius
     blur = total_variation((3, bundle.resolution, bundle.resolution), sigma)
     n0, n, alpha = question.n0, question.n, question.alpha
@@ -49,6 +60,20 @@ def check_question(question: PredictRequest, bundle: Bundle) -> None:
         raise invalid_field(field, str(error), getattr(question, field), limit) from error
 
 
+def _check_purification(question: PredictRequest, bundle: Bundle) -> None:
+    """Raise InvalidField for too many purifications, and for a denoiser that has no steps."""
+    if question.n > MOST_PURIFICATIONS:
+        detail = f"n = {question.n}: mode purify takes at most {MOST_PURIFICATIONS} purifications"
+        raise invalid_field("n", detail, question.n, MOST_PURIFICATIONS)
+    if bundle.denoiser.kind not in DIFFUSION_KINDS:
+        kinds = " or ".join(DIFFUSION_KINDS)
+        detail = (
+            f"mode = purify: task {as_json(question.task)} has a denoiser of kind "
+            f"{bundle.denoiser.kind}; a purification needs {kinds}"
+        )
+        raise invalid_field("mode", detail, question.mode.value)
+
+
 def _smallest_n(question: PredictRequest) -> int:
     if question.method is Method.BINOMIAL:
         return smallest_n_predict(question.alpha)
@@ -64,9 +89,11 @@ def _check_method(question: PredictRequest) -> None:
     if isinstance(question.sigma, tuple) is not (method is Method.CASCADE):
         detail = f"method = {method}: several sigma need cascade, and cascade needs several sigma"
         raise invalid_field("method", detail, method.value)
-    if (mode is Mode.PREDICT) is not (method is Method.BINOMIAL):
-        others = [each.value for each in Method if each is not Method.BINOMIAL]
-        fitting = others if mode is Mode.CERTIFY else [Method.BINOMIAL.value]
+    if ONLY_METHOD.get(mode, method) is not method or (
+        mode not in ONLY_METHOD and method in ONLY_METHOD.values()
+    ):
+        others = [each for each in Method if each not in ONLY_METHOD.values()]
+        fitting = others if mode not in ONLY_METHOD else [ONLY_METHOD[mode]]
         detail = f"method = {method}: mode {mode} has {', '.join(fitting)}"
         raise invalid_field("method", detail, method.value)
     if question.target_radius is not None and method is not Method.ANYTIME:

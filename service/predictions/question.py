@@ -30,7 +30,12 @@ from service.jobs import Mode, canonical_json
 
 SMALLEST_SIGMA = 0.02
 LARGEST_SIGMA = 4.0
-DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100}
+DEFAULT_ROWS = {Mode.CERTIFY: 1000, Mode.PREDICT: 100, Mode.PURIFY: 8}
+MOST_PURIFICATIONS = 16
+PURIFICATION_ROWS = 150
+"""Rows that a purification is charged as, one a step: on IF-II's schedule the default has 143."""
+PURIFICATION_SIGMA = 0.121
+"""Default noise of a purification: 70 of DDPM's 1,000 steps (method.md 7)."""
 DEFAULT_SELECTION_ROWS = 100
 TARGET_ROWS = 10_000
 TARGET_SELECTION_ROWS = 16
@@ -45,6 +50,11 @@ class Method(StrEnum):
     COHEN = "cohen"
     CASCADE = "cascade"
     BINOMIAL = "binomial"
+    MAJORITY = "majority"
+
+
+ONLY_METHOD = {Mode.PREDICT: Method.BINOMIAL, Mode.PURIFY: Method.MAJORITY}
+"""The method of modes that have a single one."""
 
 
 def _from_base64(value: object) -> object:
@@ -57,8 +67,8 @@ def _from_base64(value: object) -> object:
 
 
 def _default_method(earlier: dict[str, Any]) -> Method:
-    if earlier.get("mode") is Mode.PREDICT:
-        return Method.BINOMIAL
+    if (mode := earlier.get("mode")) in ONLY_METHOD:
+        return ONLY_METHOD[mode]
     if isinstance(earlier.get("sigma"), tuple):
         return Method.CASCADE
     return Method.TWO_SIDED if earlier.get("target_radius") is None else Method.ANYTIME
@@ -67,6 +77,10 @@ def _default_method(earlier: dict[str, Any]) -> Method:
 def _default_selection_rows(earlier: dict[str, Any]) -> int:
     has_target = earlier.get("target_radius") is not None
     return TARGET_SELECTION_ROWS if has_target else DEFAULT_SELECTION_ROWS
+
+
+def _default_sigma(earlier: dict[str, Any]) -> float:
+    return PURIFICATION_SIGMA if earlier.get("mode") is Mode.PURIFY else 0.25
 
 
 def _default_rows(earlier: dict[str, Any]) -> int:
@@ -118,13 +132,14 @@ class PredictRequest(BaseModel):
     )
     mode: AnyMode = Field(
         Mode.CERTIFY,
-        description="`certify` answers with a radius; `predict` is quicker and has none.",
+        description="`certify` answers with a radius; `predict` is quicker and has none. `purify` "
+        "lets a diffusion model clean the image first, which certifies nothing.",
     )
     sigma: Sigma = Field(
-        0.25,
-        description="Standard deviation of the noise, for pixels in [0, 1]; /models has the "
-        "largest that each task supports. Two to four descending values ask the method `cascade`: "
-        "the first at which a label is probable enough answers.",
+        default_factory=_default_sigma,
+        description="Standard deviation of the noise, for pixels in [0, 1]; 0.25 by default, 0.121 "
+        "for `purify`. /models has the largest that each task supports. Two to four descending "
+        "values ask the method `cascade`: the first at which a label is probable enough answers.",
     )
     target_radius: float | None = Field(
         None,
@@ -152,18 +167,24 @@ class PredictRequest(BaseModel):
         ge=1,
         le=MOST_ROWS,
         description="Most rows that bound the label's probability, of each stage in a cascade; "
-        "1000 by default, 100 for `predict`, 10000 with a target radius.",
+        "1000 by default, 100 for `predict`, 10000 with a target radius. Purifications for "
+        "`purify`: 8 by default, at most 16.",
     )
 
     @property
     def selection_rows(self) -> int:
-        """n0, or 0 in predict mode, which has no selection."""
+        """n0, or 0 in the modes that have no selection."""
         return self.n0 if self.mode is Mode.CERTIFY else 0
 
     @property
     def rows(self) -> int:
         """Most noise rows of the whole question."""
         return (self.selection_rows + self.n) * len(self.sigmas)
+
+    @property
+    def charge(self) -> int:
+        """Rows that the question costs."""
+        return self.rows * (PURIFICATION_ROWS if self.mode is Mode.PURIFY else 1)
 
     @property
     def sigmas(self) -> tuple[float, ...]:

@@ -48,6 +48,8 @@ def _proven(
 ) -> Certificate:
     blur = total_variation(job.shape, job.sigma)
     match job.method:
+        case "majority":
+            return _majority(job, votes[-1])
         case "binomial":
             return predict(votes[-1], job.alpha, total_variation=blur)
         case "anytime":
@@ -58,6 +60,24 @@ def _proven(
             return certify(
                 selection, votes[-1], job.sigma, job.alpha, method=method, total_variation=blur
             )
+
+
+def _majority(job: Job, votes: tuple[int, ...]) -> Certificate:
+    """The label of most purifications, which proves nothing."""
+    return Certificate(
+        label=votes.index(max(votes)),
+        runner_up=None,
+        abstained=False,
+        radius=None,
+        p_lower=None,
+        p_upper=None,
+        counts=votes,
+        n0=0,
+        n=job.n,
+        alpha=job.alpha,
+        sigma=None,
+        method=job.method,
+    )
 
 
 def early_stopping(job: Job) -> Anytime:

@@ -87,7 +87,7 @@ class PredictResponse(BaseModel):
     )
     radius: float | None = Field(
         description="No change of the pixels (in [0, 1]) shorter than this in l2 norm changes the "
-        "label; 0.0 on abstention, null in predict mode."
+        "label; 0.0 on abstention, null in the modes predict and purify."
     )
     attack_norms: Norms | None = Field(
         description="The radius in the terms of other changes, or null without a radius."
@@ -100,13 +100,14 @@ class PredictResponse(BaseModel):
     n0: int = Field(description="Selection rows, of each stage in a cascade; 0 in predict mode.")
     n: int = Field(
         description="Most estimation rows allowed, of each stage in a cascade; in predict mode, "
-        "all rows."
+        "all rows; in purify mode, the purifications."
     )
     rows_used: int = Field(
         description="Rows that the answer rests on: n0 and the sum of counts, of each stage read."
     )
     p_lower: float | None = Field(
-        description="Lower bound on the label's probability under noise; null in predict mode."
+        description="Lower bound on the label's probability under noise; null in the modes predict "
+        "and purify."
     )
     p_upper: float | None = Field(
         description="Upper bound on every other label's probability, or null where none is proven."

@@ -115,15 +115,20 @@ class Predictions:
         return job_id
 
     async def resolved(self, question: PredictRequest) -> PredictRequest:
-        """The question with its task's id in the place of a name.
+        """The question with its task's id in the place of a name; raises as `task_id`."""
+        task = await self.task_id(question.task)
+        return question if task == question.task else question.model_copy(update={"task": task})
+
+    async def task_id(self, task: str) -> str:
+        """The id of a task that has this id or name.
 
         Raises NotFound for an unknown task, TaskAmbiguous for a name of several tasks,
         TaskNotReady and TaskFailed.
         """
-        if question.task not in self.tasks and self._expect is not None:
-            question = question.model_copy(update={"task": await self._expect(question.task)})
-        self.bundle(question.task)
-        return question
+        if task not in self.tasks and self._expect is not None:
+            task = await self._expect(task)
+        self.bundle(task)
+        return task
 
     def bundle(self, task: str) -> Bundle:
         """The task's bundle; raises NotFound, which lists the tasks."""

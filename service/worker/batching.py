@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.protocol import Lease
+from service.jobs import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class _Entry:
 class Packer:
     """Fills batches of at most `batch_rows` rows from many leases, oldest first.
 
-    A lease that is isolated, or was put back as `alone`, never shares a batch.
+    A lease that is isolated or of purifications, or was put back as `alone`, never shares a batch.
     """
 
     def __init__(self, batch_rows: int) -> None:
@@ -68,7 +69,7 @@ class Packer:
             lease=lease,
             todo=deque([(lease.shard.start, lease.shard.stop)]),
             counts=np.zeros(lease.job.classes, np.int64),
-            alone=lease.isolated,
+            alone=lease.isolated or lease.job.mode is Mode.PURIFY,
         )
 
     def next_batch(self) -> list[Slice]:

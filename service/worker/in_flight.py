@@ -10,6 +10,7 @@ import numpy as np
 
 from models.rows import Rows
 from service.engine.protocol import Lease
+from service.jobs import Mode
 from service.worker.batching import Packer, Slice
 from service.worker.model import Model
 
@@ -106,4 +107,5 @@ def rows_of(part: Slice) -> Rows:
         start=part.start,
         stop=part.stop,
         sigma=job.sigmas[stage],
+        purified=job.mode is Mode.PURIFY,
     )

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from benchmarks.server import free_port
 from service.operations.http_semantics import ConnectionClose
 from service.operations.server import DrainingServer, SideServer
-from tests.support.serving import PNG, Service, serving
+from tests.support.serving import DIGEST, PNG, Service, serving
 
 KEY = {"Authorization": "Bearer key-of-ann"}
 
@@ -23,7 +23,8 @@ async def test_head_is_get_without_a_body(service: Service) -> None:
     job = accepted.json()["id"]
     described = (await service.client.get("/openapi.json")).json()["paths"]
     assert not any("head" in operations for operations in described.values())
-    paths = [path.format(id=job, file="0-0.png") for path in described if "get" in described[path]]
+    names = {"id": job, "file": "0-0.png", "task": "default", "version": DIGEST}
+    paths = [path.format(**names) for path in described if "get" in described[path]]
     assets = ["/docs/assets/swagger-ui.css", "/docs/assets/nothing"]
     for path in [*paths, *assets, "/", "/docs", "/openapi.json", "/nowhere"]:
         head, get = await service.client.head(path), await service.client.get(path)

@@ -10,7 +10,7 @@ import pytest
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius
-from models.evaluation.logs import HEADER
+from models.evaluation.logs.reading import HEADER
 from tests.support.paths import SHARED
 
 CIFAR = "cifar10_cohen_resnet110_certified_sigma_"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from models.base_network import Base
+from models.bundle import DEFAULT_TASK, read_bundle, write_bundle
+from models.kinds import CLASSIFIER_FILES
 
 FLOAT, INTS, INT = 1, 7, 2
 """Codes of ONNX: the element type of a tensor, and types of attributes."""
@@ -49,6 +55,18 @@ def save(
     graph += _bytes(11, _value("x", [batch, 3, side, side]))
     graph += _bytes(12, _value("logits", [batch, linear.out_features]))
     path.write_bytes(_number(1, 8) + _bytes(7, graph) + _bytes(8, _number(2, 17)))
+
+
+def put_task(data: Path) -> None:
+    """A task `own` of the default's labels in a data folder, whose classifier is an ONNX file."""
+    default, head = read_bundle(DEFAULT_TASK), data / "models" / "head"
+    head.mkdir(parents=True)
+    save(head / "model.onnx", network(len(default.labels)), 32)
+    described = {"size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "labels": default.labels}
+    (head / "model.json").write_text(json.dumps(described))
+    classifier = Base.of("onnx", str(head), CLASSIFIER_FILES["onnx"].required)
+    own = replace(default, id="own", denoiser=Base("none"), classifier=classifier)
+    write_bundle(data / "tasks" / "own", own, {})
 
 
 def _node(kind: str, inputs: Sequence[str], output: str, *attributes: bytes) -> bytes:

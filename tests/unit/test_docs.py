@@ -30,6 +30,7 @@ VOUCHSAFE = re.compile(
 MADE = (
     *("references.png", "status.json", "source.json", "docker/secrets"),
     *("results.json", "table.md", "curve.png", "vouchsafe_example.py", "meta/test.json"),
+    *("concepts.json", "concepts.svg"),
 )
 """Files and folders that programs or readers make, so that no checkout has them."""
 
@@ -150,7 +151,10 @@ def test_settings_exist(page: Path) -> None:
 
 
 async def test_the_reference_is_whole(service: Service) -> None:
-    """docs/api.md has each call, each field of a question and each problem, and no other."""
+    """docs/api.md has each call, each field of a question and each problem, and no other.
+
+    Those of the Open Inference Protocol are in docs/protocol.md.
+    """
     text = API.read_text()
 
     def table(heading: str) -> str:
@@ -159,7 +163,11 @@ async def test_the_reference_is_whole(service: Service) -> None:
     paths = (await service.client.get("/openapi.json")).json()["paths"]
     calls = {f"{method.upper()} {path}" for path, item in paths.items() for method in item}
     pages = {"GET /", "GET /docs", "GET /openapi.json"}
-    assert set(re.findall(r"`([A-Z]+ /[^`]*)`", table("Calls"))) == calls | pages
+    v2 = {call for call in calls if call.partition(" ")[2].startswith("/v2")}
+    protocol = (ROOT / "docs" / "protocol.md").read_text()
+    described = set(re.findall(r"`([A-Z]+ /v2[^`]*)`", protocol))
+    assert described == {call for call in v2 if "/versions/" not in call}
+    assert set(re.findall(r"`([A-Z]+ /[^`]*)`", table("Calls"))) == calls - v2 | pages
     for call, kind in {"POST /predict": PredictRequest, "POST /tasks": TaskRequest}.items():
         rows = re.findall(r"^\| (`\w.*?) \|", table(f"Fields of {call}"), re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(kind.model_fields)

@@ -33,6 +33,16 @@ def rounded(
     return found
 
 
+def rounded_linf(
+    pixels: NDArray[np.uint8], attacked: NDArray[np.floating], eps: float
+) -> NDArray[np.uint8]:
+    """The nearest image of the grid whose values are at most eps (l_inf) from those of `pixels`."""
+    most = np.floor(255 * eps + _NOISE)
+    change = np.rint(attacked.astype(np.float64) * 255 - pixels).clip(-most, most)
+    found: NDArray[np.uint8] = np.clip(pixels + change, 0, 255).astype(np.uint8)
+    return found
+
+
 def distance(pixels: NDArray[np.uint8], attacked: NDArray[np.uint8]) -> float:
     """The l2 distance of two images in [0,1] units."""
     return float(np.linalg.norm(attacked.astype(np.float64).ravel() - pixels.ravel())) / 255

@@ -1,4 +1,4 @@
-"""Attacks in the l2 ball around an image: projected gradient descent, and random noise.
+"""Attacks in the l2 or l_inf ball around an image: projected gradient descent, and random noise.
 
 Images x (3,H,W) are in [0,1] units, and so is eps. All randomness follows from a key.
 """
@@ -13,10 +13,12 @@ from models.evaluation.attacks.pipeline import Pipeline
 
 STEP_FACTOR = 4 / 3
 """The steps' lengths add up to this many eps (method.md 6)."""
+LINF_STEP_FACTOR = 2.5
+"""The same in the l_inf norm, where steps have a length in every pixel (Madry et al. 2018)."""
 
 
 def pgd(pipeline: Pipeline, x: Tensor, label: int, eps: float, steps: int, key: bytes) -> Tensor:
-    """An image at most eps from x, after `steps` steps up the loss of `label`.
+    """An image at most eps (l2) from x, after `steps` steps up the loss of `label`.
 
     Madry et al. 2018, with steps of 4/3 eps / `steps` along the normalized gradient, from a random
     point of the ball. On a smoothed pipeline this is SmoothAdv. The last step's image is returned.
@@ -27,6 +29,19 @@ def pgd(pipeline: Pipeline, x: Tensor, label: int, eps: float, steps: int, key: 
         length = STEP_FACTOR * eps / steps
         delta = _projected(delta + length * _unit(gradient), x, eps)
     return x + delta
+
+
+def pgd_linf(
+    pipeline: Pipeline, x: Tensor, label: int, eps: float, steps: int, key: bytes
+) -> Tensor:
+    """The same in the l_inf ball, with steps of 2.5 eps / `steps` along the gradient's sign."""
+    uniform = torch.tensor(_generator(key).uniform(-eps, eps, tuple(x.shape))).to(x)
+    attacked = (x + uniform).clamp(0, 1)
+    for step in range(steps):
+        _, gradient = pipeline.gradient(attacked, label, step)
+        moved = attacked + LINF_STEP_FACTOR * eps / steps * gradient.sign()
+        attacked = (x + (moved - x).clamp(-eps, eps)).clamp(0, 1)
+    return attacked
 
 
 def random_noise(

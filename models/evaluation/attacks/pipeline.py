@@ -1,4 +1,4 @@
-"""The loss of a smoothed or an undefended classifier as a differentiable function of one image."""
+"""The loss of a smoothed, purified or undefended classifier as a function of one image."""
 
 from __future__ import annotations
 
@@ -10,42 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.classifiers.base import Classifier
-from models.denoisers.base import Denoiser, NoDenoiser
 from models.noise import discrete_gaussian
+from models.purification.keyed import Row, keyed_noise
+from models.purification.purifier import Purifier
 from models.smoothing import SmoothedModel
 
 Noise = Callable[[int], Tensor]
-"""Step of an attack -> its noise rows (m,3,H,W) in [0,1] units."""
+"""Step of an attack -> its rows (m,...): noise (m,3,H,W) in [0,1] units, or numbers of draws (m,).
+"""
+Logits = Callable[[Tensor, Tensor], Tensor]
+"""An image x (3,H,W) in [0,1], rows (m,...) -> logits (m,K)."""
 
 
 class Pipeline:
-    """Noise, denoise, classify: the SmoothAdv loss (Salman et al. 2019, arXiv 1906.04584).
+    """What classifies an image, as a differentiable function: the mean over rows of `logits`.
 
-    The service adds noise of the 1/255 grid to an image of that grid, and the noise's law does not
-    depend on the image (models/noise.py). So the drawn rows are constants: as a function of a
-    continuous x, a row is x + noise, whose derivative by x is the identity. At images of the grid
-    this function has the values of the service, and its gradient is that of the continuous
-    pipeline, without any estimate.
-
+    On a smoothed classifier its loss is that of SmoothAdv (Salman et al. 2019, arXiv 1906.04584).
     `batch_rows` rows have their activations in memory together. The networks should be float32,
     since gradients in bfloat16 are coarse.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        classifier: Classifier,
-        sigma: float,
-        noise: Noise,
-        batch_rows: int,
-    ) -> None:
-        self._denoiser, self._classifier = denoiser, classifier
-        self._sigma, self._noise, self._batch_rows = sigma, noise, batch_rows
-
-    def logits(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Logits (m,K) of an image x (3,H,W) in [0,1] under noise rows (m,3,H,W)."""
-        sigma = torch.full((len(noise),), self._sigma, dtype=torch.float64)
-        return self._classifier(self._denoiser(x + noise.to(x.dtype), sigma))
+    def __init__(self, logits: Logits, noise: Noise, batch_rows: int) -> None:
+        self.logits, self._noise, self._batch_rows = logits, noise, batch_rows
 
     def loss(self, x: Tensor, label: int, step: int = 0) -> float:
         """-log of the mean probability of `label` over the rows of `step`, at x (3,H,W).
@@ -101,7 +87,7 @@ def _log_probability(logits: Tensor, label: int) -> Tensor:
 def undefended(classifier: Classifier, shape: tuple[int, ...], device: torch.device) -> Pipeline:
     """The classifier of images of `shape` alone: one row without noise; the loss is its own."""
     still = torch.zeros(1, *shape, device=device)
-    return Pipeline(NoDenoiser(), classifier, 0.0, lambda step: still, 1)
+    return Pipeline(lambda x, noise: classifier(x + noise), lambda step: still, 1)
 
 
 def smoothed(
@@ -119,12 +105,42 @@ def smoothed(
 
     With `fresh`, every step has other rows (expectation over transformation, Athalye et al. 2018).
     Otherwise every step has the same.
+
+    The service adds noise of the 1/255 grid to an image of that grid, and the noise's law does not
+    depend on the image (models/noise.py). So the drawn rows are constants: as a function of a
+    continuous x, a row is x + noise, whose derivative by x is the identity. At images of the grid
+    this function has the values of the service, and its gradient is that of the continuous
+    pipeline, without any estimate.
     """
 
     def drawn(step: int) -> Tensor:
         start = step * rows
         return discrete_gaussian(key, start, start + rows, shape, sigma, device) / 255
 
+    def logits(x: Tensor, noise: Tensor) -> Tensor:
+        sigmas = torch.full((len(noise),), sigma, dtype=torch.float64)
+        return model.classifier(model.denoiser(x + noise.to(x.dtype), sigmas))
+
     fixed = None if fresh else drawn(0)
     noise: Noise = drawn if fixed is None else lambda step: fixed
-    return Pipeline(model.denoiser, model.classifier, sigma, noise, batch_rows)
+    return Pipeline(logits, noise, batch_rows)
+
+
+def purified(
+    purifier: Purifier, *, key: bytes, rows: int, batch_rows: int, fresh: bool = False
+) -> Pipeline:
+    """Purified images before the classifier, a purification a row, keyed as in `smoothed`.
+
+    The gradient passes through every step of the reverse process.
+    """
+
+    def logits(x: Tensor, draws: Tensor) -> Tensor:
+        own = [Row(0, draw) for draw in draws.tolist()]
+        noise = keyed_noise(key, own, tuple(x.shape), x.device)
+        return purifier.logits(x.expand(len(own), *x.shape), noise)
+
+    def drawn(step: int) -> Tensor:
+        start = step * rows if fresh else 0
+        return torch.arange(start, start + rows)
+
+    return Pipeline(logits, drawn, batch_rows)

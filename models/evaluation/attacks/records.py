@@ -60,12 +60,13 @@ class AttackRecord:
         return cls(**document | {"votes": by_label(document["votes"])})
 
 
-def attack_figures(run: Run, attacked: Sequence[AttackRecord], eps: float) -> dict[str, Any]:
+def attack_figures(run: Run, attacked: Sequence[AttackRecord], eps: float | None) -> dict[str, Any]:
     """What an attack within eps leaves of a run's answers, as shares of the same images.
 
     `robust` is the share of right answers, `abstained` and `misled` the others. `certified` is the
-    run's certified accuracy at eps. `contradicted` lists the images whose certificate excludes what
-    the attack found: another label, closer than the radius.
+    run's certified accuracy at eps (l2; None for an attack in another norm). `contradicted` lists
+    the images whose certificate excludes what the attack found: another label, closer than the
+    radius.
     """
     found: dict[str, Any] = {
         "robust": share(np.array([each.correct for each in attacked])),
@@ -75,7 +76,8 @@ def attack_figures(run: Run, attacked: Sequence[AttackRecord], eps: float) -> di
         "seconds": round(sum(each.seconds for each in attacked), 1),
     }
     if run.certifies:
-        found["certified"] = share(certified_at(run.records, eps))
+        if eps is not None:
+            found["certified"] = share(certified_at(run.records, eps))
         pairs = zip(run.records, attacked, strict=True)
         found["contradicted"] = [
             each.index

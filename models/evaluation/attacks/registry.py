@@ -10,18 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.evaluation.attacks.grid import rounded
+from models.evaluation.attacks.grid import rounded, rounded_linf
 from models.evaluation.attacks.libraries import autoattack, foolbox_pgd
-from models.evaluation.attacks.pgd import pgd, random_noise
-from models.evaluation.attacks.pipeline import Pipeline, smoothed, undefended
+from models.evaluation.attacks.pgd import pgd, pgd_linf, random_noise
+from models.evaluation.attacks.pipeline import Pipeline, purified, smoothed, undefended
 from models.evaluation.tables import noise_key
+from models.purification.purifier import Purifier
 from models.smoothing import SmoothedModel
 
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """How hard an attack tries: l2 `eps` in [0,1] units, steps, and `rows` noise rows a step.
+    """How hard an attack tries: `eps` in [0,1] units, steps, and `rows` noise rows a step.
 
+    eps is l2, and l_inf for LINF_ATTACKS.
     `batch_rows` of them have their activations in memory together. Noise and start follow from
     `seed` and the image's index.
     """
@@ -37,7 +39,8 @@ class Strength:
 class Target:
     """One image (3,H,W) uint8 with its true label, and the float32 networks to attack it on.
 
-    `sigma` is None for the classifier alone. `index` is the image's place in its set.
+    `sigma` is None for the classifier alone, and behind a `purifier`. `index` is the image's place
+    in its set.
     """
 
     model: SmoothedModel
@@ -45,6 +48,7 @@ class Target:
     pixels: NDArray[np.uint8]
     label: int
     index: int
+    purifier: Purifier | None = None
 
     @property
     def x(self) -> Tensor:
@@ -64,7 +68,15 @@ class Target:
         return undefended(self.model.classifier, self.pixels.shape, self.model.device)
 
     def pipeline(self, strength: Strength, *, fresh: bool = False) -> Pipeline:
-        """What classifies the image: smoothed, or the classifier alone where there is no sigma."""
+        """What classifies the image: smoothed, purified, or the classifier alone."""
+        if self.purifier is not None:
+            return purified(
+                self.purifier,
+                key=self.key(strength, "rows"),
+                rows=strength.rows,
+                batch_rows=strength.batch_rows,
+                fresh=fresh,
+            )
         if self.sigma is None:
             return self.head()
         return smoothed(
@@ -79,6 +91,7 @@ class Target:
         )
 
 
+Ascent = Callable[[Pipeline, Tensor, int, float, int, bytes], Tensor]
 Attack = Callable[[Target, Strength], Tensor]
 """The attacked image (3,H,W) in [0,1], at most eps from the target's."""
 
@@ -91,13 +104,23 @@ def _eot(target: Target, strength: Strength) -> Tensor:
     return _ascended(target, strength, target.pipeline(strength, fresh=True))
 
 
+def _pgd_linf(target: Target, strength: Strength) -> Tensor:
+    return _ascended(target, strength, target.pipeline(strength), pgd_linf)
+
+
+def _eot_linf(target: Target, strength: Strength) -> Tensor:
+    return _ascended(target, strength, target.pipeline(strength, fresh=True), pgd_linf)
+
+
 def _transfer(target: Target, strength: Strength) -> Tensor:
     return _ascended(target, strength, target.head())
 
 
-def _ascended(target: Target, strength: Strength, pipeline: Pipeline) -> Tensor:
+def _ascended(
+    target: Target, strength: Strength, pipeline: Pipeline, ascent: Ascent = pgd
+) -> Tensor:
     key = target.key(strength, "start")
-    return pgd(pipeline, target.x, target.label, strength.eps, strength.steps, key)
+    return ascent(pipeline, target.x, target.label, strength.eps, strength.steps, key)
 
 
 def _random(target: Target, strength: Strength) -> Tensor:
@@ -118,6 +141,8 @@ def _foolbox_pgd(target: Target, strength: Strength) -> Tensor:
 ATTACKS: dict[str, Attack] = {
     "pgd": _pgd,
     "eot": _eot,
+    "pgd-linf": _pgd_linf,
+    "eot-linf": _eot_linf,
     "transfer": _transfer,
     "random": _random,
     "autoattack": _autoattack,
@@ -129,6 +154,9 @@ pgd has the same rows in every step, eot fresh ones. transfer attacks the classi
 the target is; random takes the worst of as many random changes as there are steps. The rest are
 those of packages.
 """
+
+LINF_ATTACKS = frozenset({"pgd-linf", "eot-linf"})
+"""Attacks whose eps is l_inf."""
 
 WITHOUT_GRADIENTS = frozenset({"random"})
 """Attacks that networks of every kind allow."""
@@ -144,4 +172,5 @@ def attacked(name: str, target: Target, strength: Strength) -> NDArray[np.uint8]
     finite.
     """
     found = ATTACKS[name](target, strength).detach().cpu().numpy()
-    return rounded(target.pixels, found, strength.eps)
+    onto_grid = rounded_linf if name in LINF_ATTACKS else rounded
+    return onto_grid(target.pixels, found, strength.eps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.certificates.evidence import total_variation
-from models.evaluation.logs import Answer, has_radii, read_answers, read_log
+from models.evaluation.logs.reading import Answer, has_radii, read_answers, read_log
 from models.evaluation.records import COUNTS_SUFFIX, Record
 from models.evaluation.results import RULES, Run, by_rule
 

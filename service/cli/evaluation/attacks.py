@@ -59,7 +59,7 @@ class AttackPlan:
                 raise ValueError(
                     f"attack = {name}: needs {PACKAGES[name]}: install the extra bench"
                 )
-        if alone and all(setting.sigma is not None for _, setting in planned):
+        if alone and all(setting.baseline != "undefended" for _, setting in planned):
             raise ValueError(
                 f"attack = {alone[0]}: is for undefended classifiers, and no run has one: add "
                 "--baseline undefended"
@@ -90,7 +90,7 @@ class AttackedTask:
         self.name = setting.name
         self.attacks: list[Attack] = [CLEAN]
         for name in plan.names:
-            if setting.sigma is None or name not in PACKAGES:
+            if setting.baseline == "undefended" or name not in PACKAGES:
                 self.attacks += [(name, eps) for eps in plan.epsilons]
         self._task, self._setting, self._question, self._plan = task, setting, question, plan
 
@@ -127,7 +127,8 @@ class AttackedTask:
             if self._setting.baseline == "none":
                 networks = without_denoiser(networks)
             strength = Strength(eps, plan.steps, plan.rows, plan.batch_rows, self._question.seed)
-            target = Target(networks, self._setting.sigma, pixels, truth, file.index)
+            purifier = self._task.purifier if self._setting.baseline == "purified" else None
+            target = Target(networks, self._setting.sigma, pixels, truth, file.index, purifier)
             found = attacked(name, target, strength)
         base = self._task.plain_label(found)
         rows = f"predict {name} {eps:g}" if name else "predict"
@@ -140,7 +141,7 @@ class AttackedTask:
     def _predicted(
         self, pixels: NDArray[np.uint8], base: int, index: int, domain: str
     ) -> tuple[int, dict[int, int]]:
-        """PREDICT's label, -1 for an abstention, and its votes; without noise the base's.
+        """PREDICT's label, -1 for an abstention, and its votes; without votes the label alone.
 
         The rows are the domain's own, and no attack has seen them.
         """
@@ -149,14 +150,17 @@ class AttackedTask:
         from models.smoothing import votes
 
         sigma, asked = self._setting.sigma, self._question
+        if self._setting.baseline == "purified":
+            label = self._task.purified_label(pixels, asked.seed, index, domain)
+            return label, {label: 1}
         if sigma is None:
             return base, {base: 1}
         key = noise_key(asked.seed, index, domain)
         networks = self._task.networks(self._setting)
         counted = votes(networks, Rows(pixels, key, 0, self._plan.n, sigma))
         blur = total_variation(_shape(self._task), sigma)
-        label = predict(counted.tolist(), asked.alpha, total_variation=blur).label
-        return -1 if label is None else label, nonzero(counted)
+        found = predict(counted.tolist(), asked.alpha, total_variation=blur).label
+        return -1 if found is None else found, nonzero(counted)
 
 
 def run_attacks(
@@ -205,10 +209,13 @@ def _complete(
 
 def _figures(run: Run, kept: Mapping[Attack, OutcomeFile[AttackRecord]]) -> dict[str, Any]:
     """The figures at the clean images, and those of every attack by name and eps."""
+    from models.evaluation.attacks.registry import LINF_ATTACKS
+
     found: dict[str, dict[str, Any]] = {}
     for (name, eps), outcomes in kept.items():
         if name is not None:
-            found.setdefault(name, {})[f"{eps:g}"] = attack_figures(run, outcomes.sorted(), eps)
+            within = None if name in LINF_ATTACKS else eps
+            found.setdefault(name, {})[f"{eps:g}"] = attack_figures(run, outcomes.sorted(), within)
     return clean_figures(kept[CLEAN].sorted()) | {"by attack": found}
 
 

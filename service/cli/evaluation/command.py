@@ -26,10 +26,13 @@ class Rule(StrEnum):
 
 
 class Baseline(StrEnum):
-    """The first task's classifier without noise, and under noise without a denoiser."""
+    """The first task's classifier without noise, under noise without a denoiser, and behind
+    purification, which certifies nothing.
+    """
 
     UNDEFENDED = "undefended"
     NONE = "none"
+    PURIFIED = "purified"
 
 
 class AttackName(StrEnum):
@@ -37,6 +40,8 @@ class AttackName(StrEnum):
 
     PGD = "pgd"
     EOT = "eot"
+    PGD_LINF = "pgd-linf"
+    EOT_LINF = "eot-linf"
     TRANSFER = "transfer"
     RANDOM = "random"
     AUTOATTACK = "autoattack"
@@ -82,8 +87,8 @@ def evaluate(
     baseline: Annotated[
         list[Baseline] | None,
         typer.Option(
-            help="Also the first task's classifier without a denoiser, or without noise too; "
-            "repeatable."
+            help="Also the first task's classifier without a denoiser, without noise too, or "
+            "behind purification; repeatable."
         ),
     ] = None,
     only_baselines: Annotated[
@@ -106,7 +111,8 @@ def evaluate(
     eps: Annotated[
         list[float] | None,
         typer.Option(
-            help="Largest l2 change of an attack, pixels in [0,1]; repeatable.",
+            help="Largest change of an attack, l2 unless it is one of l_inf, pixels in [0,1]; "
+            "repeatable.",
             show_default="0.25, 0.5, 1",
         ),
     ] = None,
@@ -120,6 +126,24 @@ def evaluate(
     attack_n: Annotated[
         int, typer.Option(help="Noise rows of the answers at clean and attacked images.")
     ] = 100,
+    draws: Annotated[int, typer.Option(min=1, help="Purifications of an image.")] = 4,
+    t_star: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Timestep up to which purification adds noise.",
+            show_default="as noisy as 70 of 1,000 on CIFAR-10",
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        Path | None, typer.Option(help="Folder of an auxiliary network that guides purification.")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(min=0, help="Strength of its guidance, with --auxiliary.")
+    ] = 1.0,
+    constraint: Annotated[
+        float, typer.Option(help="Largest norm of its gradient, in norms of the score.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, no table.")] = False,
 ) -> None:
     """Measure tasks on labeled images: clean, certified and robust accuracy, ACR, a curve.
@@ -129,7 +153,7 @@ def evaluate(
     from service.cli.evaluation.attacks import EPSILONS, AttackPlan
     from service.cli.evaluation.report import tables
     from service.cli.evaluation.runs import Plan, evaluated
-    from service.cli.evaluation.tasks import Question
+    from service.cli.evaluation.tasks import Purification, Question
     from service.client import VouchsafeError
 
     if eps and not attack:
@@ -160,6 +184,9 @@ def evaluate(
         key_file=key_file,
         at_once=at_once,
         attacks=attacks if attack else None,
+        purification=Purification(
+            t_star, draws, guidance if auxiliary else 0.0, constraint, auxiliary
+        ),
     )
     try:
         document = evaluated(plan, read_settings())

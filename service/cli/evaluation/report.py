@@ -70,7 +70,7 @@ def write(runs: Sequence[Run], document: Mapping[str, Any], out: Path) -> list[P
         with written_whole(file) as partial:
             partial.write_text(text)
             partial.chmod(0o644)
-    from models.evaluation.curves import draw
+    from models.evaluation.pictures.curves import draw
 
     try:
         files += draw(runs, out / CURVE)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from models.bundle import DEFAULT_TASK, Bundle, read_bundle
 from models.certificates.rules import check_certify
 from models.evaluation.records import RecordFile
 from models.evaluation.results import Run
 from service.cli.console import errors
 from service.cli.evaluation.attacks import AttackedTask, AttackPlan, run_attacks
+from service.cli.evaluation.bundles import local_bundles
 from service.cli.evaluation.images import (
     ImageSet,
     LabeledFile,
@@ -27,14 +26,18 @@ from service.cli.evaluation.images import (
     read_images,
 )
 from service.cli.evaluation.progress import Watch, watched
+from service.cli.evaluation.remote import RemoteTask
 from service.cli.evaluation.report import results, write
-from service.cli.evaluation.tasks import LocalTask, Question, RemoteTask, Setting, Task
+from service.cli.evaluation.tasks import (
+    LocalTask,
+    Purification,
+    Question,
+    Setting,
+    Task,
+)
 from service.client import Client, VouchsafeError
 from service.config import Settings
 from service.predictions.question import LARGEST_SIGMA, SMALLEST_SIGMA
-
-if TYPE_CHECKING:
-    from service.tasks.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Plan:
     key_file: Path | None
     at_once: int
     attacks: AttackPlan | None
+    purification: Purification
 
 
 def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def evaluated(plan: Plan, settings: Settings) -> dict[str, Any]:
         check_certify(asked.n0, asked.n, sigma, asked.alpha, asked.method)
     found = _image_set(plan)
     if plan.server is None:
-        return _run_all(plan, _settings(plan, _local(settings, plan.names, plan.k)), found)
+        return _run_all(plan, _settings(plan, _local(settings, plan)), found)
     if plan.baselines or plan.attacks or plan.k is not None:
         raise ValueError("--baseline, --attack and --k need the networks here: leave out --server")
     key = plan.key_file.read_text().strip() if plan.key_file else None
@@ -98,23 +102,27 @@ def _check_sigma(sigma: float, least: float, largest: float) -> None:
         raise ValueError(f"sigma = {sigma}: must be from {least} to {largest}")
 
 
-def _local(settings: Settings, names: Sequence[str], k: float | None) -> list[LocalTask]:
+def _local(settings: Settings, plan: Plan) -> list[LocalTask]:
     """The tasks of this machine; raises ValueError for an unknown or ambiguous name."""
     from models.smoothing import tried_runtime
-    from service.tasks.catalog import Catalog
 
-    catalog = Catalog(
-        {"default": read_bundle(DEFAULT_TASK)}, settings.tasks_folder, settings.models_folder
-    )
-    asyncio.run(catalog.refresh())
-    bundles = [_named(catalog, name) for name in names]
-    if k is not None:
-        bundles = [replace(bundle, k=k) for bundle in bundles]
+    bundles = local_bundles(settings, plan.names)
+    if plan.k is not None:
+        bundles = [replace(bundle, k=plan.k) for bundle in bundles]
     folder = settings.models_folder
-    return [
-        LocalTask(name, bundle, tried_runtime(settings.runtime, bundle, folder), folder)
-        for name, bundle in zip(names, bundles, strict=True)
+    tasks = [
+        LocalTask(
+            name,
+            bundle,
+            tried_runtime(settings.runtime, bundle, folder),
+            folder,
+            plan.purification,
+        )
+        for name, bundle in zip(plan.names, bundles, strict=True)
     ]
+    if "purified" in plan.baselines:
+        tasks[0].purifier  # noqa: B018 - refuses networks that cannot purify before any work
+    return tasks
 
 
 def _remote(client: Client, names: Sequence[str], at_once: int) -> list[RemoteTask]:
@@ -123,18 +131,6 @@ def _remote(client: Client, names: Sequence[str], at_once: int) -> list[RemoteTa
         return [RemoteTask(name, client, at_once) for name in names]
     except VouchsafeError as error:
         raise ValueError(f"the server's tasks cannot be read: {error}") from error
-
-
-def _named(catalog: Catalog, name: str) -> Bundle:
-    if name in catalog:
-        return catalog[name]
-    if name in catalog.refused:
-        raise ValueError(f"task {name}: {catalog.refused[name].reason}")
-    found = [bundle for bundle in catalog.values() if bundle.name == name]
-    if len(found) != 1:
-        known = ", ".join(bundle.name or task for task, bundle in catalog.items())
-        raise ValueError(f"there are {len(found)} tasks {name!r}; the tasks are {known}")
-    return found[0]
 
 
 def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
@@ -152,6 +148,8 @@ def _settings(plan: Plan, tasks: Sequence[Task]) -> list[tuple[Task, Setting]]:
         planned += [(tasks[0], _setting("none", sigma, "none")) for sigma in plan.sigmas]
     if "undefended" in plan.baselines:
         planned.append((tasks[0], _setting("undefended", None, "undefended")))
+    if "purified" in plan.baselines:
+        planned.append((tasks[0], _setting("purified", None, "purified")))
     stems = [setting.stem for _, setting in planned]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise ValueError(f"two runs would be {twice}: give each task and sigma once, tasks by id")

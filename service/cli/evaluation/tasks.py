@@ -1,12 +1,12 @@
-"""Tasks to evaluate, on this machine or behind a server: from labeled files to records."""
+"""Tasks to evaluate on this machine: from labeled files to records."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,11 +15,11 @@ from models.bundle import Base, Bundle
 from models.evaluation.records import Record
 from models.evaluation.results import certified
 from service.cli.evaluation.images import LabeledFile
-from service.client import Client, InvalidRequest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from models.purification.purifier import Purifier
     from models.runtime import Runtime
     from models.smoothing import SmoothedModel
 
@@ -36,10 +36,25 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One run: `sigma` in [0,1] pixel units; None for the baseline `undefended`, without noise.
+class Purification:
+    """How the baseline `purified` purifies, as `models.purification.purifier.Settings` has it.
 
-    The baseline `none` has noise and no denoiser.
+    `auxiliary` is the folder of the network that guides it, None for none.
+    """
+
+    t_star: int | None
+    draws: int
+    guidance: float
+    constraint: float
+    auxiliary: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One run: `sigma` in [0,1] pixel units; None for the baselines without a certificate.
+
+    The baseline `none` has noise and no denoiser. `undefended` is the classifier alone, and
+    `purified` has images purified before it.
     """
 
     name: str
@@ -78,7 +93,14 @@ class Task(Protocol):
 class LocalTask:
     """A bundle whose networks run here; they are loaded for the first record."""
 
-    def __init__(self, name: str, bundle: Bundle, runtime: Runtime, models_dir: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        runtime: Runtime,
+        models_dir: Any,
+        purification: Purification | None = None,
+    ) -> None:
         from models.smoothing import load, numerics
 
         self.name, self.bundle = name, bundle
@@ -86,6 +108,7 @@ class LocalTask:
         self.largest_sigma = bundle.largest_sigma
         self.numerics = numerics(runtime)[0].described()
         self._load = partial(load, bundle, runtime=runtime, models_dir=models_dir)
+        self._models_dir, self._purification = models_dir, purification
 
     @cached_property
     def model(self) -> SmoothedModel:
@@ -105,6 +128,17 @@ class LocalTask:
         from models.runtime import Torch
 
         return self._load(runtime=Torch(), dtype=torch.float32, cpu_threads=0)
+
+    @cached_property
+    def purifier(self) -> Purifier:
+        """The networks in float32 as a purifier; raises ValueError and BundleError for them."""
+        from models.purification.loading import load_purifier
+        from models.purification.purifier import Settings
+
+        given = self._purification
+        assert given is not None  # noqa: S101 - a plan with the baseline has it
+        settings = Settings(given.t_star, given.guidance, given.constraint)
+        return load_purifier(self.bundle, settings, given.auxiliary, models_dir=self._models_dir)
 
     def networks(self, setting: Setting) -> SmoothedModel:
         """The networks as they are served in this setting."""
@@ -129,6 +163,7 @@ class LocalTask:
             "k": self.bundle.k,
             "classes": len(self.labels),
             "resolution": self.resolution,
+            **(self._described_purification(question) if setting.baseline == "purified" else {}),
             **({} if setting.sigma is None else {"sigma": setting.sigma, **asdict(question)}),
         }
 
@@ -139,12 +174,12 @@ class LocalTask:
         for file in files:
             pixels = file.pixels(self.resolution)
             if setting.sigma is None:
-                yield self._undefended(file, pixels, setting)
+                yield self._uncertified(file, pixels, setting, question)
             else:
                 yield self._smoothed(file, pixels, setting, question, setting.sigma)
 
     def _digest(self, setting: Setting) -> str:
-        if setting.baseline is None:
+        if setting.baseline in (None, "purified"):
             return self.bundle.served_digest(self.numerics)
         plain = replace(self.bundle, denoiser=Base("none"))
         return plain.served_digest(self.numerics)
@@ -176,82 +211,36 @@ class LocalTask:
         blur = total_variation(sigma, pixels.shape)
         return certified(bare, len(self.labels), sigma, question.alpha, question.method, blur)
 
-    def _undefended(self, file: LabeledFile, pixels: Any, setting: Setting) -> Record:
+    def purified_label(self, pixels: NDArray[np.uint8], seed: int, index: int, rows: str) -> int:
+        """The label index of most purifications of an image, under a key of these `rows` alone."""
+        import torch
+
+        from models.evaluation.tables import noise_key
+
+        assert self._purification is not None  # noqa: S101 - a plan with the baseline has it
+        key = noise_key(seed, index, f"purify {rows}")
+        image = torch.tensor(pixels, device=self.model.device)
+        labels = self.purifier.labels(image, key, 0, self._purification.draws)
+        return int(np.bincount(labels, minlength=len(self.labels)).argmax())
+
+    def _described_purification(self, question: Question) -> dict[str, Any]:
+        assert self._purification is not None  # noqa: S101 - a plan with the baseline has it
+        given = asdict(self._purification) | {"t_star": self.purifier.t_star}
+        return {"purification": given | {"auxiliary": str(given["auxiliary"] or "")},
+                "seed": question.seed}  # fmt: skip
+
+    def _uncertified(
+        self, file: LabeledFile, pixels: Any, setting: Setting, question: Question
+    ) -> Record:
+        """The label of the classifier alone, or of the purified image."""
         began = time.perf_counter()
-        label = self.plain_label(pixels)
+        if setting.baseline == "purified":
+            label = self.purified_label(pixels, question.seed, file.index, "clean")
+        else:
+            label = self.plain_label(pixels)
         return Record(
             file.index, file.name, self.labels.index(file.label), label, 0.0, {label: 1}, None,
             time.perf_counter() - began, self._digest(setting),
-        )  # fmt: skip
-
-
-class RemoteTask:
-    """A task of a server, which computes `at_once` images at a time."""
-
-    def __init__(self, name: str, client: Client, at_once: int) -> None:
-        """Raises ValueError for a task that the server does not have, ProblemError and Unreachable
-        as the client does.
-        """
-        models = client.models()
-        found = [each for each in models if name in (each["task"], each["name"])]
-        if len(found) != 1:
-            known = ", ".join(each["name"] or each["task"] for each in models)
-            raise ValueError(f"the server has {len(found)} tasks {name!r}: it has {known}")
-        (model,) = found
-        self.name, self.id = name, model["task"]
-        self.labels, self.resolution = model["labels"], model["resolution"]
-        self.largest_sigma = model["largest_sigma"]
-        self._artifact = model["id"]
-        self._client, self._at_once = client, at_once
-
-    def settings(self, setting: Setting, question: Question) -> Mapping[str, Any]:
-        """As in `Task`; the noise is the server's, so there is no seed."""
-        asked = asdict(question)
-        del asked["seed"]
-        return {
-            "task": self.name,
-            "id": self._artifact,
-            "classes": len(self.labels),
-            "resolution": self.resolution,
-            "sigma": setting.sigma,
-            **asked,
-        }
-
-    def records(
-        self, files: Sequence[LabeledFile], setting: Setting, question: Question
-    ) -> Iterator[Record]:
-        """As in `Task`, in the order in which the answers arrive.
-
-        Raises ProblemError and Unreachable as the client does; what is queued is then dropped.
-        """
-        with ThreadPoolExecutor(self._at_once, "evaluate") as pool:
-            asked = [pool.submit(self._answer, file, setting, question) for file in files]
-            try:
-                for answer in as_completed(asked):
-                    yield answer.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _answer(self, file: LabeledFile, setting: Setting, question: Question) -> Record:
-        began = time.perf_counter()
-        try:
-            answer = self._client.predict(
-                file.read(),
-                task=self.id,
-                sigma=setting.sigma,
-                alpha=question.alpha,
-                n0=question.n0,
-                n=question.n,
-                method=question.method,
-            )
-        except InvalidRequest as problem:
-            raise ValueError(f"{file.name}: {problem}") from problem
-        label = answer["label_index"]
-        counts = {self.labels.index(vote["label"]): vote["count"] for vote in answer["counts"]}
-        return Record(
-            file.index, file.name, self.labels.index(file.label),
-            -1 if label is None else label, answer["radius"], counts, None,
-            time.perf_counter() - began, answer["bundle"],
         )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from models.base_network import Base
-from models.bundle import DEFAULT_TASK, read_bundle, write_bundle
 from models.evaluation.attacks.registry import ATTACKS
-from models.kinds import CLASSIFIER_FILES
 from service.cli.evaluation import attacks
 from service.cli.evaluation.command import AttackName
 from service.cli.main import app
@@ -94,21 +90,27 @@ def test_a_run_is_resumed_and_can_be_repeated() -> None:
     assert set(figures("default, sigma 0.25")["by attack"]) == {"random"}
 
 
-def put_onnx(data: Path) -> None:
-    """A task `own` of the default's labels, whose classifier is an ONNX file."""
-    default, head = read_bundle(DEFAULT_TASK), data / "models" / "head"
-    head.mkdir(parents=True)
-    onnx_files.save(head / "model.onnx", onnx_files.network(len(default.labels)), 32)
-    described = {"size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "labels": default.labels}
-    (head / "model.json").write_text(json.dumps(described))
-    classifier = Base.of("onnx", str(head), CLASSIFIER_FILES["onnx"].required)
-    own = replace(default, id="own", denoiser=Base("none"), classifier=classifier)
-    write_bundle(data / "tasks" / "own", own, {})
+def test_purified_images_are_attacked_without_a_certificate() -> None:
+    """The run has clean and robust accuracy, in both norms, and nothing that is certified."""
+    evaluate(
+        *("--baseline", "purified", "--only-baselines", "--limit", "2"),
+        *("--t-star", "2", "--draws", "2", *ATTACK, "--attack", "eot-linf", "--eps", "0.03"),
+    )
+    document = json.loads(Path("evaluation", "results.json").read_text())
+    assert list(document["runs"]) == ["purified"]
+    run = document["runs"]["purified"]
+    assert "certified" not in run
+    assert run["settings"]["purification"]["t_star"] == 2
+    found = run["attacks"]["by attack"]
+    assert set(found) == {"pgd", "eot-linf"}
+    assert all("certified" not in by_eps for own in found.values() for by_eps in own.values())
+    for line in log("purified-eot-linf-0.03"):
+        assert float(line[4]) <= 7 / 255 * 3072**0.5 + 1e-6
 
 
 def test_random_noise_needs_no_gradients(tmp_path: Path) -> None:
     """It attacks a classifier of any kind."""
-    put_onnx(tmp_path / "data")
+    onnx_files.put_task(tmp_path / "data")
     evaluate("--task", "own", *QUICK, "--limit", "20", "--attack", "random", *ATTACK[2:])
     assert any(float(line[4]) > 0 for line in log("own-0.25-random-0.25"))
 
@@ -121,6 +123,9 @@ def test_random_noise_needs_no_gradients(tmp_path: Path) -> None:
         (("--attack", "pgd", "--eps", "inf"), "eps = inf: must be finite"),
         (("--attack", "pgd", "--attack-n", "5"), "n = 5 at alpha = 0.001 can only ever abstain"),
         (("--attack", "pgd", "--server", "http://127.0.0.1:1"), "leave out --server"),
+        (("--baseline", "purified", "--task", "own"), "only a diffusion model can purify"),
+        (("--baseline", "purified", "--t-star", "1000"), "t_star is 1000; this schedule has 1"),
+        (("--baseline", "purified", "--auxiliary", "."), "has no auxiliary network"),
         (("--attack", "pgd", "--task", "own"), "kind onnx, which gives no gradients"),
     ],
 )
@@ -129,7 +134,7 @@ def test_a_bad_option_is_refused_before_any_work(
 ) -> None:
     """One line with the field, its value and its limit; nothing is written."""
     monkeypatch.setenv("VOUCHSAFE_RUNTIME", "torch")
-    put_onnx(tmp_path / "data")
+    onnx_files.put_task(tmp_path / "data")
     assert reason in evaluate(*options, code=2).stderr
     assert not Path("evaluation").exists()
 

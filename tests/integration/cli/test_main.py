@@ -24,7 +24,7 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_help_lists_what_works_and_nothing_else() -> None:
     """Each command is listed once its feature works, and not before."""
     text = runner.invoke(app, ["--help"]).output
-    commands = "serve predict evaluate tables plots audit bench adapt models worker verify"
+    commands = "serve predict evaluate tables plots audit concepts bench adapt models worker verify"
     assert all(command in text for command in commands.split())
     assert "│ jobs" not in text
 

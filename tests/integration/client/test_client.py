@@ -41,6 +41,8 @@ def test_a_refusal_is_an_exception_with_the_document(tmp_path: Path) -> None:
                 asking.predict(PNG, alpha=2.0)
             assert (refused.value.status, refused.value.slug) == (422, "invalid-field")
             assert refused.value.document["errors"][0]["field"] == "alpha"
+            with pytest.raises(client.InvalidRequest, match="sigma"):
+                asking.predict(PNG, sigma=[])
             with pytest.raises(client.NotFound):
                 asking.predict(PNG, task="no-such-task")
         with Client(running.url) as stranger, pytest.raises(client.Unauthorized):

@@ -16,8 +16,8 @@ from torch import Tensor
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.denoisers.base import NoDenoiser
 from models.denoisers.super_resolution import SuperResolutionDenoiser
-from models.evaluation.attacks.grid import distance, rounded
-from models.evaluation.attacks.pgd import pgd, random_noise
+from models.evaluation.attacks.grid import distance, rounded, rounded_linf
+from models.evaluation.attacks.pgd import pgd, pgd_linf, random_noise
 from models.evaluation.attacks.pipeline import Pipeline, smoothed, undefended
 from models.evaluation.attacks.registry import Strength, Target, attacked
 from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
@@ -134,6 +134,23 @@ def test_fresh_rows_change_with_the_step_and_fixed_ones_do_not(miniature: Smooth
     x = tensor(image(0)[0], torch.float64)
     fixed, fresh = rows(miniature, 2, 2), rows(miniature, 2, 2, fresh=True)
     assert fixed.loss(x, 0, 0) == fixed.loss(x, 0, 1) == fresh.loss(x, 0, 0) != fresh.loss(x, 0, 1)
+
+
+def test_linf_attacks_reach_the_worst_point_of_a_linear_classifier() -> None:
+    """That is x - eps sign(w), and on the grid a whole number of gray levels."""
+    weights = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    head, pixels = Linear(weights, 0.0), np.full(SHAPE, 128, np.uint8)
+    found = pgd_linf(undefended(head, SHAPE, CPU), tensor(pixels), 1, 8 / 255, 10, KEY)
+    torch.testing.assert_close(found, tensor(pixels) - 8 / 255 * head.weights.sign())
+    on_grid = rounded_linf(pixels, found.numpy(), 8 / 255).astype(int)
+    assert set(np.unique(on_grid - 128)) == {-8, 8}
+    cut = rounded_linf(pixels, found.numpy(), 2.9 / 255).astype(int)
+    assert set(np.unique(cut - 128)) == {-2, 2}
+    model = SmoothedModel(NoDenoiser(), head, numerics_of(CPU, torch.float32, 4), CPU)
+    strength = Strength(8 / 255, 10, 2, 2, seed=0)
+    for name in ("pgd-linf", "eot-linf"):
+        by_name = attacked(name, Target(model, SIGMA, pixels, 1, 0), strength)
+        assert np.array_equal(by_name, on_grid)
 
 
 def test_pgd_nears_the_worst_point_of_a_linear_classifier() -> None:

@@ -45,7 +45,8 @@ async def test_the_interface_says_where_keys_are_needed() -> None:
         for path, operations in described["paths"].items()
         if not all(operation.get("security") for operation in operations.values())
     }
-    assert free == {"/livez", "/readyz", "/startupz", "/.well-known/jwks.json"}
+    health = {"/v2/health/live", "/v2/health/ready"}
+    assert free == {"/livez", "/readyz", "/startupz", "/.well-known/jwks.json"} | health
     (scheme,) = described["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
 

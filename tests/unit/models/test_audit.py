@@ -1,4 +1,4 @@
-"""models/evaluation/audit.py: reused noise is found, and independent rows are left alone."""
+"""models/evaluation/logs/audit.py: reused noise is found, and independent rows are left alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from models.evaluation.audit import (
+from models.evaluation.logs.audit import (
     FACTORS,
     LEVEL,
     Audit,
@@ -19,7 +19,7 @@ from models.evaluation.audit import (
     joint_p_value,
     largest_chance,
 )
-from models.evaluation.logs import read_log
+from models.evaluation.logs.reading import read_log
 from tests.support.logs import CIFAR, IMAGENET, published, radius_of, write_log
 
 N, SIGMA, ALPHA = 10_000, 0.25, 0.001

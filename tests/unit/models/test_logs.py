@@ -1,4 +1,4 @@
-"""models/evaluation/logs.py: what a log's line is, and what is refused by name."""
+"""models/evaluation/logs/reading.py: what a log's line is, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.evaluation.logs import HEADER, Answer, Line, has_radii, read_answers, read_log
+from models.evaluation.logs.reading import HEADER, Answer, Line, has_radii, read_answers, read_log
 from models.evaluation.records import Record
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.evaluation.logs import Answer
+from models.evaluation.logs.reading import Answer
 from models.evaluation.paper import layout
 from models.evaluation.paper.figures import MEASURES, Figure, average, measured
 from models.evaluation.paper.layout import TABLES, Table, ablations, filled_table, used_logs

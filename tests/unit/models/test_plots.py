@@ -11,8 +11,8 @@ from PIL import Image
 
 from models.certificates.rules import certify
 from models.denoisers.base import NoDenoiser
-from models.evaluation.demo import shown
-from models.evaluation.plots import Shown, contact_sheet, noisy_and_denoised, picture_grid
+from models.evaluation.pictures.demo import shown
+from models.evaluation.pictures.sheets import Shown, contact_sheet, noisy_and_denoised, picture_grid
 from models.noise import total_variation
 from models.rows import Rows
 from models.runtime import numerics_of

@@ -1,4 +1,4 @@
-"""models/evaluation/printed_radii.py: every count comes back from its radius, or is among some."""
+"""models/evaluation/logs/printed_radii.py: every count comes back, or is among some."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import floor
 
 import pytest
 
-from models.evaluation.printed_radii import invert
+from models.evaluation.logs.printed_radii import invert
 from tests.support.logs import radius_of
 
 N, SIGMA, ALPHA = 1000, 0.25, 0.001

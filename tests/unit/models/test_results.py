@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.certificates.rules import certify
-from models.evaluation.curves import draw, draw_panels
+from models.evaluation.pictures.curves import draw, draw_panels
 from models.evaluation.records import Record
 from models.evaluation.results import Run, by_rule, compared, curve, figures
 

@@ -67,7 +67,7 @@ def test_limits_are_named(field: str, value: Any, limit: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 10.5), ("n", "10"), ("n", True), ("sigma", "0.25"), ("mode", "purify"), ("task", 3)],
+    [("n", 10.5), ("n", "10"), ("n", True), ("sigma", "0.25"), ("mode", "guess"), ("task", 3)],
 )
 def test_other_types_are_refused(field: str, value: Any) -> None:
     """JSON values of another type are refused by name, never converted."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from service.cli.console import errors, tell
-from service.cli.evaluation.tables import Logs
+from service.cli.laboratory.tables import Logs
 
 
 def plots(
@@ -21,9 +21,9 @@ def plots(
     An ablation is drawn where two of its points or more have a log; PNG and SVG. Exits with 2 for a
     log that cannot be used, and where there is nothing to draw.
     """
-    from models.evaluation.curves import draw, draw_panels
     from models.evaluation.paper.layout import ablations
     from models.evaluation.paper.sources import COHEN, read_logs
+    from models.evaluation.pictures.curves import draw, draw_panels
     from models.evaluation.results import Run
 
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from models.bundle import DEFAULT_TASK, read_bundle
 from models.certificates.rules import certify
 from models.evaluation.datasets.cifar10 import SLICE, evaluation_slice
-from models.evaluation.plots import Shown, contact_sheet, noisy_and_denoised
+from models.evaluation.pictures.sheets import Shown, contact_sheet, noisy_and_denoised
 from models.noise import total_variation
 from models.rows import Rows
 from models.runtime import RUNTIMES

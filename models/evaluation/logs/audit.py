@@ -19,8 +19,8 @@ from scipy.stats import binom
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius, check_certify
-from models.evaluation.logs import Line
-from models.evaluation.printed_radii import Inversion, invert
+from models.evaluation.logs.printed_radii import Inversion, invert
+from models.evaluation.logs.reading import Line
 from models.evaluation.scores import EPSILONS, average_certified_radius, certified_accuracy
 
 FACTORS = range(2, 17)

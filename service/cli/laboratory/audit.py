@@ -14,7 +14,7 @@ from service.cli.console import tell
 from service.cli.predict import Alpha
 
 if TYPE_CHECKING:
-    from models.evaluation.audit import Audit
+    from models.evaluation.logs.audit import Audit
 
 
 def audit(
@@ -29,8 +29,8 @@ def audit(
     Exits with 0 if nothing is found, with 1 if reused noise is found, and with 2 for a log or an
     option that cannot be used.
     """
-    from models.evaluation.audit import audit as audited
-    from models.evaluation.logs import read_log
+    from models.evaluation.logs.audit import audit as audited
+    from models.evaluation.logs.reading import read_log
 
     try:
         found = audited(read_log(log), n, sigma, alpha)
@@ -76,7 +76,7 @@ def _figures(certified: dict[float, float], average: float) -> dict[str, Any]:
 
 def _sentences(audit: Audit, n: int) -> list[str]:
     """What was read, what was found, and what follows from it."""
-    from models.evaluation.audit import LEVEL
+    from models.evaluation.logs.audit import LEVEL
 
     read = audit.inversion
     sentences = [

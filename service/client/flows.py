@@ -1,0 +1,151 @@
+"""What the clients ask of the service, step by step, without connections.
+
+A flow yields the calls and pauses that it needs and is sent each call's response. An error of a
+call is thrown into it. `Client` and `AsyncClient` run the same flows.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from .errors import Busy, Conflict, DeadlinePassed, ProblemError, problem_of
+from .events import Event
+
+LONGEST_WAIT = 600
+"""Most seconds that the service lets one request wait for its answer."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request to send; the service may wait for `wait` seconds before it responds."""
+
+    method: str
+    path: str
+    wait: float = 0.0
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Seconds to sleep before the next call."""
+
+    seconds: float
+
+
+Flow = Generator[Call | Pause, httpx.Response | None, T]
+Document = dict[str, Any]
+
+
+def predict(
+    content: bytes, timeout: float, idempotency_key: str | None, question: Mapping[str, Any]
+) -> Flow[Document]:
+    """The answer about an image; a 429, 503 or 504 is retried as the same job until `timeout`."""
+    fields = {name: _text(value) for name, value in question.items() if value is not None}
+    key = idempotency_key or str(uuid.uuid4())
+    end = time.monotonic() + timeout
+    while True:
+        wait = max(1, min(LONGEST_WAIT, int(end - time.monotonic())))
+        request = {
+            "files": {"image": ("image", content)},
+            "data": fields,
+            "headers": {"Idempotency-Key": key, "Prefer": f"wait={wait}"},
+        }
+        try:
+            return _document((yield Call("POST", "/predict", wait, request)))
+        except DeadlinePassed:
+            if time.monotonic() >= end:
+                raise
+        except Busy as busy:
+            if busy.retry_after is None or time.monotonic() + busy.retry_after >= end:
+                raise
+            yield Pause(busy.retry_after)
+
+
+def get(path: str) -> Flow[Document]:
+    """The document at an address."""
+    return _document((yield Call("GET", path)))
+
+
+def delete(path: str) -> Flow[None]:
+    """Remove what is at an address."""
+    yield Call("DELETE", path)
+
+
+def models() -> Flow[list[Document]]:
+    """The tasks that answer questions, each with its labels."""
+    found: list[Document] = (yield from get("/models"))["models"]
+    return found
+
+
+def tasks() -> Flow[list[Document]]:
+    """All tasks that were made from labels, the newest first, page after page."""
+    found: list[Document] = []
+    page: str | None = "/tasks"
+    while page:
+        document = yield from get(page)
+        found += document["tasks"]
+        page = document.get("next")
+    return found
+
+
+def make_task(labels: Sequence[Any], settings: Mapping[str, Any]) -> Flow[Document]:
+    """The task of these labels, which may not be ready yet."""
+    body = {"labels": list(labels), **{k: v for k, v in settings.items() if v is not None}}
+    return _document((yield Call("POST", "/tasks", request={"json": body})))
+
+
+def address(kind: str, id: str, rest: str = "") -> str:
+    """The path of a resource; any character may be in its id."""
+    return f"/{kind}/{quote(id, safe='')}{rest}"
+
+
+def ended_task(event: Event) -> Document | None:
+    """The task of its last event, or None before that; raises ProblemError where there is none."""
+    if event.kind == "ready":
+        return event.data
+    if event.kind == "problem":
+        raise problem_of(int(event.data.get("status", 500)), event.data)
+    if event.kind == "cancelled":
+        raise Conflict(409, {"detail": "The task was removed", "task": event.data.get("id")})
+    return None
+
+
+def read(image: bytes | str | Path) -> bytes:
+    """An image's content; raises OSError for an unreadable file."""
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+
+def failure(response: httpx.Response) -> ProblemError:
+    """The exception for a response that is no success."""
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    after = response.headers.get("Retry-After", "")
+    return problem_of(
+        response.status_code,
+        document if isinstance(document, dict) else {},
+        float(after) if after.isdecimal() else None,
+    )
+
+
+def _document(response: httpx.Response | None) -> Document:
+    found: Document = response.json() if response is not None else {}
+    return found
+
+
+def _text(value: Any) -> str | list[str]:
+    """A field's text; a list is a repeated field, and an empty one is left to the server."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [str(each) for each in value] or ""
+    return str(value)
