@@ -13,8 +13,8 @@ from pathlib import Path
 
 from models.certificates.bounds import clopper_pearson_lower
 from models.certificates.rules import certified_radius
-from models.evaluation.logs.reading import HEADER, read_log
 from models.evaluation.logs.printed_radii import invert
+from models.evaluation.logs.reading import HEADER, read_log
 
 
 def main() -> None:

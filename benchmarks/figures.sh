@@ -53,6 +53,15 @@ attacked() {
   python -m benchmarks.results "$work/undefended/results.json" "$work/attacked/results.json" | into docs/results.md attacked
 }
 
+# Purified images on 20 of them, by expectation over transformation in both norms.
+purified() {
+  options=(--baseline purified --only-baselines --limit 20 --attack-steps 10 --attack-rows 4)
+  vouchsafe evaluate "${options[@]}" --attack eot --eps 0.5 --out "$work/purified"
+  vouchsafe evaluate "${options[@]}" --attack eot-linf --eps 0.0314 --out "$work/purified"
+  vouchsafe evaluate --limit 20 --n 1000 --attack pgd --attack-steps 20 --attack-rows 8 --eps 0.5 --out "$work/twenty"
+  python -m benchmarks.results "$work/twenty/results.json" "$work/purified/results.json" | into docs/results.md purified
+}
+
 recognized() { python -m models.nano.recognized --count 200; }
 
 k() {
@@ -78,7 +87,7 @@ example() {
   vouchsafe jwks > docs/examples/jwks.json
 }
 
-for figure in "${@:-example demo recognized labels k certificates certified attacked adaptation}"; do
+for figure in "${@:-example demo recognized labels k certificates certified attacked purified adaptation}"; do
   for each in $figure; do
     echo "== $each"
     $each

@@ -1,6 +1,6 @@
 """One table of several evaluations: `python -m benchmarks.results FOLDER/results.json ...`.
 
-Prints, as Markdown, a line for each run of `vouchsafe evaluate`: clean accuracy, that under PGD,
+Prints, as Markdown, a line for each run of `vouchsafe evaluate`: clean accuracy, that under attack,
 certified accuracy by radius, and ACR. All evaluations must be of the same images.
 """
 
@@ -19,7 +19,7 @@ def main() -> None:
     documents = [json.loads(Path(argument).read_text()) for argument in sys.argv[1:]]
     if len({document["images"]["sha256"] for document in documents}) != 1:
         sys.exit("the evaluations are of different images")
-    heads = ["run", "clean", *(f"PGD, eps {eps}" for eps in ATTACKED)]
+    heads = ["run", "clean", *(f"attacked, eps {eps}" for eps in ATTACKED)]
     heads += [*(f"certified at {radius}" for radius in CERTIFIED), "ACR", "s an image"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for document in documents:
@@ -29,7 +29,8 @@ def main() -> None:
 
 def cells(run: dict[str, Any]) -> list[str]:
     """The run's figures in the table's order, empty where it has none."""
-    attacked = run.get("attacks", {}).get("by attack", {}).get("pgd", {})
+    by_attack = run.get("attacks", {}).get("by attack", {})
+    attacked = next((by_attack[name] for name in ("pgd", "eot") if name in by_attack), {})
     radius = run.get("ACR")
     seconds = run["seconds"] / run["images"] if "seconds" in run else None
     return [

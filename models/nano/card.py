@@ -12,7 +12,7 @@ from pathlib import Path
 from models.bundle import DEFAULT_TASK, MODELS, read_bundle
 from models.nano.data import PROFILES
 from models.nano.head import CAPTIONS
-from models.nano.stage2 import CONSISTENCY, DRAWS, GUIDANCE
+from models.nano.stage2 import CONSISTENCY, CONSISTENT_GUIDANCE, DRAWS, GUIDANCE
 
 PARTS = ("text", "head", "head-text", "stage1", "stage2", "guided", "consistent")
 TEXT = """# nano
@@ -31,9 +31,10 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
   calls it: the noisy image conditions itself, at noise level {k} t (Choi et al. 2024, Eq. 9). That
   differs from DeepFloyd's, which learned super-resolution alone. Its part `guided` had the head
   behind it: MSE + {guidance} CE(head(x0)), personalization's loss (Eq. 12 there, with lambda 0.01
-  and low-rank adapters) on training images. The last part, `consistent`, adds {consistency:g}
-  times the head's disagreement about {draws} noisy rows of an image to the cross-entropy (after
-  arXiv 2006.04062). How stage II serves other heads was not measured.
+  and low-rank adapters) on training images. The last part, `consistent`, has lambda
+  {consistent_guidance:g}, and adds {consistency:g} times the head's disagreement about {draws} noisy
+  rows of an image to the cross-entropy (after arXiv 2006.04062). How stage II serves other heads
+  was not measured.
 - **Choices**: of settings, on the held-back images. That parts be trained for longer was decided
   after earlier weights had been scored on the slice too. k = {k} is what stage II was trained for;
   [docs/nano.md](../../docs/nano.md) compares others.
@@ -85,6 +86,7 @@ def card(runs: Path, hardware: str) -> str:
     return TEXT.format(
         k=read_bundle(DEFAULT_TASK).k,
         guidance=GUIDANCE,
+        consistent_guidance=CONSISTENT_GUIDANCE,
         consistency=CONSISTENCY,
         draws=DRAWS,
         hardware=hardware,

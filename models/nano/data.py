@@ -26,7 +26,9 @@ PROFILES = {
     "guided": Profile(
         steps=5_600, batch=64, learning_rate=2e-4, ema=0.998, restart=1_600, restart_rate=1.0
     ),
-    "consistent": Profile(steps=6_000, batch=80, learning_rate=1e-4, ema=0.998),
+    "consistent": Profile(
+        steps=6_000, batch=80, learning_rate=1e-4, ema=0.998, restart=4_000, restart_rate=1.5
+    ),
 }
 
 

@@ -36,7 +36,9 @@ GUIDANCE = 0.003
 """Lambda, the weight of the head's cross-entropy: its gradient is about twice the error's."""
 GUIDED_STEPS = 600
 """Rows at earlier timesteps than this (sigma 0.7) go to the head."""
-CONSISTENCY = 5.0
+CONSISTENT_GUIDANCE = 0.006
+"""Lambda in the part `consistent`."""
+CONSISTENCY = 2.5
 """Eta, the weight of the draws' disagreement beside the head's cross-entropy."""
 CONSISTENT_SIGMAS = (0.15, 0.8)
 """Ends of the sigmas, drawn log-uniformly, at which an image gets its draws of noise."""
@@ -160,7 +162,7 @@ class _Stage2:
         named = F.cross_entropy(logits, labels[rows].repeat(DRAWS).to(self._device))
         differing = disagreement(logits.unflatten(0, (DRAWS, seen))).mean()
         error = F.mse_loss(predicted, noise.to(self._device))
-        yield error + GUIDANCE * (named + CONSISTENCY * differing)
+        yield error + CONSISTENT_GUIDANCE * (named + CONSISTENCY * differing)
 
     def _drawn(self, step: int) -> tuple[Generator, random.Random]:
         return generator_of(self._arguments.seed, step), random.Random(step)
