@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -
 # The releases of Python for which requirements.lock resolves; as in pyproject.toml.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo lock clean
+.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo client lock clean
 
 setup: $(VENV)/.ready
 
@@ -56,6 +56,11 @@ bench: setup
 
 demo: setup
 	$(BIN)/python -m models.evaluation.pictures.demo --out demo.png
+
+# The types of the Python client, from the interface's description.
+client: setup
+	$(BIN)/python -m service.api.client_types
+	$(BIN)/ruff format --quiet service/client/types.py
 
 # Pins every dependency, direct or not, for CPython 3.11 to 3.13 on Linux x86-64. Run it with 3.11.
 lock:
