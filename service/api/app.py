@@ -53,6 +53,12 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(HeadRequests)
     add_bounds(app, services.settings)
     app.add_middleware(metrics.RequestTelemetry)  # Outermost: records rejected requests too.
+    include_routes(app)
+    return app
+
+
+def include_routes(app: FastAPI) -> None:
+    """Add every route of the interface."""
     app.include_router(probe_routes)
     app.include_router(metrics_route, dependencies=[Depends(caller)], responses=KEYED)
     app.include_router(predictions_routes)
@@ -63,4 +69,3 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(v2_routes)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
-    return app

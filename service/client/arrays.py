@@ -56,7 +56,7 @@ def certify(
         from models.smoothing import SmoothedModel, votes
     except ImportError as error:
         raise ImportError(
-            f"certify needs torch ({error}): pip install 'vouchsafe[torch]'"
+            f"certify needs torch ({error}): pip install '.[torch]' in the checkout"
         ) from error
 
     if method not in METHODS:

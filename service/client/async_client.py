@@ -16,6 +16,13 @@ from .errors import Unreachable, VouchsafeError
 from .events import Event, EventParser
 from .flows import Call, Document, Flow
 from .many import Answer, Questions, saving
+from .types import (
+    JobResponse,
+    ModelResponse,
+    PredictResponse,
+    SignedCertificate,
+    TaskResponse,
+)
 
 T = TypeVar("T")
 
@@ -49,7 +56,7 @@ class AsyncClient:
 
     async def predict(
         self, image: bytes | str | Path, *, idempotency_key: str | None = None, **question: Any
-    ) -> Document:
+    ) -> PredictResponse:
         """See `Client.predict`."""
         content = await asyncio.to_thread(flows.read, image)
         return await self._run(flows.predict(content, self._timeout, idempotency_key, question))
@@ -83,25 +90,25 @@ class AsyncClient:
                 for each in waiting:
                     each.cancel()
 
-    async def models(self) -> list[Document]:
+    async def models(self) -> list[ModelResponse]:
         """See `Client.models`."""
         return await self._run(flows.models())
 
-    async def tasks(self) -> list[Document]:
+    async def tasks(self) -> list[TaskResponse]:
         """See `Client.tasks`."""
         return await self._run(flows.tasks())
 
-    async def task(self, id: str) -> Document:
+    async def task(self, id: str) -> TaskResponse:
         """See `Client.task`."""
-        return await self._run(flows.get(flows.address("tasks", id)))
+        return await self._run(flows.task(id))
 
-    async def make_task(self, labels: Sequence[Any], **settings: Any) -> Document:
+    async def make_task(self, labels: Sequence[Any], **settings: Any) -> TaskResponse:
         """See `Client.make_task`."""
         return await self._run(flows.make_task(labels, settings))
 
     async def wait_for_task(
         self, id: str, on_progress: Callable[[Document], None] | None = None
-    ) -> Document:
+    ) -> TaskResponse:
         """See `Client.wait_for_task`."""
         async for event in self.task_events(id):
             if (task := flows.ended_task(event)) is not None:
@@ -114,17 +121,17 @@ class AsyncClient:
         """See `Client.delete_task`."""
         await self._run(flows.delete(flows.address("tasks", id)))
 
-    async def job(self, id: str) -> Document:
+    async def job(self, id: str) -> JobResponse:
         """See `Client.job`."""
-        return await self._run(flows.get(flows.address("jobs", id)))
+        return await self._run(flows.job(id))
 
     async def delete_job(self, id: str) -> None:
         """See `Client.delete_job`."""
         await self._run(flows.delete(flows.address("jobs", id)))
 
-    async def certificate(self, id: str) -> Document:
+    async def certificate(self, id: str) -> SignedCertificate:
         """See `Client.certificate`."""
-        return await self._run(flows.get(flows.address("certificates", id)))
+        return await self._run(flows.certificate(id))
 
     async def public_keys(self) -> Document:
         """See `Client.public_keys`."""

@@ -17,6 +17,13 @@ from .errors import Unreachable, VouchsafeError
 from .events import Event, EventParser
 from .flows import Call, Document, Flow
 from .many import Answer, Questions, saving
+from .types import (
+    JobResponse,
+    ModelResponse,
+    PredictResponse,
+    SignedCertificate,
+    TaskResponse,
+)
 
 T = TypeVar("T")
 
@@ -57,7 +64,7 @@ class Client:
 
     def predict(
         self, image: bytes | str | Path, *, idempotency_key: str | None = None, **question: Any
-    ) -> Document:
+    ) -> PredictResponse:
         """The answer about an image: the JSON document of `POST /predict`.
 
         `image` is the content of a JPEG, PNG or WebP file, or the path of one. `question` has the
@@ -103,19 +110,19 @@ class Client:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def models(self) -> list[Document]:
+    def models(self) -> list[ModelResponse]:
         """The tasks that the service answers about, each with its labels: `GET /models`."""
         return self._run(flows.models())
 
-    def tasks(self) -> list[Document]:
+    def tasks(self) -> list[TaskResponse]:
         """The tasks that were made from labels, the newest first: `GET /tasks`."""
         return self._run(flows.tasks())
 
-    def task(self, id: str) -> Document:
+    def task(self, id: str) -> TaskResponse:
         """A task by its id, or by a name that no other task has: `GET /tasks/{id}`."""
-        return self._run(flows.get(flows.address("tasks", id)))
+        return self._run(flows.task(id))
 
-    def make_task(self, labels: Sequence[Any], **settings: Any) -> Document:
+    def make_task(self, labels: Sequence[Any], **settings: Any) -> TaskResponse:
         """A task from labels, words or `{"label", "prompt"}`: `POST /tasks`.
 
         `settings` are its other fields, such as name, template and shots. The task may not be ready
@@ -125,7 +132,7 @@ class Client:
 
     def wait_for_task(
         self, id: str, on_progress: Callable[[Document], None] | None = None
-    ) -> Document:
+    ) -> TaskResponse:
         """The task once it is ready; raises ProblemError where it fails, Conflict once removed."""
         for event in self.task_events(id):
             if (task := flows.ended_task(event)) is not None:
@@ -138,17 +145,17 @@ class Client:
         """Remove a task of this key: `DELETE /tasks/{id}`."""
         self._run(flows.delete(flows.address("tasks", id)))
 
-    def job(self, id: str) -> Document:
+    def job(self, id: str) -> JobResponse:
         """A job's state, progress, and result or problem: `GET /jobs/{id}`."""
-        return self._run(flows.get(flows.address("jobs", id)))
+        return self._run(flows.job(id))
 
     def delete_job(self, id: str) -> None:
         """Cancel and erase a job: `DELETE /jobs/{id}`."""
         self._run(flows.delete(flows.address("jobs", id)))
 
-    def certificate(self, id: str) -> Document:
+    def certificate(self, id: str) -> SignedCertificate:
         """The certificate of an answer, document and signature: `GET /certificates/{id}`."""
-        return self._run(flows.get(flows.address("certificates", id)))
+        return self._run(flows.certificate(id))
 
     def public_keys(self) -> Document:
         """The JWKS that verifies certificates: `GET /.well-known/jwks.json`."""

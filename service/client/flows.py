@@ -11,13 +11,20 @@ import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
 
 from .errors import Busy, Conflict, DeadlinePassed, ProblemError, problem_of
 from .events import Event
+from .types import (
+    JobResponse,
+    ModelResponse,
+    PredictResponse,
+    SignedCertificate,
+    TaskResponse,
+)
 
 LONGEST_WAIT = 600
 """Most seconds that the service lets one request wait for its answer."""
@@ -48,7 +55,7 @@ Document = dict[str, Any]
 
 def predict(
     content: bytes, timeout: float, idempotency_key: str | None, question: Mapping[str, Any]
-) -> Flow[Document]:
+) -> Flow[PredictResponse]:
     """The answer about an image; a 429, 503 or 504 is retried as the same job until `timeout`."""
     fields = {name: _text(value) for name, value in question.items() if value is not None}
     key = idempotency_key or str(uuid.uuid4())
@@ -61,7 +68,8 @@ def predict(
             "headers": {"Idempotency-Key": key, "Prefer": f"wait={wait}"},
         }
         try:
-            return _document((yield Call("POST", "/predict", wait, request)))
+            answer: PredictResponse = _document((yield Call("POST", "/predict", wait, request)))
+            return answer
         except DeadlinePassed:
             if time.monotonic() >= end:
                 raise
@@ -71,9 +79,27 @@ def predict(
             yield Pause(busy.retry_after)
 
 
-def get(path: str) -> Flow[Document]:
+def get(path: str) -> Flow[Any]:
     """The document at an address."""
     return _document((yield Call("GET", path)))
+
+
+def task(id: str) -> Flow[TaskResponse]:
+    """A task by its id or name."""
+    found: TaskResponse = yield from get(address("tasks", id))
+    return found
+
+
+def job(id: str) -> Flow[JobResponse]:
+    """A job's state, and its result or problem."""
+    found: JobResponse = yield from get(address("jobs", id))
+    return found
+
+
+def certificate(id: str) -> Flow[SignedCertificate]:
+    """A certificate, document and signature."""
+    found: SignedCertificate = yield from get(address("certificates", id))
+    return found
 
 
 def delete(path: str) -> Flow[None]:
@@ -81,15 +107,15 @@ def delete(path: str) -> Flow[None]:
     yield Call("DELETE", path)
 
 
-def models() -> Flow[list[Document]]:
+def models() -> Flow[list[ModelResponse]]:
     """The tasks that answer questions, each with its labels."""
-    found: list[Document] = (yield from get("/models"))["models"]
+    found: list[ModelResponse] = (yield from get("/models"))["models"]
     return found
 
 
-def tasks() -> Flow[list[Document]]:
+def tasks() -> Flow[list[TaskResponse]]:
     """All tasks that were made from labels, the newest first, page after page."""
-    found: list[Document] = []
+    found: list[TaskResponse] = []
     page: str | None = "/tasks"
     while page:
         document = yield from get(page)
@@ -98,10 +124,11 @@ def tasks() -> Flow[list[Document]]:
     return found
 
 
-def make_task(labels: Sequence[Any], settings: Mapping[str, Any]) -> Flow[Document]:
+def make_task(labels: Sequence[Any], settings: Mapping[str, Any]) -> Flow[TaskResponse]:
     """The task of these labels, which may not be ready yet."""
     body = {"labels": list(labels), **{k: v for k, v in settings.items() if v is not None}}
-    return _document((yield Call("POST", "/tasks", request={"json": body})))
+    task: TaskResponse = _document((yield Call("POST", "/tasks", request={"json": body})))
+    return task
 
 
 def address(kind: str, id: str, rest: str = "") -> str:
@@ -109,10 +136,10 @@ def address(kind: str, id: str, rest: str = "") -> str:
     return f"/{kind}/{quote(id, safe='')}{rest}"
 
 
-def ended_task(event: Event) -> Document | None:
+def ended_task(event: Event) -> TaskResponse | None:
     """The task of its last event, or None before that; raises ProblemError where there is none."""
     if event.kind == "ready":
-        return event.data
+        return cast(TaskResponse, event.data)
     if event.kind == "problem":
         raise problem_of(int(event.data.get("status", 500)), event.data)
     if event.kind == "cancelled":
@@ -139,9 +166,8 @@ def failure(response: httpx.Response) -> ProblemError:
     )
 
 
-def _document(response: httpx.Response | None) -> Document:
-    found: Document = response.json() if response is not None else {}
-    return found
+def _document(response: httpx.Response | None) -> Any:
+    return response.json() if response is not None else {}
 
 
 def _text(value: Any) -> str | list[str]:

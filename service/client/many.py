@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from .types import PredictResponse
+
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 COLUMNS = ("name", "label", "certified", "radius", "abstained", "error")
 
@@ -18,7 +20,7 @@ class Answer(NamedTuple):
     """A picture's answer, or the error in its place."""
 
     name: str
-    answer: dict[str, Any] | None
+    answer: PredictResponse | None
     error: Exception | None
 
 
@@ -70,7 +72,8 @@ def saving(out: str | Path | None) -> Iterator[Callable[[Answer], None]]:
 
         def save(found: Answer) -> None:
             error = "" if found.error is None else str(found.error)
-            line = {**(found.answer or {}), "name": found.name, "error": error}
+            answer: Mapping[str, Any] = found.answer or {}
+            line = {**answer, "name": found.name, "error": error}
             if suffix == ".csv":
                 writer.writerow(line)
             else:

@@ -37,7 +37,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # Their gauges are n
 
 def _version() -> str:
     try:
-        return metadata.version("vouchsafe")
+        return metadata.version("vouchsafe-predictions")
     except metadata.PackageNotFoundError:
         return "unknown"
 

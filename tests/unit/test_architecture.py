@@ -77,6 +77,6 @@ def test_network_libraries_are_imported_by_their_loaders() -> None:
     assert imported(TORCH_ALONE, (*libraries, "openvino", "onnxruntime")) == ""
 
 
-def test_the_command_line_starts_without_numerical_libraries() -> None:
+def test_the_command_line_and_the_client_start_without_numerical_libraries() -> None:
     """They would take most of the half second in which `vouchsafe --help` answers."""
-    assert imported(("service.cli.main",), ("numpy", "scipy", "torch")) == ""
+    assert imported(("service.cli.main", "service.client"), ("numpy", "scipy", "torch")) == ""

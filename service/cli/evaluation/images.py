@@ -122,7 +122,7 @@ def dataset_images(name: str, root: Path) -> ImageSet:
         ]
     except ImportError as error:
         raise ValueError(
-            f"dataset = {name!r} cannot be read ({error}): pip install 'vouchsafe[torch]'"
+            f"dataset = {name!r} cannot be read ({error}): pip install '.[torch]' in the checkout"
         ) from error
     labels = list(found.names.values())
     return ImageSet(found.dataset.title, files, found.samples.count, labels)

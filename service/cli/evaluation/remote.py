@@ -79,6 +79,6 @@ class RemoteTask:
         counts = {self.labels.index(vote["label"]): vote["count"] for vote in answer["counts"]}
         return Record(
             file.index, file.name, self.labels.index(file.label),
-            -1 if label is None else label, answer["radius"], counts, None,
+            -1 if label is None else label, answer["radius"] or 0.0, counts, None,
             time.perf_counter() - began, answer["bundle"],
         )  # fmt: skip

@@ -75,7 +75,7 @@ def write(runs: Sequence[Run], document: Mapping[str, Any], out: Path) -> list[P
     try:
         files += draw(runs, out / CURVE)
     except ImportError as error:
-        errors.print(f"no curve is drawn ({error}): pip install 'vouchsafe[torch]'")
+        errors.print(f"no curve is drawn ({error}): pip install '.[torch]' in the checkout")
     return files
 
 

@@ -51,7 +51,7 @@ def plots(
             path = out / f"ablation-{picture.name}"
             files += draw_panels(picture.x, series, picture.label, path, picture.scale)
     except ImportError as error:
-        tell(f"nothing is drawn ({error}): pip install 'vouchsafe[torch]'")
+        tell(f"nothing is drawn ({error}): pip install '.[torch]' in the checkout")
         raise typer.Exit(2) from error
     for file in files:
         errors.print(f"wrote {file}")

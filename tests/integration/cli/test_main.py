@@ -33,7 +33,7 @@ def test_version_is_the_installed_one() -> None:
     """`--version` prints the release and ends well, without a command."""
     result = runner.invoke(app, ["--version"])
     assert result.exit_code == 0
-    assert result.stdout == f"vouchsafe {version('vouchsafe')}\n"
+    assert result.stdout == f"vouchsafe {version('vouchsafe-predictions')}\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

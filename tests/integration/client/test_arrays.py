@@ -119,7 +119,7 @@ def test_without_torch_the_error_names_the_extra() -> None:
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     assert run.stderr.splitlines()[-1].startswith("ImportError: certify needs torch")
-    assert "pip install 'vouchsafe[torch]'" in run.stderr
+    assert "pip install '.[torch]' in the checkout" in run.stderr
 
 
 def test_the_client_imports_nothing_else_of_the_service() -> None:

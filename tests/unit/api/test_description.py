@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from service.api.client_types import PATH, module
 from service.api.description import TAGS
 from service.api.open_inference.schemas import InferRequest
+from tests.support.paths import ROOT
 from tests.support.serving import serving
 
 
@@ -64,6 +68,15 @@ async def test_the_document_is_whole(document: Any) -> None:
     text = json.dumps(document)
     assert set(document["components"]["schemas"]) <= set(re.findall(r"schemas/([^\"]+)", text))
     assert "HTTPValidationError" not in text
+
+
+def test_the_clients_types_are_current(document: Any) -> None:
+    """service/client/types.py is what `make client` writes."""
+    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(PATH), "-"]
+    made = subprocess.run(  # noqa: S603
+        ruff, input=module(document), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert PATH.read_text() == made.stdout, "run `make client`"
 
 
 async def test_responses_have_the_request_id() -> None:
