@@ -23,6 +23,13 @@ class Classifier(Protocol):
         """Logits (B,K) by row; rows do not affect one another."""
 
 
+class ZeroShot(Classifier, Protocol):
+    """A classifier whose logits are `scale` times the cosine of image and words, plus `bias`."""
+
+    scale: float
+    bias: float
+
+
 Loader = Callable[
     [Path, Sequence[str], str, torch.device, torch.dtype, Runtime, Path | None], Classifier
 ]

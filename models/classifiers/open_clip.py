@@ -29,6 +29,8 @@ class OpenClipClassifier:
     Source: method.md 1.7.
     """
 
+    bias = 0.0
+
     def __init__(
         self,
         model: open_clip.CLIP,
@@ -44,6 +46,7 @@ class OpenClipClassifier:
         with torch.no_grad():
             text = model.encode_text(words, normalize=True)
             self._prototypes = model.logit_scale.exp() * text
+        self.scale = float(model.logit_scale.exp())
         self._visual = runtime.prepare(
             model.visual.to(dtype=dtype, memory_format=torch.channels_last)
         )

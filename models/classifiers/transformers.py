@@ -78,13 +78,14 @@ class LogitsClassifier:
 
 
 class ZeroShotClassifier:
-    """Cosine similarity to each label's prompt, times exp(scale), and SigLIP's bias."""
+    """Cosine similarity to each label's prompt, times `scale`, and SigLIP's bias."""
 
     def __init__(
         self,
         network: nn.Module,
         preprocess: Preprocess,
         text: Tensor,
+        scale: Tensor,
         bias: Tensor,
         labels: Sequence[str],
         runtime: Runtime,
@@ -92,7 +93,8 @@ class ZeroShotClassifier:
         self.labels = tuple(labels)
         self._network = runtime.prepare(network)
         self._preprocess = preprocess
-        self._text, self._bias = text, bias
+        self._text, self._bias = scale * text, bias
+        self.scale, self.bias = float(scale), float(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""
@@ -241,5 +243,5 @@ def load_transformers(
         text = text_features(model, tokenized(folder, [template.format(each) for each in labels]))
     bias = getattr(model, "logit_bias", torch.zeros(1, device=device))
     network = ImageFeatures(model).to(dtype).eval()
-    scaled = model.logit_scale.exp() * text
-    return ZeroShotClassifier(network, preprocess, scaled, bias.float(), labels, runtime)
+    scale = model.logit_scale.exp()
+    return ZeroShotClassifier(network, preprocess, text, scale, bias.float(), labels, runtime)

@@ -5,43 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
 
-from models.bundle import Bundle
-from models.classifiers.registry import DESCRIPTIONS
-from models.files import written_whole
+from models.bundle import Base, Bundle
+from models.classifiers.base import ZeroShot
+from models.classifiers.registry import DESCRIPTIONS, PROMPT_TOKENS
+from models.denoisers.base import Denoiser
 from models.noise import discrete_gaussian
 from models.runtime import Torch
-from models.smoothing import SmoothedModel, load
+from models.smoothing import load
 
 BATCH_ROWS = 8
-WAYS = ("undefended", "defended")
-"""The fields of a reading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One image's shares of the concepts (C,), which add up to 1.
+    """One image's similarity to C concepts: `cosines` (C,) and `shares` (C,).
 
-    `undefended` is the head's own: the softmax of its similarities, at the head's scale.
-    `defended` is the mean over denoised noisy rows.
+    A cosine, from -1 to 1, is that of the embeddings of image and prompt. The shares are the
+    softmax of the head's logits, which are cosines at the head's scale; they add up to 1.
     """
 
-    undefended: NDArray[np.float64]
-    defended: NDArray[np.float64]
+    cosines: NDArray[np.float64]
+    shares: NDArray[np.float64]
 
 
 class ConceptHead:
-    """A task's networks with `concepts` in the place of its labels, in float32.
+    """A task's classifier in float32, with `concepts` in the place of its labels.
 
     `prompts` are the words in the template of those concepts that have others than their own.
-    Raises ValueError for a classifier that does not take words, for fewer than two concepts and for
-    one that occurs twice; BundleError as `models.smoothing.load`.
+    Raises ValueError for a classifier that does not take words, fewer than two concepts, and a
+    prompt that the text tower would cut; BundleError as `models.smoothing.load`.
     """
 
     def __init__(
@@ -53,77 +52,58 @@ class ConceptHead:
     ) -> None:
         if len(concepts) < 2:
             raise ValueError(f"concepts: there are {len(concepts)}; the fewest are 2")
-        if twice := next((word for word in concepts if list(concepts).count(word) > 1), None):
-            raise ValueError(f"concepts: {twice!r} occurs twice")
-        kind = bundle.classifier.kind
-        with bundle.classifier.opened(models_dir) as folder:
-            takes_words = kind in DESCRIPTIONS and DESCRIPTIONS[kind](folder).takes_words
-        if not takes_words:
-            raise ValueError(
-                f"task {bundle.id}: its classifier of kind {kind} has fixed labels; concepts need "
-                "a CLIP or SigLIP"
-            )
-        words = replace(bundle, labels=tuple(concepts), prompts=prompts)
-        self.concepts = words.labels
-        self._model: SmoothedModel = load(
+        words = replace(bundle, labels=tuple(concepts), prompts=prompts, denoiser=Base("none"))
+        _check_words(words, models_dir)
+        loaded = load(
             words, dtype=torch.float32, cpu_threads=0, runtime=Torch(), models_dir=models_dir
         )
+        self.concepts = words.labels
+        self._device = loaded.device
+        self._classifier = cast(ZeroShot, loaded.classifier)
+        self.scale = self._classifier.scale
 
     @torch.inference_mode()
-    def read(self, pixels: NDArray[np.uint8], sigma: float, rows: int, key: bytes) -> Reading:
-        """The shares of an image (3,R,R); `rows` noise rows of the key (32 bytes) defend it."""
-        x = torch.tensor(pixels, device=self._model.device)[None] / 255
-        shares = []
+    def undefended(self, pixels: NDArray[np.uint8]) -> Reading:
+        """The reading of an image (3,R,R) by the classifier alone."""
+        return self._mean([torch.tensor(pixels, device=self._device)[None] / 255])
+
+    @torch.inference_mode()
+    def defended(
+        self, pixels: NDArray[np.uint8], denoiser: Denoiser, sigma: float, rows: int, key: bytes
+    ) -> Reading:
+        """The mean reading of an image's denoised noisy rows, those of a key (32 bytes)."""
+        x = torch.tensor(pixels, device=self._device) / 255
+        denoised = []
         for start in range(0, rows, BATCH_ROWS):
             stop = min(start + BATCH_ROWS, rows)
             noise = discrete_gaussian(key, start, stop, pixels.shape, sigma, x.device) / 255
             sigmas = torch.full((stop - start,), sigma, dtype=torch.float64)
-            denoised = self._model.denoiser(x + noise.to(x.dtype), sigmas)
-            shares.append(self._shares(denoised))
-        return Reading(self._shares(x)[0], np.concatenate(shares).mean(0))
+            denoised.append(denoiser(x + noise.to(x.dtype), sigmas))
+        return self._mean(denoised)
 
-    def _shares(self, x: torch.Tensor) -> NDArray[np.float64]:
-        shares: NDArray[np.float64] = self._model.classifier(x).double().softmax(1).cpu().numpy()
-        return shares
-
-
-def ranked(
-    concepts: Sequence[str], shares: NDArray[np.float64], count: int
-) -> list[tuple[str, float]]:
-    """The `count` concepts with the largest shares, descending."""
-    largest = np.argsort(-shares, kind="stable")[:count]
-    return [(concepts[index], float(shares[index])) for index in largest]
+    def _mean(self, batches: Sequence[Tensor]) -> Reading:
+        logits = torch.cat([self._classifier(batch) for batch in batches]).double()
+        cosines = (logits - self._classifier.bias) / self.scale
+        means = (each.mean(0).cpu().numpy() for each in (cosines, logits.softmax(1)))
+        return Reading(*means)
 
 
-def draw(
-    pictures: Mapping[str, NDArray[np.uint8]],
-    readings: Mapping[str, Reading],
-    concepts: Sequence[str],
-    count: int,
-    folder: Path,
-) -> None:
-    """Draw concepts.png and concepts.svg: each picture (3,R,R), and its top concepts both ways."""
-    figure = Figure(figsize=(10.5, 2.3 * len(pictures)), layout="constrained")
-    grid: Any = figure.subplots(len(pictures), 3, squeeze=False, width_ratios=[1, 1.6, 1.6])
-    named = {
-        (name, way): ranked(concepts, getattr(reading, way), count)
-        for name, reading in readings.items()
-        for way in WAYS
-    }
-    largest = max(share for each in named.values() for _, share in each)
-    for axes, (name, pixels) in zip(grid, pictures.items(), strict=True):
-        axes[0].imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
-        axes[0].set_axis_off()
-        axes[0].set_title(name, fontsize=9)
-        for bars, way in zip(axes[1:], WAYS, strict=True):
-            words, shares = zip(*named[name, way], strict=True)
-            bars.barh(range(len(words)), shares, color="#4477aa")
-            bars.set_yticks(range(len(words)), words, fontsize=8)
-            bars.invert_yaxis()
-            bars.set_xlim(0, 1.05 * largest)
-            bars.tick_params("x", labelsize=7)
-            bars.set_title(way, fontsize=9)
-    for suffix in ("png", "svg"):
-        with written_whole(folder / f"concepts.{suffix}") as partial:
-            figure.savefig(partial, dpi=130, format=suffix)
-            partial.chmod(0o644)
+def _check_words(words: Bundle, models_dir: Path | None) -> None:
+    """Raises ValueError unless the classifier reads each of the bundle's words whole."""
+    kind = words.classifier.kind
+    with words.classifier.opened(models_dir) as folder:
+        if kind not in DESCRIPTIONS or not DESCRIPTIONS[kind](folder).takes_words:
+            raise ValueError(
+                f"task {words.id}: its classifier of kind {kind} has fixed labels; concepts need "
+                "a CLIP or SigLIP"
+            )
+        prompts = [words.template.format(word) for word in words.words]
+        counts, most = PROMPT_TOKENS[kind](folder, prompts)
+    for prompt, count in zip(prompts, counts, strict=True):
+        if count > most:
+            raise ValueError(f"concepts: the prompt {prompt!r} has {count} tokens; at most {most}")
+
+
+def ranked(shares: NDArray[np.float64], count: int) -> list[int]:
+    """The indices of the `count` largest shares, descending."""
+    return [int(index) for index in np.argsort(-shares, kind="stable")[:count]]

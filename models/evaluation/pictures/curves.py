@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.evaluation.results import Run, curve
+from models.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +44,7 @@ def draw(runs: Sequence[Run], path: Path) -> list[Path]:
     axes.set_ylim(0.0, 1.0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def draw_panels(
@@ -75,15 +76,19 @@ def draw_panels(
     handles, names = panels[0].get_legend_handles_labels()
     if handles:
         panels[0].legend(handles, names, fontsize=8)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def _saved(figure: Figure, path: Path) -> list[Path]:
-    """The files of a figure, the same bytes each time."""
+def saved(figure: Figure, path: Path) -> list[Path]:
+    """The files of a figure, written whole, and the same bytes each time."""
     from matplotlib import rc_context
 
     files = [path.with_suffix(suffix) for suffix in SUFFIXES]
     with rc_context({"svg.hashsalt": "vouchsafe"}):
         for file in files:
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else {})
+            with written_whole(file) as partial:
+                figure.savefig(
+                    partial, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else {}
+                )
+                partial.chmod(0o644)
     return files

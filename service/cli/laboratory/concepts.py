@@ -4,31 +4,49 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.bundle import BundleError
+from models.bundle import Bundle, BundleError
 from models.files import written_whole
 from service.cli.adapt import read_labels
 from service.cli.console import errors, read_settings, tell
 from service.cli.evaluation.bundles import local_bundles
+from service.cli.evaluation.command import AttackName
 from service.predictions.question import SMALLEST_SIGMA
 
-RESULTS = "concepts.json"
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from models.evaluation.concepts import Reading
+    from models.smoothing import SmoothedModel
+
 MOST_NAMED = 10
+
+
+class Way(StrEnum):
+    """The classifier alone, or behind noise and denoiser."""
+
+    UNDEFENDED = "undefended"
+    DEFENDED = "defended"
 
 
 def concepts(
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP.")],
     words_in: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--concepts", help="A text file, one concept a line; after a tab, its prompt."
+            "--concepts",
+            help="Concepts between commas, or a text file of one a line; after a tab, its prompt.",
         ),
     ],
     task: Annotated[str, typer.Option(help="A task's id, or its name.")] = "default",
@@ -36,12 +54,16 @@ def concepts(
         str | None,
         typer.Option(help="What the image shows.", show_default="the classifier's own answer"),
     ] = None,
+    attack: Annotated[AttackName, typer.Option(help="See docs/attacks.md.")] = AttackName.PGD,
+    against: Annotated[Way, typer.Option(help="What the attack is made for.")] = Way.UNDEFENDED,
     eps: Annotated[
-        float, typer.Option(help="Largest l2 change of the attack, pixels in [0,1].")
+        float, typer.Option(help="Largest change of the attack, l2 unless it is one of l_inf.")
     ] = 0.5,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 100,
     sigma: Annotated[float, typer.Option(help="Noise strength, pixels in [0,1].")] = 0.25,
-    rows: Annotated[int, typer.Option(min=1, help="Noise rows of the defended shares.")] = 32,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Noise rows of the defended concepts, and of the attack.")
+    ] = 32,
     top: Annotated[int, typer.Option(min=1, help="Concepts to show.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="Folder of concepts.json and the picture, PNG and SVG.")
@@ -54,71 +76,146 @@ def concepts(
     task that cannot be used.
     """
     settings = read_settings()
-    words = [each if isinstance(each, tuple) else (each, each) for each in read_labels(words_in)]
     try:
-        if eps <= 0 or not math.isfinite(eps):
-            raise ValueError(f"eps = {eps}: must be finite and greater than 0")
+        words = _words(words_in)
         (bundle,) = local_bundles(settings, [task])
-        if not SMALLEST_SIGMA <= sigma <= bundle.largest_sigma:
-            limits = f"from {SMALLEST_SIGMA} to {bundle.largest_sigma}"
-            raise ValueError(f"sigma = {sigma}: must be {limits}")
-        if label is not None and label not in bundle.labels:
-            known = ", ".join(bundle.labels[:MOST_NAMED])
-            raise ValueError(f"label = {label!r}: must be a label of task {task}, as {known}")
+        _check(bundle, label, attack, eps, sigma)
         from models.evaluation.attacks.grid import distance
         from models.evaluation.attacks.registry import Strength, Target, attacked
-        from models.evaluation.concepts import WAYS, ConceptHead, draw, ranked
+        from models.evaluation.concepts import BATCH_ROWS, ConceptHead, ranked
+        from models.evaluation.pictures.concepts import draw_concepts
         from models.evaluation.tables import noise_key
         from models.runtime import Torch
         from service.cli.evaluation.images import LabeledFile
         from service.cli.evaluation.tasks import LocalTask
 
-        head = ConceptHead(bundle, [word for word, _ in words], dict(words), settings.models_folder)
-        clean = LabeledFile(0, str(image), "", image.read_bytes).pixels(bundle.resolution)
-        networks = LocalTask(task, bundle, Torch(), settings.models_folder)
-        index = networks.plain_label(clean) if label is None else bundle.labels.index(label)
-        target = Target(networks.with_gradients, None, clean, index, 0)
-        found = attacked("pgd", target, Strength(eps, steps, 1, 1, seed))
+        head = ConceptHead(bundle, list(words), words, settings.models_folder)
+        original = LabeledFile(0, str(image), "", image.read_bytes).pixels(bundle.resolution)
+        model = LocalTask(task, bundle, Torch(), settings.models_folder).with_gradients
+        answer = _answer(model, original)
+        index = answer if label is None else bundle.labels.index(label)
+        target = Target(model, sigma if against is Way.DEFENDED else None, original, index, 0)
+        strength = Strength(eps, steps, rows, BATCH_ROWS, seed)
+        images = {"original": original, "attacked": attacked(attack, target, strength)}
     except (ValueError, BundleError) as error:
         tell(error)
         raise typer.Exit(2) from error
-    shown = {"original": clean, "attacked": found}
-    readings = {
-        name: head.read(pixels, sigma, rows, noise_key(seed, 0, f"concepts {name}"))
-        for name, pixels in shown.items()
+    readings: dict[str, dict[str, Reading]] = {
+        Way.UNDEFENDED: {name: head.undefended(pixels) for name, pixels in images.items()},
+        Way.DEFENDED: {
+            name: head.defended(
+                pixels, model.denoiser, sigma, rows, noise_key(seed, 0, f"concepts {name}")
+            )
+            for name, pixels in images.items()
+        },
     }
-    found_concepts = {
-        name: {way: dict(ranked(head.concepts, getattr(reading, way), top)) for way in WAYS}
-        for name, reading in readings.items()
+    tops = {
+        way: {name: ranked(reading.shares, top) for name, reading in by_image.items()}
+        for way, by_image in readings.items()
     }
     document = {
         "image": str(image),
         "task": bundle.id,
         "label": bundle.labels[index],
-        "attack": {"eps": eps, "steps": steps, "norm": distance(clean, found), "seed": seed},
+        "attack": {
+            "name": attack,
+            "against": against,
+            **{"eps": eps, "steps": steps, "seed": seed},
+            "norm": distance(*images.values()),
+        },
         "sigma": sigma,
         "rows": rows,
-        "answers": {
-            name: bundle.labels[networks.plain_label(each)] for name, each in shown.items()
+        "scale": head.scale,
+        "answers": {name: bundle.labels[_answer(model, each)] for name, each in images.items()},
+        "concepts": {
+            way: {
+                name: _described(readings[way][name], head.concepts, indices)
+                for name, indices in by_image.items()
+            }
+            for way, by_image in tops.items()
         },
-        "concepts": found_concepts,
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        with written_whole(out / RESULTS) as partial:
+        with written_whole(out / "concepts.json") as partial:
             partial.write_text(json.dumps(document, indent=2) + "\n")
             partial.chmod(0o644)
-        draw(shown, readings, head.concepts, top, out)
+        shown = {way: [*dict.fromkeys(chain(*by_image.values()))] for way, by_image in tops.items()}
+        draw_concepts(images, readings, head.concepts, shown, out / "concepts")
         errors.print(f"wrote {out}")
-    Console().print(_table(found_concepts))
+    Console().print(_table(document))
 
 
-def _table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """The concepts of each picture, undefended and defended, with their shares in percent."""
-    caption = "Shares of the concepts in percent. They are no probabilities, and nothing is proven."
-    heads = [f"{name}, {way}" for name, by_way in found.items() for way in by_way]
-    table = Table(*heads, caption=caption)
-    columns = [list(shares.items()) for by_way in found.values() for shares in by_way.values()]
-    for line in zip(*columns, strict=True):
-        table.add_row(*(f"{concept} {100 * share:.1f}" for concept, share in line))
+def _words(given: str) -> dict[str, str]:
+    """Each concept with its word in the template: words between commas, or a file's lines.
+
+    Raises ValueError for one that occurs twice, OSError for a file that cannot be read.
+    """
+    if "," in given and not os.path.exists(given):  # A long list is no path.
+        found: Sequence[str | tuple[str, str]] = [
+            word.strip() for word in given.split(",") if word.strip()
+        ]
+    else:
+        found = read_labels(Path(given))
+    pairs = [each if isinstance(each, tuple) else (each, each) for each in found]
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"concepts: {twice!r} occurs twice")
+    return dict(pairs)
+
+
+def _check(bundle: Bundle, label: str | None, attack: str, eps: float, sigma: float) -> None:
+    """Raises ValueError, with field, value and limit, for an option that cannot be used."""
+    from models.evaluation.attacks.registry import ATTACKS, PACKAGES
+
+    if attack in PACKAGES:
+        known = ", ".join(name for name in ATTACKS if name not in PACKAGES)
+        raise ValueError(f"attack = {attack}: must be one of {known}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps = {eps}: must be finite and greater than 0")
+    if not SMALLEST_SIGMA <= sigma <= bundle.largest_sigma:
+        limits = f"from {SMALLEST_SIGMA} to {bundle.largest_sigma}"
+        raise ValueError(f"sigma = {sigma}: must be {limits}")
+    if label is not None and label not in bundle.labels:
+        known = ", ".join(bundle.labels[:MOST_NAMED])
+        raise ValueError(f"label = {label!r}: must be a label of task {bundle.id}, as {known}")
+
+
+def _answer(model: SmoothedModel, pixels: NDArray[np.uint8]) -> int:
+    """The classifier's label index of an image (3,R,R) alone, in float32."""
+    import torch
+
+    with torch.inference_mode():
+        x = torch.tensor(pixels, device=model.device)[None] / 255
+        return int(model.classifier(x)[0].argmax())
+
+
+def _described(
+    reading: Reading, concepts: Sequence[str], indices: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    return {
+        concepts[index]: {
+            "share": float(reading.shares[index]),
+            "cosine": float(reading.cosines[index]),
+        }
+        for index in indices
+    }
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    """The concepts of each image, undefended and defended, with shares and cosines."""
+    caption = (
+        f"Shares in percent, the softmax of {document['scale']:.4g} times the cosines in brackets. "
+        "Shares are no probabilities, and nothing is proven."
+    )
+    columns = {
+        f"{way}, {name}": found.items()
+        for way, by_image in document["concepts"].items()
+        for name, found in by_image.items()
+    }
+    table = Table(*columns, caption=caption)
+    for line in zip(*columns.values(), strict=True):
+        table.add_row(
+            *(f"{word} {100 * own['share']:.1f} ({own['cosine']:.2f})" for word, own in line)
+        )
     return table

@@ -1,17 +1,16 @@
-"""The command `concepts`: shares by hand, before and after an attack, and what is refused."""
+"""The command `concepts`: before and after an attack, and what is refused."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from models.evaluation.concepts import ranked
 from service.cli.main import app
 from tests.support import onnx_files
 from tests.support.paths import ROOT
@@ -30,43 +29,69 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("words.txt").write_text("ship\nvessel\nplane\nfrog\nthing on water\tboat\n")
 
 
-def concepts(*arguments: str, code: int = 0) -> Result:
-    result = runner.invoke(app, ["concepts", SHIP, "--concepts", "words.txt", *arguments])
+def concepts(*arguments: str, words: str = "words.txt", code: int = 0) -> Result:
+    result = runner.invoke(app, ["concepts", SHIP, "--concepts", words, *arguments])
     assert result.exit_code == code, result.output
     return result
 
 
-def test_concepts_are_ranked_by_their_shares() -> None:
-    """The largest first, and equal ones in their order."""
-    shares = np.array([0.2, 0.5, 0.2, 0.1])
-    assert ranked(("a", "b", "c", "d"), shares, 3) == [("b", 0.5), ("a", 0.2), ("c", 0.2)]
+def document(folder: str) -> Any:
+    return json.loads(Path(folder, "concepts.json").read_text())
 
 
 def test_an_attack_changes_what_the_undefended_head_sees() -> None:
     """Its top concepts leave the ship; behind the denoiser they stay. The same again each time."""
     printed = concepts(*QUICK, "--out", "one").stdout
-    document = json.loads(Path("one", "concepts.json").read_text())
-    assert document["label"] == document["answers"]["original"] == "ship"
-    assert document["answers"]["attacked"] != "ship"
-    assert 0.49 < document["attack"]["norm"] <= 0.5
-    found = document["concepts"]
+    found = document("one")
+    assert found["label"] == found["answers"]["original"] == "ship"
+    assert found["answers"]["attacked"] != "ship"
+    assert 0.49 < found["attack"]["norm"] <= 0.5
+    undefended, defended = found["concepts"]["undefended"], found["concepts"]["defended"]
     ships = {"ship", "vessel", "thing on water"}
-    assert set(found["original"]["undefended"]) == set(found["attacked"]["defended"]) == ships
-    before, after = (found[name]["undefended"].get("ship", 0.0) for name in found)
-    assert after < before / 2
-    assert 0.9 < sum(found["original"]["undefended"].values()) <= 1
+    assert set(undefended["original"]) == set(defended["attacked"]) == ships
+    before, after = (undefended[name].get("ship") for name in ("original", "attacked"))
+    assert after is None or after["share"] < before["share"] / 2
+    assert before["cosine"] > max(each["cosine"] for each in undefended["attacked"].values())
+    assert 0.9 < sum(each["share"] for each in undefended["original"].values()) <= 1
     assert "plane" in printed
+    assert f"{found['scale']:.4g} times" in printed
     with Image.open("one/concepts.png") as picture:
         assert picture.width > 1000
     assert Path("one", "concepts.svg").read_text().startswith("<?xml")
     concepts(*QUICK, "--out", "two")
-    assert Path("two", "concepts.json").read_text() == Path("one", "concepts.json").read_text()
+    for file in Path("one").iterdir():
+        assert Path("two", file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_attack_on_the_defended_head_finds_more_than_one_on_the_classifier() -> None:
+    """At eps 1 its gradient, through noise and denoiser, costs the ship more of its share."""
+    for against in ("undefended", "defended"):
+        concepts(*QUICK, "--eps", "1", "--top", "5", "--against", against, "--out", against)
+    alone, through = (
+        document(against)["concepts"]["defended"]["attacked"]
+        for against in ("undefended", "defended")
+    )
+    assert through["ship"]["cosine"] < alone["ship"]["cosine"]
+    assert document("defended")["attack"]["against"] == "defended"
+
+
+def test_concepts_may_stand_between_commas() -> None:
+    """As many as there are; the label may be one that the image does not show."""
+    others = ",".join(f"concept {index}" for index in range(40))
+    quick = ("--steps", "2", "--rows", "2", "--top", "50", "--attack", "random")
+    concepts(*quick, "--label", "frog", "--out", "out", words=f"ship, tree frog,{others},")
+    found = document("out")
+    names = set(found["concepts"]["undefended"]["original"])
+    assert len(names) == 42
+    assert {"ship", "tree frog", "concept 39"} <= names
+    assert (found["label"], found["attack"]["name"]) == ("frog", "random")
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (("--eps", "0"), "eps = 0.0: must be finite and greater than 0"),
+        (("--attack", "autoattack"), "attack = autoattack: must be one of pgd, eot, pgd-linf"),
         (("--sigma", "3"), "sigma = 3.0: must be from 0.02 to 1.0"),
         (
             ("--label", "boat"),
@@ -91,3 +116,12 @@ def test_a_list_of_concepts_is_checked() -> None:
     assert "concepts: there are 1; the fewest are 2" in concepts(code=2).stderr
     Path("words.txt").write_text("ship\nfrog\nship\n")
     assert "concepts: 'ship' occurs twice" in concepts(code=2).stderr
+    assert "concepts: 'frog' occurs twice" in concepts(words="ship,frog,frog", code=2).stderr
+    assert "concepts: there are 0; the fewest are 2" in concepts(words=",", code=2).stderr
+
+
+@pytest.mark.parametrize(("image", "words"), [(SHIP, "missing.txt"), ("missing.png", "words.txt")])
+def test_a_file_that_is_missing_is_named(image: str, words: str) -> None:
+    """The error of `main` has the list or the picture."""
+    with pytest.raises(FileNotFoundError, match="missing"):
+        runner.invoke(app, ["concepts", image, "--concepts", words], catch_exceptions=False)
