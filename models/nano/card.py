@@ -33,8 +33,9 @@ layout) and a CLIP-class head, for 32x32 images of CIFAR-10's ten classes.
   behind it: MSE + {guidance} CE(head(x0)), personalization's loss (Eq. 12 there, with lambda 0.01
   and low-rank adapters) on training images. The last part, `consistent`, has lambda
   {consistent_guidance:g}, and adds {consistency:g} times the head's disagreement about {draws}
-  noisy rows of an image to the cross-entropy (after arXiv 2006.04062). How stage II serves other
-  heads was not measured.
+  noisy rows of an image to the cross-entropy (after arXiv 2006.04062). The weights
+  that ship lie halfway between these two parts (arXiv 2109.01903). How stage II serves other heads
+  was not measured.
 - **Choices**: of settings, on the held-back images. That parts be trained for longer was decided
   after earlier weights had been scored on the slice too. k = {k} is what stage II was trained for;
   [docs/nano.md](../../docs/nano.md) compares others.

@@ -35,6 +35,8 @@ from models.evaluation.datasets.cifar10 import CIFAR10_LABELS
 from models.nano.captions import BLANK, DEFAULT_TEMPLATE
 
 WEIGHTS = "nano/weights"
+INTERPOLATION = 0.5
+"""Share of the part `consistent` in stage II; the rest is `guided`, whose images are clearer."""
 LARGEST_SIGMA = 1.0
 """Stage II was trained mostly at t < 760, which is sigma 1.2."""
 
@@ -65,7 +67,7 @@ def assemble(runs: Path) -> None:
     stage2: Any = IFSuperResolutionPipeline(
         tokenizer=None,
         text_encoder=None,
-        unet=UNet2DConditionModel.from_pretrained(two / "unet", torch_dtype=torch.float16),
+        unet=_interpolated(runs / "guided", two),
         scheduler=DDPMScheduler.from_pretrained(two / "scheduler"),
         image_noising_scheduler=DDPMScheduler.from_pretrained(two / "image_noising_scheduler"),
         **absent,
@@ -82,6 +84,15 @@ def assemble(runs: Path) -> None:
     losses.mkdir(exist_ok=True)
     for log in runs.glob("*.loss.jsonl"):
         shutil.copy(log, losses)
+
+
+def _interpolated(before: Path, after: Path) -> UNet2DConditionModel:
+    """The UNet between two trainings, INTERPOLATION of the way (Wortsman et al., arXiv 2109.01903)."""
+    first, unet = (UNet2DConditionModel.from_pretrained(run / "unet") for run in (before, after))
+    earlier = first.state_dict()
+    later = unet.state_dict()
+    unet.load_state_dict({name: earlier[name].lerp(later[name], INTERPOLATION) for name in later})
+    return unet.half()
 
 
 def bundle(k: float) -> Bundle:
