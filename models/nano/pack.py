@@ -87,7 +87,7 @@ def assemble(runs: Path) -> None:
 
 
 def _interpolated(before: Path, after: Path) -> UNet2DConditionModel:
-    """The UNet between two trainings, INTERPOLATION of the way (Wortsman et al., arXiv 2109.01903)."""
+    """The UNet between two trainings, INTERPOLATION of the way (arXiv 2109.01903)."""
     first, unet = (UNet2DConditionModel.from_pretrained(run / "unet") for run in (before, after))
     earlier = first.state_dict()
     later = unet.state_dict()
