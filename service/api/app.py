@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from service.api.auth import caller
 from service.api.batches import batches
 from service.api.certificates import certificates
+from service.api.demonstrations import demonstrations
 from service.api.description import operation_id
 from service.api.middleware import add_bounds, admitted
 from service.api.open_inference.routes import health_routes as v2_health_routes
@@ -64,6 +65,7 @@ def include_routes(app: FastAPI) -> None:
     app.include_router(predictions_routes)
     app.include_router(batches)
     app.include_router(certificates)
+    app.include_router(demonstrations)
     app.include_router(tasks)
     app.include_router(v2_health_routes)
     app.include_router(v2_routes)

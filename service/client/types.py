@@ -44,6 +44,25 @@ class CertificateDocument(TypedDict):
     service: Issuer
 
 
+class DemonstrationResponse(TypedDict):
+    """A demonstration. It proves nothing: it has no certificate, no radius and no answer."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    kind: Literal["rows", "attack"]
+    task: str
+    sigma: float
+    resolution: int
+    rows: int
+    seen: NotRequired[str | None]
+    samples: NotRequired[list[Sample] | None]
+    epsilon: NotRequired[float | None]
+    image: NotRequired[str | None]
+    l2: NotRequired[float | None]
+    steps: NotRequired[int | None]
+    problem: NotRequired[dict[str, Any] | None]
+
+
 class Evidence(TypedDict):
     """The votes; in a cascade those of the stage that answers, and of the passed ones."""
 
@@ -306,6 +325,14 @@ class Result(TypedDict):
     radius: float
     stages: NotRequired[list[ProvenStage] | None]
     norms: Norms
+
+
+class Sample(TypedDict):
+    """One row: what the denoiser gets, what it returns, and the row's one vote."""
+
+    noisy: str
+    denoised: str
+    label: str
 
 
 class ServerMetadata(TypedDict):

@@ -29,7 +29,9 @@ from tests.support.documents import API, FLEET, README, blocks, commands
 from tests.support.paths import ROOT
 
 CERTIFICATE = re.compile(r'"type":"urn:vouchsafe:certificate:1","id":"([\w-]+)"')
-LOCATION = re.compile(r"^location: /(batches|jobs|tasks)/(\S+)", re.MULTILINE | re.IGNORECASE)
+LOCATION = re.compile(
+    r"^location: /(batches|demonstrations|jobs|tasks)/(\S+)", re.MULTILINE | re.IGNORECASE
+)
 SERVE = re.compile(r"^\.venv/bin/vouchsafe serve .*$", re.MULTILINE)
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from service import errors
 from service.cli.main import app as command_line
 from service.config import PREFIX, Settings
+from service.predictions.demonstrations import DemonstrationRequest
 from service.predictions.question import PredictRequest
 from service.tasks.schemas import TaskRequest
 from tests.support.documents import API, PAGES, README, TREE, commands, inline, name
@@ -158,7 +160,12 @@ async def test_the_reference_is_whole(service: Service) -> None:
     described = set(re.findall(r"`([A-Z]+ /v2[^`]*)`", protocol))
     assert described == {call for call in v2 if "/versions/" not in call}
     assert set(re.findall(r"`([A-Z]+ /[^`]*)`", table("Calls"))) == calls - v2 | pages
-    for call, kind in {"POST /predict": PredictRequest, "POST /tasks": TaskRequest}.items():
+    documents: dict[str, type[BaseModel]] = {
+        "POST /predict": PredictRequest,
+        "POST /demonstrations": DemonstrationRequest,
+        "POST /tasks": TaskRequest,
+    }
+    for call, kind in documents.items():
         rows = re.findall(r"^\| (`\w.*?) \|", table(f"Fields of {call}"), re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(kind.model_fields)
     problems = re.findall(r"^\| `([a-z-]+)` \| (\d+)", table("Problems"), re.MULTILINE)
