@@ -15,7 +15,7 @@ from service.api.description import operation_id
 from service.api.middleware import add_bounds, admitted
 from service.api.open_inference.routes import health_routes as v2_health_routes
 from service.api.open_inference.routes import routes as v2_routes
-from service.api.pages import docs_assets, pages
+from service.api.pages import docs_assets, pages, static_files
 from service.api.predictions import routes as predictions_routes
 from service.api.problems import KEYED, PROBLEM_HANDLERS
 from service.api.services import Services
@@ -71,3 +71,4 @@ def include_routes(app: FastAPI) -> None:
     app.include_router(v2_routes)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
+    app.mount("/static", static_files)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
+from models.zoo.registry import DENOISER_SETS
 from service import errors
 from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
@@ -17,8 +18,8 @@ from service.api.requests import Preferences, read_question
 from service.jobs import JobStatus, State
 from service.predictions.demonstrations import Asked
 from service.predictions.question import ImageRequest, PredictRequest
-from service.predictions.rounds import proven
 from service.predictions.schemas import (
+    DenoiserResponse,
     JobResponse,
     ModelResponse,
     ModelsResponse,
@@ -211,9 +212,9 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
                 yield JSONServerSentEvent(job["problem"], event="problem")
             else:
                 looks = len(status.looks)
-                if looks > looks_sent and (bound := proven(status)) is not None:
+                if looks > looks_sent and (bound := predictions.proven_so_far(status)) is not None:
                     looks_sent = looks
-                    yield JSONServerSentEvent(bound._asdict(), event="bound")
+                    yield JSONServerSentEvent(bound, event="bound")
                 progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
                 yield JSONServerSentEvent(progress, event="progress")
         if status is None or not status.state.ended:
@@ -244,5 +245,9 @@ async def get_models(predictions: Service) -> ModelsResponse:
                 ready=bool(served[task]),
             )
             for task, bundle in predictions.tasks.items()
-        ]
+        ],
+        denoisers=[
+            DenoiserResponse(name=name, words=None if known.words is None else list(known.words))
+            for name, known in DENOISER_SETS.items()
+        ],
     )

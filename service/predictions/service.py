@@ -32,8 +32,8 @@ from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
 from service.predictions.jobs import to_job
 from service.predictions.question import ImageRequest
-from service.predictions.results import job_response, problem, to_response
-from service.predictions.rounds import finish_early, keep_looking
+from service.predictions.results import job_response, label_counts, problem, to_response
+from service.predictions.rounds import finish_early, keep_looking, proven
 from service.predictions.schemas import JobResponse, PredictResponse
 from service.predictions.waiting import JobWaiter
 from service.signing import SigningKeys
@@ -187,6 +187,16 @@ class Predictions:
         succeeded = status.state is State.SUCCEEDED
         labels = self._bundle_of(status.job).labels if succeeded else ()
         return demonstration_response(status, labels)
+
+    def proven_so_far(self, status: JobStatus) -> dict[str, Any] | None:
+        """The bound and the votes of an early-stopping job's last whole look; None before one.
+
+        Raises NotFound once the job's bundle is gone.
+        """
+        if (bound := proven(status)) is None:
+            return None
+        counts = label_counts(status.looks[-1], self._bundle_of(status.job).labels)
+        return {**bound._asdict(), "counts": [count.model_dump() for count in counts]}
 
     async def cancel_stale(self, task: str) -> None:
         """Cancel the jobs of a task whose bundle is gone, or has been replaced since.
