@@ -44,6 +44,14 @@ class CertificateDocument(TypedDict):
     service: Issuer
 
 
+class CheckResponse(TypedDict):
+    """One check of a certificate."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
 class DemonstrationResponse(TypedDict):
     """A demonstration. It proves nothing: it has no certificate, no radius and no answer."""
 
@@ -61,6 +69,13 @@ class DemonstrationResponse(TypedDict):
     l2: NotRequired[float | None]
     steps: NotRequired[int | None]
     problem: NotRequired[dict[str, Any] | None]
+
+
+class DenoiserResponse(TypedDict):
+    """A denoiser set that new tasks are made with."""
+
+    name: str
+    words: list[str] | None
 
 
 class Evidence(TypedDict):
@@ -205,9 +220,10 @@ class ModelResponse(TypedDict):
 
 
 class ModelsResponse(TypedDict):
-    """Every task that callers can request."""
+    """Every task that callers can request, and what new tasks are made with."""
 
     models: list[ModelResponse]
+    denoisers: list[DenoiserResponse]
 
 
 class Network(TypedDict):
@@ -420,3 +436,11 @@ class Timing(TypedDict):
     queue: float
     inference: float
     total: float
+
+
+class VerificationResponse(TypedDict):
+    """The checks of a certificate by the keys of this service."""
+
+    passed: bool
+    document: CertificateDocument | None
+    checks: list[CheckResponse]

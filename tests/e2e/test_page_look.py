@@ -28,6 +28,14 @@ AXE = ROOT / "tests" / "data" / "axe" / "axe.min.js"
 SERVER = (sys.executable, "-m", "tests.support.fake_server")
 VIEWS = ("try", "tasks", "verify", "status")
 WIDE, NARROW = 1180, 360
+SHIPPED = {
+    ("try", WIDE, "light"): "page.png",
+    ("try", WIDE, "dark"): "page-dark.png",
+    ("try", NARROW, "light"): "page-narrow.png",
+    ("verify", WIDE, "light"): "page-verify.png",
+    ("status", WIDE, "light"): "page-status.png",
+}
+"""Pictures that the docs show; those of tasks would show the references of the fake adaptation."""
 RULES = """
 const done = arguments[arguments.length - 1];
 axe.run(document, {resultTypes: ["violations"]}).then(({violations}) => done(violations.map(
@@ -186,8 +194,8 @@ def test_each_view_is_accessible(
     assert browser.execute_async_script(RULES) == []  # type: ignore[no-untyped-call]
     fits = "return document.documentElement.scrollWidth <= innerWidth"
     assert browser.execute_script(fits)  # type: ignore[no-untyped-call]
-    name = f"page-{view}{'-narrow' if width == NARROW else ''}{'-dark' if scheme == 'dark' else ''}"
-    pictured(browser).save(pictures / f"{name}.png", optimize=True)
+    if name := SHIPPED.get((view, width, scheme)):
+        pictured(browser).quantize(256).save(pictures / name, optimize=True)
 
 
 def test_the_browser_does_not_complain(browser: Chrome) -> None:
