@@ -38,8 +38,8 @@ MADE = (
 
 
 def test_readme_is_short() -> None:
-    """A stranger reads it whole: 200 lines at most."""
-    assert len(README.read_text().splitlines()) <= 200
+    """A stranger reads it whole: 150 lines at most."""
+    assert len(README.read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

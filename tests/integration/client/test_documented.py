@@ -1,4 +1,4 @@
-"""docs/python.md: its snippets run as they are, one after another."""
+"""README.md and docs/python.md: their snippets run as they are, one after another."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from tests.support.paths import ROOT
 from tests.support.serving import Service
 
 ADDRESS = "http://127.0.0.1:8000"
+FLAGS = re.DOTALL | re.MULTILINE
 
 
 def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a service with an adaptation that takes no time."""
     text = (ROOT / "docs" / "python.md").read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    snippets = re.findall(r"^```python\n(.*?)^```", text, FLAGS)
     assert len(snippets) == 6
+    (first,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), FLAGS)
+    snippets.insert(0, first)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     torch.manual_seed(0)
