@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,18 +30,28 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(predict.predict)
-app.command()(adapt.adapt)
-app.command()(evaluation.evaluate)
-app.command()(tables.tables)
-app.command()(plots.plots)
-app.command()(audit.audit)
-app.command()(concepts.concepts)
-app.command()(worker.worker)
-app.command()(verify.verify)
-app.command()(verify.jwks)
-app.add_typer(models.models, name="models")
-app.add_typer(bench.bench, name="bench")
+EXAMPLE = "Example: "
+"""Begin of the last line of a command's help."""
+_ASK, _SERVE, _TASKS, _MEASURE = "Ask", "Serve", "Tasks", "Measure"
+"""Groups of commands in the help."""
+
+
+def _add(command: Callable[..., None], group: str, example: str) -> None:
+    app.command(rich_help_panel=group, epilog=f"{EXAMPLE}vouchsafe {example}")(command)
+
+
+_add(predict.predict, _ASK, "predict photo.jpg --certificate certificate.json")
+_add(verify.verify, _ASK, "verify certificate.json --jwks jwks.json --image photo.jpg")
+_add(verify.jwks, _ASK, "jwks")
+_add(worker.worker, _SERVE, "worker --port 9100")
+_add(adapt.adapt, _TASKS, "adapt --labels labels.txt --name pets")
+app.add_typer(models.models, name="models", rich_help_panel=_TASKS)
+_add(evaluation.evaluate, _MEASURE, "evaluate --task default --images photographs --n 1000")
+_add(tables.tables, _MEASURE, "tables runs/evaluation --table cifar10")
+_add(plots.plots, _MEASURE, "plots runs/evaluation --out plots")
+_add(audit.audit, _MEASURE, "audit log.tsv --n 100000 --sigma 0.25")
+_add(concepts.concepts, _MEASURE, "concepts photo.png --out concepts.png")
+app.add_typer(bench.bench, name="bench", rich_help_panel=_MEASURE)
 
 _MAX_NAMED = 5
 """Most tasks in the message of a ready server."""
@@ -79,10 +90,14 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Image classification whose every answer carries a provable l2 radius."""
+    """Image classification whose every answer carries a provable l2 radius.
+
+    Exits with 0; with 1 where something has no answer, fails a check or fails; with 2 for an
+    option, a file or a setting that cannot be used; and with 130 after Ctrl-C.
+    """
 
 
-@app.command()
+@app.command(rich_help_panel=_SERVE, epilog=f"{EXAMPLE}vouchsafe serve --port 9000")
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[

@@ -14,7 +14,6 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from service import errors
 from service.cli.main import app as command_line
 from service.config import PREFIX, Settings
 from service.predictions.demonstrations import DemonstrationRequest
@@ -143,7 +142,7 @@ def test_settings_exist(page: Path) -> None:
 
 
 async def test_the_reference_is_whole(service: Service) -> None:
-    """docs/api.md has each call, each field of a question and each problem, and no other.
+    """docs/api.md has each call and each field of a question, and no other.
 
     Those of the Open Inference Protocol are in docs/protocol.md.
     """
@@ -168,8 +167,3 @@ async def test_the_reference_is_whole(service: Service) -> None:
     for call, kind in documents.items():
         rows = re.findall(r"^\| (`\w.*?) \|", table(f"Fields of {call}"), re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(kind.model_fields)
-    problems = re.findall(r"^\| `([a-z-]+)` \| (\d+)", table("Problems"), re.MULTILINE)
-    kinds: list[type[errors.Problem]] = [errors.Problem, *errors.Problem.__subclasses__()]
-    assert {(slug, int(status)) for slug, status in problems} == {
-        (kind.slug, kind.status) for kind in kinds
-    }
