@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-README, API, FLEET = ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "scaling.md"
+README, TUTORIAL = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
+API, FLEET = ROOT / "docs" / "api.md", ROOT / "docs" / "scaling.md"
 PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",

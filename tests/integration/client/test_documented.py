@@ -1,8 +1,9 @@
-"""README.md and docs/python.md: their snippets run as they are, one after another."""
+"""README.md and the pages of the client: their snippets run as they are, one after another."""
 
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from service.tasks.supervisor import Supervisor
 from tests.support.adapting import FAKE, FAST, make_store
+from tests.support.documents import README, TUTORIAL
 from tests.support.listening import listening
 from tests.support.paths import ROOT
 from tests.support.serving import Service
@@ -22,11 +24,9 @@ FLAGS = re.DOTALL | re.MULTILINE
 
 def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a service with an adaptation that takes no time."""
-    text = (ROOT / "docs" / "python.md").read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```", text, FLAGS)
-    assert len(snippets) == 6
-    (first,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), FLAGS)
-    snippets.insert(0, first)
+    pages = [README, TUTORIAL, ROOT / "docs" / "python.md"]
+    found = [re.findall(r"^```python\n(.*?)^```", page.read_text(), FLAGS) for page in pages]
+    assert [len(snippets) for snippets in found] == [1, 6, 6]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         data_dir=tmp_path / "data",
     )
     with listening(service) as running:
-        for snippet in snippets:
+        for snippet in chain.from_iterable(found):
             made = snippet.replace(ADDRESS, running.url)
             made = made.replace('name="pets")', 'name="pets", template="plain {}", shots=1)')
             made = made.replace(', task="pets")', ")")  # The fake voter serves the default task.
