@@ -13,7 +13,7 @@ import typer
 from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
-from service.cli.console import read_settings, tell
+from service.cli.console import example, read_settings, tell
 from service.cli.evaluation import command as evaluation
 from service.cli.laboratory import audit, concepts, plots, tables
 from service.config import SecretError, Settings
@@ -25,32 +25,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vouchsafe")
 
+HELP = """Image classification whose every answer carries a provable l2 radius.
+
+Exits with 0, with 1 where something fails, fails a check or has no answer, and with 2 for an
+option, a file or a setting that cannot be used.
+"""
+
 app = typer.Typer(
-    help="Image classification whose every answer carries a provable l2 radius.",
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-EXAMPLE = "Example: "
-"""Begin of the last line of a command's help."""
 _ASK, _SERVE, _TASKS, _MEASURE = "Ask", "Serve", "Tasks", "Measure"
 """Groups of commands in the help."""
 
 
-def _add(command: Callable[..., None], group: str, example: str) -> None:
-    app.command(rich_help_panel=group, epilog=f"{EXAMPLE}vouchsafe {example}")(command)
+def _add(command: Callable[..., None], group: str, words: str) -> None:
+    app.command(rich_help_panel=group, epilog=example(words))(command)
 
 
+_add(worker.worker, _SERVE, "worker --port 9100")
 _add(predict.predict, _ASK, "predict photo.jpg --certificate certificate.json")
 _add(verify.verify, _ASK, "verify certificate.json --jwks jwks.json --image photo.jpg")
 _add(verify.jwks, _ASK, "jwks")
-_add(worker.worker, _SERVE, "worker --port 9100")
 _add(adapt.adapt, _TASKS, "adapt --labels labels.txt --name pets")
 app.add_typer(models.models, name="models", rich_help_panel=_TASKS)
 _add(evaluation.evaluate, _MEASURE, "evaluate --task default --images photographs --n 1000")
 _add(tables.tables, _MEASURE, "tables runs/evaluation --table cifar10")
 _add(plots.plots, _MEASURE, "plots runs/evaluation --out plots")
 _add(audit.audit, _MEASURE, "audit log.tsv --n 100000 --sigma 0.25")
-_add(concepts.concepts, _MEASURE, "concepts photo.png --out concepts.png")
+_add(concepts.concepts, _MEASURE, "concepts photo.png --concepts cat,dog,whiskers --out concepts")
 app.add_typer(bench.bench, name="bench", rich_help_panel=_MEASURE)
 
 _MAX_NAMED = 5
@@ -90,14 +94,10 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Image classification whose every answer carries a provable l2 radius.
-
-    Exits with 0; with 1 where something has no answer, fails a check or fails; with 2 for an
-    option, a file or a setting that cannot be used; and with 130 after Ctrl-C.
-    """
+    """Options of no command."""
 
 
-@app.command(rich_help_panel=_SERVE, epilog=f"{EXAMPLE}vouchsafe serve --port 9000")
+@app.command(rich_help_panel=_SERVE, epilog=example("serve --port 9000"))
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[

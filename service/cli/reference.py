@@ -6,13 +6,15 @@ Settings come from their fields, commands from their parameters, errors from the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
 from service import errors
-from service.cli.main import EXAMPLE, app
+from service.cli.console import EXAMPLE
+from service.cli.main import HELP, app
 from service.config import PREFIX, Settings
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -26,6 +28,15 @@ _RETRIES = {
     507: "after tasks were deleted",
 }
 """What a client does about a status; any other needs another request."""
+_SPECIAL_RETRIES = {
+    "cancelled": "the same request is a new job",
+    "task-failed": "after what `problem` says",
+    "adaptation-failed": "after what the detail says",
+    "task-unusable": "no: the operator restores the networks",
+    "engine-unavailable": "in some seconds",
+    "job-lost": "the same request is a new job",
+}
+"""What a client does about other errors of the same status."""
 _OTHER_RETRY = "no: change the request"
 
 
@@ -35,7 +46,7 @@ def settings() -> str:
         [
             f"`{PREFIX}{name.upper()}`",
             _default(field.get_default(call_default_factory=True)),
-            ", ".join(_limits(field.metadata)),
+            ", ".join([*_limits(field.metadata), *_choices(field.annotation)]),
             field.description or "",
         ]
         for name, field in sorted(Settings.model_fields.items())
@@ -61,6 +72,11 @@ def _limits(metadata: list[Any]) -> Iterator[str]:
                 yield f"{words} {limit:,}"
 
 
+def _choices(annotation: Any) -> Iterator[str]:
+    if get_origin(annotation) is Literal:
+        yield "one of " + ", ".join(f"`{choice}`" for choice in get_args(annotation))
+
+
 def problems() -> str:
     """docs/reference/errors.md."""
     kinds: list[type[errors.Problem]] = [*errors.Problem.__subclasses__(), errors.Problem]
@@ -71,7 +87,7 @@ def problems() -> str:
             str(kind.status),
             kind.title,
             _sentence(kind) if kind is not errors.Problem else "A fault of the service.",
-            _RETRIES.get(kind.status, _OTHER_RETRY),
+            _SPECIAL_RETRIES.get(kind.slug) or _RETRIES.get(kind.status, _OTHER_RETRY),
         ]
         for kind in sorted(unique, key=lambda kind: (kind.status, kind.slug))
     )
@@ -92,13 +108,12 @@ def _sentence(kind: type[errors.Problem]) -> str:
 def commands() -> str:
     """docs/reference/cli.md."""
     root: Any = typer.main.get_command(app)
-    words = (
+    words = " ".join(HELP.split("\n\n")[1].split())
+    more = (
         "`vouchsafe COMMAND --help` prints the same. `vouchsafe --install-completion` installs "
-        "completion. Unless a command says otherwise it exits with 0; with 1 where something has "
-        "no answer, fails a check or fails; with 2 for an option, a file or a setting that cannot "
-        "be used; and with 130 after Ctrl-C."
+        f"completion. {words}"
     )
-    return _page("The command line", words, *_described("vouchsafe", root))
+    return _page("The command line", more, *_described("vouchsafe", root))
 
 
 def _described(name: str, command: Any) -> Iterator[str]:
@@ -126,7 +141,17 @@ def _parameter(parameter: Any) -> list[str]:
         default = f"`{shown}`"
     elif isinstance(parameter.default, bool):
         default = ""
-    return [f"`{names}`", default, parameter.help or ""]
+    return [f"`{names}`", default, f"{parameter.help or ''} {_range(parameter)}"]
+
+
+def _range(parameter: Any) -> str:
+    """The choices or the limits of a parameter."""
+    kind = parameter.type_descriptor.annotation
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"One of {', '.join(f'`{each.value}`' for each in kind)}."
+    ends = (("at least", parameter.min), ("at most", parameter.max))
+    named = [f"{words} {limit:,}" for words, limit in ends if limit is not None]
+    return f"({', '.join(named)})" if named else ""
 
 
 def _table(heads: tuple[str, ...], rows: Any) -> str:
