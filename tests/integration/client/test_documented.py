@@ -36,6 +36,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     service = Service(
         more=[Supervisor(make_store(tmp_path / "data"), FAKE, FAST).run],
         data_dir=tmp_path / "data",
+        backlog_rows=100_000,
     )
     with listening(service) as running:
         for snippet in chain.from_iterable(found):
