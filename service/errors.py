@@ -66,13 +66,13 @@ class InvalidImage(Problem):
 
 
 class UnsupportedMedia(Problem):
-    """The body is neither a form nor JSON, or the image has an unsupported format."""
+    """The body is neither a form in UTF-8 nor JSON, or the image has an unsupported format."""
 
     status, slug, title = 415, "unsupported-media-type", "The media type is not supported"
 
 
 class TooLarge(Problem):
-    """More bytes or pixels than the service accepts."""
+    """More bytes, pixels or images than the service accepts."""
 
     status, slug, title = 413, "too-large", "The request is too large"
 
@@ -84,13 +84,13 @@ class Unauthorized(Problem):
 
 
 class Forbidden(Problem):
-    """The caller may see the resource, but not change it."""
+    """Another key made the task; the caller may see it, but not change it."""
 
     status, slug, title = 403, "forbidden", "The caller may not do this"
 
 
 class NotFound(Problem):
-    """The job, task or page does not exist, or belongs to another caller."""
+    """No such job, demonstration, batch, certificate, task or page, or that of another caller."""
 
     status, slug, title = 404, "not-found", "There is no such thing here"
 
@@ -108,7 +108,7 @@ class IdempotencyMismatch(Problem):
 
 
 class Backlog(Problem):
-    """The backlog is full, or no worker is alive."""
+    """The queue is full, or no live worker serves the task."""
 
     status, slug, title = 503, "backlog", "The service cannot take more work now"
 

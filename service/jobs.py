@@ -13,6 +13,7 @@ from itertools import chain, count, pairwise, zip_longest
 from typing import Any
 
 from models.certificates.alpha import alpha_shares, stage_shares
+from models.demonstrations.limits import Demonstration
 
 NOISE_FORMAT = "aes256-ctr/discrete-gaussian/3"
 """Part of every noise key: another way to draw or key rows gives other rows."""
@@ -76,12 +77,14 @@ class Job:
     - `bundle`: digest of the same bundle together with the numerics.
     - `classes`: number of labels of the task.
     - `shape`, `pixels`: (3, H, W), channel first, and the uint8 bytes of an image of that shape.
+    - `mode`: that of a question, or the kind of a demonstration. A demonstration is a single shard
+      of n estimation rows, under a random key; it has no method, no alpha and no certificate.
     - `key`: the job's noise key (32 bytes).
     - `created`: Unix seconds.
     - `owner`: name of the caller's API key.
     - `traceparent`: W3C trace context of the request, for logs; no row or key depends on it.
     - `setup_rows`: a worker's cost beside the rows, in rows: to prepare them, or the steps of
-      purifications.
+      purifications and of attacks.
     - `array_sha256`, `file_sha256`: SHA-256 (hex) of `pixels`, and of the file that was sent.
     - `numerics`: the worker's numerics that `bundle` includes.
     - `method`: the statistical procedure; unless given, `binomial` in predict mode, else `cohen`.
@@ -91,6 +94,7 @@ class Job:
       Each look ends a round. Empty where all rows are drawn before the only look.
     - `stages`: the sigmas of a cascade, descending; `sigma` is the first. `n0` and `n` are then the
       rows of each stage. Rows are numbered on from stage to stage, and a look ends each of them.
+    - `epsilon`: the most that an attack may change, in l2 on [0,1] pixels.
 
     Raises ValueError for looks that are no such schedule.
     """
@@ -99,7 +103,7 @@ class Job:
     task: str
     task_digest: str
     bundle: str
-    mode: Mode
+    mode: Mode | Demonstration
     sigma: float
     alpha: float
     n0: int
@@ -119,14 +123,20 @@ class Job:
     target_radius: float | None = None
     looks: tuple[int, ...] = ()
     stages: tuple[float, ...] = ()
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.method:
+        if not self.method and not self.demonstrates:
             method = "binomial" if self.mode is Mode.PREDICT else "cohen"
             object.__setattr__(self, "method", method)
         schedule, n = (0, *self.looks), self.n * len(self.sigmas)
         if self.looks and (schedule[-1] != n or any(a >= b for a, b in pairwise(schedule))):
             raise ValueError(f"looks is {self.looks}; it must ascend from 1 or more to n = {n}")
+
+    @property
+    def demonstrates(self) -> bool:
+        """Whether the job is a demonstration."""
+        return isinstance(self.mode, Demonstration)
 
     @property
     def rows(self) -> int:
@@ -159,12 +169,13 @@ class Job:
         return tuple(chain.from_iterable(self.rounds(most_rows)))
 
     def rounds(self, most_rows: int) -> tuple[tuple[Shard, ...], ...]:
-        """The shards of each round; a single round without looks.
+        """The shards of each round; a single round without looks, a single shard to demonstrate.
 
         The first round has the selection rows too, or every round of a cascade those of its stage.
         Indices count on from round to round.
         """
         indices = count()
+        most_rows = self.rows if self.demonstrates else most_rows
 
         def cut(domain: Domain, start: int, stop: int) -> list[Shard]:
             starts = range(start, stop, most_rows)
@@ -200,7 +211,7 @@ class Job:
         """
         readers: dict[str, Callable[[Any], Any]] = {
             "key": b64decode,
-            "mode": Mode,
+            "mode": _mode,
             "shape": tuple,
             "looks": tuple,
             "stages": tuple,
@@ -209,6 +220,10 @@ class Job:
         for name in readers.keys() & fields.keys():
             fields[name] = readers[name](fields[name])
         return cls(**fields, pixels=pixels)
+
+
+def _mode(name: str) -> Mode | Demonstration:
+    return Demonstration(name) if name in [*Demonstration] else Mode(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +237,7 @@ class JobStatus:
     - `due`: a round is complete, so the job waits for `Engine.extend` or `Engine.finish`.
     - `started`, `finished`: Unix seconds.
     - `problem`: a problem document once the state is `failed`.
+    - `result`: what the shard of a demonstration was committed with.
     """
 
     job: Job
@@ -234,6 +250,7 @@ class JobStatus:
     problem: dict[str, Any] | None = None
     looks: tuple[tuple[int, ...], ...] = ()
     due: bool = False
+    result: bytes = b""
 
     @property
     def votes_by_stage(self) -> tuple[tuple[int, ...], ...]:

@@ -46,11 +46,16 @@ class OpenClipClassifier:
         with torch.no_grad():
             text = model.encode_text(words, normalize=True)
             self._prototypes = model.logit_scale.exp() * text
-        self.scale = float(model.logit_scale.exp())
+        self._scale = model.logit_scale.detach()
         self._visual = runtime.prepare(
             model.visual.to(dtype=dtype, memory_format=torch.channels_last)
         )
         self._preprocess = preprocess_of(model, dtype)
+
+    @property
+    def scale(self) -> float:
+        """What the cosines are multiplied by."""
+        return float(self._scale.exp())
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Classifier`."""

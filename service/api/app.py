@@ -10,11 +10,12 @@ from fastapi import Depends, FastAPI
 from service.api.auth import caller
 from service.api.batches import batches
 from service.api.certificates import certificates
+from service.api.demonstrations import demonstrations
 from service.api.description import operation_id
 from service.api.middleware import add_bounds, admitted
 from service.api.open_inference.routes import health_routes as v2_health_routes
 from service.api.open_inference.routes import routes as v2_routes
-from service.api.pages import docs_assets, pages
+from service.api.pages import docs_assets, pages, static_files
 from service.api.predictions import routes as predictions_routes
 from service.api.problems import KEYED, PROBLEM_HANDLERS
 from service.api.services import Services
@@ -64,8 +65,10 @@ def include_routes(app: FastAPI) -> None:
     app.include_router(predictions_routes)
     app.include_router(batches)
     app.include_router(certificates)
+    app.include_router(demonstrations)
     app.include_router(tasks)
     app.include_router(v2_health_routes)
     app.include_router(v2_routes)
     app.include_router(pages)
     app.mount("/docs/assets", docs_assets)
+    app.mount("/static", static_files)

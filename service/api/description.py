@@ -20,6 +20,7 @@ TAGS = {
     "jobs": "Questions in the queue: progress, result, cancellation.",
     "batches": "One question about many images, with one alpha for all.",
     "certificates": "Certificates of earlier answers, and the keys that verify them.",
+    "demonstrations": "Pictures of what the networks see, and of an attack; they prove nothing.",
     "tasks": "New tasks from labels alone.",
     "open inference": "The Open Inference Protocol (v2), as Triton and KServe speak it.",
     "operation": "Probes and metrics.",

@@ -10,14 +10,16 @@ from fastapi import APIRouter, Depends, Header, Request
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.responses import JSONResponse, Response
 
+from models.zoo.registry import DENOISER_SETS
 from service import errors
 from service.api.auth import caller
 from service.api.problems import KEYED, problem_responses
 from service.api.requests import Preferences, read_question
 from service.jobs import JobStatus, State
-from service.predictions.question import PredictRequest
-from service.predictions.rounds import proven
+from service.predictions.demonstrations import Asked
+from service.predictions.question import ImageRequest, PredictRequest
 from service.predictions.schemas import (
+    DenoiserResponse,
     JobResponse,
     ModelResponse,
     ModelsResponse,
@@ -34,17 +36,60 @@ def _predictions(request: Request) -> Predictions:
 
 Caller = Annotated[str | None, Depends(caller)]
 Service = Annotated[Predictions, Depends(_predictions)]
+Prefer = Annotated[
+    list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1, max_length=255, description="Makes a retry return the first request's job"
+    ),
+]
 Leaving = Coroutine[Any, Any, None]
 """Returns when the caller disconnects."""
 
 routes = APIRouter(dependencies=[Depends(caller)], responses=KEYED)
 
 
-def _question_schema(**encoding: str) -> dict[str, Any]:
-    schema = PredictRequest.model_json_schema()
+def image_body(kind: type[ImageRequest]) -> dict[str, Any]:
+    """OpenAPI's part of a request of this kind, as a form or as JSON."""
+    content = {
+        "multipart/form-data": _schema(kind, format="binary"),
+        "application/json": _schema(kind, contentEncoding="base64"),
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _schema(kind: type[ImageRequest], **encoding: str) -> dict[str, Any]:
+    schema = kind.model_json_schema()
     description = schema["properties"]["image"]["description"]
     schema["properties"]["image"] = {"type": "string", "description": description, **encoding}
     return {"schema": schema}
+
+
+PROBLEMS = (
+    errors.MalformedRequest,
+    errors.NotFound,
+    errors.BodyTimeout,
+    errors.JobCancelled,
+    errors.TaskFailed,
+    errors.TooLarge,
+    errors.UnsupportedMedia,
+    errors.InvalidField,
+    errors.InvalidImage,
+    errors.IdempotencyMismatch,
+    errors.ShardDead,
+    errors.TaskUnusable,
+    errors.TaskAmbiguous,
+    errors.QuotaExceeded,
+    errors.TooManyOpen,
+    errors.Backlog,
+    errors.TaskNotReady,
+    errors.EngineUnavailable,
+    errors.JobLost,
+    errors.Overloaded,
+)
+"""The problems of a request about an image."""
 
 
 @routes.post(
@@ -53,53 +98,16 @@ def _question_schema(**encoding: str) -> dict[str, Any]:
     response_model=PredictResponse,
     responses={
         202: {"model": JobResponse, "description": "Accepted, with `Prefer: respond-async`"},
-        **problem_responses(
-            errors.MalformedRequest,
-            errors.NotFound,
-            errors.BodyTimeout,
-            errors.JobCancelled,
-            errors.TaskFailed,
-            errors.TooLarge,
-            errors.UnsupportedMedia,
-            errors.InvalidField,
-            errors.InvalidImage,
-            errors.IdempotencyMismatch,
-            errors.ShardDead,
-            errors.TaskUnusable,
-            errors.TaskAmbiguous,
-            errors.QuotaExceeded,
-            errors.TooManyOpen,
-            errors.Backlog,
-            errors.TaskNotReady,
-            errors.EngineUnavailable,
-            errors.JobLost,
-            errors.Overloaded,
-            errors.DeadlinePassed,
-        ),
+        **problem_responses(*PROBLEMS, errors.DeadlinePassed),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": _question_schema(format="binary"),
-                "application/json": _question_schema(contentEncoding="base64"),
-            },
-        }
-    },
+    openapi_extra=image_body(PredictRequest),
 )
 async def predict(
     request: Request,
     predictions: Service,
     owner: Caller,
-    prefer: Annotated[
-        list[str] | None, Header(description="`respond-async`, `wait=SECONDS` (600 at most)")
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1, max_length=255, description="Makes a retry return the first request's job"
-        ),
-    ] = None,
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Classify an image, with a radius inside which the label is proven stable.
 
@@ -107,7 +115,9 @@ async def predict(
     Idempotency-Key.
     """
     settings, preferences = request.app.state.services.settings, Preferences.of(prefer or [])
-    question = await predictions.resolved(await read_question(request, settings.max_body_bytes))
+    question = await predictions.resolved(
+        await read_question(request, settings.max_body_bytes, PredictRequest)
+    )
     job_id = await submitted(request, predictions, question, owner, idempotency_key)
     del question  # Frees the image's memory while the caller waits.
     wait = preferences.seconds(settings.default_wait_seconds)
@@ -122,7 +132,7 @@ async def predict(
 async def submitted(
     request: Request,
     predictions: Predictions,
-    question: PredictRequest,
+    question: Asked,
     owner: str | None,
     idempotency_key: str | None = None,
 ) -> str:
@@ -202,9 +212,9 @@ async def _events(predictions: Predictions, job_id: str) -> AsyncIterator[JSONSe
                 yield JSONServerSentEvent(job["problem"], event="problem")
             else:
                 looks = len(status.looks)
-                if looks > looks_sent and (bound := proven(status)) is not None:
+                if looks > looks_sent and (bound := predictions.proven_so_far(status)) is not None:
                     looks_sent = looks
-                    yield JSONServerSentEvent(bound._asdict(), event="bound")
+                    yield JSONServerSentEvent(bound, event="bound")
                 progress = {name: job[name] for name in ("state", "progress", "rows_done", "rows")}
                 yield JSONServerSentEvent(progress, event="progress")
         if status is None or not status.state.ended:
@@ -235,5 +245,9 @@ async def get_models(predictions: Service) -> ModelsResponse:
                 ready=bool(served[task]),
             )
             for task, bundle in predictions.tasks.items()
-        ]
+        ],
+        denoisers=[
+            DenoiserResponse(name=name, words=None if known.words is None else list(known.words))
+            for name, known in DENOISER_SETS.items()
+        ],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
@@ -58,18 +58,19 @@ class Preferences:
         return 0 if self.respond_async else default
 
 
-async def read_question(request: Request, max_body_bytes: int) -> PredictRequest:
-    """The question of a form or of JSON; the body is bounded while it is read.
+async def read_question(request: Request, max_body_bytes: int, kind: type[Document]) -> Document:
+    """The `kind` of a form or of JSON, with an image; the body is bounded while it is read.
 
     Raises UnsupportedMedia, TooLarge, MalformedRequest, and InvalidField with every invalid field.
     """
-    kind = _media_type(request)
+    media_type = _media_type(request)
     try:
-        if kind == _JSON:
-            return _read_json(await _whole_body(request, max_body_bytes), PredictRequest)
-        if kind == _FORM:
-            async with _form(_bounded(request, max_body_bytes), _MAX_FIELDS, _read_form) as fields:
-                return validated(lambda: PredictRequest.model_validate(fields), PredictRequest)
+        if media_type == _JSON:
+            return _read_json(await _whole_body(request, max_body_bytes), kind)
+        if media_type == _FORM:
+            text, bounded = kind.model_fields.keys() - {"image"}, _bounded(request, max_body_bytes)
+            async with _form(bounded, _MAX_FIELDS, lambda form: _read_form(form, text)) as fields:
+                return validated(lambda: kind.model_validate(fields), kind)
     except ClientDisconnect as error:
         raise MalformedRequest("The connection ended before the body did") from error
     raise UnsupportedMedia(f"Send {_FORM} or {_JSON}")
@@ -193,14 +194,14 @@ async def _form(
         await form.close()
 
 
-async def _read_form(form: FormData) -> dict[str, Any]:
+async def _read_form(form: FormData, text: Set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields and name != "sigma":
             raise invalid_field(name, f"The field {name} is given more than once")
         if name == "image" and not isinstance(value, UploadFile):
             raise invalid_field(name, "image must be sent as a file, with a file name")
-        if name in _TEXT_FIELDS and isinstance(value, UploadFile):
+        if name in text and isinstance(value, UploadFile):
             raise invalid_field(name, f"{name} must be sent as text, without a file name")
         fields[name] = await value.read() if isinstance(value, UploadFile) else value
     if len(sigmas := form.getlist("sigma")) > 1:
@@ -222,7 +223,7 @@ async def _read_batch(form: FormData) -> tuple[PredictRequest, list[UploadFile]]
         raise invalid_field("images", "images: send at least one file", 0, 1)
     if "image" in others:
         raise invalid_field("image", "there is no field 'image'; did you mean images?")
-    fields = await _read_form(others) | {"image": b""}
+    fields = await _read_form(others, _TEXT_FIELDS) | {"image": b""}
     return validated(lambda: PredictRequest.model_validate(fields), PredictRequest), images
 
 

@@ -28,6 +28,14 @@ def tell(reason: object) -> None:
         errors.print(f"vouchsafe: {reason}", style="red")
 
 
+EXAMPLE = "Example: "
+
+
+def example(words: str) -> str:
+    """The last line of a command's help: the command with `words` after it."""
+    return f"{EXAMPLE}vouchsafe {words}"
+
+
 def read_settings(*, log: bool = False) -> Settings:
     """The settings of this process; with `log`, they also configure its log.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 from models.bundle import BundleError
 from service.cli import adapt, models, predict, verify, worker
 from service.cli.bench import command as bench
-from service.cli.console import read_settings, tell
+from service.cli.console import example, read_settings, tell
 from service.cli.evaluation import command as evaluation
 from service.cli.laboratory import audit, concepts, plots, tables
 from service.config import SecretError, Settings
@@ -24,23 +25,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vouchsafe")
 
+HELP = """Image classification whose every answer carries a provable l2 radius.
+
+Exits with 0, with 1 where something fails, fails a check or has no answer, and with 2 for an
+option, a file or a setting that cannot be used.
+"""
+
 app = typer.Typer(
-    help="Image classification whose every answer carries a provable l2 radius.",
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(predict.predict)
-app.command()(adapt.adapt)
-app.command()(evaluation.evaluate)
-app.command()(tables.tables)
-app.command()(plots.plots)
-app.command()(audit.audit)
-app.command()(concepts.concepts)
-app.command()(worker.worker)
-app.command()(verify.verify)
-app.command()(verify.jwks)
-app.add_typer(models.models, name="models")
-app.add_typer(bench.bench, name="bench")
+_ASK, _SERVE, _TASKS, _MEASURE = "Ask", "Serve", "Tasks", "Measure"
+"""Groups of commands in the help."""
+
+
+def _add(command: Callable[..., None], group: str, words: str) -> None:
+    app.command(rich_help_panel=group, epilog=example(words))(command)
+
+
+_add(worker.worker, _SERVE, "worker --port 9100")
+_add(predict.predict, _ASK, "predict photo.jpg --certificate certificate.json")
+_add(verify.verify, _ASK, "verify certificate.json --jwks jwks.json --image photo.jpg")
+_add(verify.jwks, _ASK, "jwks")
+_add(adapt.adapt, _TASKS, "adapt --labels labels.txt --name pets")
+app.add_typer(models.models, name="models", rich_help_panel=_TASKS)
+_add(evaluation.evaluate, _MEASURE, "evaluate --task default --images photographs --n 1000")
+_add(tables.tables, _MEASURE, "tables runs/evaluation --table cifar10")
+_add(plots.plots, _MEASURE, "plots runs/evaluation --out plots")
+_add(audit.audit, _MEASURE, "audit log.tsv --n 100000 --sigma 0.25")
+_add(concepts.concepts, _MEASURE, "concepts photo.png --concepts cat,dog,whiskers --out concepts")
+app.add_typer(bench.bench, name="bench", rich_help_panel=_MEASURE)
 
 _MAX_NAMED = 5
 """Most tasks in the message of a ready server."""
@@ -79,10 +94,10 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Image classification whose every answer carries a provable l2 radius."""
+    """Options of no command."""
 
 
-@app.command()
+@app.command(rich_help_panel=_SERVE, epilog=example("serve --port 9000"))
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[

@@ -19,17 +19,19 @@ from models.zoo.own import folder_of
 from models.zoo.sources import FETCHABLE, SOURCES
 from service.cli.adapt import open_store
 from service.cli.add import add
-from service.cli.console import errors, read_settings
+from service.cli.console import errors, example, read_settings
 from service.errors import Problem
 
 if TYPE_CHECKING:
     from service.tasks.store import Store
     from service.tasks.task import Task
 
+_ADD = "models add mine --classifier timm:classifier --denoiser ffdnet:ffdnet"
+
 models = typer.Typer(help="The tasks and networks on this machine.", no_args_is_help=True)
 
 TaskId = Annotated[str, typer.Argument(help="A task's id; `default` is the built-in one's.")]
-models.command()(add)
+models.command(epilog=example(_ADD))(add)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
@@ -84,7 +86,7 @@ def _document(task: Task, used: int) -> dict[str, Any]:
     }
 
 
-@models.command("list")
+@models.command("list", epilog=example("models list --json"))
 def list_tasks(as_json: AsJson = False) -> None:
     """List every task, ready or not."""
     store = open_store(read_settings())
@@ -101,7 +103,7 @@ def list_tasks(as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@models.command()
+@models.command(epilog=example("models show pets"))
 def show(task_id: TaskId, as_json: AsJson = False) -> None:
     """Show one task with all its fields."""
     store = open_store(read_settings())
@@ -118,7 +120,7 @@ def show(task_id: TaskId, as_json: AsJson = False) -> None:
         print(f"measure it: vouchsafe evaluate --task {task_id} --images FOLDER")
 
 
-@models.command()
+@models.command(epilog=example("models verify default"))
 def verify(
     task_id: Annotated[str | None, typer.Argument(help="One task's id; all unless given.")] = None,
 ) -> None:
@@ -149,7 +151,7 @@ def _verify(folder: Path, task_id: str, models_dir: Path) -> None:
         network.verified(models_dir)
 
 
-@models.command()
+@models.command(epilog=example("models remove pets"))
 def remove(task_id: TaskId) -> None:
     """Remove a task, end its job, and remove the networks that `add` registered under its id."""
     store = open_store(read_settings())
@@ -192,7 +194,7 @@ def _built_on(store: Store, own: Path) -> list[str]:
     return users
 
 
-@models.command()
+@models.command(epilog=example("models fetch if-ii-l"))
 def fetch(
     name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.join(FETCHABLE)}.")],
     revision: Annotated[
@@ -224,7 +226,7 @@ def fetch(
     raise typer.Exit(_report(models_dir, FETCHABLE[name]))
 
 
-@models.command()
+@models.command(epilog=example("models check"))
 def check(
     path: Annotated[
         Path | None, typer.Argument(help="The models directory; VOUCHSAFE_MODELS_DIR unless given.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,11 +17,13 @@ from .events import Event, EventParser
 from .flows import Call, Document, Flow
 from .many import Answer, Questions, saving
 from .types import (
+    DemonstrationResponse,
     JobResponse,
     ModelResponse,
     PredictResponse,
     SignedCertificate,
     TaskResponse,
+    VerificationResponse,
 )
 
 T = TypeVar("T")
@@ -60,6 +62,13 @@ class AsyncClient:
         """See `Client.predict`."""
         content = await asyncio.to_thread(flows.read, image)
         return await self._run(flows.predict(content, self._timeout, idempotency_key, question))
+
+    async def demonstrate(
+        self, image: bytes | str | Path, **question: Any
+    ) -> DemonstrationResponse:
+        """See `Client.demonstrate`."""
+        content = await asyncio.to_thread(flows.read, image)
+        return await self._run(flows.demonstrate(content, self._timeout, question))
 
     async def predict_many(
         self,
@@ -133,6 +142,10 @@ class AsyncClient:
         """See `Client.certificate`."""
         return await self._run(flows.certificate(id))
 
+    async def verify(self, certificate: Mapping[str, Any] | str | Path) -> VerificationResponse:
+        """See `Client.verify`."""
+        return await self._run(flows.verify(certificate))
+
     async def public_keys(self) -> Document:
         """See `Client.public_keys`."""
         return await self._run(flows.get("/.well-known/jwks.json"))
@@ -166,6 +179,7 @@ class AsyncClient:
 
     async def _run(self, flow: Flow[T]) -> T:
         """See `Client._run`."""
+        flow = flows.patient(flow, self._timeout)
         response: httpx.Response | None = None
         error: VouchsafeError | None = None
         while True:

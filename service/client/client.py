@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,13 @@ from .events import Event, EventParser
 from .flows import Call, Document, Flow
 from .many import Answer, Questions, saving
 from .types import (
+    DemonstrationResponse,
     JobResponse,
     ModelResponse,
     PredictResponse,
     SignedCertificate,
     TaskResponse,
+    VerificationResponse,
 )
 
 T = TypeVar("T")
@@ -34,6 +36,7 @@ class Client:
     `key` is sent as the bearer key. `timeout` is the patience in seconds for one answer: waiting in
     the service and retries together. Raises ValueError for a malformed `url` or `timeout`.
 
+    A 429 or 503 is retried after the seconds of its Retry-After, as long as the patience lasts.
     Methods raise ProblemError for a refusal, by its kind, and Unreachable where no response
     arrives.
     """
@@ -79,6 +82,15 @@ class Client:
         """
         content = flows.read(image)
         return self._run(flows.predict(content, self._timeout, idempotency_key, question))
+
+    def demonstrate(self, image: bytes | str | Path, **question: Any) -> DemonstrationResponse:
+        """Pictures of what the networks see, or of an attack: `POST /demonstrations`.
+
+        `question` has its fields: kind (`rows` or `attack`), epsilon, task, sigma. Retried as
+        `predict` is. Raises ProblemError where it fails, and OSError for an unreadable file.
+        """
+        content = flows.read(image)
+        return self._run(flows.demonstrate(content, self._timeout, question))
 
     def predict_many(
         self,
@@ -157,6 +169,14 @@ class Client:
         """The certificate of an answer, document and signature: `GET /certificates/{id}`."""
         return self._run(flows.certificate(id))
 
+    def verify(self, certificate: Mapping[str, Any] | str | Path) -> VerificationResponse:
+        """The checks of a certificate by the service's own keys: `POST /certificates/verify`.
+
+        `certificate` is that of an answer, or the path of a file. `vouchsafe verify` checks one
+        without trusting the service.
+        """
+        return self._run(flows.verify(certificate))
+
     def public_keys(self) -> Document:
         """The JWKS that verifies certificates: `GET /.well-known/jwks.json`."""
         return self._run(flows.get("/.well-known/jwks.json"))
@@ -190,6 +210,7 @@ class Client:
 
     def _run(self, flow: Flow[T]) -> T:
         """The flow's result; its calls are sent, and their errors thrown into it."""
+        flow = flows.patient(flow, self._timeout)
         response: httpx.Response | None = None
         error: VouchsafeError | None = None
         while True:

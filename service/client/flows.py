@@ -6,6 +6,7 @@ call is thrown into it. `Client` and `AsyncClient` run the same flows.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -16,14 +17,23 @@ from urllib.parse import quote
 
 import httpx
 
-from .errors import Busy, Conflict, DeadlinePassed, ProblemError, problem_of
+from .errors import (
+    Busy,
+    Conflict,
+    DeadlinePassed,
+    ProblemError,
+    VouchsafeError,
+    problem_of,
+)
 from .events import Event
 from .types import (
+    DemonstrationResponse,
     JobResponse,
     ModelResponse,
     PredictResponse,
     SignedCertificate,
     TaskResponse,
+    VerificationResponse,
 )
 
 LONGEST_WAIT = 600
@@ -53,12 +63,65 @@ Flow = Generator[Call | Pause, httpx.Response | None, T]
 Document = dict[str, Any]
 
 
+def patient(flow: Flow[T], timeout: float) -> Flow[T]:
+    """The flow, whose calls that do not wait are sent again where the service is busy.
+
+    Each pauses for the seconds of Retry-After, as long as `timeout` allows. Calls that are sent
+    again change nothing twice: POST /tasks finds the task of the same labels.
+    """
+    end = time.monotonic() + timeout
+    response: httpx.Response | None = None
+    refused: VouchsafeError | None = None
+    while True:
+        try:
+            step = flow.send(response) if refused is None else flow.throw(refused)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+        response, refused = None, None
+        while True:
+            try:
+                response = yield step
+            except Busy as busy:
+                pause = busy.retry_after
+                is_waiting = isinstance(step, Call) and step.wait > 0.0
+                if is_waiting or pause is None or time.monotonic() + pause >= end:
+                    refused = busy
+                    break
+                yield Pause(pause)
+            except VouchsafeError as error:
+                refused = error
+                break
+            else:
+                break
+
+
 def predict(
     content: bytes, timeout: float, idempotency_key: str | None, question: Mapping[str, Any]
 ) -> Flow[PredictResponse]:
-    """The answer about an image; a 429, 503 or 504 is retried as the same job until `timeout`."""
+    """The answer about an image, as `_asked` waits for it."""
+    answer: PredictResponse = yield from _asked(
+        "/predict", content, timeout, idempotency_key, question
+    )
+    return answer
+
+
+def demonstrate(
+    content: bytes, timeout: float, question: Mapping[str, Any]
+) -> Flow[DemonstrationResponse]:
+    """The pictures of a demonstration, as `_asked` waits for them."""
+    found: DemonstrationResponse = yield from _asked(
+        "/demonstrations", content, timeout, None, question
+    )
+    return found
+
+
+def _asked(
+    path: str, content: bytes, timeout: float, key: str | None, question: Mapping[str, Any]
+) -> Flow[Any]:
+    """The document about an image; a 202, 429, 503 or 504 is retried as the same job."""
     fields = {name: _text(value) for name, value in question.items() if value is not None}
-    key = idempotency_key or str(uuid.uuid4())
+    key = key or str(uuid.uuid4())
     end = time.monotonic() + timeout
     while True:
         wait = max(1, min(LONGEST_WAIT, int(end - time.monotonic())))
@@ -68,8 +131,11 @@ def predict(
             "headers": {"Idempotency-Key": key, "Prefer": f"wait={wait}"},
         }
         try:
-            answer: PredictResponse = _document((yield Call("POST", "/predict", wait, request)))
-            return answer
+            found = _document((yield Call("POST", path, wait, request)))
+            if found.get("status") not in ("queued", "running"):
+                return found
+            if time.monotonic() >= end:
+                raise DeadlinePassed(504, {"detail": "The job goes on", "job": found["id"]})
         except DeadlinePassed:
             if time.monotonic() >= end:
                 raise
@@ -99,6 +165,18 @@ def job(id: str) -> Flow[JobResponse]:
 def certificate(id: str) -> Flow[SignedCertificate]:
     """A certificate, document and signature."""
     found: SignedCertificate = yield from get(address("certificates", id))
+    return found
+
+
+def verify(certificate: Mapping[str, Any] | str | Path) -> Flow[VerificationResponse]:
+    """The service's checks of a certificate; raises OSError for an unreadable file."""
+    if isinstance(certificate, Mapping):
+        content = json.dumps(certificate).encode()
+    else:
+        content = Path(certificate).read_bytes()
+    request = {"content": content, "headers": {"Content-Type": "application/json"}}
+    path = "/certificates/verify"
+    found: VerificationResponse = _document((yield Call("POST", path, request=request)))
     return found
 
 

@@ -44,6 +44,40 @@ class CertificateDocument(TypedDict):
     service: Issuer
 
 
+class CheckResponse(TypedDict):
+    """One check of a certificate."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+class DemonstrationResponse(TypedDict):
+    """A demonstration. It proves nothing: it has no certificate, no radius and no answer."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    kind: Literal["rows", "attack"]
+    task: str
+    sigma: float
+    resolution: int
+    rows: int
+    seen: NotRequired[str | None]
+    samples: NotRequired[list[Sample] | None]
+    epsilon: NotRequired[float | None]
+    image: NotRequired[str | None]
+    l2: NotRequired[float | None]
+    steps: NotRequired[int | None]
+    problem: NotRequired[dict[str, Any] | None]
+
+
+class DenoiserResponse(TypedDict):
+    """A denoiser set that new tasks are made with."""
+
+    name: str
+    words: list[str] | None
+
+
 class Evidence(TypedDict):
     """The votes; in a cascade those of the stage that answers, and of the passed ones."""
 
@@ -186,9 +220,10 @@ class ModelResponse(TypedDict):
 
 
 class ModelsResponse(TypedDict):
-    """Every task that callers can request."""
+    """Every task that callers can request, and what new tasks are made with."""
 
     models: list[ModelResponse]
+    denoisers: list[DenoiserResponse]
 
 
 class Network(TypedDict):
@@ -308,6 +343,14 @@ class Result(TypedDict):
     norms: Norms
 
 
+class Sample(TypedDict):
+    """One row: what the denoiser gets, what it returns, and the row's one vote."""
+
+    noisy: str
+    denoised: str
+    label: str
+
+
 class ServerMetadata(TypedDict):
     """This server."""
 
@@ -393,3 +436,11 @@ class Timing(TypedDict):
     queue: float
     inference: float
     total: float
+
+
+class VerificationResponse(TypedDict):
+    """The checks of a certificate by the keys of this service."""
+
+    passed: bool
+    document: CertificateDocument | None
+    checks: list[CheckResponse]

@@ -72,14 +72,16 @@ class MemoryEngine(MemoryJobs):
             delivery.expires = self._clock() + self._options.lease_seconds
         return [delivery.lease for delivery in deliveries]
 
-    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+    async def commit(self, lease: Lease, counts: Sequence[int], result: bytes = b"") -> bool:
         """Add a shard's votes once; see Engine."""
-        votes = checked_counts(lease, counts)
+        votes = checked_counts(lease, counts, result)
         self._deliveries([lease])  # Renews the worker, which is alive.
         record = self._open.get(lease.job.id)
         if record is None or lease.shard.index in record.counted:
             return False
         self._run(record)
+        if result:
+            self._keep_result(record, result)
         self._count(record, lease.shard.index, votes)
         return True
 

@@ -46,6 +46,7 @@ class MemoryJobs:
         self._clock = clock
         self._open: dict[str, JobRecord] = {}  # by submission
         self._ended: dict[str, JobRecord] = {}  # by end
+        self._results: dict[str, JobRecord] = {}  # with a result, by commit
         self._queues = Queues()
         self._held: dict[tuple[str, int], _Delivery] = {}
         self._workers: dict[str, tuple[Worker, float]] = {}
@@ -139,6 +140,12 @@ class MemoryJobs:
         if record.due:
             self._look_due.notify()
 
+    def _keep_result(self, record: JobRecord, result: bytes) -> None:
+        record.result = result
+        self._results[record.job.id] = record
+        if len(self._results) > self._options.max_results:
+            self._erase(next(iter(self._results.values())))
+
     def _settle(self, delivery: _Delivery, problem: Mapping[str, Any]) -> None:
         """Put a shard back after a failure or a worker crash, or end its job with the problem."""
         if delivery.record.is_poison(delivery.lease.shard.index):
@@ -172,6 +179,7 @@ class MemoryJobs:
         if record.job.id in self._open:
             self._end(record, State.CANCELLED)
         del self._ended[record.job.id]
+        self._results.pop(record.job.id, None)
         if record.caller_key is not None:
             del self._caller_keys[record.caller_key]
         for alias in record.aliases:

@@ -53,6 +53,7 @@ class JobRecord:
     - `reported`: the problem of the last failed attempt.
     - `problem`: that of the job once it has failed.
     - `looks`: nonzero estimation votes by class at each look that the job was extended past.
+    - `result`: that of a demonstration's shard.
     """
 
     job: Job
@@ -74,6 +75,7 @@ class JobRecord:
     worker_crashes: Counter[int] = field(default_factory=Counter)
     changed: Signal = field(default_factory=Signal)
     looks: list[dict[int, int]] = field(default_factory=list)
+    result: bytes = b""
 
     @property
     def complete(self) -> bool:
@@ -148,6 +150,7 @@ class JobRecord:
             problem=self.problem,
             looks=tuple(map(self._dense, self.looks)),
             due=self.due,
+            result=self.result,
         )
 
 

@@ -18,6 +18,7 @@ class EngineOptions:
     - `max_queue_rows_per_key`: most of them of one owner, where given.
     - `retention_seconds`: life of a job after its end; of an unfinished one, after its submission.
     - `max_finished_jobs`: most finished jobs that the engine retains.
+    - `max_results`: most of them with a result, which is large.
     - `unserved_seconds`: a job fails after no live worker has announced its digest for this time.
     - `starvation_seconds`: a task unserved for longer goes before the preferred one.
     - `worker_seconds`: a worker without a pull for longer is not alive.
@@ -29,6 +30,7 @@ class EngineOptions:
     max_queue_rows_per_key: int | None = None
     retention_seconds: float = 86_400.0
     max_finished_jobs: int = 100_000
+    max_results: int = 100
     unserved_seconds: float = 300.0
     starvation_seconds: float = 1.0
     worker_seconds: float = 30.0

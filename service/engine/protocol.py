@@ -21,6 +21,9 @@ FAILURES_ALLOWED = 3
 ISOLATED_CRASHES_ALLOWED = 5
 """Worker crashes on one shard after its isolation; the last of them ends the job."""
 
+MOST_RESULT_BYTES = 4 * 2**20
+"""Largest result of a shard."""
+
 RETRY_SECONDS = 10
 """Retry-After where no speed has been measured yet, or no worker is alive."""
 
@@ -157,12 +160,15 @@ class Engine(Protocol):
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """The leases still held, extended; a cancelled or lost one is missing."""
 
-    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+    async def commit(self, lease: Lease, counts: Sequence[int], result: bytes = b"") -> bool:
         """Add a shard's votes (K,) once; False where the shard was counted or the job has ended.
 
-        The first commit of a shard counts, even on a lease lost to another worker.
+        The first commit of a shard counts, even on a lease lost to another worker. A demonstration
+        has a `result` beside its votes. The engine keeps as many results as its options allow: a
+        new one erases the oldest job with a result.
 
-        Raises ValueError for counts that cannot be the votes of the shard's rows.
+        Raises ValueError for counts that cannot be the votes of the shard's rows, and for a result
+        of more than MOST_RESULT_BYTES.
         """
 
     async def fail(self, lease: Lease, problem: Mapping[str, Any]) -> None:
@@ -229,10 +235,11 @@ class Engine(Protocol):
         """Release every connection."""
 
 
-def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
+def checked_counts(lease: Lease, counts: Sequence[int], result: bytes) -> list[int]:
     """The counts (K,) as integers.
 
-    Raises ValueError unless there is one count >= 0 per class and they sum to the shard's rows.
+    Raises ValueError unless there is one count >= 0 per class and they sum to the shard's rows, and
+    for a result of more than MOST_RESULT_BYTES.
     """
     votes = [int(count) for count in counts]
     if len(votes) != lease.job.classes:
@@ -241,6 +248,8 @@ def checked_counts(lease: Lease, counts: Sequence[int]) -> list[int]:
         raise ValueError(f"a count is negative: {min(votes)}")
     if sum(votes) != lease.shard.rows:
         raise ValueError(f"counts of {sum(votes)} rows for a shard of {lease.shard.rows}")
+    if len(result) > MOST_RESULT_BYTES:
+        raise ValueError(f"a result of {len(result)} bytes; at most {MOST_RESULT_BYTES}")
     return votes
 
 

@@ -98,6 +98,11 @@ PREDICTIONS = Counter(
     "Predictions answered, by outcome: a label (answered) or an abstention (abstained).",
     ["task", "mode", "outcome"],
 )
+DEMONSTRATIONS = Counter(
+    "vouchsafe_demonstrations",
+    "Demonstrations that ended: succeeded, failed or cancelled.",
+    ["kind", "outcome"],
+)
 ADAPTATIONS = Counter(
     "vouchsafe_adaptations", "Adaptation jobs that ended: ready, failed or cancelled.", ["outcome"]
 )

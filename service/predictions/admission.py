@@ -14,7 +14,7 @@ from models.bundle import Bundle
 from service.config import Settings
 from service.engine.limits import full, most_rows, over_quota, served_otherwise, unserved
 from service.engine.protocol import Capacity, Engine
-from service.predictions.question import PredictRequest
+from service.predictions.demonstrations import Asked, DemonstrationRequest
 from service.validation import invalid_field
 
 ANNOUNCING_SECONDS = 5.0
@@ -29,15 +29,17 @@ def sigma_seconds(sigma: float) -> float:
     return 0.01 + 0.09 * sigma
 
 
-def check_rows(question: PredictRequest, owner: str | None, settings: Settings) -> int:
+def check_rows(question: Asked, owner: str | None, settings: Settings) -> int:
     """The most rows that one question of the owner may have.
 
     Raises InvalidField for a question with more.
     """
     limit = most_rows(owner, settings.max_queue_rows, settings.max_queue_rows_per_key)
     if question.charge > limit:
-        detail = f"n = {question.n} makes {question.charge} rows: at most {limit} may wait"
-        raise invalid_field("n", detail, question.n, limit)
+        field = "kind" if isinstance(question, DemonstrationRequest) else "n"
+        value = getattr(question, field)
+        detail = f"{field} = {value} makes {question.charge} rows: at most {limit} may wait"
+        raise invalid_field(field, detail, value, limit)
     return limit
 
 
@@ -45,7 +47,8 @@ def check_rows(question: PredictRequest, owner: str | None, settings: Settings) 
 class Admission:
     """An admitted question: the digest and the numerics that serve its bundle.
 
-    `setup_rows` are charged beside its rows: for preparing its sigma, and for purifications' steps.
+    `setup_rows` are charged beside its rows: for preparing its sigma, and for the steps of
+    purifications and attacks.
     """
 
     digest: str
@@ -62,7 +65,7 @@ class AdmissionControl:
         self._sigmas: OrderedDict[float, None] = OrderedDict()  # by last use, the oldest first
 
     async def admit(
-        self, question: PredictRequest, bundle: Bundle, owner: str | None, *, may_be_known: bool
+        self, question: Asked, bundle: Bundle, owner: str | None, *, may_be_known: bool
     ) -> Admission:
         """The digest under which live workers serve the task's bundle, if the rows fit.
 

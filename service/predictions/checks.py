@@ -12,8 +12,11 @@ from models.certificates.rules import (
     smallest_n_certify,
     smallest_n_predict,
 )
+from models.demonstrations.limits import Demonstration
+from models.kinds import gives_gradients
 from service.errors import as_json
 from service.jobs import Mode
+from service.predictions.demonstrations import LARGEST_RESOLUTION, Asked, DemonstrationRequest
 from service.predictions.question import (
     MOST_PURIFICATIONS,
     ONLY_METHOD,
@@ -26,14 +29,20 @@ DIFFUSION_KINDS = ("super-resolution", "unconditional")
 """Kinds of denoisers with the steps of a diffusion model."""
 
 
-def check_question(question: PredictRequest, bundle: Bundle) -> None:
-    """Raise InvalidField for noise too strong for the task, and for rows that always abstain."""
+def check_question(question: Asked, bundle: Bundle) -> None:
+    """Raise InvalidField for noise too strong for the task, and for rows that always abstain.
+
+    Of a demonstration, for pictures too large to keep, and for networks without gradients.
+    """
     sigma = max(question.sigmas, default=0.0)
     if sigma > bundle.largest_sigma:
         strongest = bundle.largest_sigma
         name = as_json(question.task)
         detail = f"sigma = {sigma:g}: the task {name} supports at most {strongest:g}"
         raise invalid_field("sigma", detail, sigma, strongest)
+    if isinstance(question, DemonstrationRequest):
+        _check_demonstration(question, bundle)
+        return
     _check_method(question)
     if question.mode is Mode.PURIFY:
         _check_purification(question, bundle)
@@ -58,6 +67,22 @@ def check_question(question: PredictRequest, bundle: Bundle) -> None:
         elif field == "target_radius":
             limit = largest_target(n, sigma, alpha, blur)
         raise invalid_field(field, str(error), getattr(question, field), limit) from error
+
+
+def _check_demonstration(question: DemonstrationRequest, bundle: Bundle) -> None:
+    name, kind = as_json(question.task), bundle.classifier.kind
+    if bundle.resolution > LARGEST_RESOLUTION:
+        detail = (
+            f"task = {name}: its images have {bundle.resolution} pixels a side; demonstrations "
+            f"have at most {LARGEST_RESOLUTION}"
+        )
+        raise invalid_field("task", detail, question.task, LARGEST_RESOLUTION)
+    if question.kind is Demonstration.ATTACK and not gives_gradients(kind):
+        detail = (
+            f"kind = {question.kind}: task {name} has a classifier of kind {kind}, which gives no "
+            "gradients"
+        )
+        raise invalid_field("kind", detail, question.kind.value)
 
 
 def _check_purification(question: PredictRequest, bundle: Bundle) -> None:

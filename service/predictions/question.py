@@ -89,7 +89,7 @@ def _default_rows(earlier: dict[str, Any]) -> int:
     return DEFAULT_ROWS[earlier.get("mode", Mode.CERTIFY)]
 
 
-_OneSigma = Annotated[float, Field(ge=SMALLEST_SIGMA, le=LARGEST_SIGMA)]
+OneSigma = Annotated[float, Field(ge=SMALLEST_SIGMA, le=LARGEST_SIGMA)]
 
 
 def _each_sigma(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -99,7 +99,7 @@ def _each_sigma(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return tuple(map(one, value)) if isinstance(value, list | tuple) else one(value)
 
     as_it_is = plain_serializer_function_ser_schema(lambda value: value)
-    one = handler.generate_schema(_OneSigma)
+    one = handler.generate_schema(OneSigma)
     return no_info_wrap_validator_function(validate, one, serialization=as_it_is)
 
 
@@ -119,8 +119,8 @@ Encoded = Annotated[
 ]
 
 
-class PredictRequest(BaseModel):
-    """One question about one image, as a form or as JSON."""
+class ImageRequest(BaseModel):
+    """The fields of every request about one image, as a form or as JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -130,6 +130,11 @@ class PredictRequest(BaseModel):
         max_length=200,
         description="Which labels to choose from: a task's id, or its name where no other has it.",
     )
+
+
+class PredictRequest(ImageRequest):
+    """One question about one image."""
+
     mode: AnyMode = Field(
         Mode.CERTIFY,
         description="`certify` answers with a radius; `predict` is quicker and has none. `purify` "

@@ -126,7 +126,7 @@ def to_response(
         p_upper=proven.p_upper,
         target_radius=proven.target_radius,
         target_reached=proven.target_reached,
-        counts=_counts(proven.counts, labels),
+        counts=label_counts(proven.counts, labels),
         stages=_stages(status, proven, labels) if job.stages else None,
         method=Method(proven.method),
         alpha_shares=job.alpha_shares,
@@ -138,7 +138,8 @@ def to_response(
     )
 
 
-def _counts(votes: Sequence[int], labels: Sequence[str]) -> list[LabelCount]:
+def label_counts(votes: Sequence[int], labels: Sequence[str]) -> list[LabelCount]:
+    """The votes by label, most first, without zeros."""
     ranked = sorted(zip(votes, labels, strict=True), key=lambda vote: -vote[0])
     return [LabelCount(label=label, count=count) for count, label in ranked if count]
 
@@ -149,7 +150,7 @@ def _stages(status: JobStatus, proven: Certificate, labels: Sequence[str]) -> li
         Stage(
             sigma=bounds.sigma,
             outcome=last if bounds is proven.stages[-1] else "passed",
-            counts=_counts(votes, labels),
+            counts=label_counts(votes, labels),
             p_lower=bounds.p_lower,
             p_upper=bounds.p_upper,
             radius=bounds.radius,

@@ -179,7 +179,17 @@ class ModelResponse(BaseModel):
     ready: bool = Field(description="Whether a live worker serves the task.")
 
 
+class DenoiserResponse(BaseModel):
+    """A denoiser set that new tasks are made with."""
+
+    name: str = Field(description="The value to send as `denoiser` to POST /tasks.")
+    words: list[str] | None = Field(
+        description="All the words that it was trained on, for labels; null where it takes any."
+    )
+
+
 class ModelsResponse(BaseModel):
-    """Every task that callers can request."""
+    """Every task that callers can request, and what new tasks are made with."""
 
     models: list[ModelResponse] = Field(description="The tasks.")
+    denoisers: list[DenoiserResponse] = Field(description="The sets that POST /tasks adapts.")

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import secrets
-import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeVar
 
 from models.bundle import Bundle
-from models.certificates.anytime import look_schedule
-from models.certificates.evidence import total_variation
 from service.config import Settings
 from service.engine.protocol import Engine
 from service.errors import (
@@ -26,22 +17,30 @@ from service.errors import (
     TaskNotReady,
     as_json,
 )
-from service.jobs import Job, JobStatus, State, noise_key
+from service.jobs import Job, JobStatus, State
 from service.operations import metrics
 from service.operations.logs import about
-from service.predictions.admission import Admission, AdmissionControl
+from service.predictions.admission import AdmissionControl
 from service.predictions.certificate import Issuing
 from service.predictions.checks import check_question
+from service.predictions.demonstrations import (
+    Asked,
+    DemonstrationResponse,
+    demonstration_response,
+)
 from service.predictions.document import SignedCertificate
 from service.predictions.images.reader import ImageLimits, ImageReader
-from service.predictions.question import Method, PredictRequest
-from service.predictions.results import job_response, problem, to_response
-from service.predictions.rounds import finish_early, keep_looking
+from service.predictions.jobs import to_job
+from service.predictions.question import ImageRequest
+from service.predictions.results import job_response, label_counts, problem, to_response
+from service.predictions.rounds import finish_early, keep_looking, proven
 from service.predictions.schemas import JobResponse, PredictResponse
 from service.predictions.waiting import JobWaiter
 from service.signing import SigningKeys
 
 logger = logging.getLogger("vouchsafe")
+
+Request = TypeVar("Request", bound=ImageRequest)
 
 
 class Predictions:
@@ -78,7 +77,7 @@ class Predictions:
 
     async def submit(
         self,
-        question: PredictRequest,
+        question: Asked,
         owner: str | None,
         idempotency_key: str | None,
         traceparent: str | None = None,
@@ -95,7 +94,7 @@ class Predictions:
         known = idempotency_key is not None
         admission = await self._admission.admit(question, bundle, owner, may_be_known=known)
         pixels = await self._reader.read(question.image, bundle.resolution)
-        job = self._job(question, pixels, bundle, admission, owner, traceparent)
+        job = to_job(question, pixels, bundle, admission, self._secret, owner, traceparent)
         job_id = await self.engine.submit(
             job,
             idempotency_key=idempotency_key,
@@ -114,7 +113,7 @@ class Predictions:
                 raise TaskNotReady(detail, retry_after=1, task=question.task)
         return job_id
 
-    async def resolved(self, question: PredictRequest) -> PredictRequest:
+    async def resolved(self, question: Request) -> Request:
         """The question with its task's id in the place of a name; raises as `task_id`."""
         task = await self.task_id(question.task)
         return question if task == question.task else question.model_copy(update={"task": task})
@@ -139,11 +138,21 @@ class Predictions:
             )
         return self.tasks[task]
 
-    async def status(self, job_id: str, owner: str | None) -> JobStatus:
-        """The job's status; raises NotFound for an unknown job and for another owner's."""
+    async def status(
+        self, job_id: str, owner: str | None, *, demonstrates: bool = False
+    ) -> JobStatus:
+        """The status of a question's job, or of a demonstration's.
+
+        Raises NotFound for an unknown job, for another owner's, and for a job of the other kind.
+        """
         status = await self.engine.status(job_id)
-        if status is None or status.job.owner != owner:
-            raise NotFound("There is no such job, or no longer")
+        if (
+            status is None
+            or status.job.owner != owner
+            or status.job.demonstrates is not demonstrates
+        ):
+            noun = "demonstration" if demonstrates else "job"
+            raise NotFound(f"There is no such {noun}, or no longer")
         return status
 
     async def ended(
@@ -172,6 +181,22 @@ class Predictions:
         """The job's response; raises NotFound for a result whose bundle is gone."""
         succeeded = status.state is State.SUCCEEDED
         return job_response(status, await self.to_response(status) if succeeded else None)
+
+    def to_demonstration(self, status: JobStatus) -> DemonstrationResponse:
+        """A demonstration's response; raises NotFound for pictures whose bundle is gone."""
+        succeeded = status.state is State.SUCCEEDED
+        labels = self._bundle_of(status.job).labels if succeeded else ()
+        return demonstration_response(status, labels)
+
+    def proven_so_far(self, status: JobStatus) -> dict[str, Any] | None:
+        """The bound and the votes of an early-stopping job's last whole look; None before one.
+
+        Raises NotFound once the job's bundle is gone.
+        """
+        if (bound := proven(status)) is None:
+            return None
+        counts = label_counts(status.looks[-1], self._bundle_of(status.job).labels)
+        return {**bound._asdict(), "counts": [count.model_dump() for count in counts]}
 
     async def cancel_stale(self, task: str) -> None:
         """Cancel the jobs of a task whose bundle is gone, or has been replaced since.
@@ -221,51 +246,6 @@ class Predictions:
         self._reader.close()
         await self._waiter.close()
 
-    def _job(
-        self,
-        question: PredictRequest,
-        pixels: NDArray[np.uint8],
-        bundle: Bundle,
-        admission: Admission,
-        owner: str | None,
-        traceparent: str | None,
-    ) -> Job:
-        (channels, height, width), array = pixels.shape, pixels.tobytes()
-        looks: tuple[int, ...] = ()
-        sigma = question.sigmas[0]
-        if question.method is Method.ANYTIME:
-            blur = total_variation((channels, height, width), sigma)
-            looks = look_schedule(question.n, sigma, question.alpha, question.target_radius, blur)
-        elif question.method is Method.CASCADE:
-            looks = tuple(question.n * stage for stage in range(1, len(question.sigmas) + 1))
-        job = Job(
-            id=secrets.token_urlsafe(16),
-            task=question.task,
-            task_digest=bundle.digest,
-            bundle=admission.digest,
-            mode=question.mode,
-            sigma=sigma,
-            alpha=question.alpha,
-            n0=question.selection_rows,
-            n=question.n,
-            classes=len(bundle.labels),
-            shape=(channels, height, width),
-            pixels=array,
-            key=b"",
-            created=time.time(),
-            owner=owner,
-            traceparent=traceparent,
-            setup_rows=admission.setup_rows,
-            method=question.method.value,
-            target_radius=question.target_radius,
-            looks=looks,
-            stages=question.sigmas if question.method is Method.CASCADE else (),
-            array_sha256=hashlib.sha256(array).hexdigest(),
-            file_sha256=hashlib.sha256(question.image).hexdigest(),
-            numerics=admission.numerics,
-        )
-        return replace(job, key=noise_key(self._secret, job))
-
     def _bundle_of_success(self, status: JobStatus) -> Bundle:
         """The bundle of a succeeded job; raises JobFailed for another job, and as `_bundle_of`."""
         if (document := problem(status)) is not None:
@@ -284,6 +264,9 @@ class Predictions:
         return bundle
 
     def _count_outcome(self, status: JobStatus) -> None:
+        if status.job.demonstrates:
+            metrics.DEMONSTRATIONS.labels(status.job.mode.value, status.state.value).inc()
+            return
         try:
             response = to_response(status, self._bundle_of_success(status).labels)
         except Problem as error:  # There is no answer to count.

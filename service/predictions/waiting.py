@@ -66,7 +66,7 @@ class JobWaiter:
             if not ending.done() and draining.done():
                 detail = "This process is stopping; send the request again"
                 if self._is_shared:
-                    detail = f"This process is stopping; the job goes on: request /jobs/{job_id}"
+                    detail = f"This process is stopping; the job {job_id} goes on: request it"
                 raise Backlog(detail, retry_after=RETRY_SECONDS, job=job_id)
             return ending.result() if ending.done() else None
         finally:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import torch
 
 from models.bundle import DEFAULT_TASK, Bundle, BundleError, read_bundle
+from models.demonstrations.pictures import Demonstrated, attack, show_rows
 from models.memory import check_headroom
+from models.rows import Rows
 from models.runtime import AUTO, Runtime, Torch
 from models.smoothing import (
     SmoothedModel,
@@ -83,6 +86,7 @@ class WorkerRuntime:
             cpu_threads,
             settings.model_cache_size,
             self.thread.patient,
+            partial(demonstrate, runtime=self._runtime, models_dir=settings.models_folder),
         )
 
     def waiting_for(self) -> str:
@@ -212,6 +216,31 @@ def load_and_warm(
         extra=naming(task_id=bundle.id),
     )
     return model
+
+
+def demonstrate(
+    bundle: Bundle,
+    model: SmoothedModel,
+    rows: Rows,
+    epsilon: float | None,
+    *,
+    runtime: Runtime,
+    models_dir: Path | None = None,
+) -> Demonstrated:
+    """A demonstration on a bundle's networks, `model` as they are served by `runtime`.
+
+    An attack needs gradients. Where the runtime gives none, the networks are loaded once more, by
+    torch in float32, and dropped at the end.
+
+    Raises what `show_rows`, `attack` and `load` raise.
+    """
+    if epsilon is None:
+        return show_rows(model, rows)
+    if not isinstance(runtime, Torch):
+        model = load(
+            bundle, runtime=Torch(), dtype=torch.float32, cpu_threads=0, models_dir=models_dir
+        )
+    return attack(model, rows, epsilon)
 
 
 @contextmanager

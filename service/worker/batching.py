@@ -41,7 +41,8 @@ class _Entry:
 class Packer:
     """Fills batches of at most `batch_rows` rows from many leases, oldest first.
 
-    A lease that is isolated or of purifications, or was put back as `alone`, never shares a batch.
+    A lease that is isolated, of purifications or a demonstration, or was put back as `alone`, never
+    shares a batch. A demonstration is a batch, whatever its rows.
     """
 
     def __init__(self, batch_rows: int) -> None:
@@ -69,18 +70,19 @@ class Packer:
             lease=lease,
             todo=deque([(lease.shard.start, lease.shard.stop)]),
             counts=np.zeros(lease.job.classes, np.int64),
-            alone=lease.isolated or lease.job.mode is Mode.PURIFY,
+            alone=lease.isolated or lease.job.demonstrates or lease.job.mode is Mode.PURIFY,
         )
 
     def next_batch(self) -> list[Slice]:
         """The slices of the next batch, at most `batch_rows` rows; empty where no row is left."""
         waiting = [entry for entry in self._entries.values() if entry.todo]
         if waiting and waiting[0].alone:
-            return self._cut(waiting[:1])
-        return self._cut([entry for entry in waiting if not entry.alone])
+            lease = waiting[0].lease
+            room = lease.shard.rows if lease.job.demonstrates else self._batch_rows
+            return self._cut(waiting[:1], room)
+        return self._cut([entry for entry in waiting if not entry.alone], self._batch_rows)
 
-    def _cut(self, entries: Sequence[_Entry]) -> list[Slice]:
-        room = self._batch_rows
+    def _cut(self, entries: Sequence[_Entry], room: int) -> list[Slice]:
         batch = []
         for entry in entries:
             while entry.todo and room:

@@ -160,7 +160,7 @@ class _Loop:
         self._prefetcher.last_task = task.task
         began = time.monotonic()
         try:
-            votes = await self._votes(task, [rows_of(part) for part in batch])
+            votes, result = await self._batch(task, batch)
             finished = task.packer.absorb(batch, votes)
         except DeviceFailed as error:
             self._drop(task, batch, error if self._thread.healthy else None)
@@ -178,13 +178,24 @@ class _Loop:
             counted_task = task.task if task.task in self._models else None
             measure(task.model, counted_task, batch, time.monotonic() - began)
             for lease, counts in finished:
-                self._reporter.commit(lease, counts)
+                self._reporter.commit(lease, counts, result)
         finally:
             self._prefetcher.end()
             if time.monotonic() - began > self._slow_seconds:
                 self._slow_tasks.add(task.task)
             else:
                 self._slow_tasks.discard(task.task)
+
+    async def _batch(
+        self, task: TaskBatch, batch: Sequence[Slice]
+    ) -> tuple[NDArray[np.int64], bytes]:
+        """The votes (len(batch), K) of one device batch, and a demonstration's result."""
+        parts, job = [rows_of(part) for part in batch], batch[0].lease.job
+        if not job.demonstrates:
+            return await self._votes(task, parts), b""
+        call = partial(task.model.demonstrate, parts[0], job.epsilon, task.bundle)
+        votes, result = await self._computed(call)
+        return votes[None], result
 
     async def _votes(self, task: TaskBatch, parts: Sequence[Rows]) -> NDArray[np.int64]:
         """The votes (len(parts), K) of one device batch.

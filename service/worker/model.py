@@ -63,6 +63,15 @@ class Model(Protocol):
         has another digest, and DeviceFailed where the process must exit.
         """
 
+    def demonstrate(
+        self, rows: Rows, epsilon: float | None, digest: str
+    ) -> tuple[NDArray[np.int64], bytes]:
+        """Votes by class (K,) of a demonstration's rows, and its pictures as JSON; blocks.
+
+        With `epsilon` it is an attack, otherwise the rows are shown. Raises NoGradients for an
+        attack on networks that give none, and ModelUnavailable and DigestChanged as `votes`.
+        """
+
 
 def warm_up(resolution: int, first: int, others: int) -> list[Rows]:
     """Rows of the three images that networks compute as they are loaded.

@@ -30,6 +30,13 @@ logger = logging.getLogger("vouchsafe")
 
 LOAD_SECONDS = 1_800.0
 """Seconds that a task's networks may load before the device counts as hung."""
+DEMONSTRATION_SECONDS = 600.0
+"""The same for a demonstration, which may load networks that give gradients."""
+
+Demonstrate = Callable[
+    [Bundle, "SmoothedModel", Rows, float | None], tuple[NDArray[np.int64], bytes]
+]
+"""Computes a demonstration on a bundle's networks; see `Model.demonstrate`."""
 
 
 class ModelCache(Mapping[str, "TaskModel"]):
@@ -38,6 +45,7 @@ class ModelCache(Mapping[str, "TaskModel"]):
     - `shapes`: loads networks for batches of at most the rows in `numerics`, in `cpu_threads`.
     - `max_loaded`: number of tasks whose networks stay loaded, beside the default task's.
     - `patient`: `ComputeThread.patient`.
+    - `compute_demonstration`: computes demonstrations.
 
     The event loop reads the cache; the compute thread loads and unloads networks.
     """
@@ -50,12 +58,14 @@ class ModelCache(Mapping[str, "TaskModel"]):
         cpu_threads: int,
         max_loaded: int,
         patient: Callable[[float], AbstractContextManager[None]],
+        compute_demonstration: Demonstrate,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.shapes = shapes
         self.numerics = numerics
         self.cpu_threads = cpu_threads
         self.patient = patient
+        self.compute_demonstration = compute_demonstration
         self.clock = clock
         self._tasks = tasks
         self._max_loaded = max_loaded
@@ -150,12 +160,23 @@ class TaskModel:
         Raises ModelUnavailable where they cannot be loaded, DigestChanged where they are loaded
         under another digest, and what `BatchShapes.votes` raises.
         """
+        return self._cache.shapes.votes(self.bundle, self._loaded_under(digest), parts)
+
+    def demonstrate(
+        self, rows: Rows, epsilon: float | None, digest: str
+    ) -> tuple[NDArray[np.int64], bytes]:
+        """See `Model.demonstrate`; loads the networks where they are not loaded."""
+        model = self._loaded_under(digest)
+        with self._cache.patient(DEMONSTRATION_SECONDS):
+            return self._cache.compute_demonstration(self.bundle, model, rows, epsilon)
+
+    def _loaded_under(self, digest: str) -> SmoothedModel:
         model = self.loaded()
         if self.digest != digest:
             raise DigestChanged(
                 f"task {self.bundle.id!r} is served under another digest: {self.digest[:16]}"
             )
-        return self._cache.shapes.votes(self.bundle, model, parts)
+        return model
 
     def loaded(self) -> SmoothedModel:
         """The networks, loaded where they are not; for the compute thread only.

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.kinds import NoGradients
 from service.engine.connection import EngineConnection, EngineUnreachable
 from service.engine.protocol import FAILURES_ALLOWED, Engine, Lease
-from service.errors import Problem, ShardDead, TaskUnusable
+from service.errors import Problem, ShardDead, TaskUnusable, as_json
 from service.operations import metrics
 from service.operations.logs import about
 from service.worker.model import ModelUnavailable
@@ -29,9 +30,9 @@ class Reporter:
         self._seconds = seconds
         self._reports: set[asyncio.Task[None]] = set()
 
-    def commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
-        """Report the shard's votes (K,)."""
-        self._report(self._commit(lease, counts))
+    def commit(self, lease: Lease, counts: NDArray[np.int64], result: bytes = b"") -> None:
+        """Report the shard's votes (K,), and a demonstration's result."""
+        self._report(self._commit(lease, counts, result))
 
     def fail(self, lease: Lease, error: Exception) -> None:
         """Report that the shard's attempt failed with this error."""
@@ -67,10 +68,10 @@ class Reporter:
         else:
             metrics.SHARDS.labels(outcome="released").inc(len(leases))
 
-    async def _commit(self, lease: Lease, counts: NDArray[np.int64]) -> None:
+    async def _commit(self, lease: Lease, counts: NDArray[np.int64], result: bytes) -> None:
         try:
             counted = await self._connection.insist(
-                lambda: self._engine.commit(lease, counts.tolist()), self._seconds
+                lambda: self._engine.commit(lease, counts.tolist(), result), self._seconds
             )
         except ValueError as error:
             logger.error(
@@ -96,6 +97,11 @@ def _problem(lease: Lease, error: Exception) -> Problem:
     """The problem of the job, if this attempt is the last."""
     if isinstance(error, ModelUnavailable):
         return TaskUnusable(str(error), job=lease.job.id)
+    if isinstance(error, NoGradients):
+        detail = (
+            f"Task {as_json(lease.job.task)} cannot be attacked: its networks have no gradients"
+        )
+        return ShardDead(detail, job=lease.job.id)
     detail = f"The same rows failed {FAILURES_ALLOWED} times: {type(error).__name__}."
     return ShardDead(detail, job=lease.job.id)
 

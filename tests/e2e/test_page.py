@@ -15,7 +15,7 @@ from benchmarks.server import serving
 from service.tasks.repository import REFERENCES_SHOWN
 from service.tasks.store import Store
 from tests.support.adapting import make_store
-from tests.support.browsing import ask, chromium, offered, text, until
+from tests.support.browsing import ask, chromium, offered, show, text, until
 from tests.support.fake_adaptation import GO
 from tests.support.paths import ROOT
 
@@ -71,10 +71,16 @@ def test_a_long_question_can_be_cancelled(browser: Chrome) -> None:
 
 def wish(driver: Chrome, labels: str, name: str) -> None:
     """Fill in the form of a new task and press the button."""
-    for field, words in (("labels", labels), ("name", name)):
+    show(driver, "tasks")
+    for field, words in (("entry", labels), ("name", name)):
         driver.find_element(By.ID, field).clear()
         driver.find_element(By.ID, field).send_keys(words)
     driver.find_element(By.ID, "make").click()
+
+
+def chips(driver: Chrome) -> list[str]:
+    """The labels that the form holds."""
+    return [chip.text.splitlines()[0] for chip in driver.find_elements(By.CLASS_NAME, "chip")]
 
 
 def card(driver: Chrome, name: str) -> WebElement | None:
@@ -104,7 +110,8 @@ def pictured(browser: Chrome) -> list[str]:
 def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
     """A task's stage, progress and pictures are shown as it is made; then it can be asked."""
     wish(browser, "frog\n\n ship \n", "wait and see")
-    until(browser, lambda: "finetuning, 50 %" in shown(browser, "wait and see", "state"))
+    making = "adapting the classifier, 50 %"
+    until(browser, lambda: making in shown(browser, "wait and see", "state"))
     assert "about 2 s left" in shown(browser, "wait and see", "state")
     assert shown(browser, "wait and see", "measure") == ""
     each = min(store.all()[0].settings["shots"], REFERENCES_SHOWN // 2)
@@ -115,44 +122,66 @@ def test_labels_become_a_task_to_ask(browser: Chrome, store: Store) -> None:
     until(browser, lambda: "wait and see (2 labels)" in offered(browser))
     made = card(browser, "wait and see")
     assert made is not None
-    measured = f"vouchsafe evaluate --task {store.all()[0].id} --images FOLDER"
+    made_id = store.all()[0].id
+    assert shown(browser, "wait and see", "id") == made_id
+    measured = f"vouchsafe evaluate --task {made_id} --images FOLDER"
     assert shown(browser, "wait and see", "measure").endswith(measured)
+    assert f"-F task={made_id}" in shown(browser, "wait and see", "curl")
     made.find_element(By.CLASS_NAME, "use").click()
+    until(browser, browser.find_element(By.ID, "task").is_displayed)
     chosen = Select(browser.find_element(By.ID, "task")).first_selected_option
     assert chosen.text == "wait and see (2 labels)"
     ask(browser, "100")
     until(browser, lambda: text(browser, "label"))
     assert text(browser, "label") in ("frog", "ship", "No answer")
-    twice = "const [card] = cards.values(); card.details.open = true; showPictures(card);"
     browser.refresh()
+    show(browser, "tasks")
     until(browser, lambda: card(browser, "wait and see") is not None)
-    browser.execute_script(twice + "return showPictures(card);")  # type: ignore[no-untyped-call]
+    for _ in range(3):  # Opened, closed, and opened again: each picture is shown once.
+        browser.find_element(By.CSS_SELECTOR, ".task summary").click()
     until(browser, lambda: pictured(browser) == ["frog", "ship"] * each)
-    others = (
-        "const [card] = cards.values(); const all = card.task.references; card.task.references ="
-    )
-    browser.execute_script(others + "all.slice(3).reverse(); showPictures(card);")  # type: ignore[no-untyped-call]
-    until(browser, lambda: pictured(browser) == (["frog", "ship"] * each)[:2:-1])
+
+
+def test_tasks_of_one_name_are_told_apart(browser: Chrome) -> None:
+    """Where two tasks have a name, the selection shows the begin of their ids."""
+    wish(browser, "bird, dog, ", "twins")
+    until(browser, lambda: shown(browser, "twins", "state") == "ready")
+    wish(browser, "bird, frog, ", "twins")
+    until(browser, lambda: [name.count(" · ") for name in offered(browser)].count(1) == 2)
+
+
+def test_known_words_are_offered(browser: Chrome) -> None:
+    """A click on a word that the networks know adds it, and its cross removes it."""
+    show(browser, "tasks")
+    words = browser.find_elements(By.CSS_SELECTOR, "#words button")
+    assert {"cat", "kitten", "ship"} <= {word.text for word in words}
+    for word in words[:2]:
+        word.click()
+    assert chips(browser) == ["airplane", "plane"]
+    for _ in range(2):
+        browser.find_element(By.CSS_SELECTOR, ".chip button").click()
+    assert chips(browser) == []
 
 
 def test_a_task_that_cannot_be_says_why(browser: Chrome) -> None:
     """Labels that are refused keep the form as it was; a job that fails shows its problem."""
-    wish(browser, "cat\nxylophone", "odd")
-    until(browser, lambda: text(browser, "refusal"))
-    assert '"xylophone" is not a word' in text(browser, "refusal")
-    assert browser.find_element(By.ID, "labels").get_property("value") == "cat\nxylophone"
+    wish(browser, "cat\nxylophone\n", "odd")
+    until(browser, lambda: text(browser, "labels-problem"))
+    assert '"xylophone" is not a word' in text(browser, "labels-problem")
+    assert chips(browser) == ["cat", "xylophone"]
+    assert browser.find_element(By.CLASS_NAME, "wrong").text.startswith("xylophone")
     browser.find_element(By.ID, "insist").click()
-    wish(browser, "cat\nxylophone", "fail for me")
+    wish(browser, "", "fail for me")
     until(browser, lambda: shown(browser, "fail for me", "state") == "failed")
     assert "lower steps" in shown(browser, "fail for me", "problem")
-    assert text(browser, "refusal") == ""
+    assert text(browser, "labels-problem") == text(browser, "refusal") == ""
     assert "fail for me (2 labels)" not in offered(browser)
 
 
 def test_a_task_can_be_deleted(browser: Chrome, store: Store) -> None:
     """Delete asks once more, ends the job of a task in the making, and leaves nothing of it."""
-    wish(browser, "cat\ndog", "hang on")
-    until(browser, lambda: "finetuning" in shown(browser, "hang on", "state"))
+    wish(browser, "cat\ndog\n", "hang on")
+    until(browser, lambda: "adapting the classifier" in shown(browser, "hang on", "state"))
     found = card(browser, "hang on")
     assert found is not None
     found.find_element(By.CLASS_NAME, "delete").click()
@@ -169,7 +198,7 @@ def test_nothing_is_fetched_from_elsewhere(browser: Chrome) -> None:
     fetched = browser.execute_script(
         "return performance.getEntriesByType('resource').map(entry => entry.name)"
     )
-    here = browser.current_url
+    here = browser.current_url.partition("#")[0]
     assert [address for address in fetched if not address.startswith((here, "data:"))] == []
     complaints = [entry["message"] for entry in browser.get_log("browser")]
     assert [message for message in complaints if "422" not in message] == []

@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
 from service.predictions.verification import Verifier
-from tests.support.browsing import ask, chromium, offered, text, until
+from tests.support.browsing import ask, chromium, offered, text, unfold, until
 from tests.support.listening import Listening, listening
 from tests.support.paths import ROOT
 from tests.support.serving import KEYS, Service, nine_of_ten, split
@@ -47,6 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, downloads: Path) -> Iterator[
 
 def fill(driver: Chrome, mode: str, target: str) -> None:
     """Choose the mode, and the radius that suffices where the mode has one."""
+    unfold(driver)
     Select(driver.find_element(By.ID, "mode")).select_by_value("certify")
     field = driver.find_element(By.ID, "target_radius")
     field.clear()
@@ -74,8 +75,8 @@ def test_a_radius_is_shown_in_gray_levels(page: Page) -> None:
     driver, served = page
     served.service.voter.votes = nine_of_ten
     assert answered(driver, "200") == "cat"
-    assert text(driver, "statement").startswith("Certified: no change shorter than 0.226 in l2")
-    assert "may change by up to 4.1 of 255 gray levels" in text(driver, "levels")
+    assert text(driver, "statement").startswith("Certified: no change shorter than 0.25 in l2")
+    assert "may change by up to 4.6 of 255 gray levels" in text(driver, "levels")
     assert text(driver, "runner-up") == "Runner-up: ant."
     assert text(driver, "among").startswith("Chosen among 4 labels: ant, bee, cat, dog. A picture")
     assert text(driver, "reached") == ""
@@ -143,7 +144,7 @@ def test_an_abstention_says_why(page: Page) -> None:
     assert text(driver, "statement").startswith("The votes are too close to answer.")
     served.service.voter.votes = lambda rows: [rows * 2 // 5, 0, rows - rows * 2 // 5, 0]
     assert answered(driver, "100") == "No answer"
-    assert "too few to answer. About 262 would do;" in text(driver, "statement")
+    assert "too few to answer. About 191 would do;" in text(driver, "statement")
     assert "asking with them is a new trial" in text(driver, "statement")
     assert answered(driver, "", target="0.5") == "No answer"
     assert text(driver, "statement").startswith("The service gave up early")

@@ -2,7 +2,8 @@
 
 They run in an empty folder that has the repository's `docs` and `.venv`:
 
-- every `curl`, `vouchsafe predict`, `jwks` and `verify` of README.md and docs/api.md, in order,
+- every `curl`, `vouchsafe predict`, `jwks` and `verify` of README.md, docs/tutorial.md and
+  docs/api.md, in order,
   against one server. The server is `tests.support.fake_server`: the embedded one with nano's
   networks, but adaptation jobs that take no minutes;
 - the commands for a fleet of docs/scaling.md, against a Redis.
@@ -25,11 +26,13 @@ import pytest
 
 from benchmarks.server import START_SECONDS, free_port
 from benchmarks.server import serving as server_process
-from tests.support.documents import API, FLEET, README, blocks, commands
+from tests.support.documents import API, FLEET, README, TUTORIAL, blocks, commands
 from tests.support.paths import ROOT
 
 CERTIFICATE = re.compile(r'"type":"urn:vouchsafe:certificate:1","id":"([\w-]+)"')
-LOCATION = re.compile(r"^location: /(batches|jobs|tasks)/(\S+)", re.MULTILINE | re.IGNORECASE)
+LOCATION = re.compile(
+    r"^location: /(batches|demonstrations|jobs|tasks)/(\S+)", re.MULTILINE | re.IGNORECASE
+)
 SERVE = re.compile(r"^\.venv/bin/vouchsafe serve .*$", re.MULTILINE)
 
 
@@ -47,7 +50,7 @@ def test_the_commands_work_in_order(folder: Path, tmp_path: Path) -> None:
     """What README and the reference have a reader type succeeds; the first answer is README's."""
     asked = [
         one
-        for page in (README, API)
+        for page in (README, TUTORIAL, API)
         for one in commands(page.read_text())
         if not one.startswith("make ")
     ]

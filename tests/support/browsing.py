@@ -51,12 +51,24 @@ def text(driver: Chrome, name: str) -> str:
 
 def ask(driver: Chrome, n: str) -> None:
     """Fill in the number of noisy copies and press the button."""
+    unfold(driver)
     field = driver.find_element(By.ID, "n")
     field.clear()
     field.send_keys(n)
     driver.find_element(By.ID, "ask").click()
 
 
+def unfold(driver: Chrome) -> None:
+    """Open the advanced fields."""
+    driver.execute_script("document.getElementById('advanced').open = true")  # type: ignore[no-untyped-call]
+
+
+def show(driver: Chrome, view: str) -> None:
+    """Go to a view by its link."""
+    driver.find_element(By.CSS_SELECTOR, f"nav a[href='#{view}']").click()
+
+
 def offered(driver: Chrome) -> list[str]:
     """The tasks in the page's selection."""
-    return [option.text for option in Select(driver.find_element(By.ID, "task")).options]
+    options = Select(driver.find_element(By.ID, "task")).options
+    return [str(option.get_property("text")) for option in options]

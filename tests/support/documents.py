@@ -7,12 +7,14 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-README, API, FLEET = ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "scaling.md"
+README, TUTORIAL = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
+API, FLEET = ROOT / "docs" / "api.md", ROOT / "docs" / "scaling.md"
 PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    *sorted((ROOT / "docs" / "reference").glob("*.md")),
 ]
 TREE = ("service", "models", "tests", "docs", "deploy", "docker", "benchmarks")
 

@@ -96,6 +96,16 @@ class FakeModel:
         votes = [fake_votes(key, range(start, stop), self.classes) for key, start, stop in rows]
         return np.array(votes, np.int64)
 
+    def demonstrate(
+        self, rows: Rows, epsilon: float | None, digest: str
+    ) -> tuple[NDArray[np.int64], bytes]:
+        most, self.batch_rows = self.batch_rows, rows.stop - rows.start
+        try:
+            (votes,) = self.votes([rows], digest)
+        finally:
+            self.batch_rows = most
+        return votes, f"pictures within {epsilon}".encode()
+
 
 class EngineSpy:
     """An engine that records its calls, and is unreachable whenever `trouble` returns true."""

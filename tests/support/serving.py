@@ -76,7 +76,7 @@ def split(rows: int) -> list[int]:
 class Voter:
     """A worker without a model: waits for `open`, then votes, or fails on request.
 
-    `busy` is set once it holds a lease.
+    `busy` is set once it holds a lease. Demonstrations have its `result`.
     """
 
     def __init__(self, engine: MemoryEngine, votes: Callable[[int], list[int]]) -> None:
@@ -86,6 +86,7 @@ class Voter:
         self.open.set()
         self.busy = asyncio.Event()
         self.fails = False
+        self.result = b""
         self.bundles = {"default": DIGEST}
         self.numerics = [NUMERICS]
         self.leases: list[Lease] = []
@@ -105,7 +106,8 @@ class Voter:
         if self.fails:
             await self.engine.fail(lease, {"detail": "the device is broken"})
         else:
-            await self.engine.commit(lease, self.votes(lease.shard.rows))
+            result = self.result if lease.job.demonstrates else b""
+            await self.engine.commit(lease, self.votes(lease.shard.rows), result)
 
 
 class Service:

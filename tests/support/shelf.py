@@ -29,6 +29,14 @@ def bundles(*names: str) -> dict[str, Bundle]:
     return {name: replace(TASKS["default"], id=name) for name in names}
 
 
+def fake_demonstration(
+    bundle: Bundle, model: Any, rows: Rows, epsilon: float | None
+) -> tuple[NDArray[np.int64], bytes]:
+    """What the fake networks compute of a demonstration."""
+    found: tuple[NDArray[np.int64], bytes] = model.demonstrate(rows, epsilon, model.digest)
+    return found
+
+
 class Narrow(FakeModel):
     """A model whose next batches run out of memory as the shelf says."""
 
@@ -73,7 +81,9 @@ class Shelf:
             NUMERICS.batch_rows,
             times_short=lambda: self.short,
         )
-        self.cache = ModelCache(tasks, shapes, NUMERICS, 0, max_loaded, patient, self.clock)
+        self.cache = ModelCache(
+            tasks, shapes, NUMERICS, 0, max_loaded, patient, fake_demonstration, self.clock
+        )
 
     def load(self, bundle: Bundle, batch_rows: int) -> FakeModel:
         self.loads.append(bundle.id)

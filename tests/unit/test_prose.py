@@ -16,6 +16,7 @@ GLOBS = (
     "CONTRIBUTING.md",
     "docs/*.md",
     "docs/how-to/*.md",
+    "docs/reference/*.md",
     "service/**/*.py",
     "models/**/*.py",
     "tests/**/test_prose.py",

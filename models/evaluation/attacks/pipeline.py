@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.classifiers.base import Classifier
+from models.kinds import NoGradients
 from models.noise import discrete_gaussian
 from models.purification.keyed import Row, keyed_noise
 from models.purification.purifier import Purifier
@@ -47,13 +48,15 @@ class Pipeline:
 
         The log of a sum has the gradient of its parts' logs, weighted by their shares of the sum.
         So rows are summed batch after batch, and the gradient is that of all rows at once. Raises
-        ValueError for networks without gradients, FloatingPointError as `loss`.
+        NoGradients for networks without gradients, FloatingPointError as `loss`.
         """
         at = x.detach().requires_grad_()
         logs, gradients = [], []
         for log_sum in self._log_sums(at, label, step):
             if not log_sum.requires_grad:
-                raise ValueError("the networks give no gradients: only --attack random is possible")
+                raise NoGradients(
+                    "the networks give no gradients: only --attack random is possible"
+                )
             gradients.append(torch.autograd.grad(log_sum, at)[0])
             logs.append(log_sum.detach())
         stacked = torch.stack(logs)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from models.certificates.limits import MOST_ROWS
-from service.cli.console import read_settings, tell
+from service.cli.console import example, read_settings, tell
 from service.cli.predict import Sigma
 
 bench = typer.Typer(help="Measure speed, or the cost of certificates.")
@@ -42,7 +42,7 @@ def speed(
     print(json.dumps(figures, indent=2))
 
 
-@bench.command()
+@bench.command(epilog=example("bench certificates"))
 def certificates(
     images: Annotated[
         int, typer.Option(min=1, max=500, help="Images of the shipped slice, from its first.")

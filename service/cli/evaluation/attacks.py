@@ -67,7 +67,7 @@ class AttackPlan:
         differentiated = sorted({*self.names} - WITHOUT_GRADIENTS)
         for task, setting in planned:
             kind = task.bundle.classifier.kind
-            if differentiated and kinds.is_own(kind) and kind not in kinds.TUNABLE_KINDS:
+            if differentiated and not kinds.gives_gradients(kind):
                 raise ValueError(
                     f"attack = {differentiated[0]}: task {task.name} has a classifier of kind "
                     f"{kind}, which gives no gradients; use {', '.join(WITHOUT_GRADIENTS)}"

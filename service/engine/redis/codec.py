@@ -49,6 +49,7 @@ def script_terms(options: EngineOptions, sweep_seconds: float) -> dict[str, int 
         "retention_ms": _milliseconds(options.retention_seconds),
         "open_ms": _milliseconds(options.retention_seconds + _GRACE_SECONDS),
         "max_finished_jobs": options.max_finished_jobs,
+        "max_results": options.max_results,
         "fast_pulls": FAST_PULLS,
         "unserved_ms": _milliseconds(options.unserved_seconds),
         "failures_allowed": FAILURES_ALLOWED,
@@ -155,6 +156,7 @@ def job_status(fields: Fields) -> JobStatus:
         finished=_seconds(fields.get(b"finished")),
         problem=_problem(job, fields) if state is State.FAILED else None,
         looks=tuple(looks.values()),
+        result=fields.get(b"result", b""),
         due=b"look" in fields and not state.ended and fields[b"counted"] == fields[b"shards"],
     )
 

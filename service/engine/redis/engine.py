@@ -133,9 +133,9 @@ class RedisEngine:
         """Extend the leases; returns those still held."""
         return await self._renew("", leases)
 
-    async def commit(self, lease: Lease, counts: Sequence[int]) -> bool:
+    async def commit(self, lease: Lease, counts: Sequence[int], result: bytes = b"") -> bool:
         """Add a shard's votes once; see Engine."""
-        votes = checked_counts(lease, counts)
+        votes = checked_counts(lease, counts, result)
         shard = lease.shard
         nonzero = [figure for item in enumerate(votes) if item[1] for figure in item]
         counted = await self._scripts.run(
@@ -144,6 +144,7 @@ class RedisEngine:
             shard.domain.value,
             shard.rows,
             json.dumps(lost("record", lease.job.id)),
+            result,
             *nonzero,
         )
         return bool(counted)

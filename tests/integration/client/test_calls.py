@@ -157,6 +157,50 @@ def test_a_busy_service_is_tried_again(made: Made) -> None:
             asking.wait_for_task("t", lambda data: None)
 
 
+def test_other_calls_are_tried_again_too(made: Made) -> None:
+    """Where Retry-After says when; without it, and beyond the patience, they are Busy."""
+    busy = {"status": 503, "detail": "later"}
+    later, never, late = (
+        (503, {"Retry-After": "0"}, busy),
+        (503, {}, busy),
+        (429, {"Retry-After": "9"}, busy),
+    )
+    found = (200, {}, {"tasks": [], "next": None})
+    made_task = (202, {}, {"id": "t"})
+    responses = (later, later, found, later, made_task, never, late)
+    with scripted(*responses) as server, made(server.url, timeout=5.0) as asking:
+        assert asking.tasks() == []
+        assert asking.make_task(LABELS) == {"id": "t"}
+        for _ in range(2):
+            with pytest.raises(client.Busy):
+                asking.models()
+    assert len(server.requests) == len(responses)
+
+
+def test_a_certificate_is_verified(made: Made, tmp_path: Path) -> None:
+    """By the service's keys, as a document and as a file; a changed one does not pass."""
+    with listening(Service(data_dir=tmp_path)) as running, made(running.url) as asking:
+        certificate = asking.predict(PNG, n=200)["certificate"]
+        file = tmp_path / "certificate.json"
+        file.write_text(json.dumps(certificate))
+        for given in (certificate, file, str(file)):
+            assert asking.verify(given)["passed"]
+        certificate["document"]["result"]["radius"] = 9.0
+        assert not asking.verify(certificate)["passed"]
+
+
+def test_a_demonstration_is_waited_for(made: Made) -> None:
+    """A 202 is asked for again under the same key, until the pictures are there."""
+    busy = (503, {"Retry-After": "0"}, {"status": 503, "detail": "later"})
+    waiting, done = (
+        (202, {}, {"id": "d", "status": "running"}),
+        (200, {}, {"id": "d", "status": "done"}),
+    )
+    with scripted(busy, waiting, done) as server, made(server.url) as asking:
+        assert asking.demonstrate(PNG, kind="rows")["status"] == "done"
+    assert len({request["Idempotency-Key"] for request in server.requests}) == 1
+
+
 def test_events_are_parsed_line_by_line() -> None:
     """Comments and unknown fields are left out, and data of several lines is one document."""
     parser = EventParser()

@@ -1,8 +1,9 @@
-"""docs/python.md: its snippets run as they are, one after another."""
+"""README.md and the pages of the client: their snippets run as they are, one after another."""
 
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 
 from service.tasks.supervisor import Supervisor
 from tests.support.adapting import FAKE, FAST, make_store
+from tests.support.documents import README, TUTORIAL
 from tests.support.listening import listening
 from tests.support.paths import ROOT
 from tests.support.serving import Service
 
 ADDRESS = "http://127.0.0.1:8000"
+FLAGS = re.DOTALL | re.MULTILINE
 
 
 def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a service with an adaptation that takes no time."""
-    text = (ROOT / "docs" / "python.md").read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 6
+    pages = [README, TUTORIAL, ROOT / "docs" / "python.md"]
+    found = [re.findall(r"^```python\n(.*?)^```", page.read_text(), FLAGS) for page in pages]
+    assert [len(snippets) for snippets in found] == [1, 6, 6]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     torch.manual_seed(0)
@@ -33,9 +36,10 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     service = Service(
         more=[Supervisor(make_store(tmp_path / "data"), FAKE, FAST).run],
         data_dir=tmp_path / "data",
+        backlog_rows=100_000,
     )
     with listening(service) as running:
-        for snippet in snippets:
+        for snippet in chain.from_iterable(found):
             made = snippet.replace(ADDRESS, running.url)
             made = made.replace('name="pets")', 'name="pets", template="plain {}", shots=1)')
             made = made.replace(', task="pets")', ")")  # The fake voter serves the default task.

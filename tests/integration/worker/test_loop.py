@@ -467,9 +467,9 @@ async def test_commits_under_way_arrive_before_the_end(engine: MemoryEngine) -> 
     """A worker told to stop returns only once the engine has taken its last votes."""
 
     class Slow(EngineSpy):
-        async def commit(self, lease: Lease, counts: list[int]) -> bool:
+        async def commit(self, lease: Lease, counts: list[int], result: bytes) -> bool:
             await asyncio.sleep(0.05)
-            return await engine.commit(lease, counts)
+            return await engine.commit(lease, counts, result)
 
     model = FakeModel(batch_rows=20)
     await submit(engine, make_job("a", n0=0, n=20))

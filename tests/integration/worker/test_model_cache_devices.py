@@ -36,7 +36,7 @@ from service.worker.compute import ComputeThread
 from service.worker.model import ModelUnavailable
 from service.worker.model_cache import ModelCache
 from tests.support.fakes import FakeModel
-from tests.support.shelf import NUMERICS, ROWS, Shelf, ask, bundles
+from tests.support.shelf import NUMERICS, ROWS, Shelf, ask, bundles, fake_demonstration
 
 GPU = torch.device("cuda")
 
@@ -189,7 +189,13 @@ def test_networks_that_have_changed_since_are_not_loaded(tmp_path: Path) -> None
     (base / "unet" / "config.json").write_text("{}")
     load = partial(load_and_warm, runtime=Torch(), cpu_threads=1, models_dir=tmp_path)
     cache = ModelCache(
-        {"pets": bundle}, BatchShapes(load, 4), NUMERICS, 1, 1, lambda _: nullcontext()
+        {"pets": bundle},
+        BatchShapes(load, 4),
+        NUMERICS,
+        1,
+        1,
+        lambda _: nullcontext(),
+        fake_demonstration,
     )
     with pytest.raises(ModelUnavailable, match=r"'unet/config.json' does not have the hash"):
         ask(cache["pets"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from models.certificates.norms import attack_norms
 from models.certificates.rules import certify
 from service.jobs import Domain, noise_key
 from tests.support.http import events
+from tests.support.paths import ROOT
 from tests.support.serving import (
     DIGEST,
     LABELS,
@@ -21,6 +23,8 @@ from tests.support.serving import (
     serving,
     split,
 )
+
+STATIC = ROOT / "service" / "api" / "static"
 
 
 async def test_certify_answers_in_full(service: Service) -> None:
@@ -205,24 +209,26 @@ async def test_events_of_a_failed_job_end_with_its_problem(service: Service) -> 
 
 async def test_models(service: Service) -> None:
     """/models tells what can be asked and how."""
-    assert (await service.client.get("/models")).json() == {
-        "models": [
-            {
-                "task": "default",
-                "name": "",
-                "id": "small",
-                "labels": list(LABELS),
-                "resolution": RESOLUTION,
-                "denoiser": "fake-denoiser",
-                "classifier": "fake-classifier",
-                "licence": "none",
-                "k": 1.8,
-                "largest_sigma": 1.0,
-                "bundle": DIGEST,
-                "ready": True,
-            }
-        ]
-    }
+    found = (await service.client.get("/models")).json()
+    words = {denoiser["name"]: denoiser["words"] for denoiser in found["denoisers"]}
+    assert words["if-ii-l"] is None
+    assert {"cat", "kitten", "ship"} < set(words["nano"])
+    assert found["models"] == [
+        {
+            "task": "default",
+            "name": "",
+            "id": "small",
+            "labels": list(LABELS),
+            "resolution": RESOLUTION,
+            "denoiser": "fake-denoiser",
+            "classifier": "fake-classifier",
+            "licence": "none",
+            "k": 1.8,
+            "largest_sigma": 1.0,
+            "bundle": DIGEST,
+            "ready": True,
+        }
+    ]
 
 
 async def test_unknown_addresses_and_methods(service: Service) -> None:
@@ -260,13 +266,18 @@ async def test_interface_is_described(service: Service) -> None:
 
 
 async def test_page_is_self_contained(service: Service) -> None:
-    """The page loads nothing from elsewhere and its policy admits its own script alone."""
+    """The page loads its own files alone, which its policy enforces, and modules of one release."""
     response = await service.client.get("/")
     policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "script-src 'sha256-" in policy
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
     assert "unsafe" not in policy
-    assert "http://" not in response.text
-    assert "https://" not in response.text
-    assert "certified" in response.text
+    assert "Certified" in response.text
+    modules = [path.name for path in (STATIC / "modules").glob("*.js")]
+    loaded = re.findall(r'(?:src|<link[^>]* href)="([^"]+)"', response.text)
+    assert len(loaded) > 3
+    for address in (*loaded, *(f"static/modules/{name}" for name in modules)):
+        file = await service.client.get(f"/{address}")
+        assert (file.status_code, file.headers["cache-control"]) == (200, "no-cache"), address
+        imported = re.findall(r'from "\./([^"]+)"', file.text) if "modules" in address else []
+        assert set(imported) <= set(modules)
     assert response.text.count("style=") == response.text.count("onclick=") == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,6 +21,7 @@ from benchmarks.server import free_port
 from service.config import Settings
 from tests.support.deployment import SECRETS, make_secrets, variables
 from tests.support.paths import ROOT
+from tests.support.wheels import build_wheel
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 API, WORKERS = "api", ("worker-cpu", "adaptation-cpu", "worker-gpu", "adaptation-gpu")
@@ -206,19 +206,7 @@ def test_what_images_copy_is_not_ignored(stages: dict[str, tuple[str, list[str]]
 
 def test_wheel_holds_everything(tmp_path: Path) -> None:
     """What images install is the whole project: weights, scripts and the page too."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("models", "service"):
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
-    subprocess.run(command, capture_output=True, check=True)  # noqa: S603
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(ZipFile(wheel).namelist())
+    held = set(ZipFile(build_wheel(tmp_path)).namelist())
     here = {
         str(path.relative_to(ROOT))
         for name in ("models", "service")

@@ -1,8 +1,8 @@
 -- Counts a shard once; returns 1 where it was counted. ARGV[3] is the job, [4] the shard, [5] the
--- token, [6] the domain, [7] its rows, [8] the problem where the job's record got lost, then class
--- and votes of every class with votes.
+-- token, [6] the domain, [7] its rows, [8] the problem where the job's record got lost, [9] a result
+-- or '', then class and votes of every class with votes.
 -- The first commit counts, even on a lost lease: XACK succeeds for a stale worker too.
-local id, shard, token, domain, rows, problem = unpack(ARGV, 3, 8)
+local id, shard, token, domain, rows, problem, result = unpack(ARGV, 3, 9)
 local job, done, entries = key('job', id), key('done', id), key('entries', id)
 local state, line, stream, counted, shards, look = unpack(redis.call('HMGET', job, 'state', 'line',
   'stream', 'counted', 'shards', 'look'))
@@ -27,10 +27,14 @@ if redis.call('SADD', done, shard) == 0 then
   return 0
 end
 run(id, state)
-for at = 9, #ARGV, 2 do
+for at = 10, #ARGV, 2 do
   redis.call('HINCRBY', job, domain .. ':' .. ARGV[at], ARGV[at + 1])
 end
 redis.call('HINCRBY', job, 'rows_done', rows)
+if result ~= '' then
+  redis.call('HSET', job, 'result', result)
+  keep_result(id)
+end
 redis.call('HDEL', job, 's:' .. shard, 'f:' .. shard, 'd:' .. shard)
 local entry = redis.call('HGET', entries, shard)
 if entry then

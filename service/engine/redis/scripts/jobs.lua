@@ -64,7 +64,17 @@ local function erase(id)
   end
   redis.call('DEL', key('job', id), key('image', id), key('done', id), key('entries', id))
   redis.call('ZREM', key('ended'), id)
+  redis.call('ZREM', key('results'), id)
   redis.call('PUBLISH', key('changed', id), '')
+end
+
+-- Lists a job that has a result, and erases the oldest of too many.
+local function keep_result(id)
+  redis.call('ZADD', key('results'), stamp(NOW), id)
+  redis.call('PEXPIRE', key('results'), TERMS.retention_ms)
+  if redis.call('ZCARD', key('results')) > TERMS.max_results then
+    erase(redis.call('ZRANGE', key('results'), 0, 0)[1])
+  end
 end
 
 -- Deletes the shards of a job from its stream, and the set of counted ones.
