@@ -62,7 +62,7 @@ The loss of every 50 steps is in [losses/](losses/).
 
 ## Figures
 
-[docs/results.md](../../docs/results.md) has them, and the commands.
+[docs/nano.md](../../docs/nano.md) has them, and the commands.
 """
 
 
