@@ -1,4 +1,4 @@
-"""The command `predict`: classifies images on this machine."""
+"""The command `predict`: classifies images on this machine, or by a server."""
 
 from __future__ import annotations
 
@@ -85,11 +85,16 @@ def predict(
         Path | None,
         typer.Option(help="Write the certificate here; for several images, a folder of them."),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="URL of a running server that answers in this machine's place."),
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with the server's API key.")] = None,
 ) -> None:
-    """Classify images on this machine.
+    """Classify images on this machine, or by a server.
 
     Exits with 1 if an image has no answer, and with 2, before any work, for an invalid path or
-    field.
+    field. A server refuses an invalid field for each image.
     """
     settings = read_settings()
     fields: dict[str, object] = {"task": task, "mode": mode}
@@ -105,18 +110,30 @@ def predict(
                 _fail("--alpha and --family-alpha exclude each other")
             fields["alpha"] = share = family_share(family_alpha, len(paths))
             errors.print(f"m = {len(paths)}: each image has alpha {share:.3g}")
-        asyncio.run(_check(settings, fields))
+        if server is None:
+            asyncio.run(_check(settings, fields))
+        key = None if key_file is None else key_file.read_text().strip()
         if certificate is not None and mode is not Mode.CERTIFY:
             _fail("--certificate needs --mode certify: no other mode certifies")
         files = [] if certificate is None else places(certificate, paths)
     except (OSError, ValueError, Problem) as error:
         _fail(error)
 
-    from service.processes.embedded import Embedded, leave_if_hung
+    if server is None:
+        from service.processes.embedded import Embedded, leave_if_hung
 
-    embedded = Embedded(settings)
-    answered = asyncio.run(_print_all(embedded, paths, fields, files, as_json=as_json))
-    leave_if_hung(embedded)
+        embedded = Embedded(settings)
+        outcomes = _answers(embedded, paths, fields, quiet=as_json)
+        answered = asyncio.run(_print_all(outcomes, files, as_json=as_json))
+        leave_if_hung(embedded)
+    else:
+        from service.cli.remote import answers
+
+        try:
+            outcomes = answers(server, key, paths, fields, quiet=as_json)
+            answered = asyncio.run(_print_all(outcomes, files, as_json=as_json))
+        except ValueError as error:
+            _fail(error)
     if answered < len(paths):
         raise typer.Exit(1)
 
@@ -168,9 +185,7 @@ def _question(image: bytes, fields: dict[str, object]) -> PredictRequest:
 
 
 async def _print_all(
-    embedded: Embedded,
-    paths: Sequence[Path],
-    fields: dict[str, object],
+    outcomes: AsyncIterator[tuple[Path, PredictResponse | Problem]],
     files: Sequence[Path],
     *,
     as_json: bool,
@@ -181,7 +196,7 @@ async def _print_all(
     """
     answers: list[tuple[Path, PredictResponse]] = []
     left = iter(files)
-    async for path, outcome in _answers(embedded, paths, fields, quiet=as_json):
+    async for path, outcome in outcomes:
         file = next(left, None)
         if isinstance(outcome, PredictResponse):
             answers.append((path, outcome))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
 from . import flows
-from .connection import EVENTS_TIMEOUT, GRACE_SECONDS, checked, options
+from .connection import EVENTS_SECONDS, GRACE_SECONDS, checked, options
 from .errors import Unreachable, VouchsafeError
 from .events import Event, EventParser
-from .flows import Call, Document, Flow
+from .flows import Call, Document, Flow, Patience
 from .many import Answer, Questions, saving
 from .types import (
     DemonstrationResponse,
@@ -25,6 +27,7 @@ from .types import (
     TaskResponse,
     VerificationResponse,
 )
+from .verification import Certificate, verified
 
 T = TypeVar("T")
 
@@ -35,7 +38,7 @@ class AsyncClient:
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, key: str | None = None, timeout: float = 3600.0
     ) -> None:
-        self._timeout = checked(url, timeout)
+        self._patience = Patience(checked(url, timeout))
         try:
             self._http = httpx.AsyncClient(**options(url, key))
         except httpx.InvalidURL as error:
@@ -61,14 +64,7 @@ class AsyncClient:
     ) -> PredictResponse:
         """See `Client.predict`."""
         content = await asyncio.to_thread(flows.read, image)
-        return await self._run(flows.predict(content, self._timeout, idempotency_key, question))
-
-    async def demonstrate(
-        self, image: bytes | str | Path, **question: Any
-    ) -> DemonstrationResponse:
-        """See `Client.demonstrate`."""
-        content = await asyncio.to_thread(flows.read, image)
-        return await self._run(flows.demonstrate(content, self._timeout, question))
+        return await self._run(flows.predict(content, self._patience, idempotency_key, question))
 
     async def predict_many(
         self,
@@ -76,44 +72,49 @@ class AsyncClient:
         *,
         at_once: int = 8,
         family_alpha: float | None = None,
+        manifest: str | Path | None = None,
         out: str | Path | None = None,
         on_answer: Callable[[Answer], None] | None = None,
         **question: Any,
     ) -> AsyncIterator[Answer]:
         """See `Client.predict_many`."""
-        asked, room = Questions.of(images, family_alpha, question), asyncio.Semaphore(at_once)
-
-        async def answer_of(path: Path) -> Answer:
-            async with room:
-                return await self._answer(path, asked.question)
-
+        asked = Questions.of(images, family_alpha, question, manifest is not None)
+        found = self._each(asked, at_once) if manifest is None else self._batch(asked, manifest)
         with saving(out) as save:
-            waiting = [asyncio.ensure_future(answer_of(path)) for path in asked.paths]
-            try:
-                for each in asyncio.as_completed(waiting):
-                    save(answer := await each)
+            async with aclosing(found) as answers:
+                async for answer in answers:
+                    save(answer)
                     if on_answer is not None:
                         on_answer(answer)
                     yield answer
-            finally:
-                for each in waiting:
-                    each.cancel()
+
+    async def demonstrate(
+        self,
+        image: bytes | str | Path,
+        kind: Literal["rows", "attack"] = "rows",
+        *,
+        idempotency_key: str | None = None,
+        **question: Any,
+    ) -> DemonstrationResponse:
+        """See `Client.demonstrate`."""
+        content, asked = await asyncio.to_thread(flows.read, image), {**question, "kind": kind}
+        return await self._run(flows.demonstrate(content, self._patience, idempotency_key, asked))
 
     async def models(self) -> list[ModelResponse]:
         """See `Client.models`."""
-        return await self._run(flows.models())
+        return await self._run(flows.models(self._patience))
 
     async def tasks(self) -> list[TaskResponse]:
         """See `Client.tasks`."""
-        return await self._run(flows.tasks())
+        return await self._run(flows.tasks(self._patience))
 
     async def task(self, id: str) -> TaskResponse:
         """See `Client.task`."""
-        return await self._run(flows.task(id))
+        return await self._run(flows.task(id, self._patience))
 
     async def make_task(self, labels: Sequence[Any], **settings: Any) -> TaskResponse:
         """See `Client.make_task`."""
-        return await self._run(flows.make_task(labels, settings))
+        return await self._run(flows.make_task(labels, self._patience, settings))
 
     async def wait_for_task(
         self, id: str, on_progress: Callable[[Document], None] | None = None
@@ -132,7 +133,7 @@ class AsyncClient:
 
     async def job(self, id: str) -> JobResponse:
         """See `Client.job`."""
-        return await self._run(flows.job(id))
+        return await self._run(flows.job(id, self._patience))
 
     async def delete_job(self, id: str) -> None:
         """See `Client.delete_job`."""
@@ -140,15 +141,22 @@ class AsyncClient:
 
     async def certificate(self, id: str) -> SignedCertificate:
         """See `Client.certificate`."""
-        return await self._run(flows.certificate(id))
-
-    async def verify(self, certificate: Mapping[str, Any] | str | Path) -> VerificationResponse:
-        """See `Client.verify`."""
-        return await self._run(flows.verify(certificate))
+        return await self._run(flows.certificate(id, self._patience))
 
     async def public_keys(self) -> Document:
         """See `Client.public_keys`."""
-        return await self._run(flows.get("/.well-known/jwks.json"))
+        return await self._run(flows.get("/.well-known/jwks.json", self._patience))
+
+    async def verify(
+        self,
+        certificate: Certificate,
+        jwks: str | Path | Mapping[str, Any] | None = None,
+        *,
+        image: bytes | str | Path | None = None,
+    ) -> VerificationResponse:
+        """See `Client.verify`."""
+        keys = await self.public_keys() if jwks is None else jwks
+        return await asyncio.to_thread(verified, certificate, keys, image)
 
     def job_events(self, id: str) -> AsyncIterator[Event]:
         """See `Client.job_events`."""
@@ -164,22 +172,61 @@ class AsyncClient:
         except (VouchsafeError, OSError) as error:
             return Answer(str(path), None, error)
 
+    async def _each(self, asked: Questions, at_once: int) -> AsyncGenerator[Answer, None]:
+        room = asyncio.Semaphore(at_once)
+
+        async def answer_of(path: Path) -> Answer:
+            async with room:
+                return await self._answer(path, asked.question)
+
+        waiting = [asyncio.ensure_future(answer_of(path)) for path in asked.paths]
+        try:
+            for each in asyncio.as_completed(waiting):
+                yield await each
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def _batch(self, asked: Questions, manifest: str | Path) -> AsyncGenerator[Answer, None]:
+        """See `Client._batch`."""
+        files = await asyncio.to_thread(asked.files)
+        batch = await self._run(flows.batch(files, self._patience, asked.question))
+        address, done = flows.address("batches", batch["id"]), 0
+        try:
+            async with aclosing(self._lines(f"{address}/results", self._patience.seconds)) as lines:
+                async for line in lines:
+                    done += 1
+                    yield asked.answer(line)
+        except GeneratorExit:
+            await self._run(flows.delete(address))
+            raise
+        if done < batch["total"]:
+            raise Unreachable(f"the results of batch {batch['id']} ended early")
+        signed = await self._run(flows.get(f"{address}/manifest", self._patience))
+        await asyncio.to_thread(Path(manifest).write_text, json.dumps(signed), encoding="utf-8")
+
     async def _events(self, path: str) -> AsyncIterator[Event]:
         parser = EventParser()
+        async with aclosing(self._lines(path)) as lines:
+            async for line in lines:
+                if (event := parser.feed(line)) is not None:
+                    yield event
+
+    async def _lines(self, path: str, silence: float = EVENTS_SECONDS) -> AsyncGenerator[str, None]:
+        """See `Client._lines`."""
+        timeout = httpx.Timeout(GRACE_SECONDS, read=silence)
         try:
-            async with self._http.stream("GET", path, timeout=EVENTS_TIMEOUT) as response:
+            async with self._http.stream("GET", path, timeout=timeout) as response:
                 if not response.is_success:
                     await response.aread()
                     raise flows.failure(response)
                 async for line in response.aiter_lines():
-                    if (event := parser.feed(line)) is not None:
-                        yield event
+                    yield line
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
     async def _run(self, flow: Flow[T]) -> T:
         """See `Client._run`."""
-        flow = flows.patient(flow, self._timeout)
         response: httpx.Response | None = None
         error: VouchsafeError | None = None
         while True:

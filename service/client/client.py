@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
 from . import flows
-from .connection import EVENTS_TIMEOUT, GRACE_SECONDS, checked, options
+from .connection import EVENTS_SECONDS, GRACE_SECONDS, checked, options
 from .errors import Unreachable, VouchsafeError
 from .events import Event, EventParser
-from .flows import Call, Document, Flow
+from .flows import Call, Document, Flow, Patience
 from .many import Answer, Questions, saving
 from .types import (
     DemonstrationResponse,
@@ -26,6 +28,7 @@ from .types import (
     TaskResponse,
     VerificationResponse,
 )
+from .verification import Certificate, verified
 
 T = TypeVar("T")
 
@@ -36,15 +39,16 @@ class Client:
     `key` is sent as the bearer key. `timeout` is the patience in seconds for one answer: waiting in
     the service and retries together. Raises ValueError for a malformed `url` or `timeout`.
 
-    A 429 or 503 is retried after the seconds of its Retry-After, as long as the patience lasts.
     Methods raise ProblemError for a refusal, by its kind, and Unreachable where no response
-    arrives.
+    arrives. Before that, reads and posts are sent again: after the seconds of Retry-After with a
+    429 or 503, and four times after a failed connection. All tries of a post have one
+    Idempotency-Key, so they are one job.
     """
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, key: str | None = None, timeout: float = 3600.0
     ) -> None:
-        self._timeout = checked(url, timeout)
+        self._patience = Patience(checked(url, timeout))
         try:
             self._http = httpx.Client(**options(url, key))
         except httpx.InvalidURL as error:
@@ -74,23 +78,11 @@ class Client:
         fields of `POST /predict`: task, mode, sigma (one, or a descending list), alpha, n0, n,
         method, target_radius; a field that is None is left out.
 
-        Waits until the answer is ready. A 429 or 503 is retried after the seconds of its
-        Retry-After. All tries share one Idempotency-Key, so they are one job.
-
-        Raises Busy or DeadlinePassed once the patience has ended, and OSError for an unreadable
-        file.
+        Waits until the answer is ready. Raises Busy or DeadlinePassed once the patience has ended,
+        and OSError for an unreadable file.
         """
         content = flows.read(image)
-        return self._run(flows.predict(content, self._timeout, idempotency_key, question))
-
-    def demonstrate(self, image: bytes | str | Path, **question: Any) -> DemonstrationResponse:
-        """Pictures of what the networks see, or of an attack: `POST /demonstrations`.
-
-        `question` has its fields: kind (`rows` or `attack`), epsilon, task, sigma. Retried as
-        `predict` is. Raises ProblemError where it fails, and OSError for an unreadable file.
-        """
-        content = flows.read(image)
-        return self._run(flows.demonstrate(content, self._timeout, question))
+        return self._run(flows.predict(content, self._patience, idempotency_key, question))
 
     def predict_many(
         self,
@@ -98,6 +90,7 @@ class Client:
         *,
         at_once: int = 8,
         family_alpha: float | None = None,
+        manifest: str | Path | None = None,
         out: str | Path | None = None,
         on_answer: Callable[[Answer], None] | None = None,
         **question: Any,
@@ -108,31 +101,49 @@ class Client:
         share of it as alpha, so that all answers hold together. `out` is a file to write, JSON
         lines or CSV by its suffix. A picture without an answer has an `error` in its place.
 
-        Raises ValueError for no pictures, an unknown suffix, and alpha beside family_alpha.
+        `manifest`, beside `family_alpha`, is a file to write too: the service then gets all
+        pictures as one batch (`POST /batches`) and signs the list of its certificates. The
+        service's limits take the place of `at_once`. Closing the iterator early erases the batch.
+
+        Raises ValueError for no pictures, an unknown suffix, alpha beside family_alpha, and
+        manifest without it; Unreachable where the results of a batch end early.
         """
-        asked = Questions.of(images, family_alpha, question)
-        with saving(out) as save, ThreadPoolExecutor(at_once, "vouchsafe") as pool:
-            waiting = [pool.submit(self._answer, path, asked.question) for path in asked.paths]
-            try:
-                for each in as_completed(waiting):
-                    save(answer := each.result())
-                    if on_answer is not None:
-                        on_answer(answer)
-                    yield answer
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        asked = Questions.of(images, family_alpha, question, manifest is not None)
+        found = self._each(asked, at_once) if manifest is None else self._batch(asked, manifest)
+        with saving(out) as save, closing(found) as answers:
+            for answer in answers:
+                save(answer)
+                if on_answer is not None:
+                    on_answer(answer)
+                yield answer
+
+    def demonstrate(
+        self,
+        image: bytes | str | Path,
+        kind: Literal["rows", "attack"] = "rows",
+        *,
+        idempotency_key: str | None = None,
+        **question: Any,
+    ) -> DemonstrationResponse:
+        """What the networks see of an image, or an attack on it, which proves nothing.
+
+        `question` has the other fields of `POST /demonstrations`: task, sigma, epsilon. Pictures
+        are PNGs, as `data:` addresses. Waits until they are ready, and raises as `predict` does.
+        """
+        content, asked = flows.read(image), {**question, "kind": kind}
+        return self._run(flows.demonstrate(content, self._patience, idempotency_key, asked))
 
     def models(self) -> list[ModelResponse]:
         """The tasks that the service answers about, each with its labels: `GET /models`."""
-        return self._run(flows.models())
+        return self._run(flows.models(self._patience))
 
     def tasks(self) -> list[TaskResponse]:
         """The tasks that were made from labels, the newest first: `GET /tasks`."""
-        return self._run(flows.tasks())
+        return self._run(flows.tasks(self._patience))
 
     def task(self, id: str) -> TaskResponse:
         """A task by its id, or by a name that no other task has: `GET /tasks/{id}`."""
-        return self._run(flows.task(id))
+        return self._run(flows.task(id, self._patience))
 
     def make_task(self, labels: Sequence[Any], **settings: Any) -> TaskResponse:
         """A task from labels, words or `{"label", "prompt"}`: `POST /tasks`.
@@ -140,7 +151,7 @@ class Client:
         `settings` are its other fields, such as name, template and shots. The task may not be ready
         yet: see `wait_for_task`.
         """
-        return self._run(flows.make_task(labels, settings))
+        return self._run(flows.make_task(labels, self._patience, settings))
 
     def wait_for_task(
         self, id: str, on_progress: Callable[[Document], None] | None = None
@@ -159,7 +170,7 @@ class Client:
 
     def job(self, id: str) -> JobResponse:
         """A job's state, progress, and result or problem: `GET /jobs/{id}`."""
-        return self._run(flows.job(id))
+        return self._run(flows.job(id, self._patience))
 
     def delete_job(self, id: str) -> None:
         """Cancel and erase a job: `DELETE /jobs/{id}`."""
@@ -167,19 +178,29 @@ class Client:
 
     def certificate(self, id: str) -> SignedCertificate:
         """The certificate of an answer, document and signature: `GET /certificates/{id}`."""
-        return self._run(flows.certificate(id))
-
-    def verify(self, certificate: Mapping[str, Any] | str | Path) -> VerificationResponse:
-        """The checks of a certificate by the service's own keys: `POST /certificates/verify`.
-
-        `certificate` is that of an answer, or the path of a file. `vouchsafe verify` checks one
-        without trusting the service.
-        """
-        return self._run(flows.verify(certificate))
+        return self._run(flows.certificate(id, self._patience))
 
     def public_keys(self) -> Document:
         """The JWKS that verifies certificates: `GET /.well-known/jwks.json`."""
-        return self._run(flows.get("/.well-known/jwks.json"))
+        return self._run(flows.get("/.well-known/jwks.json", self._patience))
+
+    def verify(
+        self,
+        certificate: Certificate,
+        jwks: str | Path | Mapping[str, Any] | None = None,
+        *,
+        image: bytes | str | Path | None = None,
+    ) -> VerificationResponse:
+        """The checks of a certificate, made on this machine; `passed` where none of them failed.
+
+        `certificate` is a path, a document with its signature, or an answer that holds one. `jwks`
+        are the keys to trust, a document or a path; without them those of this service are fetched.
+        With `image` the checks include that the certificate is about it.
+
+        Raises ValueError for what is no certificate and for a malformed `jwks`, OSError for an
+        unreadable file, and ImportError where the verifier's libraries are missing.
+        """
+        return verified(certificate, self.public_keys() if jwks is None else jwks, image)
 
     def job_events(self, id: str) -> Iterator[Event]:
         """A job's events as they come; the last is its `result` or `problem`."""
@@ -195,22 +216,52 @@ class Client:
         except (VouchsafeError, OSError) as error:
             return Answer(str(path), None, error)
 
+    def _each(self, asked: Questions, at_once: int) -> Generator[Answer, None, None]:
+        """The answers to one question a picture, each as it comes."""
+        with ThreadPoolExecutor(at_once, "vouchsafe") as pool:
+            waiting = [pool.submit(self._answer, path, asked.question) for path in asked.paths]
+            try:
+                for each in as_completed(waiting):
+                    yield each.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batch(self, asked: Questions, manifest: str | Path) -> Generator[Answer, None, None]:
+        """The answers of one batch, each as it comes; its manifest is written at the end."""
+        batch = self._run(flows.batch(asked.files(), self._patience, asked.question))
+        address, done = flows.address("batches", batch["id"]), 0
+        try:
+            for line in self._lines(f"{address}/results", self._patience.seconds):
+                done += 1
+                yield asked.answer(line)
+        except GeneratorExit:
+            self._run(flows.delete(address))
+            raise
+        if done < batch["total"]:
+            raise Unreachable(f"the results of batch {batch['id']} ended early")
+        signed = self._run(flows.get(f"{address}/manifest", self._patience))
+        Path(manifest).write_text(json.dumps(signed), encoding="utf-8")
+
     def _events(self, path: str) -> Iterator[Event]:
         parser = EventParser()
+        for line in self._lines(path):
+            if (event := parser.feed(line)) is not None:
+                yield event
+
+    def _lines(self, path: str, silence: float = EVENTS_SECONDS) -> Iterator[str]:
+        """The lines of a response as they come, with at most `silence` seconds between them."""
+        timeout = httpx.Timeout(GRACE_SECONDS, read=silence)
         try:
-            with self._http.stream("GET", path, timeout=EVENTS_TIMEOUT) as response:
+            with self._http.stream("GET", path, timeout=timeout) as response:
                 if not response.is_success:
                     response.read()
                     raise flows.failure(response)
-                for line in response.iter_lines():
-                    if (event := parser.feed(line)) is not None:
-                        yield event
+                yield from response.iter_lines()
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
     def _run(self, flow: Flow[T]) -> T:
         """The flow's result; its calls are sent, and their errors thrown into it."""
-        flow = flows.patient(flow, self._timeout)
         response: httpx.Response | None = None
         error: VouchsafeError | None = None
         while True:

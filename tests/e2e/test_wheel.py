@@ -40,13 +40,16 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_client_works_without_torch(python: Path, tmp_path: Path) -> None:
-    """README's snippet gets its answer, and torch is not there."""
+    """README's snippet gets its answer, which is verified there; torch is missing."""
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     with listening(Service(data_dir=tmp_path / "data")) as running:
-        code = snippet.replace("http://127.0.0.1:8000", running.url)
+        code = f"{snippet}print(Client('http://127.0.0.1:8000').verify(answer)['passed'])\n"
+        code = code.replace("http://127.0.0.1:8000", running.url)
         asked = run(python, "-c", code, cwd=tmp_path)
-    assert (asked.returncode, asked.stdout.split()[0]) == (0, "cat"), asked.stderr
+    assert asked.returncode == 0, asked.stderr
+    label, _, passed = asked.stdout.split()
+    assert (label, passed) == ("cat", "True")
     assert "No module named 'torch'" in run(python, "-c", "import torch", cwd=tmp_path).stderr
 
 

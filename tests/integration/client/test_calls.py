@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import client
-from service.client import AsyncClient, Client
 from service.client.events import Event, EventParser
 from service.tasks.supervisor import Supervisor
 from tests.support.adapting import FAKE, FAST, make_store
+from tests.support.clients import BOTH
 from tests.support.listening import listening
 from tests.support.scripted import scripted
 from tests.support.serving import PNG, Service
@@ -24,38 +23,7 @@ LABELS = ["cat", "dog"]
 Made = Callable[..., Any]
 
 
-class Blocking:
-    """An `AsyncClient` whose methods block, so that one test is for both clients."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._client = AsyncClient(url, **options)
-
-    def __enter__(self) -> Blocking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.run_until_complete(self._client.close())
-        self._loop.close()
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            result = getattr(self._client, name)(*arguments, **options)
-            if hasattr(result, "__anext__"):
-                return self._all(result)
-            return self._loop.run_until_complete(result)
-
-        return call
-
-    def _all(self, iterator: Any) -> Iterator[Any]:
-        while True:
-            try:
-                yield self._loop.run_until_complete(anext(iterator))
-            except StopAsyncIteration:
-                return
-
-
-@pytest.fixture(params=[Client, Blocking], ids=["Client", "AsyncClient"])
+@pytest.fixture(params=BOTH)
 def made(request: pytest.FixtureRequest) -> Made:
     found: Made = request.param
     return found
@@ -175,18 +143,6 @@ def test_other_calls_are_tried_again_too(made: Made) -> None:
             with pytest.raises(client.Busy):
                 asking.models()
     assert len(server.requests) == len(responses)
-
-
-def test_a_certificate_is_verified(made: Made, tmp_path: Path) -> None:
-    """By the service's keys, as a document and as a file; a changed one does not pass."""
-    with listening(Service(data_dir=tmp_path)) as running, made(running.url) as asking:
-        certificate = asking.predict(PNG, n=200)["certificate"]
-        file = tmp_path / "certificate.json"
-        file.write_text(json.dumps(certificate))
-        for given in (certificate, file, str(file)):
-            assert asking.verify(given)["passed"]
-        certificate["document"]["result"]["radius"] = 9.0
-        assert not asking.verify(certificate)["passed"]
 
 
 def test_a_demonstration_is_waited_for(made: Made) -> None:

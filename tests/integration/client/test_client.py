@@ -77,7 +77,7 @@ def test_other_failures_have_types_too() -> None:
     """A failed job, a body that is no document, and a connection that ends early."""
     failed = {"type": "urn:vouchsafe:problem:shard-dead", "detail": "the job failed"}
     responses: list[Response] = [(500, {}, failed), (502, {}, "<html>"), (0, {}, "")]
-    with scripted(*responses) as server, Client(server.url) as asking:
+    with scripted(*responses) as server, Client(server.url, timeout=0.4) as asking:
         with pytest.raises(client.ServiceFailed) as refused:
             asking.predict(PNG)
         assert refused.value.slug == "shard-dead"

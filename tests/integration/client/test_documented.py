@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Against a service with an adaptation that takes no time."""
     pages = [README, TUTORIAL, ROOT / "docs" / "python.md"]
     found = [re.findall(r"^```python\n(.*?)^```", page.read_text(), FLAGS) for page in pages]
-    assert [len(snippets) for snippets in found] == [1, 6, 6]
+    assert [len(snippets) for snippets in found] == [1, 6, 9]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     torch.manual_seed(0)
@@ -38,6 +39,9 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         data_dir=tmp_path / "data",
         backlog_rows=100_000,
     )
+    picture = "data:image/png;base64,"
+    sample = {"noisy": picture, "denoised": picture, "label": 2}
+    service.voter.result = json.dumps({"seen": picture, "samples": [sample] * 6}).encode()
     with listening(service) as running:
         for snippet in chain.from_iterable(found):
             made = snippet.replace(ADDRESS, running.url)
@@ -47,4 +51,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["answer"]["label"] == "cat"
     assert (tmp_path / "answers.csv").read_text().count("\n") > 2
     assert (tmp_path / "certificate.json").exists()
+    assert json.loads((tmp_path / "manifest.json").read_text())["document"]["certificates"]
+    assert [sample["label"] for sample in names["shown"]["samples"]] == ["cat"] * 6
+    assert {check["name"] for check in names["found"]["checks"]} > {"signature", "image"}
     assert names["labels"].shape == (2,)
