@@ -57,6 +57,8 @@ def test_a_refusal_is_told_in_words(browser: Chrome) -> None:
     until(browser, lambda: text(browser, "problem"))
     assert "the smallest n that works is 11" in text(browser, "problem")
     assert browser.find_element(By.ID, "ask").is_enabled()
+    refused = browser.find_elements(By.CSS_SELECTOR, "[aria-invalid=true]")
+    assert [field.get_attribute("id") for field in refused] == ["n"]
 
 
 def test_a_long_question_can_be_cancelled(browser: Chrome) -> None:

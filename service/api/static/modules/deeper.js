@@ -50,7 +50,7 @@ async function lookInside() {
           make("span", { textContent: "→", "aria-hidden": "true" }), picture(denoised, "denoised")),
         make("figcaption", { textContent: `votes for ${label}` }))));
   } catch (problem) {
-    element("inside-problem").textContent = inWords(problem);
+    if (mine === shown) element("inside-problem").textContent = inWords(problem);
   } finally {
     element("look-inside").disabled = false;
   }
@@ -137,6 +137,7 @@ async function push(event) {
         compared(await difference(seen, image), "the change, ten times as strong")),
       make("p", { className: `verdict ${tone}`, textContent: sentence + proven }));
   } catch (problem) {
+    if (mine !== shown) return;
     element("pushed").replaceChildren();
     element("push-problem").textContent = inWords(problem);
   } finally {

@@ -119,6 +119,7 @@ export async function ask(event) {
   }
   const mine = running = new AbortController();
   clear();
+  markFields([]);
   busy(true);
   element("result").scrollIntoView({ block: "nearest" });
   const asked = fields();
@@ -131,8 +132,19 @@ export async function ask(event) {
     busy(false);
     element("empty").hidden = false;
     element("problem").textContent = mine.signal.aborted ? "Cancelled." : inWords(problem);
+    markFields((problem.errors ?? []).map(({ field }) => field));
   }
   measureSpeed();
+}
+
+// Marks the fields that the service refused, and goes to the first.
+function markFields(names) {
+  const inputs = [...element("question").querySelectorAll("input, select")];
+  for (const input of inputs) input.setAttribute("aria-invalid", names.includes(input.id));
+  const first = inputs.find((input) => names.includes(input.id));
+  if (!first) return;
+  element("advanced").open ||= element("advanced").contains(first);
+  first.focus();
 }
 
 async function answered(asked, mine) {

@@ -87,6 +87,7 @@ export function advice(answer, largestSigma) {
     return n > 10000 ? `All copies agree.${more}` : `All copies agree, so only the number of ` +
       `copies limits the radius: ${whole(n * 10)} could prove ${down(farther, 2)}.${more}`;
   }
-  const limit = sigma * probit(answer.counts[0].count / votes);
+  const [first, second] = answer.counts.map(({ count }) => probit(count / votes));
+  const limit = (sigma / 2) * (first - second);
   return `The votes differ, so more copies bring the radius to about ${down(limit, 2)} at most.${more}`;
 }
