@@ -39,7 +39,9 @@ adaptation() {
     | into docs/adaptation.md gain
 }
 
-labels() { python -m benchmarks.choosing_labels --work "$work/labels" | into docs/how-to/choosing-labels.md answers; }
+labels() {
+  python -m benchmarks.choosing_labels --work "$work/labels" | into docs/how-to/choosing-labels.md answers
+}
 
 example() {
   vouchsafe predict docs/ship.png --certificate docs/examples/certificate.json

@@ -92,7 +92,8 @@ def _interpolated(before: Path, after: Path) -> UNet2DConditionModel:
     earlier = first.state_dict()
     later = unet.state_dict()
     unet.load_state_dict({name: earlier[name].lerp(later[name], INTERPOLATION) for name in later})
-    return unet.half()
+    stored: UNet2DConditionModel = unet.to(torch.float16)
+    return stored
 
 
 def bundle(k: float) -> Bundle:
